@@ -1,0 +1,77 @@
+"""controlat: optimal-control analysis of adversarial training.
+
+Symbols, here and in every docstring:
+
+    theta, z      parameters; the whole state (parameters, buffers, optimiser buffers, memory of a method)
+    u, G          control: the knobs of the inner loop, (alpha, K) for PGD; the set of admissible controls
+    alpha, steps  step size (pixel units) and number K of the inner ascent
+    eps           radius of the perturbation set, in pixel units of [0, 1]
+    A_{theta,u}   the inner solver: clean batch -> adversarial batch
+    S(z, u)       one outer step of training
+    F(theta, u)   the controlled field, -grad_theta l(h_theta(A_{theta,u}(x)), y) for SGD
+    n(u), gamma   gradient evaluations per sample of one outer step; price of one of them
+    Phi           terminal cost (adversarial loss on held-out data)
+    H, C          Hamiltonian; Amata's criterion, the mean of max_v H(v) - H(u) over training
+    eta, mu       learning rate, momentum
+    t, T          time in epochs, length of training
+
+Everything public can be imported from here; submodules load when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from controlat.attacks import fgsm as fgsm
+    from controlat.attacks import pgd as pgd
+    from controlat.balls import Ball as Ball
+    from controlat.control import Control as Control
+    from controlat.control import ControlSpace as ControlSpace
+    from controlat.data import Dataset as Dataset
+    from controlat.data import Split as Split
+    from controlat.evaluation import robustness as robustness
+    from controlat.jobs import attack as attack
+    from controlat.jobs import evaluate as evaluate
+    from controlat.jobs import train as train
+    from controlat.network import NonFiniteError as NonFiniteError
+    from controlat.pmp import Surface as Surface
+    from controlat.pmp import criterion as criterion
+    from controlat.schedules import Schedule as Schedule
+    from controlat.schedules import load_schedule as load_schedule
+    from controlat.schedules import parse_schedule as parse_schedule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Ball": "balls",
+    "Control": "control",
+    "ControlSpace": "control",
+    "Dataset": "data",
+    "NonFiniteError": "network",
+    "Schedule": "schedules",
+    "Split": "data",
+    "Surface": "pmp",
+    "attack": "jobs",
+    "criterion": "pmp",
+    "evaluate": "jobs",
+    "fgsm": "attacks",
+    "load_schedule": "schedules",
+    "parse_schedule": "schedules",
+    "pgd": "attacks",
+    "robustness": "evaluation",
+    "train": "jobs",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'controlat' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"controlat.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,171 @@
+"""Projected gradient ascent: the inner solver whose knobs (alpha, K) are Amata's control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from controlat.balls import Ball
+from controlat.control import Knob, number
+from controlat.losses import Loss, cross_entropy
+from controlat.network import NonFiniteError, View
+
+__all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
+
+ALPHA = Knob("real", 0.0, meaning="step size of the inner ascent, in pixel units")
+STEPS = Knob("integer", 0, meaning="number K of inner ascent steps")
+
+_OUTSIDE = 1e-6  # rounding of a float32 pipeline may leave [0, 1] by this much
+
+
+def path(
+    view: View, x0: Tensor, start: Tensor, y: Tensor, *, ball: Ball, alpha: float, steps: int, loss: Loss
+) -> Iterator[Tensor]:
+    """Yield x^1, ..., x^K of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k))), from x^0 = start."""
+    x0, x = view.prepare(x0), view.prepare(start)
+    for _ in range(steps):
+        gradient = view.gradient(x, lambda logits: loss(logits, y))
+        x = ball.step(x, gradient, alpha, x0)
+        yield x
+
+
+def ascend(
+    view: View,
+    x0: Tensor,
+    y: Tensor,
+    *,
+    ball: Ball,
+    alpha: float,
+    steps: int,
+    random_start: bool = True,
+    loss: Loss = cross_entropy,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The last point of `path`. With ``steps=0`` there is no attack: x0 itself, without a random start."""
+    if steps == 0:
+        return x0
+    start = ball.start(x0, generator) if random_start else x0
+    result = torch.empty_like(x0)
+    for part in view.chunks(x0):
+        arguments = (view, x0[part], start[part], y[part])
+        for x in path(*arguments, ball=ball, alpha=alpha, steps=steps, loss=loss):
+            last = x
+        result[part] = last
+    if not bool(torch.isfinite(result).all()):
+        raise NonFiniteError("the gradient of the loss with respect to the input is not finite")
+    return result
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless x is a floating-point batch in [0, 1] and y its integer labels."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point in [0, 1], got {x.dtype}: divide pixels by 255 first")
+    if y.dtype not in (torch.int64, torch.int32) or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"y must hold one integer label per sample, shape ({len(x)},), got {y.dtype} {tuple(y.shape)}"
+        )
+    if x.numel() == 0:
+        raise ValueError("x is an empty batch")
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also true where they are NaN
+        raise ValueError(
+            f"x must lie in [0, 1], got values in [{low:g}, {high:g}]: normalisation belongs inside the model"
+        )
+
+
+def _given(value: object, name: str) -> float:
+    if value is None:
+        raise ValueError(f"{name} is missing: give a number such as 8/255")
+    return number(value, name)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str | None = None,
+    alpha: float | str | None = None,
+    steps: int | None = None,
+    norm: str = "linf",
+    random_start: bool = True,
+    mode: str = "eval",
+    generator: torch.Generator | None = None,
+    channels_last: bool = True,
+) -> Tensor:
+    """Adversarial examples by projected gradient ascent on the cross-entropy.
+
+    x^{k+1} = Pi(x^k + alpha sign grad_x l(h(x^k), y)), x^0 uniform in the ball (l_2: the gradient over its
+    length in place of the sign). The model is left as it was: training mode of every module, BatchNorm
+    buffers, ``.grad``, ``requires_grad``; so is x.
+
+    Args:
+        model: nn.Module from (N, ...) in [0, 1] to logits (N, C); normalisation is a layer inside.
+        x: (N, ...) clean inputs in [0, 1].
+        y: (N,) integer labels.
+        eps: radius in pixel units; a number or a text such as ``"8/255"``.
+        alpha: step size in pixel units.
+        steps: number of steps K; 0 returns the clean inputs.
+        norm: ``"linf"`` or ``"l2"``.
+        random_start: start at a random point of the ball instead of x.
+        mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave during the attack.
+        generator: where the start is drawn from; None: torch's global generator, as torchattacks does.
+        channels_last: run convolutions in NHWC layout, up to twice as fast on CPU. False repeats
+            torchattacks pixel by pixel; True gives an equal loss, but signs of gradients near zero differ.
+
+    Returns:
+        The detached adversarial batch, of the shape, dtype and device of x.
+
+    Raises:
+        ValueError: a number is missing, negative or not finite; x leaves [0, 1] by more than 1e-6.
+        NonFiniteError: the network's gradient is not finite.
+
+    Source:
+        Madry et al. (2018), section 2.1.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    >>> x_adv = pgd(model, x, y, eps=0.1, alpha=0.02, steps=10)
+    >>> bool(((x_adv - x).abs() <= 0.1 + 1e-6).all())
+    True
+    """
+    check_batch(x, y)
+    ball = Ball(_given(eps, "eps"), norm)
+    values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
+    for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
+        knob.check(name, values[name])
+    x = x.detach()
+    with View(model, mode, channels_last=channels_last) as view:
+        result = ascend(
+            view,
+            x,
+            y,
+            ball=ball,
+            alpha=values["alpha"],
+            steps=int(values["steps"]),
+            random_start=random_start,
+            generator=generator,
+        )
+    return result.clone() if result is x else result
+
+
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str | None = None,
+    norm: str = "linf",
+    mode: str = "eval",
+) -> Tensor:
+    """Adversarial examples by one step of size eps from the clean input: x + eps sign grad_x l, clamped.
+
+    Arguments, returns and errors are those of `pgd`.
+
+    Source:
+        Goodfellow et al. (2015).
+    """
+    return pgd(model, x, y, eps=eps, alpha=eps, steps=1, norm=norm, random_start=False, mode=mode)

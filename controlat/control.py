@@ -1,0 +1,153 @@
+"""Controls u, the admissible set G and the running cost R(u) = gamma n(u).
+
+A control is a point of G: the knobs of the inner loop, (alpha, K) for PGD. The running cost is counted in
+gradient evaluations: forward-backward passes per sample, K + 1 for one outer step of PGD-K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+__all__ = ["Control", "ControlSpace", "Knob", "number"]
+
+
+def number(value: object, name: str = "number") -> float:
+    """Read a finite number; text may be a fraction, and is exact until the last rounding.
+
+    Args:
+        value: an int, a float, or a text such as ``"8/255"``, ``"0.3"``, ``"1e-3"``.
+        name: what the number is, for the error.
+
+    Returns:
+        The nearest float.
+
+    Raises:
+        ValueError: it is not a number, or not finite.
+
+    >>> number("2/255") == 2 / 255
+    True
+    """
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{name} must be a number such as 0.3, 1e-3 or 8/255, got {value!r}") from None
+    if not math.isfinite(result):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return result
+
+
+class Control(Mapping[str, float]):
+    """A control u: a frozen mapping from knob to value, to be passed on as ``**u``.
+
+    ``steps = 0`` is no attack, whatever the step size: such a control has ``alpha = 0``, so that equal
+    controls compare equal.
+
+    Args:
+        knobs: values by name; integral values of ``steps`` become int.
+
+    Raises:
+        ValueError: a value is not a finite number.
+
+    >>> u = Control(alpha=0.01, steps=10)
+    >>> dict(u)
+    {'alpha': 0.01, 'steps': 10}
+    >>> Control(alpha=0.3, steps=0) == Control(alpha=0, steps=0)
+    True
+    """
+
+    __slots__ = ("_knobs",)
+
+    def __init__(self, **knobs: float) -> None:
+        values = {name: v if isinstance(v, int) else number(v, name) for name, v in knobs.items()}
+        if values.get("steps") == 0 and "alpha" in values:
+            values["alpha"] = 0.0
+        self._knobs = dict(sorted(values.items()))
+
+    def __getitem__(self, name: str) -> float:
+        return self._knobs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._knobs)
+
+    def __len__(self) -> int:
+        return len(self._knobs)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._knobs.items()))
+
+    def __repr__(self) -> str:
+        return "Control(" + ", ".join(f"{name}={value:g}" for name, value in self.items()) + ")"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One coordinate of u: its kind, its bounds and what it means.
+
+    Args:
+        kind: ``"real"`` or ``"integer"``.
+        low: smallest admissible value.
+        high: largest admissible value; infinite where G is bounded later.
+        meaning: one line for tables and errors.
+    """
+
+    kind: str
+    low: float
+    high: float = math.inf
+    meaning: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("real", "integer"):
+            raise ValueError(f"Knob.kind must be 'real' or 'integer', got {self.kind!r}")
+        if not self.low <= self.high:
+            raise ValueError(f"Knob needs low <= high, got [{self.low}, {self.high}]")
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError unless `value` is admissible; the message says what is."""
+        if self.kind == "integer" and value != int(value):
+            raise ValueError(f"{name} must be an integer, got {value:g}")
+        if not self.low <= value <= self.high:
+            allowed = f">= {self.low:g}" if math.isinf(self.high) else f"in [{self.low:g}, {self.high:g}]"
+            raise ValueError(f"{name} must be {allowed}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class ControlSpace(Mapping[str, Knob]):
+    """The admissible set G of a method: its knobs and the evaluations that one outer step costs.
+
+    Args:
+        knobs: name to `Knob`.
+        cost: n(u), gradient evaluations per sample of one outer step; an upper bound where the true
+            number depends on the data. Used for planning: results count what was spent.
+    """
+
+    knobs: Mapping[str, Knob]
+    cost: Callable[[Control], float]
+
+    def __getitem__(self, name: str) -> Knob:
+        return self.knobs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.knobs)
+
+    def __len__(self) -> int:
+        return len(self.knobs)
+
+    def check(self, control: Mapping[str, float]) -> Control:
+        """Return `control` as a `Control` of this set.
+
+        Raises:
+            ValueError: a knob is unknown, missing, of the wrong kind or out of bounds.
+        """
+        if set(control) != set(self.knobs):
+            raise ValueError(
+                f"a control of this method has {', '.join(sorted(self.knobs))}; "
+                f"got {', '.join(sorted(control)) or 'nothing'}"
+            )
+        for name, knob in self.knobs.items():
+            knob.check(name, number(control[name], name))
+        return Control(**{n: int(v) if self.knobs[n].kind == "integer" else v for n, v in control.items()})

@@ -1,0 +1,150 @@
+"""MNIST from its four idx files, raw or gzipped, as they are usually handed round.
+
+Source: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits, 1998. Data sets with
+the same four files (Fashion-MNIST, KMNIST) load from their folder in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from controlat.data._types import Dataset, Split
+
+__all__ = ["load", "read_idx"]
+
+IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: uint8 of rank 3, uint8 of rank 1
+DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def load(root: Path | None = None) -> Dataset:
+    """MNIST: 60,000 training and 10,000 test images (1, 28, 28) of 10 classes; scale 255.
+
+    Args:
+        root: folder of the four idx files (or of `MNIST/raw` or `raw` with them, as torchvision lays
+            them out); None looks in the folder `mnist` of the environment variable CONTROLAT_DATA.
+
+    Returns:
+        The data set "mnist".
+
+    Raises:
+        ValueError: no folder given, or a file is missing or damaged; the message names the file.
+
+    Example:
+        >>> load(Path("nowhere"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: mnist: no file train-images-idx3-ubyte, ...
+
+    Source: LeCun, Cortes and Burges, 1998.
+    """
+    if root is None:
+        if not (parent := os.environ.get("CONTROLAT_DATA")):
+            cure = (
+                "give --data-dir FOLDER (root=FOLDER in Python) or set CONTROLAT_DATA to the parent of mnist"
+            )
+            raise ValueError(f"mnist: the folder of the four idx files is not known; {cure}")
+        root = Path(parent) / "mnist"
+    return Dataset("mnist", _split(root, "train"), _split(root, "t10k"), num_classes=10)
+
+
+def _split(root: Path, part: str) -> Split:
+    image_file, label_file = (
+        _find(root, f"{part}-images", "idx3-ubyte"),
+        _find(root, f"{part}-labels", "idx1-ubyte"),
+    )
+    images, labels = read_idx(image_file, IMAGES), read_idx(label_file, LABELS)
+    if images.size == 0:
+        raise ValueError(f"{image_file}: holds no images, its shape is {images.shape}; fetch it again")
+    if len(images) != len(labels):
+        counts = f"{len(images)} images, but {label_file} has {len(labels)} labels"
+        raise ValueError(f"{image_file} has {counts}; take both files from the same data set")
+    if (wrong := labels > 9).any():
+        position = int(wrong.argmax())
+        raise ValueError(
+            f"{label_file}: label {labels[position]} at position {position}; labels must be 0..9"
+        )
+    return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long(), scale=255.0)
+
+
+def _find(root: Path, stem: str, kind: str) -> Path:
+    folders = [root, root / "MNIST" / "raw", root / "raw"]
+    files = [f"{stem}{dot}{kind}{end}" for dot in "-." for end in ("", ".gz")]
+    for path in (folder / file for folder in folders for file in files):
+        if path.is_file():
+            return path
+    places = ", ".join(map(str, folders))
+    raise ValueError(f"mnist: no file {', '.join(files)} in any of {places}; give their folder (--data-dir)")
+
+
+def read_idx(path: str | Path, magic: int | None = None) -> NDArray[np.generic]:
+    """Read an array from an idx file, raw or gzipped (told apart by content, not by name).
+
+    The file is the magic 0, 0, type code, rank; the sizes as uint32; the values; all big-endian.
+
+    Args:
+        path: the file.
+        magic: the only magic number to accept, such as 0x0803 for uint8 images; None accepts every
+            type (8, 16, 32 bit integers, 32, 64 bit floats) and rank.
+
+    Returns:
+        A new array in the byte order of this machine.
+
+    Raises:
+        ValueError: wrong magic, file cut short, bytes left over, damaged gzip; names file and numbers.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "labels"
+        ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
+        ...     read_idx(path).tolist()
+        [7, 2, 1]
+
+    Source: LeCun, Cortes and Burges, 1998, "the IDX file format".
+    """
+    data, cut = _contents(Path(path))
+    if len(data) < 4:
+        raise ValueError(f"{path}: truncated: expected at least 4 bytes, found {len(data)}; fetch it again")
+    dtype, header = _layout(path, int.from_bytes(data[:4], "big"), magic)
+    sizes = data[4:header].ljust(header - 4, b"\0")  # a missing size counts as 0: then the header is short
+    shape = np.frombuffer(sizes, ">u4").tolist()
+    size = header + math.prod(shape) * dtype.itemsize
+    if cut or len(data) != size:
+        fault = "gzip stream cut short" if cut else "truncated" if len(data) < size else "trailing bytes"
+        raise ValueError(f"{path}: {fault}: expected {size} bytes, found {len(data)}; fetch it again")
+    try:
+        values = np.frombuffer(data, dtype, offset=header) if size > header else np.empty(0, dtype)
+        return values.reshape(shape).astype(dtype.newbyteorder("="))
+    except ValueError as error:  # numpy has limits on rank and size that the format lacks
+        raise ValueError(f"{path}: rank {len(shape)}, sizes {shape[:8]}...: {error}") from error
+
+
+def _layout(path: str | Path, found: int, magic: int | None) -> tuple[np.dtype[np.generic], int]:
+    """The type of the values and the length of the header, from the magic number."""
+    code, rank = found >> 8, found & 0xFF
+    if code not in DTYPES or magic not in (None, found):
+        codes = " ".join(f"{code:02x}" for code in DTYPES)
+        expected = f"0x{magic:08x}" if magic else f"0x0000TTRR with type TT in {codes} and rank RR"
+        raise ValueError(
+            f"{path}: wrong magic number 0x{found:08x}, expected {expected}; is it the right file?"
+        )
+    return np.dtype(DTYPES[code]), 4 + 4 * rank
+
+
+def _contents(path: Path) -> tuple[bytes, bool]:
+    """The bytes of a file, unpacked if it is gzipped, and whether the gzip stream was cut short."""
+    data = path.read_bytes()
+    if not data.startswith(b"\x1f\x8b"):
+        return data, False
+    stream = zlib.decompressobj(wbits=31)  # 31: gzip; unlike the gzip module it keeps what it got
+    try:
+        unpacked = stream.decompress(data)
+    except zlib.error as error:
+        raise ValueError(f"{path}: damaged gzip stream ({error}); fetch it again") from error
+    return unpacked + stream.unused_data, not stream.eof

@@ -1,0 +1,93 @@
+"""Files: written under a temporary name and renamed, read with an error that names them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["append_json_line", "read_json", "read_json_lines", "write", "write_json", "write_text"]
+
+
+def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that at any moment either the old or the complete new one is there.
+
+    Args:
+        path: its final name; the folder is created.
+        fill: called with the open temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as `write` does."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are not finite become the strings 'nan', 'inf', '-inf': JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON, indented, as `write` does."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: the file is missing or malformed; the message says where.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def append_json_line(path: str | Path, value: object) -> None:
+    """Append one line of JSON: a crash can cut the last line short, never an earlier one."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(value), allow_nan=False) + "\n")
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file, none if it is missing; a last line cut short is left out."""
+    if not Path(path).exists():
+        return []
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            found.append(json.loads(line))
+    return found

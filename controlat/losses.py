@@ -1,0 +1,40 @@
+"""Per-sample losses of logits: what attacks ascend and evaluations compare. Values are of shape (N,)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Loss", "cross_entropy", "margin"]
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log softmax(z)_y, per sample."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
+    """-max(z_y - max_{j != y} z_j + kappa, 0), per sample: the loss of the C&W attack.
+
+    It is 0, with no gradient, once another class leads by `kappa`.
+
+    Args:
+        logits: (N, C).
+        y: (N,) labels.
+        kappa: lead at which a sample stops moving, in logits.
+
+    Source:
+        Carlini and Wagner (2017), objective f6, as used with l_inf PGD since Madry et al. (2018).
+
+    >>> import torch
+    >>> margin(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 0]))
+    tensor([-2., -0.])
+    """
+    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return -F.relu(logits.gather(1, y[:, None]).squeeze(1) - other + kappa)

@@ -1,0 +1,92 @@
+"""PGD adversarial training, with its two limits: standard training (K = 0) and FGSM training (K = 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA, STEPS, ascend, path
+from controlat.control import Control, ControlSpace
+from controlat.losses import cross_entropy
+from controlat.methods._base import Batch, Context, Update
+from controlat.network import MODES
+
+__all__ = ["METHOD", "PgdAT"]
+
+
+@dataclass(frozen=True)
+class PgdAT:
+    """min over theta of E l(h_theta(x_K), y) + c E l(h_theta(x_0), y), x_K after K steps of size alpha.
+
+    One update per batch, at a cost of K + 1 gradient evaluations (one more for the clean term). K = 0 trains
+    on the clean batch and is standard training bit for bit; K = 1, alpha = eps without a random start is FGSM
+    training.
+
+    Args:
+        random_start: start the ascent at a random point of the ball (Madry et al.) or at x_0 (Amata's
+            Algorithm 1).
+        attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
+        clean_weight: c, the weight of a clean term (0 in Madry et al., 1 in YOPO's released baseline).
+
+    Raises:
+        ValueError: unknown mode, or a negative weight.
+
+    Source:
+        Madry et al. (2018), equation 2.1; Ye et al. (2021), Algorithm 1.
+    """
+
+    random_start: bool = True
+    attack_mode: str = "eval"
+    clean_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.attack_mode not in MODES:
+            raise ValueError(f"attack_mode must be one of {', '.join(MODES)}, got {self.attack_mode!r}")
+        if not self.clean_weight >= 0:
+            raise ValueError(f"clean_weight must be >= 0, got {self.clean_weight}")
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, K), at K + 1 gradient evaluations, K + 2 with a clean term."""
+        clean = int(self.clean_weight > 0)
+        return ControlSpace({"alpha": ALPHA, "steps": STEPS}, cost=lambda u: u["steps"] + 1 + clean)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[Update]:
+        """One update on the batch that K steps of ascent produced."""
+        with ctx.view(self.attack_mode) as view:
+            x = ascend(
+                view,
+                batch.x,
+                batch.y,
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=int(u["steps"]),
+                random_start=self.random_start,
+                generator=ctx.generator("start", batch.x.device),
+            )
+        yield self._update(ctx, batch, x)
+
+    def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
+        """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
+        generator = ctx.generator("start", batch.x.device)
+        start = ctx.ball.start(batch.x, generator) if self.random_start else batch.x
+        knobs = {"alpha": u["alpha"], "steps": int(u["steps"])}
+        with ctx.view(self.attack_mode) as view:
+            visited = list(path(view, batch.x, start, batch.y, ball=ctx.ball, loss=cross_entropy, **knobs))
+        for k, x in enumerate(visited, start=1):
+            yield Control(alpha=u["alpha"], steps=k), self._update(ctx, batch, x)
+
+    def _update(self, ctx: Context, batch: Batch, x: Tensor) -> Update:
+        def loss() -> Tensor:
+            value = F.cross_entropy(ctx.logits(x), batch.y)
+            if self.clean_weight > 0:
+                value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
+            return value
+
+        return Update(loss)
+
+
+METHOD = PgdAT

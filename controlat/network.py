@@ -1,0 +1,164 @@
+"""The network as an attack sees it: frozen weights, one mode, counted evaluations, no trace left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["MODES", "Meter", "NonFiniteError", "View", "channels_last", "is_convolutional"]
+
+MODES = ("eval", "train")
+
+# On CPU the activations of this many samples stay in the cache; benchmarks/pgd.py shows what it saves.
+_CPU_CHUNK = 64
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or a parameter is not finite."""
+
+
+@dataclass
+class Meter:
+    """What was spent, in samples: a batch of 32 taken forward and backward once adds 32.
+
+    Args:
+        gradients: forward-backward passes (gradient evaluations).
+        forwards: forward passes without a backward one.
+    """
+
+    gradients: int = 0
+    forwards: int = 0
+
+    def since(self, earlier: Meter) -> Meter:
+        """What was spent after `earlier` was copied."""
+        return Meter(self.gradients - earlier.gradients, self.forwards - earlier.forwards)
+
+    def copy(self) -> Meter:
+        """The present counts."""
+        return Meter(self.gradients, self.forwards)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A 4-d tensor laid out as NHWC in memory, others as they are.
+
+    Unlike ``t.contiguous(memory_format=...)`` it sets the strides for one channel too, where both layouts
+    hold the same bytes but only these strides select the fast kernels (pooling above all).
+    """
+    if t.dim() != 4:
+        return t
+    like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+    return t if t.stride() == like.stride() else like.copy_(t)
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether the model has weights of two-dimensional convolutions."""
+    return any(p.dim() == 4 for p in model.parameters())
+
+
+def _couples_samples(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", 0) is None
+
+
+class View:
+    """A context in which a model can be asked for logits and input gradients, and nothing of it changes.
+
+    Inside, the model runs on detached weights and on copies of its buffers; outside, the training flag of
+    every module, buffers, ``.grad`` and ``requires_grad`` are as they were, also after an error.
+
+    Args:
+        model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
+        mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave inside.
+        channels_last: run convolutional models in NHWC layout, about twice as fast on CPU. Values agree to
+            rounding; signs of gradients near zero may differ.
+        meter: where evaluations are counted.
+        autocast: a dtype for mixed precision, None for none.
+
+    Raises:
+        TypeError: the model is not an nn.Module.
+        ValueError: unknown mode.
+
+    >>> import torch
+    >>> from controlat.losses import cross_entropy
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
+    >>> with View(model) as view:
+    ...     gradient = view.gradient(x, lambda logits: cross_entropy(logits, y))
+    >>> gradient.shape, view.meter.gradients
+    (torch.Size([2, 1, 2, 2]), 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "eval",
+        *,
+        channels_last: bool = True,
+        meter: Meter | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.model, self.mode = model, mode
+        self.channels_last = channels_last and is_convolutional(model)
+        self.meter = Meter() if meter is None else meter
+        self.autocast = autocast
+
+    def __enter__(self) -> Self:
+        layout = channels_last if self.channels_last else (lambda t: t)
+        self._state = {name: layout(p.detach()) for name, p in self.model.named_parameters()}
+        self._state |= {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        self._flags = [(m, m.training) for m in self.model.modules()]
+        self.model.train(self.mode == "train")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module, training in self._flags:
+            module.training = training
+        del self._state, self._flags
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """Parts of a batch that can be worked on in turn: faster on CPU where samples do not interact."""
+        whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
+        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        for i in range(0, len(x), max(size, 1)):
+            yield slice(i, i + size)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x in the memory layout that this view runs in."""
+        return channels_last(x) if self.channels_last else x
+
+    def _forward(self, x: Tensor) -> Tensor:
+        cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.autocast is not None:
+            cast = torch.autocast(x.device.type, dtype=self.autocast)
+        with cast:
+            logits: Tensor = functional_call(self.model, self._state, (x,))
+        return logits.float() if self.autocast is not None else logits
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits, without a graph; counted as forward passes."""
+        self.meter.forwards += len(x)
+        with torch.no_grad():
+            return self._forward(self.prepare(x))
+
+    def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gradient with respect to x of the SUM over samples of objective(logits).
+
+        The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
+        """
+        self.meter.gradients += len(x)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+        return gradient

@@ -1,0 +1,392 @@
+"""Amata's criterion C in its greedy form: how far the control u_t is from maximising the Hamiltonian.
+
+For a step of length eta, (13) becomes (14): with g_v = grad_theta l(A_v) and n(v) evaluations per sample,
+    gap_t = max_v [ s_t q(v) - gamma n(v) ] - [ s_t q(u_t) - gamma n(u_t) ],    C = mean over t,
+    q(v) = ||g_v||^2 (form "norm", the paper's) or <grad Phi, g_v> (form "costate"),
+    s_t = (eta_t / mean eta) / (1 - mu): one unit of time is mean(eta), and heavy ball with momentum mu moves
+    1/(1 - mu) times as far per unit of gradient. s_t = 1 for plain SGD at a constant rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+from torch import Tensor, nn
+
+from controlat.attacks.pgd import check_batch
+from controlat.balls import Ball
+from controlat.control import Control, number
+from controlat.dynamics import Driver
+from controlat.methods import Batch, Method, build
+from controlat.network import Meter, NonFiniteError
+from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
+from controlat.pmp.terminal import AdversarialLoss
+
+__all__ = ["FORMS", "Gap", "Surface", "criterion", "measure"]
+
+FORMS = ("norm", "costate")
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """C at one instant, in one form, with what it consists of.
+
+    Args:
+        form: ``"norm"`` or ``"costate"``.
+        value: the gap, >= 0; 0 where u maximises the Hamiltonian over the candidates.
+        control: u_t.
+        maximiser: the best candidate v.
+        reward: (s q(v), s q(u)), the two first terms.
+        cost: (gamma n(v), gamma n(u)), the two second terms.
+        unbiased: the gap of the unbiased estimates of ||E g||^2 (None with one probe batch). The plain norm
+            of a batch mean exceeds it by tr(Cov)/B.
+        cross_fitted: v chosen on one half of the probe and scored on the other, both ways; it may be negative
+            (None with one probe batch). The plain maximum over noisy values is biased upward.
+        jackknife: the gap between maximiser and u without each probe batch in turn.
+    """
+
+    form: str
+    value: float
+    control: Control
+    maximiser: Control
+    reward: tuple[float, float]
+    cost: tuple[float, float]
+    unbiased: float | None
+    cross_fitted: float | None
+    jackknife: tuple[float, ...]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the value over probe batches (jackknife, Student t)."""
+        return interval(self.value, self.jackknife)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        found = {k: getattr(self, k) for k in ("form", "value", "reward", "cost", "unbiased", "cross_fitted")}
+        return found | {
+            "control": dict(self.control),
+            "maximiser": dict(self.maximiser),
+            "jackknife": list(self.jackknife),
+            "interval": self.interval,
+        }
+
+
+def interval(value: float, jackknife: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval from leave-one-out values: value +- t sqrt((m - 1)/m sum (j - mean j)^2)."""
+    m = len(jackknife)
+    if m < 2:
+        return None
+    half = float(stdtrit(m - 1, 0.975)) * float(np.sqrt((m - 1) * np.var(jackknife)))
+    return value - half, value + half
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Everything that was learnt of the Hamiltonian at one instant; C for any gamma follows without a run.
+
+    Args:
+        controls: the V candidates.
+        evaluations: (V,) n(v), gradient evaluations per sample of one outer step.
+        gram: (V, M, M) inner products of the gradients of the M probe batches.
+        costate: (V, M) inner products of grad Phi with them, or None.
+        scale: s_t.
+        spent: gradient evaluations spent, in samples.
+    """
+
+    controls: tuple[Control, ...]
+    evaluations: Array
+    gram: Array
+    costate: Array | None
+    scale: float
+    spent: int
+
+    @property
+    def batches(self) -> int:
+        """M, the number of probe batches."""
+        return int(self.gram.shape[1])
+
+    def reward(self, form: str, members: Sequence[int] | None = None, *, unbiased: bool = False) -> Array:
+        """s q(v) for every candidate, (V,), from the probe batches `members` (all by default).
+
+        Raises:
+            ValueError: unknown form, or no terminal cost was given for ``"costate"``.
+        """
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        chosen = np.arange(self.batches) if members is None else np.asarray(members)
+        if form == "costate":
+            if self.costate is None:
+                raise ValueError("form 'costate' needs a terminal cost: give held-out data")
+            return self.scale * self.costate[:, chosen].mean(1)
+        gram = self.gram[np.ix_(np.arange(len(self.controls)), chosen, chosen)]
+        total, m = gram.sum((1, 2)), len(chosen)
+        if unbiased and m > 1:
+            return self.scale * (total - np.trace(gram, axis1=1, axis2=2)) / (m * (m - 1))
+        return self.scale * total / m**2
+
+    def gap(self, control: Control, gamma: float, form: str = "norm") -> Gap:
+        """The gap of `control`, which is one of the candidates, at a price of gamma per evaluation.
+
+        Raises:
+            ValueError: `control` was not scored, or gamma is negative or not finite.
+        """
+        if control not in self.controls:
+            raise ValueError(f"{control} is not among the {len(self.controls)} candidates that were scored")
+        gamma = number(gamma, "gamma")
+        if gamma < 0:
+            raise ValueError(f"gamma must be >= 0, got {gamma:g}")
+        u, price = self.controls.index(control), gamma * self.evaluations
+        reward = self.reward(form)
+        best = self._argmax(reward - price, u)
+        every, unbiased, crossed = range(self.batches), None, None
+        jackknife: tuple[float, ...] = ()
+        if self.batches > 1:
+            value = self.reward(form, unbiased=True) - price
+            unbiased = float(value.max() - value[u])
+            halves = (every[::2], every[1::2])
+            crossed = float(np.mean([self._crossed(a, b, u, price, form) for a, b in (halves, halves[::-1])]))
+            without = [self.reward(form, [i for i in every if i != m]) - price for m in every]
+            jackknife = tuple(float(w[best] - w[u]) for w in without)
+        return Gap(
+            form,
+            float((reward - price)[best] - (reward - price)[u]),
+            control,
+            self.controls[best],
+            (float(reward[best]), float(reward[u])),
+            (float(price[best]), float(price[u])),
+            unbiased,
+            crossed,
+            jackknife,
+        )
+
+    def _argmax(self, value: Array, u: int) -> int:
+        """The best candidate; u where it ties with the best, so that an optimal control has itself."""
+        best = int(np.argmax(value))
+        return u if value[u] >= value[best] else best
+
+    def _crossed(self, choose: Sequence[int], judge: Sequence[int], u: int, price: Array, form: str) -> float:
+        best = self._argmax(self.reward(form, choose) - price, u)
+        value = self.reward(form, judge, unbiased=True) - price
+        return float(value[best] - value[u])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, numbers to 7 digits; `from_json` reads it back."""
+        upper = np.triu_indices(self.batches)
+        return {
+            "controls": [dict(v) for v in self.controls],
+            "evaluations": _digits(self.evaluations),
+            "gram": _digits(self.gram[:, upper[0], upper[1]]),
+            "costate": None if self.costate is None else _digits(self.costate),
+            "batches": self.batches,
+            "scale": self.scale,
+            "spent": self.spent,
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Surface:
+        """The surface that `to_json` described."""
+        m, rows = found["batches"], np.array(found["gram"], dtype=np.float64)
+        gram, upper = np.zeros((len(rows), m, m)), np.triu_indices(m)
+        gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = rows
+        costate = None if found["costate"] is None else np.array(found["costate"], dtype=np.float64)
+        controls = tuple(Control(**v) for v in found["controls"])
+        return cls(controls, np.array(found["evaluations"]), gram, costate, found["scale"], found["spent"])
+
+
+def _digits(values: Array) -> Any:
+    if values.ndim > 1:
+        return [_digits(row) for row in values]
+    return [float(f"{v:.7g}") for v in values]
+
+
+def measure(
+    driver: Driver,
+    batches: Sequence[Batch],
+    control: Control,
+    grid: Grid,
+    *,
+    terminal: AdversarialLoss | None = None,
+    scale: float = 1.0,
+    rate: float = 0.0,
+    maximiser: str = "sweep",
+    gamma: float = 0.0,
+    form: str = "norm",
+    trials: int = 100,
+) -> Surface:
+    """Score the candidates of G, and u_t, at the driver's present state, which does not change.
+
+    Args:
+        driver: model, method, ball and seed.
+        batches: the probe, in equal batches of the training batch size; all candidates share them and the
+            random numbers drawn for them.
+        control: u_t, always among the candidates.
+        grid: what is searched.
+        terminal: Phi, for the costate form.
+        scale: s_t.
+        rate: learning rate between the updates of a method that has several.
+        maximiser: ``"sweep"``, exact in K for each step size (the candidates are then the same for both forms
+            and any gamma); or ``"tpe"``, hyperopt on the value of `form` at `gamma`, as in the paper.
+        gamma: price of one evaluation per sample (TPE only).
+        form: the form that TPE maximises.
+        trials: evaluations of TPE.
+
+    Returns:
+        The surface of values.
+
+    Raises:
+        ValueError: unknown maximiser, or probe batches of unequal size.
+        NonFiniteError: the gradient under u_t is not finite.
+    """
+    if maximiser not in MAXIMISERS:
+        raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
+    if len({len(b.x) for b in batches}) != 1:
+        raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
+    meter = Meter()
+    phi = None if terminal is None else _flat(terminal.gradient(driver, meter))
+    rows: dict[Control, tuple[float, Array, Array | None]] = {}
+
+    def keep(scored: Scored) -> None:
+        v, n, gradients = scored
+        rows.setdefault(v, (n, *_products(gradients, phi)))
+
+    def surface() -> Surface:
+        n, gram, costate = zip(*rows.values(), strict=True)
+        inner = None if phi is None else np.stack([c for c in costate if c is not None])
+        return Surface(tuple(rows), np.array(n), np.stack(gram), inner, scale, meter.gradients)
+
+    keep(rerun(driver, batches, control, rate, meter))
+    if maximiser == "sweep":
+        for scored in sweep(driver, batches, grid, rate, meter):
+            keep(scored)
+        return surface()
+
+    def objective(v: Control) -> float:
+        if v not in rows:
+            keep(rerun(driver, batches, v, rate, meter))
+        found, i = surface(), list(rows).index(v)
+        return float(found.reward(form)[i] - gamma * found.evaluations[i])
+
+    tpe(objective, grid, trials, driver.seed, first=[control])
+    return surface()
+
+
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def _products(gradients: Sequence[Sequence[Tensor]], phi: Tensor | None) -> tuple[Array, Array | None]:
+    stacked = torch.stack([_flat(g) for g in gradients])
+    gram = (stacked @ stacked.T).double().cpu().numpy()
+    if not np.isfinite(gram).all():
+        raise NonFiniteError("the squared gradient of a candidate control is not finite")
+    return gram, None if phi is None else (stacked @ phi).double().cpu().numpy()
+
+
+def probe_batches(x: Tensor, y: Tensor, count: int, epoch: int = 0) -> list[Batch]:
+    """Split a probe into `count` equal batches; samples that do not fill one are left out.
+
+    Numbers count down from -1, so that their random numbers are never those of a training step.
+    """
+    size = len(x) // count
+    if size < 1:
+        raise ValueError(f"a probe of {len(x)} samples cannot be split into {count} batches")
+    parts = (torch.arange(i * size, (i + 1) * size) for i in range(count))
+    return [Batch(x[p], y[p], p, epoch, -1 - i) for i, p in enumerate(parts)]
+
+
+def criterion(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    control: Mapping[str, float],
+    *,
+    eps: float | str,
+    gamma: float | str,
+    norm: str = "linf",
+    method: str | Method = "pgd_at",
+    form: str = "norm",
+    maximiser: str = "sweep",
+    alphas: Sequence[float] | None = None,
+    max_steps: int | None = None,
+    trials: int = 100,
+    batches: int = 8,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+    channels_last: bool = True,
+) -> Gap:
+    """Amata's greedy criterion at the model's present parameters, for your own training loop.
+
+    C = max_v { s q(v) - gamma n(v) } - { s q(u) - gamma n(u) }, n(v) = K + 1 for PGD training.
+    The model is left as it was.
+
+    Args:
+        model: the network, from inputs in [0, 1] to logits.
+        x: (N, ...) probe inputs, a few hundred training samples.
+        y: (N,) labels.
+        control: u_t, such as ``{"alpha": 0.01, "steps": 10}`` or ``schedule(epoch)``.
+        eps: radius, in pixel units.
+        gamma: price of one gradient evaluation, in units of the squared gradient norm.
+        norm: ``"linf"`` or ``"l2"``.
+        method: a method's name or object.
+        form: ``"norm"`` (the paper's) or ``"costate"`` (inner product with the gradient of the adversarial
+            loss, on `held_out`, or on the probe itself without it).
+        maximiser: ``"sweep"`` or ``"tpe"``.
+        alphas: step sizes of G; five spaced logarithmically in [eps/40, 2 eps] by default.
+        max_steps: largest K of G; 10 or that of `control` by default.
+        trials: evaluations of TPE.
+        batches: number M of probe batches; the batch size N / M is that of the training step looked at.
+        held_out: (x, y) of the terminal cost.
+        scale: s_t, 1 for plain SGD at a constant rate, 1/(1 - mu) with momentum mu.
+        seed: of everything random.
+        channels_last: run the attack in NHWC layout.
+
+    Returns:
+        The `Gap`: value, maximiser, both terms, unbiased and cross-fitted values, interval.
+
+    Raises:
+        ValueError: a number is missing or out of range; x is not in [0, 1].
+
+    Source:
+        Ye et al. (2021), equation 14.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> x, y = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
+    >>> gap = criterion(model, x, y, {"alpha": 0.02, "steps": 3}, eps=0.1, gamma=0.001)
+    >>> gap.value >= 0, sorted(gap.maximiser)
+    (True, ['alpha', 'steps'])
+    """
+    check_batch(x, y)
+    found = build(method) if isinstance(method, str) else method
+    u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
+    gamma, scale = number(gamma, "gamma"), number(scale, "scale")
+    for name, value in (("gamma", gamma), ("scale", scale), ("batches - 1", batches - 1)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value:g}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    steps = max(10, int(u["steps"])) if max_steps is None else max_steps
+    grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
+    driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
+    phi = held_out if held_out is not None else (x, y)
+    surface = measure(
+        driver,
+        probe_batches(x.detach(), y, batches),
+        u,
+        grid,
+        terminal=AdversarialLoss(*phi, ball, seed=seed) if form == "costate" else None,
+        scale=scale,
+        maximiser=maximiser,
+        gamma=gamma,
+        form=form,
+        trials=trials,
+    )
+    return surface.gap(u, gamma, form)

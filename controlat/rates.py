@@ -1,0 +1,88 @@
+"""Learning rates t -> eta: constant, multistep, one-cycle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlat.control import number
+from controlat.texts import numbers, only, split
+
+__all__ = ["Rate", "parse_rate"]
+
+# kind -> (required, optional) parameters
+_KINDS = {
+    "constant": (("lr",), ()),
+    "multistep": (("lr", "at"), ("factor",)),
+    "onecycle": (("lr",), ("peak",)),
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """eta(t) for a run of T epochs.
+
+    ``constant``: lr. ``multistep``: lr factor^m after m of the epochs `at` (0-based counts, as in torch's
+    MultiStepLR). ``onecycle``: linear from 0 to lr at t = peak T, and back to 0 at T.
+
+    Args:
+        lr: the (largest) learning rate.
+        kind: as above.
+        at: epochs of the drops of ``multistep``, increasing.
+        factor: what ``multistep`` multiplies by.
+        peak: where ``onecycle`` is largest, as a fraction of the run.
+
+    Raises:
+        ValueError: unknown kind, or a number out of range.
+
+    >>> [Rate(0.2, "onecycle")(t, 4) for t in (0, 1, 2, 3)]
+    [0.0, 0.1, 0.2, 0.1]
+    """
+
+    lr: float
+    kind: str = "constant"
+    at: tuple[float, ...] = ()
+    factor: float = 0.1
+    peak: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"a learning rate is one of {', '.join(_KINDS)}, got {self.kind!r}")
+        for name in ("lr", "factor"):
+            value = number(getattr(self, name), name)
+            if value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value:g}")
+        if not 0 < self.peak < 1:
+            raise ValueError(f"peak must be in (0, 1), a fraction of the run, got {self.peak:g}")
+        if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
+            raise ValueError(f"at must be increasing epochs > 0, got {self.at}")
+
+    def __call__(self, t: float, epochs: float) -> float:
+        """eta at time t (epochs) of a run of `epochs`."""
+        if self.kind == "multistep":
+            return self.lr * self.factor ** sum(t >= edge for edge in self.at)
+        if self.kind == "onecycle":
+            return self.lr * min(t / (self.peak * epochs), (epochs - t) / ((1 - self.peak) * epochs))
+        return self.lr
+
+
+def parse_rate(text: str | float) -> Rate:
+    """Read a learning rate: ``0.1``, ``multistep:lr=0.1,at=50:75,factor=0.1``, ``onecycle:lr=0.2,peak=0.5``.
+
+    Raises:
+        ValueError: it is none of these; the message says what is allowed.
+
+    >>> parse_rate("multistep:lr=0.1,at=50:75")(60, 100)
+    0.010000000000000002
+    """
+    try:
+        return Rate(number(text, "lr"))
+    except ValueError:
+        if not isinstance(text, str) or text.partition(":")[0] not in _KINDS:
+            raise ValueError(
+                f"a learning rate is a number > 0, multistep:lr=0.1,at=50:75,factor=0.1 or "
+                f"onecycle:lr=0.2,peak=0.5; got {text!r}"
+            ) from None
+    kind, found = split(text)
+    only(found, *_KINDS[kind], f"learning rate {kind!r}")
+    values = {name: number(found[name], name) for name in ("lr", "factor", "peak") if name in found}
+    return Rate(kind=kind, at=numbers(found["at"], "at") if "at" in found else (), **values)

@@ -1,0 +1,390 @@
+"""Schedules t -> u: one curve per knob, piecewise constant in training time t (epochs).
+
+A schedule is written as a short text (`parse`) or as JSON (`Schedule.save`, `load_schedule`). Every text is
+shorthand for curves, so that a found or derived schedule and a named one are the same object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from controlat.control import Control, number
+from controlat.files import read_json, write_json
+from controlat.texts import numbers, only, split
+
+__all__ = ["CURVES", "FAMILIES", "Curve", "Schedule", "load_schedule", "parse_schedule"]
+
+FORMAT, VERSION = "controlat schedule", 1
+_ULP = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
+
+# kind -> value at time t of a run of T epochs, from the curve's numbers.
+CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
+    {
+        "constant": lambda c, t, T: c.values[0],
+        "linear": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * t / T,
+        "exponential": lambda c, t, T: c.values[0] * (c.values[1] / c.values[0]) ** (t / T),
+        "cosine": lambda c, t, T: (
+            c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
+        ),
+        "step": lambda c, t, T: c.values[sum(t >= edge - _ULP for edge in c.at)],
+        "table": lambda c, t, T: c.values[min(sum(t >= edge - _ULP for edge in c.at), len(c.values) - 1)],
+        "ratio": lambda c, t, T: c.values[0],
+    }
+)
+_LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ratio": 1}
+ROUNDINGS: Mapping[str, Callable[[float], int]] = MappingProxyType(
+    {"half_up": lambda v: math.floor(v + 0.5 + _ULP), "floor": lambda v: math.floor(v + _ULP)}
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One knob as a function of time.
+
+    Args:
+        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``step`` (values,
+            changing at the epochs `at`), ``table`` (one value per piece of the schedule; `at` is filled
+            in), ``ratio`` (tau; the value is tau over the knob `of`, and 0 where that is 0).
+        values: the numbers of that kind.
+        at: epochs at which a ``step`` changes, increasing.
+        rounding: ``half_up`` or ``floor`` for integer knobs, None for real ones.
+        of: for ``ratio``: the knob divided by.
+        rounded: for ``ratio``: divide by that knob's rounded value (then tau is kept exactly) or by its
+            real one.
+
+    Raises:
+        ValueError: unknown kind, or numbers that do not fit it.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+    at: tuple[float, ...] = ()
+    rounding: str | None = None
+    of: str | None = None
+    rounded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in CURVES:
+            raise ValueError(f"a curve is one of {', '.join(CURVES)}, got {self.kind!r}")
+        object.__setattr__(
+            self, "values", tuple(number(v, f"value of a {self.kind} curve") for v in self.values)
+        )
+        object.__setattr__(self, "at", tuple(number(v, "epoch of a step") for v in self.at))
+        wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
+        if len(self.values) != wanted or not self.values:
+            raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
+        if self.kind == "exponential" and min(self.values) <= 0:
+            raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
+        if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
+            raise ValueError(f"a step changes at increasing epochs > 0, got {self.at}")
+        if self.rounding is not None and self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
+        if (self.kind == "ratio") != (self.of is not None):
+            raise ValueError("a ratio curve, and only that, names the knob it divides by (of)")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set."""
+        found: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
+        if self.kind == "step":
+            found["at"] = list(self.at)
+        if self.rounding:
+            found["rounding"] = self.rounding
+        if self.of is not None:
+            found |= {"of": self.of, "rounded": self.rounded}
+        return found
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A control u(t) over a run of T epochs.
+
+    Called with a real t >= 0 it returns the frozen mapping u(t): constant on pieces of `resolution` epochs
+    (its value at the start of the piece), and the last piece's value beyond the end.
+
+    Args:
+        curves: knob to `Curve`.
+        epochs: T, the length of the run that it was made for.
+        resolution: length of a piece, in epochs.
+        text: what the user wrote, for tables; any label.
+
+    Raises:
+        ValueError: a number is out of range, or the control is not admissible somewhere (steps a whole
+            number >= 0, alpha >= 0).
+
+    >>> s = parse_schedule("amata:min=5,max=40,tau=0.4", epochs=7)
+    >>> [s(t)["steps"] for t in range(7)]
+    [5, 10, 15, 20, 25, 30, 35]
+    >>> s(0.99) == s(0), s(100) == s(6)
+    (True, True)
+    """
+
+    curves: Mapping[str, Curve]
+    epochs: float
+    resolution: float = 1.0
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epochs", number(self.epochs, "epochs"))
+        object.__setattr__(self, "resolution", number(self.resolution, "resolution"))
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be > 0, got {self.epochs:g}")
+        if not 0 < self.resolution <= self.epochs:
+            raise ValueError(
+                f"resolution must be > 0 and at most the {self.epochs:g} epochs, got {self.resolution:g}"
+            )
+        if not self.curves:
+            raise ValueError("a schedule needs at least one knob")
+        object.__setattr__(
+            self, "curves", MappingProxyType({k: self._bound(k, c) for k, c in self.curves.items()})
+        )
+        object.__setattr__(self, "_pieces", tuple(self._at(i) for i in range(self.pieces)))
+
+    def _bound(self, knob: str, curve: Curve) -> Curve:
+        if curve.kind == "ratio" and (curve.of not in self.curves or self.curves[curve.of].kind == "ratio"):
+            raise ValueError(f"{knob} divides by {curve.of!r}, which has no curve of its own here")
+        if curve.kind != "table":
+            return curve
+        if len(curve.values) > self.pieces:
+            raise ValueError(
+                f"a table for {knob} has {len(curve.values)} values, but {self.epochs:g} epochs at a "
+                f"resolution of {self.resolution:g} have {self.pieces} pieces"
+            )
+        edges = tuple(self.resolution * i for i in range(1, len(curve.values)))
+        return Curve("table", curve.values, edges, curve.rounding)
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces on which u is constant."""
+        return max(1, math.ceil(self.epochs / self.resolution - _ULP))
+
+    def _at(self, piece: int) -> Control:
+        t = piece * self.resolution
+        real = {k: CURVES[c.kind](c, t, self.epochs) for k, c in self.curves.items()}
+        value = {k: ROUNDINGS[c.rounding](real[k]) if c.rounding else real[k] for k, c in self.curves.items()}
+        for knob, curve in self.curves.items():
+            if curve.of is not None:
+                below = (value if curve.rounded else real)[curve.of]
+                value[knob] = curve.values[0] / below if value[curve.of] and below else 0.0
+        steps = value.get("steps", 0)
+        if steps != int(steps):
+            raise ValueError(f"steps must be a whole number, got {steps:g} at epoch {t:g} of {self.text!r}")
+        if "steps" in value:
+            value["steps"] = int(steps)
+        for knob in ("steps", "alpha"):
+            if value.get(knob, 0) < 0:
+                raise ValueError(f"{knob} must be >= 0, got {value[knob]:g} at epoch {t:g} of {self.text!r}")
+        return Control(**value)
+
+    def __call__(self, t: float) -> Control:
+        """u(t), t in epochs since the start of training.
+
+        Raises:
+            ValueError: t is negative or not finite.
+        """
+        t = number(t, "t")
+        if t < 0:
+            raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
+        pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
+        return pieces[min(int(t / self.resolution + _ULP), self.pieces - 1)]
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_json(), sort_keys=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form; `Schedule.from_json` reads it back to an equal schedule."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "text": self.text,
+            "epochs": self.epochs,
+            "resolution": self.resolution,
+            "knobs": {knob: curve.to_json() for knob, curve in self.curves.items()},
+        }
+
+    @classmethod
+    def from_json(cls, found: object) -> Schedule:
+        """Build a schedule from its JSON form.
+
+        Raises:
+            ValueError: it is not one, or of another version; the message says what is allowed.
+        """
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f'not a schedule: expected an object with "format": "{FORMAT}"')
+        if found.get("version") != VERSION:
+            raise ValueError(
+                f"schedule version {found.get('version')!r}; this release reads version {VERSION}"
+            )
+        only(found, {"format", "version", "text", "epochs", "knobs"}, {"resolution"}, "a schedule")
+        knobs = found["knobs"]
+        if not isinstance(knobs, dict) or not all(isinstance(c, dict) for c in knobs.values()):
+            raise ValueError('"knobs" must map each knob to a curve')
+        curves = {}
+        for knob, c in knobs.items():
+            only(c, {"curve", "values"}, {"at", "rounding", "of", "rounded"}, f"the curve of {knob}")
+            if not isinstance(c["values"], list) or not isinstance(c.get("at", []), list):
+                raise ValueError(f"the curve of {knob}: values and at must be lists of numbers")
+            options = {k: c[k] for k in ("rounding", "of", "rounded") if k in c}
+            curves[knob] = Curve(c["curve"], tuple(c["values"]), tuple(c.get("at", ())), **options)
+        return cls(curves, found["epochs"], found.get("resolution", 1.0), str(found["text"]))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the JSON form.
+
+        Raises:
+            FileExistsError: the file exists and `overwrite` is false.
+        """
+        if Path(path).exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; give another name or overwrite=True")
+        write_json(path, self.to_json())
+
+
+def load_schedule(path: str | Path) -> Schedule:
+    """Read a schedule from its JSON file, for the trainer or for your own loop.
+
+    Args:
+        path: a file that `Schedule.save` or a command wrote.
+
+    Returns:
+        The schedule; ``schedule(epoch)`` gives the keyword arguments of `controlat.pgd`.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or not a schedule; the message names it.
+
+    >>> import tempfile, os
+    >>> file = os.path.join(tempfile.mkdtemp(), "amata.json")
+    >>> parse_schedule("amata:min=2,max=10,tau=20/255", epochs=100).save(file)
+    >>> dict(load_schedule(file)(0))
+    {'alpha': 0.0392156862745098, 'steps': 2}
+    """
+    try:
+        return Schedule.from_json(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- short texts
+
+
+def _alpha(p: Mapping[str, str], family: str) -> Curve:
+    """The step size of a family whose K varies: fixed, listed, or tau / K."""
+    if ("tau" in p) == ("alpha" in p):
+        raise ValueError(f"{family} needs one of tau (alpha = tau/K) and alpha (fixed)")
+    if "alpha" in p:
+        return Curve("constant", (number(p["alpha"], "alpha"),))
+    rounded = p.get("alpha_from", "rounded")
+    if rounded not in ("rounded", "real"):
+        raise ValueError(f"alpha_from is rounded or real, got {rounded!r}")
+    if number(p["tau"], "tau") <= 0:
+        raise ValueError(f"tau must be > 0, got {p['tau']}")
+    return Curve("ratio", (number(p["tau"], "tau"),), of="steps", rounded=rounded == "rounded")
+
+
+def _ramp(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
+    def build(p: Mapping[str, str], family: str) -> dict[str, Curve]:
+        by_bounds, by_ends = ("min" in p, "max" in p), ("start" in p, "end" in p)
+        if (all(by_bounds), any(by_ends)) != (True, False) and (any(by_bounds), all(by_ends)) != (
+            False,
+            True,
+        ):
+            raise ValueError(f"{family} needs min and max, or start and end (which may fall)")
+        names = ("min", "max") if all(by_bounds) else ("start", "end")
+        first, last = (number(p[n], n) for n in names)
+        if all(by_bounds) and first > last:
+            raise ValueError(
+                f"{family} needs min <= max, got {first:g} > {last:g}; use start and end to fall"
+            )
+        if min(first, last) < 0:
+            raise ValueError(f"{family} needs K >= 0, got {min(first, last):g}")
+        steps = Curve(kind, (first, last), rounding=p.get("rounding", "half_up"))
+        return {"steps": steps, "alpha": _alpha(p, family)}
+
+    return build
+
+
+def _pgd(p: Mapping[str, str], family: str) -> dict[str, Curve]:
+    return {name: Curve("constant", (number(p[name], name),)) for name in ("steps", "alpha")}
+
+
+def _lists(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
+    def build(p: Mapping[str, str], family: str) -> dict[str, Curve]:
+        at = numbers(p["at"], "at") if kind == "step" else ()
+        curves = {"steps": Curve(kind, numbers(p["steps"], "steps"), at)}
+        listed = ":" in p.get("alpha", "")
+        curves["alpha"] = Curve(kind, numbers(p["alpha"], "alpha"), at) if listed else _alpha(p, family)
+        return curves
+
+    return build
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of short text: what it must and may say, how it becomes curves, and an example."""
+
+    build: Callable[[Mapping[str, str], str], dict[str, Curve]]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    example: str
+
+
+_RAMP = ("min", "max", "start", "end", "tau", "alpha", "rounding", "alpha_from")
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "none": Family(lambda p, f: _pgd({"steps": "0", "alpha": "0"}, f), (), (), "none"),
+        "fgsm": Family(lambda p, f: _pgd({"steps": "1", **p}, f), ("alpha",), (), "fgsm:alpha=10/255"),
+        "pgd": Family(_pgd, ("steps", "alpha"), (), "pgd:steps=10,alpha=2/255"),
+        "amata": Family(_ramp("linear"), (), _RAMP, "amata:min=2,max=10,tau=20/255"),
+        "linear": Family(_ramp("linear"), (), _RAMP, "linear:start=10,end=0,tau=20/255"),
+        "exponential": Family(_ramp("exponential"), (), _RAMP, "exponential:min=1,max=10,tau=20/255"),
+        "cosine": Family(_ramp("cosine"), (), _RAMP, "cosine:min=0,max=10,tau=20/255"),
+        "step": Family(
+            _lists("step"),
+            ("steps", "at"),
+            ("tau", "alpha", "alpha_from"),
+            "step:steps=0:2:10,at=3:8,tau=20/255",
+        ),
+        "table": Family(
+            _lists("table"), ("steps",), ("tau", "alpha", "alpha_from"), "table:steps=0:1:2:2,tau=20/255"
+        ),
+    }
+)
+
+
+def parse_schedule(text: str, epochs: float) -> Schedule:
+    """Read a schedule's short text, ``family:name=value,...``, and bind it to a number of epochs.
+
+    ``none``; ``fgsm:alpha=A``; ``pgd:steps=K,alpha=A``; ``amata:min=K0,max=K1,tau=TAU`` (linear, K rounded
+    half up, alpha = TAU / K); ``linear``, ``exponential`` and ``cosine`` alike, also with start and end,
+    with ``alpha=`` instead of ``tau=``, ``rounding=floor``, ``alpha_from=real``;
+    ``step:steps=K0:K1:...,at=E1:...,tau=TAU``; ``table:steps=K0:K1:...,alpha=A0:A1:...``. Every family takes
+    ``resolution=`` (length of a piece in epochs, 1 by default). Numbers may be fractions, read exactly.
+
+    Args:
+        text: as above.
+        epochs: T, the length of the run.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: unknown family or name, missing or out-of-range value; the message says what is allowed.
+
+    >>> dict(parse_schedule("pgd:steps=10,alpha=2/255", epochs=30)(0)) == {"alpha": 2 / 255, "steps": 10}
+    True
+    """
+    family, found = split(text)
+    if family not in FAMILIES:
+        examples = "; ".join(f.example for f in FAMILIES.values())
+        raise ValueError(f"unknown schedule {family!r} in {text!r}; write one of: {examples}")
+    entry = FAMILIES[family]
+    resolution = number(found.pop("resolution", "1"), "resolution")
+    only(found, entry.required, entry.optional, f"schedule {family!r} (such as {entry.example})")
+    try:
+        return Schedule(entry.build(found, family), epochs, resolution, text.strip())
+    except ValueError as error:
+        raise ValueError(f"{error} (in schedule {text!r}; write for example {entry.example})") from None

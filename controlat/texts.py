@@ -1,0 +1,50 @@
+"""Short texts ``family:name=value,...``: how schedules, learning rates and attacks are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from controlat.control import number
+
+__all__ = ["numbers", "only", "split"]
+
+
+def split(text: str) -> tuple[str, dict[str, str]]:
+    """Split a text into its family and its parameters.
+
+    Raises:
+        ValueError: a part is not name=value, or a name comes twice.
+
+    >>> split("pgd:steps=10,alpha=2/255")
+    ('pgd', {'steps': '10', 'alpha': '2/255'})
+    """
+    family, _, rest = text.strip().partition(":")
+    found: dict[str, str] = {}
+    for item in rest.split(",") if rest else ():
+        name, sign, value = (part.strip() for part in item.partition("="))
+        if not (name and sign and value):
+            raise ValueError(f"expected name=value, got {item!r} in {text!r}")
+        if name in found:
+            raise ValueError(f"{name} is given twice in {text!r}")
+        found[name] = value
+    return family.strip(), found
+
+
+def only(found: Mapping[str, object], required: Iterable[str], optional: Iterable[str], what: str) -> None:
+    """Raise ValueError unless the names found are the required ones and at most the optional ones beside."""
+    required, optional = set(required), set(optional)
+    if missing := sorted(required - set(found)):
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    if unknown := sorted(set(found) - required - optional):
+        allowed = ", ".join(sorted(required | optional)) or "nothing"
+        raise ValueError(f"{what} does not take {', '.join(unknown)}; it takes {allowed}")
+
+
+def numbers(text: str, name: str) -> tuple[float, ...]:
+    """A list of numbers separated by colons (commas separate parameters, bars and semicolons mean something
+    to the shell).
+
+    >>> numbers("0:1:5/2", "steps")
+    (0.0, 1.0, 2.5)
+    """
+    return tuple(number(part, name) for part in text.split(":"))
