@@ -63,7 +63,9 @@ class Control(Mapping[str, float]):
     __slots__ = ("_knobs",)
 
     def __init__(self, **knobs: float) -> None:
-        values = {name: v if isinstance(v, int) else number(v, name) for name, v in knobs.items()}
+        values = {name: v if type(v) is int else number(v, name) for name, v in knobs.items()}
+        if float(values.get("steps", 0.5)).is_integer():
+            values["steps"] = int(values["steps"])
         if values.get("steps") == 0 and "alpha" in values:
             values["alpha"] = 0.0
         self._knobs = dict(sorted(values.items()))
@@ -108,7 +110,7 @@ class Knob:
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError unless `value` is admissible; the message says what is."""
-        if self.kind == "integer" and value != int(value):
+        if self.kind == "integer" and not float(value).is_integer():
             raise ValueError(f"{name} must be an integer, got {value:g}")
         if not self.low <= value <= self.high:
             allowed = f">= {self.low:g}" if math.isinf(self.high) else f"in [{self.low:g}, {self.high:g}]"

@@ -102,7 +102,7 @@ class Plan:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from number `first` on."""
         order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
-        for number, index in enumerate(order.split(self.batch_size)):
+        for number, index in enumerate(torch.split(order, self.batch_size)):
             if number >= first:
                 yield Batch(*self.data.take(index), index, epoch, number)
 
@@ -146,7 +146,7 @@ class Driver:
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
         o = self.optimizer
@@ -169,7 +169,9 @@ class Driver:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the message names epoch, batch and control.
         """
-        before, losses, dropped = self.meter.copy(), [], set()
+        before = self.meter.copy()
+        losses: list[float] = []
+        dropped: set[str] = set()
         for group in self.sgd.param_groups:
             group["lr"] = rate
         for update, loss, gradients in self._updates(batch, u, rate, self.meter, self.memory):

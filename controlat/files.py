@@ -72,22 +72,40 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def append_json_line(path: str | Path, value: object) -> None:
-    """Append one line of JSON: a crash can cut the last line short, never an earlier one."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(value), allow_nan=False) + "\n")
+    """Append one line of JSON: a crash can cut the last line short, never an earlier one.
+
+    A last line that a crash cut short is dropped first, or the new one would be glued to it.
+    """
+    line = json.dumps(_plain(value), allow_nan=False) + "\n"
+    with Path(path).open("ab") as file:
+        complete = len(_complete(Path(path).read_bytes()))
+        if complete < file.tell():
+            file.truncate(complete)
+        file.write(line.encode())
+
+
+def _complete(text: bytes) -> bytes:
+    """`text` up to its last line break."""
+    return text[: text.rfind(b"\n") + 1]
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file, none if it is missing; a last line cut short is left out."""
+    """The complete lines of a JSONL file, none if it is missing; a last line cut short is left out.
+
+    Raises:
+        ValueError: a complete line is malformed; the message names the file and the line.
+    """
     if not Path(path).exists():
         return []
     found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for i, line in enumerate(_complete(Path(path).read_bytes()).splitlines(), start=1):
+        try:
             found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {i}: not valid JSON ({error})") from None
     return found

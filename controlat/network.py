@@ -147,10 +147,17 @@ class View:
         return logits.float() if self.autocast is not None else logits
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits, without a graph; counted as forward passes."""
+        """Logits, without a graph; counted as forward passes.
+
+        Raises:
+            NonFiniteError: a logit is not finite.
+        """
         self.meter.forwards += len(x)
         with torch.no_grad():
-            return self._forward(self.prepare(x))
+            logits = self._forward(self.prepare(x))
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError("the network returns logits that are not finite")
+        return logits
 
     def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """Gradient with respect to x of the SUM over samples of objective(logits).

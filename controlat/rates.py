@@ -48,11 +48,13 @@ class Rate:
         if self.kind not in _KINDS:
             raise ValueError(f"a learning rate is one of {', '.join(_KINDS)}, got {self.kind!r}")
         for name in ("lr", "factor"):
-            value = number(getattr(self, name), name)
-            if value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value:g}")
+            object.__setattr__(self, name, number(getattr(self, name), name))
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name):g}")
+        object.__setattr__(self, "peak", number(self.peak, "peak"))
         if not 0 < self.peak < 1:
             raise ValueError(f"peak must be in (0, 1), a fraction of the run, got {self.peak:g}")
+        object.__setattr__(self, "at", tuple(number(edge, "at") for edge in self.at))
         if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
             raise ValueError(f"at must be increasing epochs > 0, got {self.at}")
 
@@ -61,7 +63,8 @@ class Rate:
         if self.kind == "multistep":
             return self.lr * self.factor ** sum(t >= edge for edge in self.at)
         if self.kind == "onecycle":
-            return self.lr * min(t / (self.peak * epochs), (epochs - t) / ((1 - self.peak) * epochs))
+            rise, fall = t / (self.peak * epochs), (epochs - t) / ((1 - self.peak) * epochs)
+            return self.lr * max(0.0, min(rise, fall))  # 0 also beyond the end
         return self.lr
 
 

@@ -34,8 +34,8 @@ def names(package: str) -> tuple[str, ...]:
         ValueError: there is no such package.
 
     Example:
-        >>> names("controlat.data")
-        ('digits', 'mnist')
+        >>> "digits" in names("controlat.data")
+        True
     """
     try:
         spec = importlib.util.find_spec(package)

@@ -21,7 +21,7 @@ def derive(seed: int, *key: int | str) -> int:
     >>> derive(0, "order", 3) == derive(0, "order", 3) != derive(0, "order", 4)
     True
     """
-    text = repr((int(seed), *key)).encode()
+    text = repr((int(seed), *(k if isinstance(k, str) else int(k) for k in key))).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
@@ -43,7 +43,7 @@ def scoped(seed: int, *key: int | str, device: torch.device | str = "cpu") -> It
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(derive(seed, *key))
+        torch.default_generator.manual_seed(derive(seed, *key))
         if devices:
             torch.cuda.manual_seed(derive(seed, *key))
         yield

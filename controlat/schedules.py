@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from controlat.texts import numbers, only, split
 __all__ = ["CURVES", "FAMILIES", "Curve", "Schedule", "load_schedule", "parse_schedule"]
 
 FORMAT, VERSION = "controlat schedule", 1
+_MAX_PIECES = 1_000_000
 _ULP = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
 
 # kind -> value at time t of a run of T epochs, from the curve's numbers.
@@ -79,6 +80,10 @@ class Curve:
         wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
         if len(self.values) != wanted or not self.values:
             raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
+        if self.at and self.kind not in ("step", "table"):
+            raise ValueError(
+                f"only a step changes at given epochs, but a {self.kind} curve got at = {self.at}"
+            )
         if self.kind == "exponential" and min(self.values) <= 0:
             raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
         if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
@@ -138,6 +143,11 @@ class Schedule:
             raise ValueError(
                 f"resolution must be > 0 and at most the {self.epochs:g} epochs, got {self.resolution:g}"
             )
+        if self.epochs / self.resolution > _MAX_PIECES:
+            raise ValueError(
+                f"{self.epochs:g} epochs at a resolution of {self.resolution:g} have more than "
+                f"{_MAX_PIECES:,} pieces; take a coarser resolution"
+            )
         if not self.curves:
             raise ValueError("a schedule needs at least one knob")
         object.__setattr__(
@@ -146,7 +156,7 @@ class Schedule:
         object.__setattr__(self, "_pieces", tuple(self._at(i) for i in range(self.pieces)))
 
     def _bound(self, knob: str, curve: Curve) -> Curve:
-        if curve.kind == "ratio" and (curve.of not in self.curves or self.curves[curve.of].kind == "ratio"):
+        if curve.of is not None and (curve.of not in self.curves or self.curves[curve.of].of is not None):
             raise ValueError(f"{knob} divides by {curve.of!r}, which has no curve of its own here")
         if curve.kind != "table":
             return curve
@@ -165,7 +175,8 @@ class Schedule:
 
     def _at(self, piece: int) -> Control:
         t = piece * self.resolution
-        real = {k: CURVES[c.kind](c, t, self.epochs) for k, c in self.curves.items()}
+        where = f"at epoch {t:g} of {self.text!r}"
+        real = {k: number(CURVES[c.kind](c, t, self.epochs), f"{k} {where}") for k, c in self.curves.items()}
         value = {k: ROUNDINGS[c.rounding](real[k]) if c.rounding else real[k] for k, c in self.curves.items()}
         for knob, curve in self.curves.items():
             if curve.of is not None:
@@ -173,12 +184,12 @@ class Schedule:
                 value[knob] = curve.values[0] / below if value[curve.of] and below else 0.0
         steps = value.get("steps", 0)
         if steps != int(steps):
-            raise ValueError(f"steps must be a whole number, got {steps:g} at epoch {t:g} of {self.text!r}")
+            raise ValueError(f"steps must be a whole number, got {steps:g} {where}")
         if "steps" in value:
             value["steps"] = int(steps)
         for knob in ("steps", "alpha"):
             if value.get(knob, 0) < 0:
-                raise ValueError(f"{knob} must be >= 0, got {value[knob]:g} at epoch {t:g} of {self.text!r}")
+                raise ValueError(f"{knob} must be >= 0, got {value[knob]:g} {where}")
         return Control(**value)
 
     def __call__(self, t: float) -> Control:
@@ -191,10 +202,13 @@ class Schedule:
         if t < 0:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
         pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
-        return pieces[min(int(t / self.resolution + _ULP), self.pieces - 1)]
+        return pieces[int(min(t / self.resolution + _ULP, self.pieces - 1))]
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_json(), sort_keys=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickles and deep copies, which a mapping proxy refuses
+        return Schedule.from_json, (self.to_json(),)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form; `Schedule.from_json` reads it back to an equal schedule."""
@@ -229,9 +243,15 @@ class Schedule:
             only(c, {"curve", "values"}, {"at", "rounding", "of", "rounded"}, f"the curve of {knob}")
             if not isinstance(c["values"], list) or not isinstance(c.get("at", []), list):
                 raise ValueError(f"the curve of {knob}: values and at must be lists of numbers")
+            _plain_numbers((*c["values"], *c.get("at", ())), f"the curve of {knob}")
+            if not isinstance(c.get("rounded", True), bool):
+                raise ValueError(f"the curve of {knob}: rounded is true or false, got {c['rounded']!r}")
             options = {k: c[k] for k in ("rounding", "of", "rounded") if k in c}
             curves[knob] = Curve(c["curve"], tuple(c["values"]), tuple(c.get("at", ())), **options)
-        return cls(curves, found["epochs"], found.get("resolution", 1.0), str(found["text"]))
+        _plain_numbers((found["epochs"], found.get("resolution", 1.0)), "epochs and resolution")
+        if not isinstance(found["text"], str):
+            raise ValueError(f"text must be a string, got {found['text']!r}")
+        return cls(curves, found["epochs"], found.get("resolution", 1.0), found["text"])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the JSON form.
@@ -242,6 +262,12 @@ class Schedule:
         if Path(path).exists() and not overwrite:
             raise FileExistsError(f"{path} exists; give another name or overwrite=True")
         write_json(path, self.to_json())
+
+
+def _plain_numbers(values: Iterable[object], what: str) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{what}: expected plain numbers, got {value!r}")
 
 
 def load_schedule(path: str | Path) -> Schedule:
@@ -276,6 +302,8 @@ def _alpha(p: Mapping[str, str], family: str) -> Curve:
     if ("tau" in p) == ("alpha" in p):
         raise ValueError(f"{family} needs one of tau (alpha = tau/K) and alpha (fixed)")
     if "alpha" in p:
+        if "alpha_from" in p:
+            raise ValueError(f"{family} takes alpha_from only with tau; alpha is fixed")
         return Curve("constant", (number(p["alpha"], "alpha"),))
     rounded = p.get("alpha_from", "rounded")
     if rounded not in ("rounded", "real"):
@@ -316,6 +344,8 @@ def _lists(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
         at = numbers(p["at"], "at") if kind == "step" else ()
         curves = {"steps": Curve(kind, numbers(p["steps"], "steps"), at)}
         listed = ":" in p.get("alpha", "")
+        if listed and ("tau" in p or "alpha_from" in p):
+            raise ValueError(f"{family} takes a list of alpha, or tau and alpha_from, not both")
         curves["alpha"] = Curve(kind, numbers(p["alpha"], "alpha"), at) if listed else _alpha(p, family)
         return curves
 

@@ -59,15 +59,23 @@ def ascend(
 
 
 def check_batch(x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless x is a floating-point batch in [0, 1] and y its integer labels."""
+    """Raise ValueError unless x is a floating-point batch in [0, 1] and y its labels, int64 and >= 0."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor"
+            )
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point in [0, 1], got {x.dtype}: divide pixels by 255 first")
-    if y.dtype not in (torch.int64, torch.int32) or y.shape != x.shape[:1]:
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x must be a batch (N, ...) that is not empty, got shape {tuple(x.shape)}")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(
-            f"y must hold one integer label per sample, shape ({len(x)},), got {y.dtype} {tuple(y.shape)}"
+            f"y must hold one integer label per sample, shape ({len(x)},) and torch.int64 (y.long()), "
+            f"got {y.dtype} {tuple(y.shape)}"
         )
-    if x.numel() == 0:
-        raise ValueError("x is an empty batch")
+    if int(y.min()) < 0:  # -100 would be ignored without a word by torch's cross_entropy
+        raise ValueError(f"labels must be >= 0, got {int(y.min())}")
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also true where they are NaN
         raise ValueError(
@@ -137,7 +145,13 @@ def pgd(
     values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
     for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
         knob.check(name, values[name])
-    x = x.detach()
+    x, top = x.detach(), int(y.max())
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if top >= logits.shape[1]:
+            raise ValueError(f"labels must be in [0, {logits.shape[1] - 1}], the model's logits; got {top}")
+        return cross_entropy(logits, labels)
+
     with View(model, mode, channels_last=channels_last) as view:
         result = ascend(
             view,
@@ -147,6 +161,7 @@ def pgd(
             alpha=values["alpha"],
             steps=int(values["steps"]),
             random_start=random_start,
+            loss=loss,
             generator=generator,
         )
     return result.clone() if result is x else result

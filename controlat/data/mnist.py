@@ -10,6 +10,7 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def _find(root: Path, stem: str, kind: str) -> Path:
     raise ValueError(f"mnist: no file {', '.join(files)} in any of {places}; give their folder (--data-dir)")
 
 
-def read_idx(path: str | Path, magic: int | None = None) -> NDArray[np.generic]:
+def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
     """Read an array from an idx file, raw or gzipped (told apart by content, not by name).
 
     The file is the magic 0, 0, type code, rank; the sizes as uint32; the values; all big-endian.
@@ -125,12 +126,14 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[np.generic]:
         raise ValueError(f"{path}: rank {len(shape)}, sizes {shape[:8]}...: {error}") from error
 
 
-def _layout(path: str | Path, found: int, magic: int | None) -> tuple[np.dtype[np.generic], int]:
+def _layout(path: str | Path, found: int, magic: int | None) -> tuple[np.dtype[Any], int]:
     """The type of the values and the length of the header, from the magic number."""
     code, rank = found >> 8, found & 0xFF
     if code not in DTYPES or magic not in (None, found):
         codes = " ".join(f"{code:02x}" for code in DTYPES)
-        expected = f"0x{magic:08x}" if magic else f"0x0000TTRR with type TT in {codes} and rank RR"
+        expected = (
+            f"0x{magic:08x}" if magic is not None else f"0x0000TTRR with type TT in {codes} and rank RR"
+        )
         raise ValueError(
             f"{path}: wrong magic number 0x{found:08x}, expected {expected}; is it the right file?"
         )

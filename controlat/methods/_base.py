@@ -23,14 +23,14 @@ class Batch(NamedTuple):
     Args:
         x: (N, ...) clean inputs in [0, 1].
         y: (N,) labels.
-        index: (N,) positions of the samples in the training set.
+        indices: (N,) positions of the samples in the training set.
         epoch: epoch, from 0.
         number: position of the batch in its epoch, from 0.
     """
 
     x: Tensor
     y: Tensor
-    index: Tensor
+    indices: Tensor
     epoch: int
     number: int
 

@@ -67,26 +67,38 @@ class PgdAT:
                 random_start=self.random_start,
                 generator=ctx.generator("start", batch.x.device),
             )
-        yield self._update(ctx, batch, x)
+        yield self._update(ctx, batch, x, u)
 
     def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
         """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
         generator = ctx.generator("start", batch.x.device)
         start = ctx.ball.start(batch.x, generator) if self.random_start else batch.x
-        knobs = {"alpha": u["alpha"], "steps": int(u["steps"])}
         with ctx.view(self.attack_mode) as view:
-            visited = list(path(view, batch.x, start, batch.y, ball=ctx.ball, loss=cross_entropy, **knobs))
+            steps = path(
+                view,
+                batch.x,
+                start,
+                batch.y,
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=int(u["steps"]),
+                loss=cross_entropy,
+            )
+            visited = list(steps)
         for k, x in enumerate(visited, start=1):
-            yield Control(alpha=u["alpha"], steps=k), self._update(ctx, batch, x)
+            v = Control(alpha=u["alpha"], steps=k)
+            yield v, self._update(ctx, batch, x, v)
 
-    def _update(self, ctx: Context, batch: Batch, x: Tensor) -> Update:
+    def _update(self, ctx: Context, batch: Batch, x: Tensor, u: Control) -> Update:
         def loss() -> Tensor:
             value = F.cross_entropy(ctx.logits(x), batch.y)
             if self.clean_weight > 0:
                 value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
             return value
 
-        return Update(loss)
+        # Signs of gradients are piecewise constant in theta; l_2 steps are smooth in it.
+        smooth = ctx.ball.norm != "linf" and u["steps"] > 0
+        return Update(loss, ("the adversary's (l_2 steps)",) if smooth else ())
 
 
 METHOD = PgdAT

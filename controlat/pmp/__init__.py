@@ -1,6 +1,6 @@
 """Pontryagin's maximum principle: terminal costs, the Hamiltonian's maximum over G, Amata's criterion C."""
 
-from controlat.pmp.criterion import FORMS, Gap, Surface, criterion, measure
+from controlat.pmp.greedy import FORMS, Gap, Surface, criterion, measure
 from controlat.pmp.maximise import MAXIMISERS, Grid
 from controlat.pmp.terminal import AdversarialLoss
 

@@ -124,12 +124,12 @@ class Surface:
         if form == "costate":
             if self.costate is None:
                 raise ValueError("form 'costate' needs a terminal cost: give held-out data")
-            return self.scale * self.costate[:, chosen].mean(1)
+            return np.asarray(self.scale * self.costate[:, chosen].mean(1))
         gram = self.gram[np.ix_(np.arange(len(self.controls)), chosen, chosen)]
         total, m = gram.sum((1, 2)), len(chosen)
         if unbiased and m > 1:
-            return self.scale * (total - np.trace(gram, axis1=1, axis2=2)) / (m * (m - 1))
-        return self.scale * total / m**2
+            return np.asarray(self.scale * (total - np.trace(gram, axis1=1, axis2=2)) / (m * (m - 1)))
+        return np.asarray(self.scale * total / m**2)
 
     def gap(self, control: Control, gamma: float, form: str = "norm") -> Gap:
         """The gap of `control`, which is one of the candidates, at a price of gamma per evaluation.

@@ -1,0 +1,170 @@
+"""Count what the sweep over (alpha, K) saves over running every candidate control from its start."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from _common import Problem, environment, fitted, heading, main, parser, positive, progress, table
+
+from controlat.balls import Ball
+from controlat.control import Control
+from controlat.dynamics import Driver
+from controlat.methods import Batch, build
+from controlat.network import Meter
+from controlat.pmp.criterion import probe_batches
+from controlat.pmp.maximise import Grid, Scored, rerun, sweep
+
+EPS = 0.3
+TARGET = {"evaluations_ratio": 8.0}
+TOLERANCE = 1e-4  # the two ways must agree: relative difference of a squared gradient norm
+Way = Callable[[Meter], Iterator[Scored]]
+
+
+class Run(NamedTuple):
+    """One way of scoring the grid, run once: squared gradient norms per probe batch, and what they took."""
+
+    values: dict[Control, list[float]]
+    evaluations: int
+    seconds: float
+
+
+def ways(driver: Driver, batches: Sequence[Batch], grid: Grid) -> dict[str, Way]:
+    """The two ways of scoring the same candidates on the same probe."""
+    every = [Control(alpha=0.0, steps=0)]
+    every += [Control(alpha=a, steps=k) for a in grid.alphas for k in range(1, grid.max_steps + 1)]
+    return {
+        "rerun": lambda meter: (rerun(driver, batches, v, 0.0, meter) for v in every),
+        "sweep": lambda meter: sweep(driver, batches, grid, 0.0, meter),
+    }
+
+
+def score(way: Way, total: int, label: str) -> Run:
+    """Run one way to its end."""
+    meter, values = Meter(), {}
+    began = time.perf_counter()
+    for i, (v, _, gradients) in enumerate(way(meter), start=1):
+        values[v] = [float(sum(g.double().square().sum() for g in batch)) for batch in gradients]
+        if i % 50 == 0 or i == total:
+            progress(f"{label}: {i} of {total} candidates")
+    return Run(values, meter.gradients, time.perf_counter() - began)
+
+
+def difference(a: Run, b: Run) -> float:
+    """The largest relative difference between the squared gradient norms of two runs.
+
+    Raises:
+        ValueError: they did not score the same candidates.
+    """
+    if set(a.values) != set(b.values):
+        raise ValueError(f"{len(a.values)} candidates were scored one way and {len(b.values)} the other")
+    pairs = [p for v in a.values for p in zip(a.values[v], b.values[v], strict=True)]
+    return max(abs(p - q) / max(p, q, 1e-300) for p, q in pairs)
+
+
+def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Driver, list[Batch], Grid]:
+    """The driver, the probe and the grid.
+
+    Raises:
+        ValueError: the probe is larger than the training data, or smaller than its number of batches.
+    """
+    data = problem.data.train
+    if args.samples > len(data):
+        raise ValueError(f"--samples must be at most {len(data)}, got {args.samples}")
+    driver = Driver(problem.model, build("pgd_at"), Ball(EPS), seed=args.seed)
+    batches = probe_batches(*data.take(torch.arange(args.samples)), args.batches)
+    return driver, batches, Grid.default(EPS, args.steps, args.alphas)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole result, as it is written."""
+    progress("fitting the network")
+    problem = fitted(args)
+    driver, batches, grid = prepare(problem, args)
+    calls = ways(driver, batches, grid)
+    for batch in batches:
+        driver.field(batch, Control(alpha=grid.alphas[0], steps=1))  # warm-up
+    runs: dict[str, list[Run]] = {name: [] for name in calls}
+    for r in range(args.repeats):
+        for name, way in calls.items():
+            runs[name].append(score(way, len(grid), f"round {r + 1} of {args.repeats}, {name}"))
+    slow, fast = runs["rerun"], runs["sweep"]
+    ratio = slow[0].evaluations / fast[0].evaluations
+    apart = max(difference(a, b) for a, b in zip(slow, fast, strict=True))
+    samples = sum(len(b.x) for b in batches)
+    rows = {name: summary(found, samples) for name, found in runs.items()}
+    return {
+        "benchmark": "sweep",
+        "environment": environment(),
+        "problem": problem.record,
+        "settings": settings(args, grid, samples),
+        "target": TARGET | {"largest_difference": TOLERANCE},
+        "ways": rows,
+        "evaluations_ratio": ratio,
+        "seconds_ratio": rows["rerun"]["seconds"] / rows["sweep"]["seconds"],
+        "largest_difference": apart,
+        "met": ratio >= TARGET["evaluations_ratio"] and apart <= TOLERANCE,
+    }
+
+
+def settings(args: argparse.Namespace, grid: Grid, samples: int) -> dict[str, Any]:
+    """What was scored on what."""
+    return {
+        "method": "pgd_at",
+        "eps": EPS,
+        "alphas": list(grid.alphas),
+        "max_steps": grid.max_steps,
+        "candidates": len(grid),
+        "samples": samples,
+        "probe_batches": args.batches,
+        "repeats": args.repeats,
+    }
+
+
+def summary(runs: list[Run], samples: int) -> dict[str, Any]:
+    """One row of the table: the counts are the same in every round, of the seconds the least counts."""
+    return {
+        "evaluations": runs[0].evaluations,
+        "evaluations_per_sample": runs[0].evaluations / samples,
+        "seconds": min(run.seconds for run in runs),
+        "all_seconds": [run.seconds for run in runs],
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The table, with the target beside what came out."""
+    of, ways = found["settings"], found["ways"]
+    base = ways["sweep"]
+    rows = [
+        (name, f"{r['evaluations']:,}", f"{r['evaluations_per_sample']:,.0f}", f"{r['seconds']:.2f}",
+         f"{r['evaluations'] / base['evaluations']:.2f}", f"{r['seconds'] / base['seconds']:.2f}")
+        for name, r in ways.items()
+    ]  # fmt: skip
+    head = ("", "gradient evaluations", "per sample", "seconds", "evaluations ratio", "seconds ratio")
+    return (
+        f"{heading(found)}\n{of['candidates']} candidates ({len(of['alphas'])} step sizes, K to "
+        f"{of['max_steps']}, and no attack), {of['samples']} samples in {of['probe_batches']} probe "
+        f"batches, minimum of {of['repeats']} rounds\n\n{table(head, rows)}\n\n"
+        f"largest relative difference of a squared gradient norm: {found['largest_difference']:.1e} "
+        f"(at most {TOLERANCE:g})\n"
+        f"target: at least {TARGET['evaluations_ratio']:g} times fewer gradient evaluations; "
+        f"sweep: {found['evaluations_ratio']:.2f}: {'met' if found['met'] else 'MISSED'}"
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    made = parser(__doc__, "sweep.json", repeats=2)
+    made.add_argument("--alphas", metavar="N", type=positive, default=5, help="number of step sizes")
+    made.add_argument("--steps", metavar="K", type=positive, default=40, help="largest number of steps")
+    made.add_argument("--samples", metavar="N", type=positive, default=64, help="samples of the probe")
+    made.add_argument("--batches", metavar="N", type=positive, default=2, help="batches of the probe")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments(), measure, show))

@@ -1,0 +1,205 @@
+"""The command line: controlat evaluate, train, attack. Bad usage exits with 2 and one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["main"]
+
+_LISTS = {"schedules": str, "seeds": int, "attacks": str, "alphas": str}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the reason in one line and exit with 2."""
+        reason = " ".join(str(message).split())
+        print(f"controlat: error: {reason} (see controlat --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _command(settings: type, description: str) -> Parser:
+    parser = Parser(description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it.")
+    lists = [name for name in _LISTS if name in settings.__dataclass_fields__]  # type: ignore[attr-defined]
+    parser.add_class_arguments(settings, skip={*lists, "checkpoint"}, as_group=False)
+    for name in lists:
+        help_ = _help(settings, name)
+        parser.add_argument(f"--{name}", nargs="+", type=_LISTS[name], default=None, help=help_)
+    return parser
+
+
+def _help(settings: type, name: str) -> str:
+    for line in (settings.__doc__ or "").splitlines():
+        if line.strip().startswith(f"{name}:"):
+            return line.partition(":")[2].strip()
+    raise KeyError(name)
+
+
+def _parser() -> Parser:
+    from controlat import __version__
+    from controlat.config import AttackSettings, EvaluateSettings, TrainSettings
+
+    top = Parser(
+        prog="controlat",
+        description="Optimal-control analysis of adversarial training: how far is a schedule from optimal?",
+        version=__version__,
+    )
+    commands = top.add_subcommands(required=True, dest="command")
+
+    evaluate = _command(EvaluateSettings, "Train under several schedules and compare C, robustness and cost.")
+    evaluate.add_argument(
+        "--out", type=str, required=True, help="Directory for results; with it alone: the demo."
+    )
+    evaluate.add_argument("--dry_run", action="store_true", help="Print evaluations and estimated time only.")
+    commands.add_subcommand("evaluate", evaluate, help="compare schedules: criterion C, robustness, cost")
+
+    train = _command(TrainSettings, "Train one network under one schedule.")
+    train.add_argument("--out", type=str, required=True, help="Run directory: log, checkpoints, schedule.")
+    train.add_argument(
+        "--resume", action="store_true", help="Go on with an interrupted run of these settings."
+    )
+    commands.add_subcommand("train", train, help="train under one schedule")
+
+    attack = _command(AttackSettings, "Measure the robustness of a checkpoint.")
+    attack.add_argument("checkpoint", type=str, help="last.pt or best.pt of a run directory")
+    attack.add_argument("--out", type=str, default=None, help="JSON file to write.")
+    commands.add_subcommand("attack", attack, help="robust accuracy of a checkpoint")
+    return top
+
+
+def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
+    given = found.as_dict()
+    return {k: v for k, v in given.items() if k not in drop and (k not in _LISTS or v is not None)}
+
+
+def _evaluate(found: Namespace) -> None:
+    from controlat import jobs, report
+
+    settings = _settings(found, ("config", "out", "dry_run"))
+    if found.dry_run:
+        cost = jobs.estimate(**settings)
+        for part, value in cost["gradients"].items():
+            print(f"{part:>10}  {report.count(value):>8} gradient evaluations")
+        print(f"about {_duration(cost['seconds'])} on this machine; nothing was written")
+        return
+    result = jobs.evaluate(found.out, **settings)
+    print(report.table(*report.rows(result)))
+    print()
+    for line in report.notes(result):
+        print(f"- {line}")
+    names = ", ".join(report.FIGURES)
+    print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
+    if found.data == "digits" and found.model == "mlp":
+        print(_NEXT)
+
+
+_NEXT = """Next: your own schedules, for example
+  controlat evaluate --out mine --schedules pgd:steps=5,alpha=0.06 linear:start=0,end=5,tau=0.3 --seeds 0 1 2
+or real data (the four MNIST files in a folder); --dry-run says first what it will cost:
+  controlat evaluate --out mnist --data mnist --data-dir FOLDER --model lenet --eps 0.3 --epochs 6 \\
+    --schedules pgd:steps=10,alpha=0.01 amata:min=5,max=40,tau=0.4 --dry-run"""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _train(found: Namespace) -> None:
+    from controlat import jobs, report
+
+    result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    heads = ["epoch", "K", "alpha", "loss", "clean %", "robust %", "gradient evals", "seconds"]
+    cells = [
+        [
+            str(e["epoch"]),
+            f"{e['control'].get('steps', '')}",
+            f"{e['control'].get('alpha', 0):.4g}",
+            f"{e['loss']:.4f}",
+            f"{100 * e['clean']:.1f}",
+            f"{100 * e['robust']:.1f}",
+            report.count(e["gradients"]),
+            f"{e['seconds']:.1f}",
+        ]
+        for e in result["epochs"]
+    ]
+    print(report.table(heads, cells))
+    spent = f"{report.count(result['gradients'])} gradient evaluations, {_duration(result['seconds'])}"
+    again = " (finished before)" if result["finished_before"] else ""
+    print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
+    print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
+
+
+def _attack(found: Namespace) -> None:
+    from controlat import jobs, report
+
+    settings = _settings(found, ("config", "out", "checkpoint"))
+    result = jobs.attack(found.checkpoint, out=found.out, **settings)
+
+    def row(name: str, accuracy: dict[str, Any]) -> list[str]:
+        low, high = accuracy["interval"]
+        return [name, f"{accuracy['value']:.1%}", f"[{low:.1%}, {high:.1%}]"]
+
+    cells = [row("clean", result["clean"])]
+    cells += [row(f"after {name}", a) for name, a in result["after"].items()]
+    cells.append(row("robust", result["robust"]))
+    print(report.table(["", "accuracy", "95 % interval"], cells))
+    print(
+        f"\n{result['points']} points, {result['norm']} eps {result['eps']:.4g}, epoch {result['epoch']} of "
+        f"{result['schedule'] or 'a schedule'}; {report.count(result['gradients'])} gradient evaluations, "
+        f"{result['seconds']:.1f} seconds. A sample is robust if it survives every attack and restart."
+    )
+
+
+def _underscored(argument: str) -> str:
+    """--data-dir is --data_dir."""
+    name, sign, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + sign + value if name.startswith("--") else argument
+
+
+_COMMANDS = {"evaluate": _evaluate, "train": _train, "attack": _attack}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``controlat``; those of the process by default.
+
+    Returns:
+        0 when it went well, 1 when training diverged. Bad usage raises SystemExit(2), after one line.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
+    parser = _parser()
+    found = parser.parse_args([_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)])
+    from controlat.network import NonFiniteError
+
+    try:
+        _COMMANDS[found.command](found[found.command])
+    except (ValueError, TypeError, FileExistsError) as error:
+        if os.environ.get("CONTROLAT_DEBUG"):
+            raise
+        parser.error(str(error))
+    except NonFiniteError as error:
+        print(f"controlat: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("controlat: interrupted; the same command goes on (train: with --resume)", file=sys.stderr)
+        return 130
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Settings of the commands and of the Python calls: one dataclass each, checked at construction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from controlat.balls import Ball
+from controlat.control import number
+from controlat.dynamics import SGDSettings
+from controlat.evaluation import parse_attack
+from controlat.methods import build
+from controlat.pmp.maximise import MAXIMISERS
+from controlat.rates import parse_rate
+from controlat.schedules import Schedule, load_schedule, parse_schedule
+
+__all__ = [
+    "DEMO_EPS",
+    "DEMO_SCHEDULES",
+    "AttackSettings",
+    "EvaluateSettings",
+    "TrainSettings",
+    "read_schedule",
+]
+
+DEMO_EPS = "0.15"
+DEMO_SCHEDULES = (
+    "none",
+    "fgsm:alpha=0.15",
+    "pgd:steps=10,alpha=0.0375",
+    "amata:min=1,max=10,tau=0.3",
+    "exponential:min=1,max=10,tau=0.3",
+    "cosine:min=0,max=6,tau=0.3",
+)
+ATTACKS = ("fgsm", "pgd-20", "pgd-50-5", "cw-30", "cw-30-k50")
+
+# What decides where and how fast a run happens, not what comes out of it on one device and thread count.
+_RUNTIME = ("device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+
+
+def read_schedule(text: str, epochs: float) -> Schedule:
+    """A schedule from its short text, or from a JSON file whose name ends in .json.
+
+    Raises:
+        ValueError: as `parse_schedule` and `load_schedule`.
+    """
+    return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs)
+
+
+@dataclass
+class Problem:
+    """What is trained on what, and how: shared by training and evaluation of schedules.
+
+    Args:
+        data: digits (bundled), mnist, or your own package.module:factory returning a controlat.Dataset.
+        data_dir: Folder of the data files (mnist: the four idx files, raw or gz).
+        model: mlp, lenet, cnn_bn, or your own package.module:factory returning an nn.Module.
+        eps: Radius in pixel units of [0, 1], such as 0.3 or 8/255. 0.15 for digits if left out.
+        norm: linf or l2.
+        method: Training system: a file of controlat/methods, or your own package.module:Class.
+        method_options: Options of the method, such as {random_start: false}.
+        epochs: Length of training T.
+        batch_size: Samples per outer step.
+        lr: Learning rate: 0.05, multistep:lr=0.1,at=50:75,factor=0.1 or onecycle:lr=0.2,peak=0.5.
+        momentum: Momentum mu of torch.optim.SGD.
+        nesterov: Nesterov's form of momentum.
+        weight_decay: Weight decay.
+        train_points: Train on this many samples (a fixed subset); all if left out.
+        test_points: Test on this many samples (a fixed subset); all if left out.
+        held_out: Samples of the training set kept for validation; a tenth, at most 1000, if left out.
+        bf16: Train in bfloat16 mixed precision. Evaluation and criterion stay in float32.
+        channels_last: Run convolutional networks in NHWC layout (faster).
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
+        threads: CPU threads; torch's default if left out.
+        progress: Show progress bars (on a terminal).
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    model: str = "mlp"
+    eps: str | float | None = None
+    norm: str = "linf"
+    method: str = "pgd_at"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 12
+    batch_size: int = 64
+    lr: str | float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    train_points: int | None = None
+    test_points: int | None = None
+    held_out: int | None = None
+    bf16: bool = False
+    channels_last: bool = True
+    device: str = "auto"
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.eps is None:
+            if self.data != "digits":
+                raise ValueError(
+                    f"eps is missing: give the radius for {self.data} in pixel units, such as 8/255"
+                )
+            self.eps = DEMO_EPS
+        self.ball  # noqa: B018  (raises)
+        self.sgd  # noqa: B018
+        parse_rate(self.lr)
+        for name in ("epochs", "batch_size", "train_points", "test_points", "held_out", "threads"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+        build(self.method, self.method_options)
+
+    @property
+    def ball(self) -> Ball:
+        """The perturbation set."""
+        return Ball(number(self.eps, "eps"), self.norm)
+
+    @property
+    def sgd(self) -> SGDSettings:
+        """The optimiser."""
+        return SGDSettings(self.momentum, self.nesterov, self.weight_decay)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results, as plain data."""
+        return {k: v for k, v in asdict(self).items() if k not in _RUNTIME}
+
+    def schedule_of(self, text: str) -> Schedule:
+        """A schedule of this problem, checked against the method's controls.
+
+        Raises:
+            ValueError: it is malformed, or not admissible for the method.
+        """
+        schedule = read_schedule(text, self.epochs)
+        space = build(self.method, self.method_options).controls
+        for piece in range(schedule.pieces):
+            try:
+                space.check(schedule(piece * schedule.resolution))
+            except ValueError as error:
+                raise ValueError(f"schedule {text!r}: {error}") from None
+        return schedule
+
+
+@dataclass
+class TrainSettings(Problem):
+    """Train one network under one schedule.
+
+    Args:
+        schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file.
+        seed: Of initial weights, order of samples and random starts.
+        checkpoint_minutes: Longest time between two checkpoints within an epoch.
+        tensorboard: Write TensorBoard event files too.
+    """
+
+    schedule: str = DEMO_SCHEDULES[3]
+    seed: int = 0
+    checkpoint_minutes: float = 10.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.schedule_of(self.schedule)
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes must be > 0, got {self.checkpoint_minutes}")
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results; the schedule in full, so that an edited file is noticed."""
+        return super().to_json() | {"schedule": self.schedule_of(self.schedule).to_json()}
+
+
+@dataclass
+class EvaluateSettings(Problem):
+    """Train under several schedules and compare: criterion C, robustness, cost.
+
+    Args:
+        schedules: Short texts or JSON files.
+        seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
+        gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
+        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over alpha and K, as in the paper).
+        trials: Evaluations of tpe at each instant.
+        probe: Training samples that the criterion is computed on.
+        alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
+        attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
+    """
+
+    schedules: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    gamma: str | float = "0.04"
+    maximiser: str = "sweep"
+    trials: int = 100
+    probe: int = 512
+    alphas: Sequence[str | float] | None = None
+    attacks: Sequence[str] = ATTACKS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.schedules:
+            if self.data != "digits":
+                raise ValueError(
+                    "schedules are missing: give one or more, such as none amata:min=2,max=10,tau=20/255"
+                )
+            self.schedules = DEMO_SCHEDULES
+        self.seeds = self.seeds or ((0, 1, 2) if self.data == "digits" else (0,))
+        for name in ("schedules", "seeds", "attacks"):
+            values = list(getattr(self, name))
+            setattr(self, name, values)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more different ones, got {values}")
+        for text in self.schedules:
+            self.schedule_of(text)
+        for attack in self.attacks:
+            parse_attack(attack)
+        if number(self.gamma, "gamma") < 0:
+            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
+        if self.maximiser not in MAXIMISERS:
+            raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {self.maximiser!r}")
+        for name, low in (("trials", 1), ("probe", 2)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
+        if self.alphas is not None:
+            self.alphas = [number(a, "alphas") for a in self.alphas]
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results; schedules in full."""
+        return super().to_json() | {"schedules": [self.schedule_of(t).to_json() for t in self.schedules]}
+
+
+@dataclass
+class AttackSettings:
+    """Measure the robustness of a checkpoint.
+
+    Args:
+        checkpoint: last.pt or best.pt of a run directory.
+        attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
+        eps: Radius; that of training if left out.
+        norm: linf or l2; that of training if left out.
+        points: Test on this many samples (a fixed subset); all if left out.
+        data_dir: Folder of the data files.
+        seed: Of the random starts.
+        batch_size: Samples at a time.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
+        threads: CPU threads; torch's default if left out.
+        progress: Show a progress bar (on a terminal).
+    """
+
+    checkpoint: str
+    attacks: Sequence[str] = ATTACKS
+    eps: str | float | None = None
+    norm: str | None = None
+    points: int | None = None
+    data_dir: str | None = None
+    seed: int = 0
+    batch_size: int = 256
+    device: str = "auto"
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for attack in self.attacks:
+            parse_attack(attack)
+        if self.eps is not None:
+            Ball(number(self.eps, "eps"), self.norm or "linf")
+        for name in ("points", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def from_json(kind: type[Problem], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the fields of `kind` that stored settings hold."""
+    return {f.name: found[f.name] for f in fields(kind) if f.name in found}

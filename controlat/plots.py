@@ -1,0 +1,126 @@
+"""Figures of an evaluation, from its result file only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from controlat.files import write
+from controlat.pmp import FORMS
+
+__all__ = ["FIGURES", "criterion", "schedules", "tradeoff"]
+
+# Okabe and Ito's palette, readable with colour-vision deficiency, doubled by line styles.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vPX*"
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[(i // len(_COLOURS)) % len(_LINES)]}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png")
+    write(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def schedules(result: Mapping[str, Any], path: Path) -> None:
+    """alpha_t and K_t of every schedule."""
+    from controlat.schedules import Schedule
+
+    figure, axes = _figure(9, 3.6, 2)
+    for i, entry in enumerate(result["schedules"]):
+        s = Schedule.from_json(entry["schedule"])
+        t = np.arange(s.pieces + 1) * s.resolution
+        for axis, knob in zip(axes, ("alpha", "steps"), strict=True):
+            values = [s(v)[knob] for v in t]
+            # Schedules that coincide stay visible: earlier ones are drawn thicker.
+            width = 1.5 + 0.7 * (len(result["schedules"]) - 1 - i)
+            axis.step(t, values, where="post", label=entry["text"], linewidth=width, alpha=0.85, **_style(i))
+    axes[0].set_ylabel("step size α")
+    axes[1].set_ylabel("steps K")
+    for axis in axes:
+        axis.set_xlabel("t (epochs)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def criterion(result: Mapping[str, Any], path: Path) -> None:
+    """C per epoch in both forms; bands are the range over seeds."""
+    figure, axes = _figure(9, 3.9, len(FORMS))
+    for axis, form in zip(axes, FORMS, strict=True):
+        for i, entry in enumerate(result["schedules"]):
+            values = np.array([[e[form]["value"] for e in run["criterion"]] for run in entry["runs"]])
+            t = [e["epoch"] for e in entry["runs"][0]["criterion"]]
+            axis.plot(
+                t, values.mean(0), marker=_MARKERS[i % 8], markersize=4, label=entry["text"], **_style(i)
+            )
+            if len(values) > 1:
+                axis.fill_between(t, values.min(0), values.max(0), color=_style(i)["color"], alpha=0.15, lw=0)
+        axis.set_title(f"C, {form} form")
+        axis.set_xlabel("t (epochs)")
+        axis.set_yscale("symlog", linthresh=_threshold(result, form))
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("max H − H(u)   (0 is best)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def _threshold(result: Mapping[str, Any], form: str) -> float:
+    """Where a symmetric logarithmic axis turns linear: the smaller values that occur."""
+    found = [e[form]["value"] for s in result["schedules"] for run in s["runs"] for e in run["criterion"]]
+    positive = [v for v in found if v > 0]
+    return float(np.quantile(positive, 0.1)) if positive else 1.0
+
+
+def tradeoff(result: Mapping[str, Any], path: Path) -> None:
+    """Robust accuracy (with Wilson interval) against cost, in gradient evaluations and in seconds."""
+    figure, axes = _figure(9, 4.1, 2)
+    for i, entry in enumerate(result["schedules"]):
+        s = entry["summary"]
+        robust, (low, high) = 100 * s["robust"]["mean"], (100 * v for v in s["robust"]["interval"])
+        bars = [[max(robust - low, 0)], [max(high - robust, 0)]]
+        for axis, cost in zip(axes, ("gradients", "seconds"), strict=True):
+            axis.errorbar(
+                s[cost]["mean"],
+                robust,
+                yerr=bars,
+                fmt=_MARKERS[i % 8],
+                markersize=8,
+                capsize=3,
+                color=_style(i)["color"],
+                label=entry["text"],
+            )
+    axes[0].set_xlabel("gradient evaluations of training (samples)")
+    axes[1].set_xlabel("seconds of training")
+    for axis in axes:
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    axes[0].set_ylabel("robust accuracy (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+FIGURES: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = MappingProxyType(
+    {"schedules.png": schedules, "criterion.png": criterion, "tradeoff.png": tradeoff}
+)

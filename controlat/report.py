@@ -1,0 +1,213 @@
+"""Results as data, as a table and as files: everything printed or plotted comes from the result file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlat.evaluation import wilson
+from controlat.files import write_text
+from controlat.pmp import FORMS
+from controlat.pmp.greedy import interval
+
+__all__ = ["assemble", "summary", "table", "write"]
+
+FORMAT, VERSION = "controlat evaluation", 1
+
+
+def assemble(**parts: Any) -> dict[str, Any]:
+    """The result file: settings, environment, sizes, grid, and every schedule with its runs and summary."""
+    schedules = [s | {"summary": _summarise(s["runs"])} for s in parts.pop("schedules")]
+    return {"format": FORMAT, "version": VERSION, **parts, "schedules": schedules}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "sd_over_seeds": statistics.stdev(values) if len(values) > 1 else None,
+        "per_seed": list(values),
+    }
+
+
+def _accuracy(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds, and Wilson's interval there for ONE set of test points: the seeds share them."""
+    spread, points = _spread([a["value"] for a in found]), found[0]["points"]
+    return spread | {"points": points, "interval": list(wilson(round(spread["mean"] * points), points))}
+
+
+def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
+    """C: mean over epochs, then seeds; interval over probe batches, which all epochs and seeds share."""
+    per_run = [[epoch[form] for epoch in run["criterion"]] for run in runs]
+    found = _spread([statistics.fmean(g["value"] for g in gaps) for gaps in per_run])
+    every = [gap for gaps in per_run for gap in gaps]
+    left_out = np.mean([gap["jackknife"] for gap in every], axis=0)
+    for name in ("unbiased", "cross_fitted"):
+        values = [gap[name] for gap in every]
+        found[name] = None if None in values else statistics.fmean(values)
+    return found | {"interval": interval(found["mean"], list(left_out))}
+
+
+def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    evaluations = [run["evaluation"] for run in runs]
+    return {
+        "criterion": {form: _criterion(runs, form) for form in FORMS},
+        "clean": _accuracy([e["clean"] for e in evaluations]),
+        "robust": _accuracy([e["robust"] for e in evaluations]),
+        "after": {
+            name: _accuracy([e["after"][name] for e in evaluations]) for name in evaluations[0]["after"]
+        },
+        "gradients": _spread([run["gradients"] for run in runs]),
+        "seconds": _spread([run["seconds"] for run in runs]),
+        "criterion_gradients": sum(e["gradients"] for run in runs for e in run["criterion"]),
+        "evaluation_gradients": sum(e["gradients"] for e in evaluations),
+        "dropped": sorted({d for run in runs for e in run["epochs"] for d in e["dropped"]}),
+    }
+
+
+def count(value: float) -> str:
+    """A large number with its unit.
+
+    >>> count(1_234_567), count(950)
+    ('1.23 M', '950')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _c(found: Mapping[str, Any]) -> str:
+    text = f"{found['mean']:.3g}"
+    if found["interval"] is not None:
+        text += " [{:.3g}, {:.3g}]".format(*found["interval"])
+    return text
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    text = "{:.1%} [{:.1%}, {:.1%}]".format(found["mean"], *found["interval"]).replace("%", "")
+    return text + (f" ±{100 * found['sd_over_seeds']:.1f}" if found["sd_over_seeds"] is not None else "")
+
+
+def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table."""
+    heads = [
+        "schedule",
+        "C norm",
+        "C costate",
+        "clean %",
+        "robust %",
+        "gradient evals",
+        "seconds",
+    ]
+    cells = []
+    for schedule in result["schedules"]:
+        s = schedule["summary"]
+        cells.append(
+            [
+                schedule["text"],
+                *(_c(s["criterion"][form]) for form in FORMS),
+                f"{100 * s['clean']['mean']:.1f}",
+                _percent(s["robust"]),
+                count(s["gradients"]["mean"]),
+                f"{s['seconds']['mean']:.1f}",
+            ]
+        )
+    return heads, cells
+
+
+def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """An aligned table, which is also valid Markdown.
+
+    >>> print(table(["a", "b"], [["x", "1"]]))
+    | a | b |
+    |---|---|
+    | x | 1 |
+    """
+    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(heads))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(heads), rule, *map(line, cells)])
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What the numbers of the table mean, in lines."""
+    s, sizes, g = result["settings"], result["sizes"], result["grid"]
+    alphas = ", ".join(f"{a:.3g}" for a in g["alphas"])
+    scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
+    seeds = ", ".join(map(str, s["seeds"]))
+    lines = [
+        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test points), "
+        f"{s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
+        "C: mean over epochs of max over (alpha, K) of [s q - gamma n] minus its value at the schedule's own "
+        "control; 0 is a schedule that the greedy maximum principle cannot improve. "
+        f"gamma {s['gamma']}, n = gradient evaluations per sample, "
+        f"s = {scale} times the epoch's learning rate over the mean one.",
+        "norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi the adversarial "
+        "loss on held-out data (eval mode; the dependence of BatchNorm statistics on theta is dropped). "
+        f"Searched: K = 0..{g['max_steps']}, alpha in {{{alphas}}}, by {s['maximiser']}. "
+        "Intervals: 95 % over probe batches.",
+        f"robust: survives {', '.join(s['attacks'])}; 95 % Wilson interval for {sizes['test']} points"
+        + (", ± standard deviation over seeds." if len(s["seeds"]) > 1 else "."),
+        "gradient evals: forward-backward passes, in samples, of training; seconds: of training "
+        "(both without validation, criterion and evaluation; mean over seeds).",
+    ]
+    dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
+    return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+FIGURES = {
+    "schedules.png": "step size and steps",
+    "criterion.png": "C per epoch",
+    "tradeoff.png": "robustness against cost",
+}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """summary.md: the table, what it means, more estimates of C, the accuracy after each attack, figures."""
+    more_heads = ["schedule", *(f"C {f} {k}" for f in FORMS for k in ("plain", "unbiased", "cross-fitted"))]
+    more, attacks = [], []
+    for schedule in result["schedules"]:
+        found = schedule["summary"]["criterion"]
+        estimates = [found[f][k] for f in FORMS for k in ("mean", "unbiased", "cross_fitted")]
+        more.append([schedule["text"], *("-" if v is None else f"{v:.3g}" for v in estimates)])
+        after = schedule["summary"]["after"].values()
+        attacks.append([schedule["text"], *(f"{100 * a['mean']:.1f}" for a in after)])
+    names = list(result["schedules"][0]["summary"]["after"])
+    env = result["environment"]
+    machine = (
+        f"{env['hardware']}, {env['threads']} threads, torch {env['torch']}, controlat {env['controlat']}"
+    )
+    parts = [
+        "# Evaluation of schedules",
+        table(*rows(result)),
+        "\n".join(f"- {line}" for line in notes(result)),
+        "## Estimates of C\n\nplain: the maximum over noisy values, biased upward; unbiased: without the noise "
+        "of the batch mean; cross-fitted: control chosen on one half of the probe, scored on the other.",
+        table(more_heads, more),
+        "## Accuracy left after each attack in turn (%)",
+        table(["schedule", *names], attacks),
+        "\n".join(f"![{title}]({name})" for name, title in FIGURES.items()),
+        f"Made on {machine}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Write summary.md and the figures beside result.json, where they are missing."""
+    from controlat import plots
+
+    if not (out / "summary.md").exists():
+        write_text(out / "summary.md", summary(result))
+    for name in FIGURES:
+        if not (out / name).exists():
+            plots.FIGURES[name](result, out / name)

@@ -1,0 +1,127 @@
+"""Run directories: settings decide whether a directory is continued, reprinted or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import controlat
+from controlat.files import read_json, write_json
+
+__all__ = ["claimed", "environment", "slug"]
+
+SETTINGS = "settings.json"
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_state() -> str | None:
+    """Commit of the user's working directory, with + where it has changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions, hardware and git state, to be stored with every result."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {
+        "controlat": controlat.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device.type,
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git": _git_state(),
+    }
+
+
+def slug(text: str) -> str:
+    """A schedule's text as a folder name.
+
+    >>> slug("pgd:steps=10,alpha=2/255")
+    'pgd-steps=10-alpha=2_255'
+    """
+    name = text.replace("/", "_").replace(":", "-").replace(",", "-").replace(" ", "")
+    return "".join(c for c in name if c.isalnum() or c in "-_=.")[:80].strip(".") or "schedule"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    keys = sorted(set(old) | set(new))
+    return [
+        f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} here"
+        for k in keys
+        if old.get(k) != new.get(k)
+    ]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "text" in v for v in value):
+        value = [v["text"] for v in value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextlib.contextmanager
+def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool]:
+    """Hold a run directory: yields whether it already was one, of these very settings.
+
+    A new or empty directory is made one: the settings are written to it. Nothing in it is ever deleted or
+    overwritten by other settings, and one process at a time works in it.
+
+    Args:
+        directory: the run directory.
+        settings: plain data that decides the results.
+
+    Raises:
+        ValueError: the directory holds something else, or other settings, or another process works in it.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; give the name of a directory")
+    known = (directory / SETTINGS).exists()
+    if not known and directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
+        raise ValueError(f"{directory} holds other files and no {SETTINGS}; give a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another process is working in {directory}; wait for it or give another"
+            ) from None
+        if known:
+            different = _differences(read_json(directory / SETTINGS), settings)
+            if different:
+                listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
+                raise ValueError(
+                    f"{directory} was made with other settings ({listed}); give another directory"
+                )
+        else:
+            write_json(directory / SETTINGS, dict(settings))
+        yield known

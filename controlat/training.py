@@ -1,0 +1,324 @@
+"""The trainer: a roll-out of the controlled system with checkpoints, resume, progress and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from controlat import rng
+from controlat.data import Split
+from controlat.dynamics import Driver, Plan, Snapshot, Step, rollout
+from controlat.evaluation import robustness
+from controlat.files import append_json_line, read_json_lines, write, write_text
+from controlat.network import NonFiniteError, channels_last
+from controlat.runs import environment
+
+__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
+
+FORMAT, VERSION = "controlat checkpoint", 1
+LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
+
+
+@dataclass
+class Tally:
+    """Where a run stands and what it has spent; stored in every checkpoint.
+
+    Args:
+        epoch: epoch to go on with, from 0.
+        batch: batch of that epoch to go on with.
+        gradients: gradient evaluations of training so far, in samples.
+        forwards: forward passes of training so far.
+        seconds: wall time of training so far, without validation.
+        loss: sum of the losses of the present epoch, by samples.
+        samples: samples of the present epoch so far.
+        epoch_gradients: evaluations of the present epoch so far.
+        epoch_seconds: wall time of the present epoch so far.
+        best: best robust accuracy on held-out data so far, -1 before the first.
+        best_epoch: its epoch.
+        dropped: smooth dependences on theta that the method detached.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    gradients: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    samples: int = 0
+    epoch_gradients: int = 0
+    epoch_seconds: float = 0.0
+    best: float = -1.0
+    best_epoch: int = -1
+    dropped: list[str] = field(default_factory=list)
+
+    def add(self, step: Step, seconds: float) -> None:
+        """Count one outer step."""
+        self.batch = step.batch + 1
+        self.gradients += step.spent.gradients
+        self.forwards += step.spent.forwards
+        self.seconds += seconds
+        self.loss += step.loss * step.samples
+        self.samples += step.samples
+        self.epoch_gradients += step.spent.gradients
+        self.epoch_seconds += seconds
+        self.dropped = sorted({*self.dropped, *step.dropped})
+
+    def next_epoch(self) -> None:
+        """Begin a new epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss, self.samples, self.epoch_gradients, self.epoch_seconds = 0.0, 0, 0, 0.0
+
+
+def place(model: nn.Module, device: torch.device | str, nhwc: bool = True) -> nn.Module:
+    """Move a model to its device and, where `nhwc`, its convolution weights to NHWC layout."""
+    model = model.to(device)
+    if nhwc:
+        for p in model.parameters():
+            p.data = channels_last(p.data)
+    return model
+
+
+@contextlib.contextmanager
+def deterministic(threads: int | None = None) -> Iterator[None]:
+    """Deterministic kernels, and a number of CPU threads, inside the block only."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def save_checkpoint(
+    path: Path, driver: Driver, plan: Plan, tally: Tally, settings: Mapping[str, Any]
+) -> None:
+    """Write everything that a run consists of between two batches."""
+    state = driver.snapshot()._asdict() | {
+        "format": FORMAT,
+        "version": VERSION,
+        "schedule": plan.schedule.to_json(),
+        "tally": asdict(tally),
+        "settings": dict(settings),
+        "environment": environment(driver.device),
+    }
+    write(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without unpickling code.
+
+    Args:
+        path: ``last.pt`` or ``best.pt`` of a run directory.
+        device: where its tensors go.
+
+    Returns:
+        ``model``, ``optimizer``, ``memory``, ``schedule``, ``tally``, ``settings``, ``environment``.
+
+    Raises:
+        ValueError: the file is missing, damaged or not a checkpoint of controlat.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        found = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of controlat")
+    if found["version"] != VERSION:
+        raise ValueError(f"{path} has checkpoint version {found['version']}; this release reads {VERSION}")
+    return found
+
+
+def _resume(driver: Driver, directory: Path) -> Tally:
+    """Put the driver where the last checkpoint left it, and the log with it."""
+    if not (directory / LAST).exists():
+        tally = Tally()
+    else:
+        found = load_checkpoint(directory / LAST, driver.device)
+        driver.restore(Snapshot(found["model"], found["optimizer"], found["memory"]))
+        tally = Tally(**found["tally"])
+    lines = (directory / LOG).read_text().splitlines(True) if (directory / LOG).exists() else []
+    done = read_json_lines(directory / LOG)[: tally.epoch]
+    if len(lines) != len(done):
+        write_text(directory / LOG, "".join(lines[: len(done)]))
+    return tally
+
+
+def _validate(driver: Driver, held_out: Split | None) -> dict[str, Any]:
+    """Clean and PGD-10 accuracy on the held-out slice."""
+    if held_out is None:
+        return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
+    x, y = held_out.take(torch.arange(len(held_out)))
+    found = robustness(
+        driver.model,
+        x,
+        y,
+        eps=driver.ball.eps,
+        norm=driver.ball.norm,
+        attacks=["pgd-10"],
+        seed=driver.seed,
+    )
+    return {
+        "clean": found.clean.value,
+        "robust": found.robust.value,
+        "validation_gradients": found.spent.gradients,
+        "validation_seconds": found.seconds,
+    }
+
+
+def _bar(plan: Plan, driver: Driver, tally: Tally, label: str, show: bool) -> Any:
+    """A progress bar over planned gradient evaluations: Amata's late epochs cost more than its early ones."""
+    per_epoch = plan.batches_per_epoch
+    steps = (plan.schedule(e + b / per_epoch) for e in range(plan.epochs) for b in range(per_epoch))
+    cost = sum(driver.method.controls.cost(u) for u in steps) * len(plan.data) / per_epoch
+    return tqdm(
+        total=round(cost),
+        initial=tally.gradients,
+        desc=label,
+        unit=" grad",
+        unit_scale=True,
+        disable=None if show else True,
+        leave=False,
+        mininterval=0.5,
+    )
+
+
+def fit(
+    driver: Driver,
+    plan: Plan,
+    directory: str | Path,
+    *,
+    held_out: Split | None = None,
+    settings: Mapping[str, Any] | None = None,
+    at_epoch: Callable[[int], object] | None = None,
+    checkpoint_minutes: float = 10.0,
+    tensorboard: bool = False,
+    progress: bool = True,
+    label: str = "train",
+) -> Tally:
+    """Train under the plan's schedule, going on from the directory's last checkpoint if there is one.
+
+    Stopped at any moment and called again, it ends with the same bits as undisturbed (one device, one thread
+    count). The directory gets ``log.jsonl`` (one line per epoch), ``last.pt``, ``best.pt`` (largest PGD-10
+    accuracy on `held_out`) and ``schedule.json``.
+
+    Args:
+        driver: the system at its initial state.
+        plan: data, schedule, rates.
+        directory: the run directory.
+        held_out: samples for validation, never trained on.
+        settings: plain data to store in checkpoints.
+        at_epoch: called with each epoch's number before its first step.
+        checkpoint_minutes: longest time between checkpoints within an epoch.
+        tensorboard: write event files too.
+        progress: show a progress bar (on a terminal).
+        label: its description.
+
+    Returns:
+        The final `Tally`.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; names epoch, batch, control and the last checkpoint.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tally = _resume(driver, directory)
+    settings = settings or {}
+    plan.schedule.save(directory / "schedule.json", overwrite=True)
+    writer = _writer(directory) if tensorboard else None
+    with _bar(plan, driver, tally, label, progress) as bar:
+        while tally.epoch < plan.epochs:
+            if tally.batch == 0 and at_epoch is not None:
+                at_epoch(tally.epoch)
+            try:
+                _epoch(driver, plan, directory, tally, settings, checkpoint_minutes, bar)
+                record = _record(driver, plan, tally, held_out)
+            except NonFiniteError as error:
+                kept = directory / LAST
+                where = (
+                    f"the last good checkpoint is {kept}"
+                    if kept.exists()
+                    else "no checkpoint was written yet"
+                )
+                raise NonFiniteError(f"{error}; {where}; try a smaller learning rate") from None
+            append_json_line(directory / LOG, record)
+            better = record["robust"] is not None and record["robust"] > tally.best
+            if better:
+                tally.best, tally.best_epoch = record["robust"], tally.epoch
+            tally.next_epoch()
+            for name in (BEST, LAST) if better else (LAST,):
+                save_checkpoint(directory / name, driver, plan, tally, settings)
+            if writer is not None:
+                _write_scalars(writer, record)
+    if writer is not None:
+        writer.close()
+    return tally
+
+
+def _epoch(
+    driver: Driver,
+    plan: Plan,
+    directory: Path,
+    tally: Tally,
+    settings: Mapping[str, Any],
+    minutes: float,
+    bar: Any,
+) -> None:
+    began = saved = time.perf_counter()
+    steps = rollout(driver, plan, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1)
+    for step in steps:
+        now = time.perf_counter()
+        tally.add(step, now - began)
+        bar.update(step.spent.gradients)
+        if now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
+            save_checkpoint(directory / LAST, driver, plan, tally, settings)
+            saved = time.perf_counter()
+        began = time.perf_counter()
+
+
+def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Split | None) -> dict[str, Any]:
+    return {
+        "epoch": tally.epoch,
+        "control": dict(plan.schedule(tally.epoch)),
+        "lr": plan.mean_rate(tally.epoch),
+        "loss": tally.loss / tally.samples,
+        "gradients": tally.epoch_gradients,
+        "seconds": tally.epoch_seconds,
+        "total_gradients": tally.gradients,
+        "total_seconds": tally.seconds,
+        "dropped": tally.dropped,
+        **_validate(driver, held_out),
+    }
+
+
+def _writer(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("TensorBoard is not installed: pip install 'controlat[tensorboard]'") from None
+    return SummaryWriter(str(directory / "tensorboard"))
+
+
+def _write_scalars(writer: Any, record: Mapping[str, Any]) -> None:
+    values = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "epoch"}
+    values |= {f"control/{k}": v for k, v in record["control"].items()}
+    for name, value in values.items():
+        writer.add_scalar(name, value, record["epoch"])
+
+
+def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a model with initial weights that are a function of the seed."""
+    with rng.scoped(seed, "model"):
+        return build()
