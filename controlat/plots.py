@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from controlat.files import write
 from controlat.pmp import FORMS
@@ -112,7 +113,9 @@ def tradeoff(result: Mapping[str, Any], path: Path) -> None:
             )
     axes[0].set_xlabel("gradient evaluations of training (samples)")
     axes[1].set_xlabel("seconds of training")
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axes[0].set_ylabel("robust accuracy (%)")

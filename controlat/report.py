@@ -146,8 +146,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
     seeds = ", ".join(map(str, s["seeds"]))
     lines = [
-        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test points), "
-        f"{s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
+        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
+        f"points), {s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
         "C: mean over epochs of max over (alpha, K) of [s q - gamma n] minus its value at the schedule's own "
         "control; 0 is a schedule that the greedy maximum principle cannot improve. "
         f"gamma {s['gamma']}, n = gradient evaluations per sample, "
@@ -191,8 +191,9 @@ def summary(result: Mapping[str, Any]) -> str:
         "# Evaluation of schedules",
         table(*rows(result)),
         "\n".join(f"- {line}" for line in notes(result)),
-        "## Estimates of C\n\nplain: the maximum over noisy values, biased upward; unbiased: without the noise "
-        "of the batch mean; cross-fitted: control chosen on one half of the probe, scored on the other.",
+        "## Estimates of C\n\nplain: the maximum over noisy values, biased upward; unbiased: without the "
+        "noise of the batch mean; cross-fitted: control chosen on one half of the probe, scored on the "
+        "other.",
         table(more_heads, more),
         "## Accuracy left after each attack in turn (%)",
         table(["schedule", *names], attacks),

@@ -80,10 +80,14 @@ def test_scoped_leaves_the_global_state() -> None:
 
 
 def test_scoped_leaves_the_global_state_after_an_exception() -> None:
+    def fail() -> None:
+        with rng.scoped(0, "model"):
+            torch.rand(10)
+            raise KeyError
+
     before = torch.random.get_rng_state()
-    with pytest.raises(KeyError), rng.scoped(0, "model"):
-        torch.rand(10)
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
