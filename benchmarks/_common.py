@@ -1,4 +1,4 @@
-"""What the benchmarks share: a fitted LeNet with images to attack, the environment record, tables, results."""
+"""What the benchmarks share: a fitted LeNet with images, the environment record, tables, results."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from controlat.models import build
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, SIDE = 10, 28
+LEARNT = 0.5  # accuracy that a fitted network must have
 
 
 class Problem(NamedTuple):
@@ -50,7 +51,7 @@ def parser(description: str | None, out: str, repeats: int) -> argparse.Argument
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    made.add_argument("--mnist", metavar="DIR", help="folder of the MNIST files; without it synthetic images")
+    made.add_argument("--mnist", metavar="DIR", help="folder of MNIST; synthetic images if not given")
     made.add_argument("--out", metavar="FILE", type=Path, default=RESULTS / out, help="JSON result")
     made.add_argument("--repeats", metavar="N", type=positive, default=repeats, help="timed rounds")
     made.add_argument("--threads", metavar="N", type=positive, default=1, help="threads of torch")
@@ -61,12 +62,17 @@ def parser(description: str | None, out: str, repeats: int) -> argparse.Argument
 
 
 def _images(labels: Tensor, templates: Tensor, generator: torch.Generator) -> Tensor:
-    """Bright blobs on black, as in MNIST: the template of the class, shifted by up to 2 pixels, with noise."""
-    shifts = torch.randint(-2, 3, (len(labels), 2), generator=generator).tolist()
-    moved = [templates[c].roll(s, (-2, -1)) for c, s in zip(labels.tolist(), shifts, strict=True)]
-    x = torch.stack(moved)
-    noise = torch.rand(x.shape, generator=generator)
-    return torch.where(x > 0, x * (0.6 + 0.4 * noise), torch.zeros(()))
+    """Bright blobs on black, as in MNIST: the shifted template of the class, a fainter one of another, noise.
+
+    Shifts are of up to 3 pixels; the fainter template makes the classes overlap.
+    """
+    n = len(labels)
+    shifts = torch.randint(-3, 4, (n, 2), generator=generator).tolist()
+    own = [templates[c].roll(s, (-2, -1)) for c, s in zip(labels.tolist(), shifts, strict=True)]
+    other = templates[torch.randint(CLASSES, (n,), generator=generator)]
+    share = 0.9 * torch.rand(n, 1, 1, 1, generator=generator)
+    x = torch.maximum(torch.stack(own), share * other)
+    return x * (0.5 + 0.5 * torch.rand(x.shape, generator=generator))
 
 
 def synthetic(seed: int, train: int = 4096, test: int = 1024) -> Dataset:
@@ -82,7 +88,7 @@ def synthetic(seed: int, train: int = 4096, test: int = 1024) -> Dataset:
 def fit(model: nn.Module, data: Split, steps: int, seed: int, batch: int = 128) -> None:
     """Some steps of SGD on clean images, so that gradients are not those of a random network."""
     generator = rng.generator(seed, "fit")
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     model.train()
     for _ in range(steps):
         x, y = data.take(torch.randint(len(data), (batch,), generator=generator))
@@ -97,8 +103,11 @@ def fitted(args: argparse.Namespace) -> Problem:
     """The LeNet of controlat.models after `args.fit_steps` steps, in evaluation mode.
 
     Raises:
-        ValueError: the folder of MNIST lacks a file; the message names it.
+        ValueError: the folder of MNIST lacks a file; or the network learnt nothing, so that its gradients are
+            no example of anything.
     """
+    if args.mnist and not Path(args.mnist).is_dir():
+        raise ValueError(f"--mnist {args.mnist}: no such folder; leave it out for synthetic images")
     torch.set_num_threads(args.threads)
     data = load_data("mnist", args.mnist) if args.mnist else synthetic(args.seed)
     with rng.scoped(args.seed, "model"):
@@ -107,12 +116,18 @@ def fitted(args: argparse.Namespace) -> Problem:
     x, y = data.test.take(torch.arange(min(1000, len(data.test))))
     with torch.no_grad():
         logits = model(x)
+    accuracy = float((logits.argmax(1) == y).float().mean())
+    if accuracy < LEARNT:
+        raise ValueError(
+            f"the network's accuracy is {accuracy:.1%} after {args.fit_steps} steps, it must be at least "
+            f"{LEARNT:.0%}: give more --fit-steps or another --seed"
+        )
     record = {
         "model": "lenet",
         "data": data.name,
         "fit_steps": args.fit_steps,
         "clean_loss": float(F.cross_entropy(logits, y)),
-        "clean_accuracy": float((logits.argmax(1) == y).float().mean()),
+        "clean_accuracy": accuracy,
         "seed": args.seed,
     }
     return Problem(model, data, record)
@@ -159,10 +174,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need to be; the first to the left, the others to the right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in lines
-    )
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *others])
+
+    return "\n".join(map(line, lines))
 
 
 def heading(found: Mapping[str, Any]) -> str:

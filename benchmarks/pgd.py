@@ -44,15 +44,16 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, 
     try:
         import foolbox
         import torchattacks
+        from foolbox.models.pytorch import PyTorchModel
     except ImportError as error:
-        cure = "install the test extra: pip install -e '.[test]'"
+        cure = "install the test extra: pip install -c constraints.txt -e '.[test]'"
         raise ValueError(f"{error.name or error} is not installed; {cure}") from None
-    step = {"eps": EPS, "alpha": ALPHA, "steps": steps}
-    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": steps}
+    other: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_other = x.to(memory_format=torch.channels_last)
     attack, attack_other = torchattacks.PGD(model, **step), torchattacks.PGD(other, **step)
     linf = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=steps, random_start=True)
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
     wrong = foolbox.criteria.Misclassification(y)
     return {
         ORACLE: lambda: attack(x, y),

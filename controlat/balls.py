@@ -50,6 +50,11 @@ def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> T
     return torch.empty_like(like).uniform_(-eps, eps, generator=generator)
 
 
+def _sign(g: Tensor) -> Tensor:
+    """sign(g), NaN where g is not finite: torch has sign(nan) = 0, which would pass for a flat network."""
+    return g.sign() + 0 * g
+
+
 def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     delta = torch.empty_like(like).normal_(generator=generator)
     length = _length(delta)
@@ -65,7 +70,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
     {
         "linf": Norm(
             draw=_draw_linf,
-            direction=torch.sign,
+            direction=_sign,
             shrink=lambda delta, eps: delta.clamp(-eps, eps),
             size=lambda delta: delta.flatten(1).abs().amax(1),
             dual=lambda g: g.flatten(1).abs().sum(1),

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _COMMANDS[found.command](found[found.command])
-    except (ValueError, TypeError, FileExistsError) as error:
+    except (ValueError, TypeError, OSError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
         parser.error(str(error))

@@ -132,7 +132,8 @@ class Driver:
         optimizer: SGD's settings.
         seed: of everything random in a step.
         autocast: dtype of mixed precision in training, None for none.
-        channels_last: run convolutions in NHWC layout.
+        channels_last: run convolutions in NHWC layout; dropout, which draws in the order of memory, then has
+            another mask.
     """
 
     model: nn.Module
@@ -225,18 +226,14 @@ class Driver:
 
     def snapshot(self) -> Snapshot:
         """A copy of the state z."""
-        optimizer = self.sgd.state_dict()
-        optimizer["state"] = {
-            i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
-            for i, s in optimizer["state"].items()
-        }
         model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-        return Snapshot(model, optimizer, {name: t.clone() for name, t in self.memory.items()})
+        memory = {name: t.clone() for name, t in self.memory.items()}
+        return Snapshot(model, _copied(self.sgd.state_dict()), memory)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put the state z back to a snapshot, which stays usable."""
         self.model.load_state_dict(snapshot.model)
-        self.sgd.load_state_dict(snapshot.optimizer)
+        self.sgd.load_state_dict(_copied(snapshot.optimizer))  # torch keeps the very tensors it is given
         self.memory = {name: t.clone() for name, t in snapshot.memory.items()}
 
     def _updates(
@@ -295,17 +292,32 @@ class Driver:
     def _scoring(self) -> Iterator[None]:
         """Put parameters, buffers and training flags back, as scoring moves them."""
         flags = [(m, m.training) for m in self.model.modules()]
-        tensors = [*self.parameters, *self.model.buffers()]
-        saved = [t.detach().clone() for t in tensors]
+        saved = [(p, p.detach().clone()) for p in self.parameters]
+        buffers = [
+            (module._buffers, name, b, None if b is None else b.detach().clone())
+            for module, _ in flags
+            for name, b in module._buffers.items()
+        ]
         self.model.train()
         try:
             yield
         finally:
             with torch.no_grad():
-                for t, before in zip(tensors, saved, strict=True):
-                    t.copy_(before)
+                for p, before in saved:
+                    p.copy_(before)
+                for home, name, b, value in buffers:  # some modules replace a buffer instead of filling it
+                    home[name] = b if b is None or value is None else b.copy_(value)
             for module, training in flags:
                 module.training = training
+
+
+def _copied(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state dict with tensors of its own."""
+    state = {
+        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
+        for i, s in optimizer["state"].items()
+    }
+    return optimizer | {"state": state}
 
 
 def rollout(

@@ -244,7 +244,8 @@ def robustness(
         after: dict[str, Accuracy] = {}
         for attack in chosen:
             for restart in range(attack.restarts):
-                for part in torch.split(standing.nonzero().squeeze(1), batch_size):
+                left = standing.nonzero().squeeze(1)
+                for part in torch.split(left, batch_size) if len(left) else ():
                     start = generator(seed, "evaluation", attack.name, restart, int(part[0]), device=device)
                     batch = x[part].to(device), y[part].to(device)
                     standing[part] = _survives(view, *batch, ball, attack, start).cpu()

@@ -50,7 +50,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         "controlat": controlat.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's own, which weights_only would refuse
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "device": device.type,
@@ -124,4 +124,9 @@ def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool
                 )
         else:
             write_json(directory / SETTINGS, dict(settings))
-        yield known
+        try:
+            yield known
+        except BaseException:
+            if not known and {p.name for p in directory.iterdir()} == {".lock", SETTINGS}:
+                (directory / SETTINGS).unlink()  # nothing was made: other settings may be tried here
+            raise

@@ -24,7 +24,7 @@ from controlat.runs import environment
 __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
 
 FORMAT, VERSION = "controlat checkpoint", 1
-LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
+LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
 
 
 @dataclass
@@ -132,13 +132,18 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         found = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of controlat")
     if found["version"] != VERSION:
         raise ValueError(f"{path} has checkpoint version {found['version']}; this release reads {VERSION}")
     return found
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without torch's advice to unpickle code, in one line."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n")[0]
+    return text.partition(" Please ")[0].strip() or type(error).__name__
 
 
 def _resume(driver: Driver, directory: Path) -> Tally:
@@ -236,7 +241,8 @@ def fit(
     directory.mkdir(parents=True, exist_ok=True)
     tally = _resume(driver, directory)
     settings = settings or {}
-    plan.schedule.save(directory / "schedule.json", overwrite=True)
+    if not (directory / SCHEDULE).exists():
+        plan.schedule.save(directory / SCHEDULE)
     writer = _writer(directory) if tensorboard else None
     with _bar(plan, driver, tally, label, progress) as bar:
         while tally.epoch < plan.epochs:
@@ -283,9 +289,18 @@ def _epoch(
         tally.add(step, now - began)
         bar.update(step.spent.gradients)
         if now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
+            _check_parameters(driver, step)
             save_checkpoint(directory / LAST, driver, plan, tally, settings)
             saved = time.perf_counter()
         began = time.perf_counter()
+    _check_parameters(driver, step)
+
+
+def _check_parameters(driver: Driver, step: Step) -> None:
+    """Keep parameters that the last step made infinite out of checkpoints; its loss was still finite."""
+    if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
+        where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
+        raise NonFiniteError(f"a parameter is not finite after the step ({where})")
 
 
 def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Split | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Schedules: every family against values written out by hand, and files that come back equal or are refused."""
+"""Schedules: every family against values written out by hand; files come back equal or are refused."""
 
 import copy
 import json
@@ -144,7 +144,7 @@ def test_every_family_has_an_example_that_parses_and_comes_back() -> None:
         assert Schedule.from_json(json.loads(json.dumps(s.to_json()))) == s
 
 
-# -------------------------------------------------------------------------------------------------- time
+# ------------------------------------------------------------------------------------------------------ time
 
 
 @pytest.mark.parametrize("text", [f.example for f in FAMILIES.values()])
@@ -217,7 +217,7 @@ def test_a_saved_schedule_is_used_as_keyword_arguments_of_pgd(tmp_path: Path) ->
     assert torch.equal(controlat.pgd(model, x, y, eps=eps, **schedule(0)), x)
 
 
-# ------------------------------------------------------------------------------------------------- round trips
+# ----------------------------------------------------------------------------------------------- round trips
 
 positive = st.floats(1e-3, 1e3)
 whole = st.integers(0, 50).map(float)
@@ -323,7 +323,7 @@ def test_schedules_compare_by_value_and_are_frozen() -> None:
         s.curves["steps"] = Curve("constant", (1,))  # type: ignore[index]
 
 
-# --------------------------------------------------------------------------------------------- malformed files
+# ------------------------------------------------------------------------------------------- malformed files
 
 
 def good() -> dict[str, Any]:
@@ -456,7 +456,7 @@ def test_whatever_is_put_into_a_file_gives_a_schedule_or_a_value_error(path: str
     assert Schedule.from_json(s.to_json()) == s
 
 
-# ------------------------------------------------------------------------------------------------ wrong texts
+# ----------------------------------------------------------------------------------------------- wrong texts
 
 
 @pytest.mark.parametrize(

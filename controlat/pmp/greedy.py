@@ -242,7 +242,7 @@ def measure(
 
     Raises:
         ValueError: unknown maximiser, or probe batches of unequal size.
-        NonFiniteError: the gradient under u_t is not finite.
+        NonFiniteError: the gradient under u_t or of Phi is not finite, or, in a sweep, that of a candidate.
     """
     if maximiser not in MAXIMISERS:
         raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
@@ -368,15 +368,21 @@ def criterion(
     found = build(method) if isinstance(method, str) else method
     u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
     gamma, scale = number(gamma, "gamma"), number(scale, "scale")
-    for name, value in (("gamma", gamma), ("scale", scale), ("batches - 1", batches - 1)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value:g}")
+    for name, value, least in (("gamma", gamma, 0), ("scale", scale, 0), ("batches", batches, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value:g}")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     steps = max(10, int(u["steps"])) if max_steps is None else max_steps
     grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
-    phi = held_out if held_out is not None else (x, y)
+    phi = (x, y)
+    if held_out is not None:
+        try:
+            check_batch(*held_out)
+        except ValueError as error:
+            raise ValueError(f"held_out: {error}") from None
+        phi = held_out
     surface = measure(
         driver,
         probe_batches(x.detach(), y, batches),

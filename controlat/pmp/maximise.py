@@ -95,7 +95,12 @@ def tpe(
         trials: number of evaluations.
         seed: of hyperopt's generator.
         first: controls to try before the search starts.
+
+    Raises:
+        ValueError: trials is less than 1.
     """
+    if trials < 1:
+        raise ValueError(f"trials must be >= 1, got {trials}")
     from hyperopt import STATUS_FAIL, STATUS_OK, fmin, hp
     from hyperopt import tpe as algorithm
     from hyperopt.fmin import generate_trials_to_calculate

@@ -11,8 +11,8 @@ from controlat.attacks import ascend
 from controlat.balls import Ball
 from controlat.dynamics import Driver
 from controlat.losses import cross_entropy
-from controlat.network import Meter, View
-from controlat.rng import generator
+from controlat.network import Meter, NonFiniteError, View
+from controlat.rng import generator, scoped
 
 __all__ = ["AdversarialLoss"]
 
@@ -42,7 +42,11 @@ class AdversarialLoss:
     seed: int = 0
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """grad Phi(theta), one tensor per parameter, with the adversary held fixed."""
+        """grad Phi(theta), one tensor per parameter, with the adversary held fixed.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
         alpha = self.ball.eps / 4 if self.alpha is None else self.alpha
         device = self.x.device
         total = [torch.zeros_like(p) for p in driver.parameters]
@@ -51,13 +55,14 @@ class AdversarialLoss:
         try:
             for i in range(0, len(self.x), _BATCH):
                 x, y = self.x[i : i + _BATCH], self.y[i : i + _BATCH]
-                with View(driver.model, channels_last=driver.channels_last, meter=meter) as view:
-                    start = generator(self.seed, "terminal", i, device=device)
-                    x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
-                driver.model.eval()
-                with torch.enable_grad():
-                    loss = cross_entropy(driver.model(x), y).sum() / len(self.x)
-                    found = torch.autograd.grad(loss, driver.parameters, allow_unused=True)
+                start = generator(self.seed, "terminal", i, device=device)
+                with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
+                    with View(driver.model, channels_last=driver.channels_last, meter=meter) as view:
+                        x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
+                    driver.model.eval()
+                    with torch.enable_grad():
+                        loss = cross_entropy(driver.model(x), y).sum() / len(self.x)
+                        found = torch.autograd.grad(loss, driver.parameters, allow_unused=True)
                 meter.gradients += len(x)
                 for t, g in zip(total, found, strict=True):
                     if g is not None:
@@ -65,4 +70,6 @@ class AdversarialLoss:
         finally:
             for module, training in flags:
                 module.training = training
+        if not all(bool(torch.isfinite(t).all()) for t in total):
+            raise NonFiniteError("the gradient of the terminal cost is not finite")
         return total

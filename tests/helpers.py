@@ -1,0 +1,84 @@
+"""What several test files share: small float64 systems, and comparison to the last bit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlat import rng
+from controlat.data import Split
+from controlat.dynamics import Plan
+from controlat.models import build
+from controlat.rates import parse_rate
+from controlat.schedules import parse_schedule
+
+SHAPE = (1, 8, 8)
+CLASSES = 3
+
+
+def samples(
+    n: int, shape: tuple[int, int, int] = (1, 2, 2), classes: int = CLASSES, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """n random pixels in [0, 1] in float64, and labels."""
+    generator = rng.generator(seed, "samples")
+    x = torch.rand((n, *shape), generator=generator, dtype=torch.float64)
+    return x, torch.randint(classes, (n,), generator=generator)
+
+
+def split(n: int, shape: tuple[int, int, int] = (1, 2, 2), classes: int = CLASSES, seed: int = 0) -> Split:
+    return Split(*samples(n, shape, classes, seed))
+
+
+def mlp(inputs: int = 4, hidden: int = 5, classes: int = CLASSES, seed: int = 0) -> nn.Module:
+    """A smooth network in float64."""
+    with rng.scoped(seed, "mlp"):
+        layers = nn.Flatten(), nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+        return nn.Sequential(*layers).double()
+
+
+def cnn_bn(seed: int = 0) -> nn.Module:
+    """The package's network with BatchNorm and dropout, in float64, for images of `SHAPE`."""
+    with rng.scoped(seed, "cnn_bn"):
+        return build("cnn_bn", SHAPE, CLASSES).double()
+
+
+def plan(
+    data: Split,
+    *,
+    schedule: str = "none",
+    rate: str | float = 0.1,
+    epochs: int = 2,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> Plan:
+    return Plan(data, batch_size, epochs, parse_schedule(schedule, epochs), parse_rate(rate), seed)
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures hold the same bits, dtypes and shapes."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return set(a) == set(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model, and of torch's generator, that an analysis must leave as it was."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "values": {name: t.detach().clone() for name, t in named.items()},
+        "identity": {name: id(t) for name, t in named.items()},
+        "strides": {name: t.stride() for name, t in named.items()},
+        "flags": [m.training for m in model.modules()],
+        "wanted": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "random": torch.random.get_rng_state(),
+    }

@@ -1,0 +1,248 @@
+"""Perturbation sets, against brute force and random feasible points."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from controlat.balls import NORMS, Ball
+
+seeded = settings(derandomize=True, deadline=None, max_examples=60)
+norms = pytest.mark.parametrize("norm", list(NORMS))
+radii = st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 5.0])
+seeds = st.integers(0, 10**6)
+
+
+def images(seed: int, *shape: int) -> Tensor:
+    """Pixels in [0, 1], a good part of them at 0 and 1."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(*(shape or (4, 1, 3, 3)), generator=g, dtype=torch.float64) * 1.6 - 0.3).clamp(0, 1)
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(*(shape or (4, 1, 3, 3)), generator=g, dtype=torch.float64)
+
+
+def length(d: Tensor, norm: str) -> Tensor:
+    """The norm per sample, independently of the package."""
+    return torch.linalg.vector_norm(d.reshape(len(d), -1), ord=math.inf if norm == "linf" else 2, dim=1)
+
+
+def assert_admissible(x: Tensor, x0: Tensor, eps: float, norm: str) -> None:
+    assert float(x.min()) >= 0
+    assert float(x.max()) <= 1
+    assert float(length(x - x0, norm).max()) <= eps * (1 + 1e-12) + 1e-15
+
+
+# ----------------------------------------------------------------------------------------------- projection
+
+
+@norms
+@seeded
+@given(seed=seeds, eps=radii, far=st.sampled_from([0.01, 1.0, 100.0]))
+def test_projection_is_inside_and_idempotent(norm: str, seed: int, eps: float, far: float) -> None:
+    ball, x0 = Ball(eps, norm), images(seed)
+    x = ball.project(x0 + far * noise(seed), x0)
+    assert_admissible(x, x0, eps, norm)
+    assert torch.allclose(ball.project(x, x0), x, rtol=0, atol=1e-15)
+
+
+@norms
+@seeded
+@given(seed=seeds, eps=radii)
+def test_projection_leaves_points_of_the_set_alone(norm: str, seed: int, eps: float) -> None:
+    ball, x0 = Ball(eps, norm), images(seed)
+    d = noise(seed)
+    inside = x0 + d * (0.9 * eps / length(d, norm)).view(-1, 1, 1, 1)
+    inside = inside.clamp(0, 1)
+    assert torch.allclose(ball.project(inside, x0), inside, rtol=0, atol=1e-15)
+
+
+@seeded
+@given(seed=seeds, eps=radii, far=st.sampled_from([0.1, 1.0, 10.0]))
+def test_linf_projection_is_the_nearest_point_pixel_by_pixel(seed: int, eps: float, far: float) -> None:
+    x0 = images(seed)
+    x = x0 + far * noise(seed)
+    found = Ball(eps).project(x, x0)
+    for p, p0, q in zip(x.flatten().tolist(), x0.flatten().tolist(), found.flatten().tolist(), strict=True):
+        assert q == pytest.approx(sorted((max(p0 - eps, 0), p, min(p0 + eps, 1)))[1], abs=1e-15)
+
+
+def test_linf_projection_against_a_grid_search() -> None:
+    x0, eps = torch.tensor([[0.1, 0.95]], dtype=torch.float64), 0.2
+    axis = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    feasible = grid[((grid - x0).abs() <= eps + 1e-12).all(1)]
+    for x in noise(3, 20, 2) + x0:
+        nearest = feasible[(feasible - x).square().sum(1).argmin()]
+        assert torch.allclose(Ball(eps).project(x[None], x0)[0], nearest, rtol=0, atol=5.1e-4)
+
+
+@seeded
+@given(seed=seeds, eps=st.sampled_from([1e-3, 0.1, 0.3]))
+def test_l2_projection_is_the_nearest_point_where_the_box_does_not_matter(seed: int, eps: float) -> None:
+    x0, d = torch.full((4, 1, 3, 3), 0.5, dtype=torch.float64), noise(seed)
+    found = Ball(eps, "l2").project(x0 + d, x0)
+    for row, p0, p in zip(found, x0, x0 + d, strict=True):
+        distance = float((p - p0).norm())
+        assert torch.allclose(row, p0 + (p - p0) * min(1, eps / distance), rtol=0, atol=1e-14)
+
+
+@norms
+def test_projection_on_a_point(norm: str) -> None:
+    x0 = images(0)
+    ball = Ball(0, norm)
+    assert torch.equal(ball.project(x0 + noise(0), x0), x0)
+    assert torch.equal(ball.project(x0, x0), x0)
+    assert torch.equal(ball.start(x0), x0)
+
+
+# -------------------------------------------------------------------------------------------------- starts
+
+
+@norms
+@seeded
+@given(seed=seeds, eps=radii)
+def test_a_start_is_inside_and_a_function_of_the_generator(norm: str, seed: int, eps: float) -> None:
+    ball, x0 = Ball(eps, norm), images(seed)
+    first, again = (ball.start(x0, torch.Generator().manual_seed(seed)) for _ in range(2))
+    assert_admissible(first, x0, eps, norm)
+    assert torch.equal(first, again)
+
+
+@norms
+def test_a_start_leaves_the_batch_alone(norm: str) -> None:
+    x0 = images(0)
+    kept = x0.clone()
+    Ball(0.3, norm).start(x0)
+    assert torch.equal(x0, kept)
+
+
+def test_linf_starts_are_uniform() -> None:
+    x0 = torch.full((20_000, 2), 0.5, dtype=torch.float64)
+    d = Ball(0.2).start(x0, torch.Generator().manual_seed(0)) - x0
+    assert float(d.mean()) == pytest.approx(0, abs=5 * 0.2 / math.sqrt(3 * 40_000))
+    sorted_d, uniform = d.flatten().sort().values, torch.linspace(-0.2, 0.2, 40_000, dtype=torch.float64)
+    assert float((sorted_d - uniform).abs().max()) / 0.4 < 1.95 / math.sqrt(40_000)  # Kolmogorov, 0.1 %
+
+
+def test_l2_starts_have_uniform_length_and_direction() -> None:
+    x0 = torch.full((20_000, 3), 0.5, dtype=torch.float64)
+    d = Ball(0.2, "l2").start(x0, torch.Generator().manual_seed(0)) - x0
+    lengths = d.norm(dim=1)
+    uniform = torch.linspace(0, 0.2, 20_000, dtype=torch.float64)
+    assert float((lengths.sort().values - uniform).abs().max()) / 0.2 < 1.95 / math.sqrt(20_000)
+    directions = d / lengths[:, None]
+    assert float(directions.mean(0).norm()) < 5 / math.sqrt(20_000)
+    # on the sphere in three dimensions each coordinate is uniform on [-1, 1] (Archimedes)
+    uniform = torch.linspace(-1, 1, 20_000, dtype=torch.float64)
+    for coordinate in directions.T:
+        assert float((coordinate.sort().values - uniform).abs().max()) / 2 < 1.95 / math.sqrt(20_000)
+
+
+# --------------------------------------------------------------------------------- direction and support
+
+
+def feasible(norm: str, eps: float, count: int, size: int) -> Tensor:
+    """Random perturbations of norm at most eps, most of them on the boundary."""
+    d = noise(9, count, size)
+    d = d.sign() * torch.rand(count, size, dtype=torch.float64).round() if norm == "linf" else d
+    return eps * d / length(d, norm).clamp_min(1e-300)[:, None]
+
+
+@norms
+@seeded
+@given(seed=seeds, eps=st.sampled_from([1e-3, 0.3, 5.0]))
+def test_the_support_function_bounds_every_perturbation_and_is_attained(
+    norm: str, seed: int, eps: float
+) -> None:
+    ball, g = Ball(eps, norm), noise(seed, 3, 6)
+    support = ball.support(g)
+    assert support.shape == (3,)
+    products = feasible(norm, eps, 2000, 6) @ g.T
+    assert bool((products <= support * (1 + 1e-12)).all())
+    best = eps * NORMS[norm].direction(g)
+    assert float(length(best, norm).max()) <= eps * (1 + 1e-9)
+    assert torch.allclose((best * g).sum(1), support, rtol=1e-8, atol=0)
+
+
+def test_the_support_function_is_the_maximum_over_all_corners() -> None:
+    g = noise(1, 3, 5)
+    corners = torch.cartesian_prod(*[torch.tensor([-0.3, 0.3], dtype=torch.float64)] * 5)
+    assert torch.allclose(Ball(0.3).support(g), (corners @ g.T).max(0).values, rtol=1e-12)
+
+
+def test_the_support_function_by_hand() -> None:
+    g = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
+    assert Ball(0.5).support(g).tolist() == [3.5, 0.0]
+    assert Ball(0.5, "l2").support(g).tolist() == [2.5, 0.0]
+
+
+@norms
+def test_a_vanishing_gradient_does_not_move(norm: str) -> None:
+    x0 = images(2)
+    assert torch.equal(Ball(0.3, norm).step(x0, torch.zeros_like(x0), 0.1, x0), x0)
+
+
+@norms
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_step(norm: str, bad: float) -> None:
+    x0 = images(2)
+    g = noise(2)
+    g[1, 0, 0, 0] = bad
+    moved = Ball(0.3, norm).step(x0, g, 0.1, x0)
+    assert bool(moved[1].isnan().any())
+    assert bool(moved[[0, 2, 3]].isfinite().all())
+
+
+@norms
+def test_a_step_far_inside_the_set_goes_along_the_direction(norm: str) -> None:
+    x0, g = torch.full((4, 1, 3, 3), 0.5, dtype=torch.float64), noise(4)
+    moved = Ball(0.3, norm).step(x0, g, 0.01, x0) - x0
+    assert torch.allclose(length(moved, norm), torch.full((4,), 0.01, dtype=torch.float64), rtol=1e-9)
+    assert torch.allclose((moved * g).flatten(1).sum(1), Ball(0.01, norm).support(g), rtol=1e-9)
+
+
+@norms
+@seeded
+@given(seed=seeds, alpha=st.sampled_from([0.0, 0.01, 10.0]))
+def test_a_step_stays_inside(norm: str, seed: int, alpha: float) -> None:
+    ball, x0 = Ball(0.3, norm), images(seed)
+    x = ball.start(x0, torch.Generator().manual_seed(seed))
+    assert_admissible(ball.step(x, noise(seed), alpha, x0), x0, 0.3, norm)
+
+
+def test_distance_by_hand() -> None:
+    x0 = torch.zeros(2, 1, 1, 2)
+    x = torch.tensor([[3.0, -4.0], [0.0, 0.5]]).view(2, 1, 1, 2)
+    assert Ball(1).distance(x, x0).tolist() == [4.0, 0.5]
+    assert Ball(1, "l2").distance(x, x0).tolist() == [5.0, 0.5]
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_radius_may_be_a_fraction() -> None:
+    assert Ball("8/255").eps == 8 / 255
+    assert Ball("8/255") == Ball(8 / 255)
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "message"),
+    [
+        (-1, "linf", "eps must be >= 0, got -1"),
+        (math.nan, "linf", "eps must be finite, got nan"),
+        (math.inf, "l2", "eps must be finite, got inf"),
+        ("big", "linf", "eps must be a number such as 0.3, 1e-3 or 8/255, got 'big'"),
+        (None, "linf", "eps must be a number"),
+        (True, "linf", "eps must be a number"),
+        (0.3, "l1", "norm must be one of linf, l2, got 'l1'"),
+    ],
+)
+def test_a_wrong_ball_is_refused(eps: object, norm: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ball(eps, norm)  # type: ignore[arg-type]

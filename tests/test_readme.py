@@ -1,0 +1,101 @@
+"""What README and examples say is run, and its figures are those of the result file."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import controlat
+from controlat import report
+from controlat.data import load
+from controlat.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loop_of_the_readme_runs_on_the_users_model_and_loader(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    data = load("digits")
+    x, y = data.train.take(torch.arange(256))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    names: dict[str, Any] = {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [(x[:128], y[:128]), (x[128:], y[128:])],
+        "epochs": 3,
+        "eps": 0.1,
+        "x_probe": x,
+        "y_probe": y,
+        "x_test": x,
+        "y_test": y,
+    }
+    exec(block, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+    assert "C = " in printed[0]
+    assert "%" in printed[-1]
+
+
+def test_every_schedule_text_of_the_readme_parses() -> None:
+    section = README.partition("## Schedules")[2].partition("\n## ")[0]
+    texts = [t for t in re.findall(r"^\| `([^`]+)`", section, flags=re.M) if not t.endswith(".json")]
+    assert len(texts) >= 8
+    for text in texts:
+        controlat.parse_schedule(text, epochs=20)
+
+
+def test_the_table_of_the_readme_is_that_of_the_result_file() -> None:
+    shown = README.partition("<!-- demo table -->\n")[2].partition("\n<!-- end of demo table -->")[0]
+    result = read_json(ROOT / "analysis" / "demo" / "result.json")
+    assert shown == report.table(*report.rows(result))
+
+
+def test_commands_of_the_readme_are_accepted(tmp_path: Path) -> None:
+    from controlat.cli import _parser, _underscored
+
+    blocks = re.findall(r"```\n(controlat .*?)```", README, flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(lines) >= 3
+    for line in lines:
+        _parser().parse_args([_underscored(a) for a in line.split()[1:]])
+
+
+def test_the_stored_surfaces_give_c_for_another_gamma_as_the_mathematics_says(tmp_path: Path) -> None:
+    text = (ROOT / "analysis" / "mathematics.md").read_text()
+    code = "\n".join(
+        line[4:] for line in re.findall(r"^    (?:import|from|line|surface|gap) .*$", text, flags=re.M)
+    )
+    controlat.evaluate(
+        tmp_path / "out",
+        epochs=1,
+        train_points=200,
+        test_points=50,
+        seeds=[0],
+        attacks=["fgsm"],
+        threads=1,
+        progress=False,
+    )
+    found: dict[str, Any] = {}
+    exec(code.replace("demo-results", str(tmp_path / "out")), found)
+    assert found["gap"].value >= 0
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.random.get_rng_state()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.random.set_rng_state(state)
+    assert "robust" in capsys.readouterr().out
