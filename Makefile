@@ -34,6 +34,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/controlat evaluate --out $(DEMO) --threads 1
+	@echo "(the command is $(BIN)/controlat; 'source $(BIN)/activate' puts it on your path)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,50 +66,64 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, 
     }
 
 
-def race(
-    calls: Mapping[str, Contender], repeats: int, seed: int, label: str
-) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Seconds of every call in every round, after an untimed one, and what each returned there.
+class Timed(NamedTuple):
+    """What one contender returned, and its seconds and page faults in every round."""
+
+    adv: Tensor
+    seconds: list[float]
+    faults: list[int]
+
+
+def faults() -> int:
+    """Page faults of this process so far: memory that was given back to the system and asked for again."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def race(calls: Mapping[str, Contender], repeats: int, seed: int, label: str) -> dict[str, Timed]:
+    """Time every call in every round, after an untimed one.
 
     Each round runs all contenders, starting with another one each time, so that a slow spell of the
     machine meets all of them.
     """
     names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    results: dict[str, Tensor] = {}
+    found: dict[str, Timed] = {}
     for r in range(repeats + 1):
         progress(f"{label}: {'warm-up' if r == 0 else f'round {r} of {repeats}'}")
         for name in names[r % len(names) :] + names[: r % len(names)]:
             torch.manual_seed(seed)
-            began = time.perf_counter()
-            found = calls[name]()
+            faulted, began = faults(), time.perf_counter()
+            adv = calls[name]()
             took = time.perf_counter() - began
             if r == 0:
-                results[name] = found
+                found[name] = Timed(adv, [], [])
             else:
-                seconds[name].append(took)
-    return seconds, results
+                found[name].seconds.append(took)
+                found[name].faults.append(faults() - faulted)
+    return found
 
 
-def judge(
-    model: nn.Module, y: Tensor, seconds: dict[str, list[float]], results: dict[str, Tensor]
-) -> dict[str, dict[str, Any]]:
+def judge(model: nn.Module, y: Tensor, timed: Mapping[str, Timed]) -> dict[str, dict[str, Any]]:
     """One row per contender: time, and whether it found the adversarial batch that torchattacks found."""
-    rows: dict[str, dict[str, Any]] = {}
-    reference, best = results[ORACLE], min(seconds[ORACLE])
-    for name, adv in results.items():
+
+    def loss(adv: Tensor) -> float:
         with torch.no_grad():
-            loss = float(F.cross_entropy(model(adv.contiguous()), y))
-        paired = [a / b for a, b in zip(seconds[name], seconds[ORACLE], strict=True)]
-        base = rows[ORACLE]["loss"] if rows else loss
+            return float(F.cross_entropy(model(adv.contiguous()), y))
+
+    oracle = timed[ORACLE]
+    best, base = min(oracle.seconds), loss(oracle.adv)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (adv, seconds, faulted) in timed.items():
+        paired = [a / b for a, b in zip(seconds, oracle.seconds, strict=True)]
+        value = loss(adv)
         rows[name] = {
-            "seconds": min(seconds[name]),
-            "ratio": min(seconds[name]) / best,
+            "seconds": min(seconds),
+            "ratio": min(seconds) / best,
             "median_ratio": statistics.median(paired),
-            "loss": loss,
-            "loss_difference": abs(loss - base) / base,
-            "equal_pixels": float(((adv - reference).abs() <= CLOSE).float().mean()),
-            "all_seconds": seconds[name],
+            "page_faults": statistics.median(faulted),
+            "loss": value,
+            "loss_difference": abs(value - base) / base,
+            "equal_pixels": float(((adv - oracle.adv).abs() <= CLOSE).float().mean()),
+            "all_seconds": seconds,
         }
     return rows
 
@@ -116,8 +131,7 @@ def judge(
 def one(problem: Problem, x: Tensor, y: Tensor, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """All contenders with one number of steps."""
     calls = contenders(problem.model, x, y, steps)
-    seconds, results = race(calls, args.repeats, args.seed, f"PGD-{steps}")
-    rows = judge(problem.model, y, seconds, {name: results[name] for name in calls})
+    rows = judge(problem.model, y, race(calls, args.repeats, args.seed, f"PGD-{steps}"))
     met = all(rows[OURS][key] <= limit for key, limit in TARGET.items())
     return {"steps": steps, "contenders": rows, "met": met}
 
@@ -145,11 +159,11 @@ def show(found: dict[str, Any]) -> str:
     """The tables, each with the target beside what came out."""
     settings = found["settings"]
     parts = [f"{heading(found)}\nbatch {settings['batch']}, minimum of {settings['repeats']} rounds"]
-    head = ("", "seconds", "ratio", "median ratio", "mean loss", f"equal within {CLOSE:g}")
+    head = ("", "seconds", "ratio", "median ratio", "page faults", "mean loss", f"equal within {CLOSE:g}")
     for run in found["runs"]:
         rows = [
             (name, f"{r['seconds']:.4f}", f"{r['ratio']:.3f}", f"{r['median_ratio']:.3f}",
-             f"{r['loss']:.5f}", f"{r['equal_pixels']:.3%}")
+             f"{r['page_faults']:,.0f}", f"{r['loss']:.5f}", f"{r['equal_pixels']:.3%}")
             for name, r in run["contenders"].items()
         ]  # fmt: skip
         ours = run["contenders"][OURS]

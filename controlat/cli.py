@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -186,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _COMMANDS[found.command](found[found.command])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
@@ -196,8 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("controlat: interrupted; the same command goes on (train: with --resume)", file=sys.stderr)
         return 130
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -46,6 +47,13 @@ def read_schedule(text: str, epochs: float) -> Schedule:
         ValueError: as `parse_schedule` and `load_schedule`.
     """
     return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs)
+
+
+def _tidy(value: Any) -> Any:
+    """0.3 and the text "0.3" are one setting; a fraction such as 8/255 stays as it was written."""
+    with contextlib.suppress(ValueError):
+        return float(value) if type(value) in (int, float, str) else value
+    return value
 
 
 @dataclass
@@ -105,6 +113,7 @@ class Problem:
                     f"eps is missing: give the radius for {self.data} in pixel units, such as 8/255"
                 )
             self.eps = DEMO_EPS
+        self.eps, self.lr = _tidy(self.eps), _tidy(self.lr)
         self.ball  # noqa: B018  (raises)
         self.sgd  # noqa: B018
         parse_rate(self.lr)
@@ -213,6 +222,7 @@ class EvaluateSettings(Problem):
             self.schedule_of(text)
         for attack in self.attacks:
             parse_attack(attack)
+        self.gamma = _tidy(self.gamma)
         if number(self.gamma, "gamma") < 0:
             raise ValueError(f"gamma must be >= 0, got {self.gamma}")
         if self.maximiser not in MAXIMISERS:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 __all__ = ["Control", "ControlSpace", "Knob", "number"]
 
@@ -41,7 +42,7 @@ def number(value: object, name: str = "number") -> float:
     return result
 
 
-class Control(Mapping[str, float]):
+class Control(Mapping[str, Any]):
     """A control u: a frozen mapping from knob to value, to be passed on as ``**u``.
 
     ``steps = 0`` is no attack, whatever the step size: such a control has ``alpha = 0``, so that equal
@@ -70,7 +71,7 @@ class Control(Mapping[str, float]):
             values["alpha"] = 0.0
         self._knobs = dict(sorted(values.items()))
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:  # int or float: `**u` must fit any signature
         return self._knobs[name]
 
     def __iter__(self) -> Iterator[str]:

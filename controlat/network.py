@@ -16,7 +16,8 @@ __all__ = ["MODES", "Meter", "NonFiniteError", "View", "channels_last", "is_conv
 
 MODES = ("eval", "train")
 
-# On CPU the activations of this many samples stay in the cache; benchmarks/pgd.py shows what it saves.
+# On CPU, buffers of this many samples are small enough for the C library to keep; those of 256 it gives back
+# after every step, and faults in again at the next (benchmarks/README.md).
 _CPU_CHUNK = 64
 
 

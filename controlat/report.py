@@ -161,6 +161,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "gradient evals: forward-backward passes, in samples, of training; seconds: of training "
         "(both without validation, criterion and evaluation; mean over seeds).",
     ]
+    lines += [
+        f"{e['text']} was made for {e['schedule']['epochs']:g} epochs; this run has {s['epochs']}."
+        for e in result["schedules"]
+        if e["schedule"]["epochs"] != s["epochs"]
+    ]
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,9 @@ def save_checkpoint(
         "settings": dict(settings),
         "environment": environment(driver.device),
     }
-    write(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # torch hides a full disk behind an error of its own when it writes itself
+    torch.save(state, buffer)
+    write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

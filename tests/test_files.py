@@ -53,9 +53,12 @@ def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path: Path) -> 
         file.write(b"new, half")
         file.flush()
         assert target.read_text() == "old"
+        assert len(os.listdir(tmp_path)) == 2  # the temporary file is on the same file system
         file.write(b" and whole")
 
-    write(target, fill)
+    with target.open() as opened_before:
+        write(target, fill)
+        assert opened_before.read() == "old"  # renamed over, not rewritten
     assert target.read_text() == "new, half and whole"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -542,6 +542,13 @@ def test_a_curve_checks_its_numbers(arguments: tuple[Any, ...], message: str) ->
         Curve(*arguments)
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_ratio_is_zero_where_its_knob_is(rounded: bool) -> None:
+    n = Curve("linear", (0, 4), rounding="floor")  # 0, 0.5, 1, 1.5, ...: rounded to 0, 0, 1, 1
+    s = Schedule({"n": n, "sigma": Curve("ratio", (3,), of="n", rounded=rounded)}, 8)
+    assert [s(t)["sigma"] for t in range(4)] == [0, 0, 3, 3 if rounded else 2]
+
+
 def test_a_ratio_needs_a_curve_to_divide_by() -> None:
     with pytest.raises(ValueError, match="alpha divides by 'steps', which has no curve of its own here"):
         Schedule({"alpha": Curve("ratio", (1,), of="steps")}, 3)

@@ -32,8 +32,9 @@ SMALL: dict[str, Any] = {
 SECONDS = ("seconds", "total_seconds", "validation_seconds")
 
 # A network that kills its own process at the n-th forward pass of a kind, as the variable KILL says:
-# "train 3", "validate 1"; or "write 3": the first large file written after the third training pass kills it.
-KILLABLE = '''
+# "train 3", "validate 1"; or "write 3": the first large file written after the third training pass kills it;
+# or "full 3": from there on the disk is full for large files.
+KILLABLE = """
 import os, resource, signal
 from torch import nn
 from controlat.models import build
@@ -49,10 +50,11 @@ class Killable(nn.Module):
         wanted = os.environ.get("KILL")
         if wanted == f"{kind} {self.seen[kind]}":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "train" and wanted == f"write {self.seen[kind]}":
+        if kind == "train" and wanted in (f"write {self.seen[kind]}", f"full {self.seen[kind]}"):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills where the file grows too long
+            if wanted.startswith("write"):  # the kernel kills where the file grows too long
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         return self.net(x)
 
 def mlp(in_shape, num_classes):
@@ -60,18 +62,17 @@ def mlp(in_shape, num_classes):
 
 def cnn_bn(in_shape, num_classes):
     return Killable(build("cnn_bn", in_shape, num_classes))
-'''
+"""
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def _child(folder: Path, kill: str, settings: dict[str, Any]) -> int:
+def _child(folder: Path, kill: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "controlat", "train", "--out", "killed", "--resume", *_flags(settings)]
     environment = os.environ | {"KILL": kill, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=100)
-    return done.returncode
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def _without_seconds(log: Path) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ def _kill_and_resume(folder: Path, model: str, kills: list[tuple[str, float]]) -
     settings = SMALL | {"model": f"killable:{model}"}
     jobs.train("undisturbed", **settings)
     for kill, minutes in kills:
-        code = _child(folder, kill, settings | {"checkpoint_minutes": minutes})
+        code = _child(folder, kill, settings | {"checkpoint_minutes": minutes}).returncode
         assert code == -(signal.SIGXFSZ if kill.startswith("write") else signal.SIGKILL), kill
     jobs.train("killed", resume=True, **settings)
     _assert_same_end(folder / "undisturbed", folder / "killed")
@@ -144,28 +145,14 @@ def test_cnn_with_batch_norm_and_dropout_killed_and_resumed_ends_with_the_same_b
     _kill_and_resume(tmp_path, "cnn_bn", [("train 3", 1e-9), ("write 2", 1e-9), ("validate 2", 10.0)])
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; from controlat.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"  # Python: OSError, no signal
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    jobs.train(tmp_path / "run", **SMALL | {"epochs": 1})
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    (tmp_path / "run" / "log.jsonl").unlink()  # else there would be nothing left to do
-    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    settings["epochs"], settings["schedule"]["epochs"] = 2, 2.0
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-c", code, "train", "--out", "run", "--resume", *_flags(SMALL | {"epochs": 2})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
-    )
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "killable.py").write_text(KILLABLE)
+    done = _child(tmp_path, "full 6", SMALL | {"model": "killable:mlp"})  # in epoch 1
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "too large" in done.stderr
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert "File too large" in done.stderr
+    assert load_checkpoint(tmp_path / "killed" / "last.pt")["tally"]["epoch"] == 1
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
 
 
 # -------------------------------------------------------------------------------------- damaged run files
@@ -324,7 +311,7 @@ def _network(run: Path, name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) -> None:
-    settings = SMALL | {"lr": "multistep:lr=0.3,at=3,factor=40", "epochs": 5, "schedule": "fgsm:alpha=0.15"}
+    settings = SMALL | {"lr": "multistep:lr=0.1,at=5,factor=60", "epochs": 6, "train_points": 800}
     jobs.train(tmp_path / "run", **settings)
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     robust = [line["robust"] for line in log]
@@ -333,7 +320,7 @@ def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) 
     best = robust.index(max(robust))
     assert found["tally"]["best_epoch"] == best == found["tally"]["epoch"] - 1
     assert found["tally"]["best"] == robust[best]
-    _, held_out = load("digits").limited(160, None).hold_out(40)
+    _, held_out = load("digits").limited(800, None).hold_out(40)
     again = robustness(model, *held_out.take(torch.arange(40)), eps=0.15, attacks=["pgd-10"])
     assert (again.clean.value, again.robust.value) == (log[best]["clean"], robust[best])
 
@@ -381,7 +368,7 @@ def _losses(out: Path, **changes: Any) -> list[float]:
 
 
 def test_both_memory_layouts_train_alike(tmp_path: Path) -> None:
-    # lenet-like without dropout, whose masks depend on the layout: BatchNorm and convolutions only.
+    # Without dropout, whose masks depend on the layout.
     (tmp_path / "layouts.py").write_text(
         "from torch import nn\n"
         "def net(in_shape, num_classes):\n"
@@ -397,10 +384,12 @@ def test_both_memory_layouts_train_alike(tmp_path: Path) -> None:
     assert fast[-1] < fast[0]
 
 
-def test_the_cnn_with_dropout_learns_in_both_layouts(tmp_path: Path) -> None:
-    for flag in (True, False):
-        losses = _losses(tmp_path / f"{flag}", model="cnn_bn", channels_last=flag)
-        assert losses[-1] < losses[0] < 2.6
+def test_the_cnn_with_dropout_trains_alike_in_both_layouts(tmp_path: Path) -> None:
+    fast, plain = (
+        _losses(tmp_path / f"{flag}", model="cnn_bn", channels_last=flag) for flag in (True, False)
+    )
+    assert fast == pytest.approx(plain, rel=0.03), "but for the masks of dropout"
+    assert fast[-1] < fast[0]
     model = place(nn.Sequential(nn.Conv2d(1, 4, 3)), "cpu", nhwc=True)
     assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
 

@@ -235,7 +235,7 @@ def measure(
             and any gamma); or ``"tpe"``, hyperopt on the value of `form` at `gamma`, as in the paper.
         gamma: price of one evaluation per sample (TPE only).
         form: the form that TPE maximises.
-        trials: evaluations of TPE.
+        trials: evaluations of TPE, that of u_t not counted.
 
     Returns:
         The surface of values.
@@ -341,7 +341,7 @@ def criterion(
         maximiser: ``"sweep"`` or ``"tpe"``.
         alphas: step sizes of G; five spaced logarithmically in [eps/40, 2 eps] by default.
         max_steps: largest K of G; 10 or that of `control` by default.
-        trials: evaluations of TPE.
+        trials: evaluations of TPE, that of u_t not counted.
         batches: number M of probe batches; the batch size N / M is that of the training step looked at.
         held_out: (x, y) of the terminal cost.
         scale: s_t, 1 for plain SGD at a constant rate, 1/(1 - mu) with momentum mu.

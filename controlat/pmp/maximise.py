@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Grid:
     def __len__(self) -> int:
         return len(self.alphas) * self.max_steps + 1
 
+    def within(self, v: Control) -> bool:
+        """Whether `v` lies in the bounds that TPE searches."""
+        inside = self.alphas[0] <= v["alpha"] <= self.alphas[-1] and v["steps"] <= self.max_steps
+        return bool(v["steps"] == 0 or inside)
+
 
 def rerun(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, meter: Meter) -> Scored:
     """Score one candidate by running it from the start on every probe batch; its cost is counted."""
@@ -85,16 +91,16 @@ def sweep(
 def tpe(
     objective: Callable[[Control], float], grid: Grid, trials: int, seed: int, first: Sequence[Control] = ()
 ) -> None:
-    """Maximise objective(v) over log alpha and K with hyperopt's tree of Parzen estimators.
+    """Maximise objective(v) over log alpha and K in the bounds of G with hyperopt's Parzen estimators.
 
     The caller keeps what it scored; a candidate whose value is not finite counts as failed and never wins.
 
     Args:
         objective: value of a control.
         grid: bounds: alpha between its smallest and largest step size, K up to max_steps.
-        trials: number of evaluations.
+        trials: number of evaluations, those of `first` not counted.
         seed: of hyperopt's generator.
-        first: controls to try before the search starts.
+        first: controls to try before the search starts; those outside the bounds are passed over.
 
     Raises:
         ValueError: trials is less than 1.
@@ -103,6 +109,7 @@ def tpe(
         raise ValueError(f"trials must be >= 1, got {trials}")
     from hyperopt import STATUS_FAIL, STATUS_OK, fmin, hp
     from hyperopt import tpe as algorithm
+    from hyperopt.exceptions import AllTrialsFailed
     from hyperopt.fmin import generate_trials_to_calculate
 
     low, high = math.log(grid.alphas[0]), math.log(grid.alphas[-1])
@@ -113,22 +120,27 @@ def tpe(
 
     def loss(point: dict[str, float]) -> dict[str, Any]:
         steps = min(max(int(point["steps"]), 0), grid.max_steps)
+        alpha = min(max(point["alpha"], grid.alphas[0]), grid.alphas[-1])
         try:
-            value = objective(Control(alpha=point["alpha"], steps=steps))
+            value = objective(Control(alpha=alpha, steps=steps))
         except NonFiniteError as error:
             return {"status": STATUS_FAIL, "error": str(error)}
         if not math.isfinite(value):
             return {"status": STATUS_FAIL, "error": f"value {value}"}
         return {"status": STATUS_OK, "loss": -value}
 
-    points = [{"alpha": v["alpha"] or grid.alphas[0], "steps": float(v["steps"])} for v in first]
-    fmin(
-        loss,
-        space,
-        algo=algorithm.suggest,
-        max_evals=trials,
-        trials=generate_trials_to_calculate(points) if points else None,
-        rstate=np.random.default_rng(seed),
-        show_progressbar=False,
-        verbose=False,
-    )
+    # A point outside the bounds would come back with its K cut: a control that nobody asked for.
+    points = [
+        {"alpha": v["alpha"] or grid.alphas[0], "steps": float(v["steps"])} for v in first if grid.within(v)
+    ]
+    with contextlib.suppress(AllTrialsFailed):  # then nothing was found, which is no error of the search
+        fmin(
+            loss,
+            space,
+            algo=algorithm.suggest,
+            max_evals=trials,
+            trials=generate_trials_to_calculate(points) if points else None,
+            rstate=np.random.default_rng(seed),
+            show_progressbar=False,
+            verbose=False,
+        )

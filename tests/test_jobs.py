@@ -1,0 +1,466 @@
+"""The jobs as Python calls, end to end on real data: what they write, and that it is what was computed."""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlat import Surface, jobs, load_schedule, parse_schedule
+from controlat.evaluation import wilson
+from controlat.files import read_json, read_json_lines
+from controlat.pmp import FORMS
+from controlat.training import load_checkpoint
+
+SMALL: dict[str, Any] = {
+    "schedules": ["none", "pgd:steps=3,alpha=0.06"],
+    "seeds": [0, 1],
+    "epochs": 2,
+    "train_points": 200,
+    "test_points": 80,
+    "lr": 0.2,
+    "attacks": ["fgsm", "pgd-5"],
+    "threads": 1,
+    "progress": False,
+}
+TRAINED, HELD_OUT, TESTED = 180, 20, 80
+
+# Kills its process at the pass in training mode that KILL names: of training, or of the criterion.
+STOPPABLE = """
+import os, signal
+from torch import nn
+from controlat.models import build
+
+passes = 0
+
+class Stoppable(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        global passes
+        passes += self.training
+        if os.environ.get("KILL") == str(passes):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.net(x)
+
+def net(in_shape, num_classes):
+    return Stoppable(build("mlp", in_shape, num_classes))
+"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation."""
+    folder = tmp_path_factory.mktemp("evaluated") / "out"
+    jobs.evaluate(folder, **SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(out / "result.json")
+    return found
+
+
+def _runs(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for schedule in result["schedules"]:
+        for run in schedule["runs"]:
+            yield schedule, run
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (dict, list)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(v)
+    elif isinstance(value, float):
+        yield value
+
+
+def _timeless(value: Any) -> Any:
+    """Without times and without the machine."""
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if "seconds" not in k and k != "environment"}
+    return [_timeless(v) for v in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------------ the result file
+
+
+def test_the_result_holds_every_schedule_seed_and_epoch(result: dict[str, Any]) -> None:
+    assert result["format"] == "controlat evaluation"
+    assert result["sizes"] == {"train": TRAINED, "held_out": HELD_OUT, "test": TESTED}
+    assert [s["text"] for s in result["schedules"]] == SMALL["schedules"]
+    assert result["environment"]["torch"] == str(torch.__version__)
+    for schedule, run in _runs(result):
+        assert [r["seed"] for r in schedule["runs"]] == [0, 1]
+        assert [e["epoch"] for e in run["epochs"]] == [e["epoch"] for e in run["criterion"]] == [0, 1]
+        for epoch in run["criterion"]:
+            for form in FORMS:
+                assert epoch[form]["value"] >= 0
+                assert len(epoch[form]["jackknife"]) == 2
+            assert epoch["candidates"] == 5 * 3 + 1 + (schedule["text"] != "none")
+            assert epoch["scale"] == pytest.approx(1 / (1 - 0.9))
+        assert set(run["evaluation"]["after"]) == set(SMALL["attacks"])
+
+
+def test_the_result_holds_no_nan_and_nothing_infinite(out: Path, result: dict[str, Any]) -> None:
+    found = list(_numbers(result))
+    assert len(found) > 200
+    assert all(map(math.isfinite, found))
+    text = (out / "result.json").read_text()
+    assert not {"NaN", "Infinity", '"nan"', '"inf"'} & set(text.replace(",", " ").split())
+
+
+def test_the_returned_result_is_the_file(out: Path, result: dict[str, Any]) -> None:
+    assert jobs.evaluate(out, **SMALL) == result
+
+
+def test_seeds_differ(result: dict[str, Any]) -> None:
+    assert len({r["epochs"][0]["loss"] for _, r in _runs(result)}) == 4
+    none = result["schedules"][0]["runs"]
+    rewards = [run["criterion"][0]["costate"]["reward"][1] for run in none]
+    assert rewards[0] != pytest.approx(rewards[1], rel=1e-3)
+
+
+def test_all_schedules_are_scored_at_the_same_initial_state(out: Path, result: dict[str, Any]) -> None:
+    for seed in (0, 1):
+        surfaces = [
+            _surfaces(out / "runs" / schedule["runs"][seed]["directory"])[0][1]
+            for schedule in result["schedules"]
+        ]
+        shared = set(surfaces[0].controls) & set(surfaces[1].controls)
+        assert len(shared) == 16
+        rows = [[s.gram[s.controls.index(u)] for u in sorted(shared, key=repr)] for s in surfaces]
+        assert np.allclose(rows[0], rows[1], rtol=1e-6)
+
+
+def test_costs_are_counted(result: dict[str, Any]) -> None:
+    for schedule, run in _runs(result):
+        n = 1 if schedule["text"] == "none" else 4
+        assert run["gradients"] == n * TRAINED * SMALL["epochs"]
+        assert [e["gradients"] for e in run["epochs"]] == [n * TRAINED] * 2
+        found = run["evaluation"]
+        survivors = (found["clean"]["correct"], found["after"]["fgsm"]["correct"])
+        assert found["gradients"] == survivors[0] * 1 + survivors[1] * 5
+    for schedule in result["schedules"]:
+        s = schedule["summary"]
+        assert s["gradients"]["mean"] == statistics.fmean(r["gradients"] for r in schedule["runs"])
+        assert s["evaluation_gradients"] == sum(r["evaluation"]["gradients"] for r in schedule["runs"])
+
+
+def test_the_summary_numbers_are_means_of_the_stored_ones(result: dict[str, Any]) -> None:
+    for schedule in result["schedules"]:
+        for form in FORMS:
+            stored = [statistics.fmean(e[form]["value"] for e in r["criterion"]) for r in schedule["runs"]]
+            found = schedule["summary"]["criterion"][form]
+            assert found["per_seed"] == pytest.approx(stored)
+            assert found["mean"] == pytest.approx(statistics.fmean(stored))
+            assert found["sd_over_seeds"] == pytest.approx(statistics.stdev(stored))
+        robust = [r["evaluation"]["robust"]["value"] for r in schedule["runs"]]
+        found = schedule["summary"]["robust"]
+        assert found["mean"] == pytest.approx(statistics.fmean(robust))
+        assert found["interval"] == pytest.approx(list(wilson(round(found["mean"] * TESTED), TESTED)))
+
+
+# --------------------------------------------------------------------------------------- C from the surfaces
+
+
+def _surfaces(run: Path) -> list[tuple[int, Surface]]:
+    lines = read_json_lines(run / "criterion.jsonl")
+    return [(line["epoch"], Surface.from_json(line["surface"])) for line in lines]
+
+
+def _table_row(out: Path, text: str) -> str:
+    lines = (out / "summary.md").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"| {text} "))
+
+
+def test_c_in_the_table_follows_from_the_stored_surfaces(out: Path, result: dict[str, Any]) -> None:
+    for schedule in result["schedules"]:
+        u = parse_schedule(schedule["text"], SMALL["epochs"])
+        for form in FORMS:
+            values = [
+                surface.gap(u(epoch), 0.04, form).value
+                for run in schedule["runs"]
+                for epoch, surface in _surfaces(out / "runs" / run["directory"])
+            ]
+            assert len(values) == 4
+            mean = statistics.fmean(values)
+            assert mean == pytest.approx(schedule["summary"]["criterion"][form]["mean"])
+            assert f" {mean:.3g} [" in _table_row(out, schedule["text"])
+
+
+def test_c_for_another_gamma_needs_no_other_run(out: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    again = jobs.evaluate(tmp_path / "again", **SMALL | {"gamma": "0.5", "seeds": [1]})
+    for before, after in zip(result["schedules"], again["schedules"], strict=True):
+        u = parse_schedule(before["text"], SMALL["epochs"])
+        folder = out / "runs" / before["runs"][1]["directory"]
+        for form in FORMS:
+            values = [surface.gap(u(epoch), 0.5, form).value for epoch, surface in _surfaces(folder)]
+            measured = after["summary"]["criterion"][form]
+            assert statistics.fmean(values) == pytest.approx(measured["mean"])
+    costly = (s["schedules"][1]["summary"]["criterion"]["norm"]["per_seed"][-1] for s in (again, result))
+    assert next(costly) > next(costly), "a price of evaluations tells against three steps"
+
+
+# -------------------------------------------------------------------------------------- texts and figures
+
+
+def test_the_summary_names_every_schedule_attack_and_figure(out: Path) -> None:
+    text = (out / "summary.md").read_text()
+    for word in [*SMALL["schedules"], *SMALL["attacks"], "C norm", "C costate", "80 test", "seeds 0, 1"]:
+        assert word in text, word
+    for name in ("schedules.png", "criterion.png", "tradeoff.png"):
+        assert f"({name})" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables[:4]}) == 1
+
+
+@pytest.mark.parametrize("name", ["schedules.png", "criterion.png", "tradeoff.png"])
+def test_figures_open_and_show_something(out: Path, name: str) -> None:
+    with Image.open(out / name) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    assert width > 800
+    assert height > 300
+    inked = (pixels < 250).any(axis=2)
+    assert 0.005 < inked.mean() < 0.7
+    coloured = np.ptp(pixels.astype(int), axis=2) > 60
+    for half in (coloured[:, : width // 2], coloured[:, width // 2 :]):
+        assert half.sum() > 100, "there are curves in both panels, not axes only"
+
+
+def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
+    out: Path, result: dict[str, Any]
+) -> None:
+    names = {run["directory"] for _, run in _runs(result)}
+    assert names == {p.name for p in (out / "runs").iterdir()}
+    assert "02-pgd-steps=3-alpha=0.06-seed1" in names
+    for schedule, run in _runs(result):
+        folder = out / "runs" / run["directory"]
+        wanted = {"criterion.jsonl", "evaluation.json", "last.pt", "best.pt", "log.jsonl", "schedule.json"}
+        assert {p.name for p in folder.iterdir()} == wanted
+        assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
+        assert read_json_lines(folder / "log.jsonl") == run["epochs"]
+
+
+# ---------------------------------------------------------------------------------------------- interrupted
+
+
+def _killed(folder: Path, passes: int) -> int:
+    code = f"from controlat import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
+    environment = os.environ | {"KILL": str(passes), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=100
+    )
+    return done.returncode
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stoppable.py").write_text(STOPPABLE)
+    monkeypatch.chdir(tmp_path)
+    settings = SMALL | {"model": "stoppable:net"}
+    wanted = jobs.evaluate("undisturbed", **settings)
+    moments = [
+        (20, 0, 0),  # in the criterion of epoch 0
+        (36, 1, 0),  # in the training of epoch 0
+        (10, 1, 1),  # in the criterion of epoch 1
+        (90, 3, 2),  # in the criterion of epoch 1 of the second run
+    ]
+    for passes, instants, checkpoints in moments:
+        assert _killed(tmp_path, passes) == -signal.SIGKILL, passes
+        assert not (tmp_path / "killed" / "result.json").exists()
+        scored = [read_json_lines(file) for file in tmp_path.glob("killed/runs/*/criterion.jsonl")]
+        assert sum(map(len, scored)) == instants
+        assert len(list(tmp_path.glob("killed/runs/*/last.pt"))) == checkpoints
+    found = jobs.evaluate("killed", **settings)
+    assert _timeless(found) == _timeless(wanted)
+
+
+# ------------------------------------------------------------------------------------------ other candidates
+
+
+def test_tpe_searches_with_hyperopt_and_scores_the_schedules_own_control(tmp_path: Path) -> None:
+    settings = SMALL | {"maximiser": "tpe", "trials": 8, "seeds": [0], "epochs": 1}
+    found = jobs.evaluate(tmp_path / "tpe", **settings)
+    for schedule, run in _runs(found):
+        (epoch,) = run["criterion"]
+        assert epoch["norm"]["value"] >= 0
+        assert 2 <= epoch["candidates"] <= 9
+        (line,) = read_json_lines(tmp_path / "tpe" / "runs" / run["directory"] / "criterion.jsonl")
+        controls = line["surface"]["controls"]
+        assert dict(parse_schedule(schedule["text"], 1)(0)) == line["control"] == controls[0]
+        low, high = 0.15 / 40, 2 * 0.15
+        assert all(low * 0.999 <= u["alpha"] <= high * 1.001 for u in controls if u["steps"])
+    again = jobs.evaluate(tmp_path / "again", **settings)
+    assert _timeless(again) == _timeless(found), "the search is a function of the seed"
+    assert "by tpe" in (tmp_path / "tpe" / "summary.md").read_text()
+
+
+def test_a_schedule_file_is_a_candidate_like_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "step:steps=0:2,at=1,alpha=0.05"
+    parse_schedule(text, 2).save("mine.json")
+    settings = SMALL | {"schedules": ["mine.json", text], "seeds": [0]}
+    found = jobs.evaluate("out", **settings)
+    one, other = (_timeless(s["runs"][0]) for s in found["schedules"])
+    assert one.pop("directory") == "01-mine.json-seed0"
+    other.pop("directory")
+    assert one == other
+    parse_schedule("pgd:steps=1,alpha=0.1", 2).save("mine.json", overwrite=True)
+    with pytest.raises(ValueError, match=r"made with other settings.*schedules"):
+        jobs.evaluate("out", **settings)
+
+
+OWN = """
+import torch
+from torch import nn
+import controlat
+
+def net(in_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_shape[0] * in_shape[1] * in_shape[2], num_classes))
+
+def data(root=None):
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(240) % 3
+    x = 0.2 + 0.2 * torch.rand(240, 2, 4, 4, generator=draw)
+    x[torch.arange(240), 0, y, 0] += 0.6
+    return controlat.Dataset("bars", controlat.Split(x[:200], y[:200]), controlat.Split(x[200:], y[200:]), 3)
+"""
+
+
+def test_the_users_own_network_and_data_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_code.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    own = {"data": "own_code:data", "model": "own_code:net", "eps": "8/255", "lr": 0.5, "threads": 1}
+    found = jobs.train("run", schedule="pgd:steps=2,alpha=4/255", epochs=6, progress=False, **own)
+    assert found["gradients"] == 6 * 3 * 180
+    measured = jobs.attack("run/last.pt", attacks=["pgd-10"], progress=False)
+    assert measured["points"] == 40
+    assert measured["robust"]["value"] > 0.9
+    assert measured["eps"] == 8 / 255
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_data_factory_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrong_code.py").write_text("def data():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"gave a int; it must be a controlat\.data\.Dataset"):
+        jobs.train("run", data="wrong_code:data", eps=0.1)
+    with pytest.raises(ValueError, match="accepts no keyword 'root'"):
+        jobs.train("run", data="wrong_code:data", eps=0.1, data_dir="folder")
+    assert not list(tmp_path.rglob("settings.json")), "the directory is free for another try"
+
+
+# ----------------------------------------------------------------------------------------------- estimation
+
+
+def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cost = jobs.estimate(**SMALL)
+    runs = [run for _, run in _runs(result)]
+    gradients = cost["gradients"]
+    assert gradients["training"] == sum(run["gradients"] for run in runs)
+    criterion = sum(s["summary"]["criterion_gradients"] for s in result["schedules"])
+    assert criterion <= gradients["criterion"] <= 1.02 * criterion
+    evaluation = sum(s["summary"]["evaluation_gradients"] for s in result["schedules"])
+    assert evaluation <= gradients["evaluation"] == 4 * (1 + 5) * TESTED
+    validation = sum(e["validation_gradients"] for run in runs for e in run["epochs"])
+    assert validation <= gradients["validation"] == 4 * 2 * 10 * HELD_OUT
+    assert gradients["total"] == sum(v for k, v in gradients.items() if k != "total")
+    assert 0 < cost["seconds"] < 60
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_of_a_schedule_that_varies_within_an_epoch_is_close(tmp_path: Path) -> None:
+    settings = SMALL | {"schedules": ["linear:start=4,end=0,tau=0.2,resolution=0.25"], "seeds": [0]}
+    settings |= {"batch_size": 50, "epochs": 1, "attacks": ["fgsm"]}
+    (entry,) = jobs.evaluate(tmp_path / "run", **settings)["schedules"]
+    steps = [parse_schedule(entry["text"], 1)(b / 4)["steps"] for b in range(4)]
+    assert steps == [4, 3, 2, 1]
+    counted = entry["runs"][0]["gradients"]
+    assert counted == 50 * 5 + 50 * 4 + 50 * 3 + 30 * 2
+    estimated = jobs.estimate(**settings)["gradients"]["training"]
+    assert estimated == pytest.approx(counted, rel=0.05), "but for the smaller last batch"
+
+
+# --------------------------------------------------------------------------------------------------- attack
+
+
+def test_attack_repeats_the_evaluation_of_the_run(out: Path, result: dict[str, Any]) -> None:
+    for schedule, run in _runs(result):
+        checkpoint = out / "runs" / run["directory"] / "last.pt"
+        found = jobs.attack(
+            checkpoint, attacks=SMALL["attacks"], points=TESTED, seed=run["seed"], progress=False
+        )
+        for name in ("clean", "after", "robust", "gradients"):
+            assert found[name] == run["evaluation"][name]
+        assert (found["epoch"], found["schedule"]) == (2, schedule["text"])
+
+
+def test_attack_with_another_radius_norm_and_file(out: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = out / "runs" / result["schedules"][0]["runs"][0]["directory"] / "best.pt"
+    few = {"attacks": ["pgd-3"], "points": 50, "progress": False}
+    weak, strong = (jobs.attack(checkpoint, eps=eps, **few) for eps in ("1/255", 0.5))
+    assert weak["eps"] == 1 / 255
+    assert weak["clean"] == strong["clean"]
+    assert strong["robust"]["value"] < weak["robust"]["value"]
+    none = jobs.attack(checkpoint, eps=0, **few)
+    assert none["robust"] == none["clean"]
+    other = jobs.attack(checkpoint, eps=0.2, norm="l2", out=tmp_path / "l2.json", **few)
+    assert other["norm"] == "l2"
+    assert read_json(tmp_path / "l2.json") == json.loads(json.dumps(other))
+    before = (tmp_path / "l2.json").read_bytes()
+    with pytest.raises(ValueError, match=r"l2\.json exists; give another name"):
+        jobs.attack(checkpoint, out=tmp_path / "l2.json", **few)
+    assert (tmp_path / "l2.json").read_bytes() == before
+
+
+def test_attack_of_something_that_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"x\.pt is damaged or not a checkpoint"):
+        jobs.attack(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        jobs.attack(tmp_path / "y.pt")
+
+
+# ---------------------------------------------------------------------------------------------------- MNIST
+
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"the MNIST files are not in {MNIST}")
+def test_mnist_end_to_end_with_lenet(tmp_path: Path) -> None:
+    settings = SMALL | {"data": "mnist", "data_dir": str(MNIST), "model": "lenet", "eps": "0.3", "lr": 0.05}
+    settings |= {"schedules": ["none", "amata:min=1,max=3,tau=0.6"], "seeds": [0], "test_points": 50}
+    found = jobs.evaluate(tmp_path / "mnist", **settings | {"alphas": ["0.1", 0.3], "probe": 64})
+    none, amata = found["schedules"]
+    assert found["grid"] == {"alphas": [0.1, 0.3], "max_steps": 2}
+    assert none["runs"][0]["gradients"] == 2 * 180
+    assert amata["runs"][0]["gradients"] == (2 + 3) * 180
+    for schedule, run in _runs(found):
+        assert run["epochs"][1]["loss"] < run["epochs"][0]["loss"], schedule["text"]
+        assert run["evaluation"]["points"] == 50
+    saved = load_checkpoint(tmp_path / "mnist" / "runs" / none["runs"][0]["directory"] / "last.pt")
+    assert saved["settings"]["data_dir"] == str(MNIST)
