@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 __all__ = ["main"]
 
-_LISTS = {"schedules": str, "seeds": int, "attacks": str, "alphas": str}
+_LISTS: dict[str, Any] = {"schedules": str, "seeds": int, "attacks": str, "alphas": str | float}
 
 
 class Parser(ArgumentParser):

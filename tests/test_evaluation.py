@@ -85,6 +85,10 @@ def test_wilson_is_scipys_interval(points: int, share: float) -> None:
     assert wilson(successes, points) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
+def test_wilson_ends_exactly_at_0_and_1() -> None:
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 2000))
+
+
 @pytest.mark.parametrize(("successes", "points"), [(0, 0), (-1, 10), (11, 10), (0, -5)])
 def test_wilson_refuses_impossible_counts(successes: int, points: int) -> None:
     with pytest.raises(ValueError, match=f"got {successes} of {points}"):

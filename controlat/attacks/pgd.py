@@ -121,7 +121,7 @@ def pgd(
         mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave during the attack.
         generator: where the start is drawn from; None: torch's global generator, as torchattacks does.
         channels_last: run convolutions in NHWC layout, up to twice as fast on CPU. False repeats
-            torchattacks pixel by pixel; True gives an equal loss, but signs of gradients near zero differ.
+            torchattacks pixel by pixel; True gives the same loss to about 1e-3: signs near zero differ.
 
     Returns:
         The detached adversarial batch, of the shape, dtype and device of x.
