@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from controlat.data import Dataset as Dataset
     from controlat.data import Split as Split
     from controlat.evaluation import robustness as robustness
+    from controlat.families import parse_schedule as parse_schedule
     from controlat.jobs import attack as attack
     from controlat.jobs import evaluate as evaluate
     from controlat.jobs import train as train
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from controlat.pmp import criterion as criterion
     from controlat.schedules import Schedule as Schedule
     from controlat.schedules import load_schedule as load_schedule
-    from controlat.schedules import parse_schedule as parse_schedule
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOME = {
     "evaluate": "jobs",
     "fgsm": "attacks",
     "load_schedule": "schedules",
-    "parse_schedule": "schedules",
+    "parse_schedule": "families",
     "pgd": "attacks",
     "robustness": "evaluation",
     "train": "jobs",

@@ -11,10 +11,11 @@ from controlat.balls import Ball
 from controlat.control import number
 from controlat.dynamics import SGDSettings
 from controlat.evaluation import parse_attack
+from controlat.families import parse_schedule
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.rates import parse_rate
-from controlat.schedules import Schedule, load_schedule, parse_schedule
+from controlat.schedules import Schedule, load_schedule
 
 __all__ = [
     "DEMO_EPS",

@@ -7,12 +7,15 @@ gradient evaluations: forward-backward passes per sample, K + 1 for one outer st
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 __all__ = ["Control", "ControlSpace", "Knob", "number"]
+
+_HUGE = re.compile(r"[eE][+-]?\d{4,}")  # Fraction would compute 10 to that power
 
 
 def number(value: object, name: str = "number") -> float:
@@ -33,6 +36,8 @@ def number(value: object, name: str = "number") -> float:
     """
     try:
         if isinstance(value, bool):
+            raise ValueError
+        if isinstance(value, str) and _HUGE.search(value):
             raise ValueError
         result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):

@@ -7,6 +7,7 @@ is what is trained. z is the whole state: parameters, buffers, optimiser buffers
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -226,7 +227,10 @@ class Driver:
 
     def snapshot(self) -> Snapshot:
         """A copy of the state z."""
-        model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        model = {
+            name: t.detach().clone() if isinstance(t, Tensor) else copy.deepcopy(t)  # a module's extra state
+            for name, t in self.model.state_dict().items()
+        }
         memory = {name: t.clone() for name, t in self.memory.items()}
         return Snapshot(model, _copied(self.sgd.state_dict()), memory)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlat.attacks.pgd import ascend, check_batch
+from controlat.attacks.pgd import ascend, check_batch, check_labels
 from controlat.balls import Ball
 from controlat.control import number
 from controlat.losses import Loss, cross_entropy, margin
@@ -202,7 +202,8 @@ def robustness(
     """Clean and robust accuracy, in eval mode and full precision; the model is left as it was.
 
     The attacks come in turn, and each is tried only on samples that survived all before it. A sample is
-    broken when the last point of an attack's path is misclassified.
+    broken when the last point of an attack's path is misclassified. The order of attacks decides the cost,
+    and through the batches of survivors the random starts, so that it can move the result by chance.
 
     Args:
         model: from inputs in [0, 1] to logits.
@@ -210,7 +211,7 @@ def robustness(
         y: (N,) labels.
         eps: radius, in pixel units.
         norm: ``"linf"`` or ``"l2"``.
-        attacks: see `parse_attack`; order matters for cost only.
+        attacks: see `parse_attack`; cheap ones first.
         batch_size: samples at a time.
         seed: of the random starts.
         device: where to attack; that of x by default.
@@ -239,7 +240,9 @@ def robustness(
     standing = torch.zeros(len(x), dtype=torch.bool)
     with View(model, "eval", meter=meter) as view:
         for part in torch.split(torch.arange(len(x)), batch_size):
-            standing[part] = (view(x[part].to(device)).argmax(1) == y[part].to(device)).cpu()
+            logits = view(x[part].to(device))
+            check_labels(int(y[part].max()), logits.shape[1])
+            standing[part] = (logits.argmax(1) == y[part].to(device)).cpu()
         clean = Accuracy(int(standing.sum()), len(x))
         after: dict[str, Accuracy] = {}
         for attack in chosen:

@@ -84,6 +84,7 @@ class View:
     Raises:
         TypeError: the model is not an nn.Module.
         ValueError: unknown mode.
+        RuntimeError: entered inside ``torch.inference_mode()``.
 
     >>> import torch
     >>> from controlat.losses import cross_entropy
@@ -114,6 +115,8 @@ class View:
         self.autocast = autocast
 
     def __enter__(self) -> Self:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         layout = channels_last if self.channels_last else (lambda t: t)
         self._state = {name: layout(p.detach()) for name, p in self.model.named_parameters()}
         self._state |= {name: b.detach().clone() for name, b in self.model.named_buffers()}

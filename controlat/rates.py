@@ -9,6 +9,8 @@ from controlat.texts import numbers, only, split
 
 __all__ = ["Rate", "parse_rate"]
 
+_LARGEST = 1e30  # float32 ends at 3e38, where torch raises an error of its own
+
 # kind -> (required, optional) parameters
 _KINDS = {
     "constant": (("lr",), ()),
@@ -51,6 +53,8 @@ class Rate:
             object.__setattr__(self, name, number(getattr(self, name), name))
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name):g}")
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST:g}, got {getattr(self, name):g}")
         object.__setattr__(self, "peak", number(self.peak, "peak"))
         if not 0 < self.peak < 1:
             raise ValueError(f"peak must be in (0, 1), a fraction of the run, got {self.peak:g}")

@@ -115,6 +115,8 @@ def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool
             raise ValueError(
                 f"another process is working in {directory}; wait for it or give another"
             ) from None
+        for left in directory.rglob(".*.tmp"):  # half-written files of a process that was killed
+            left.unlink()
         if known:
             different = _differences(read_json(directory / SETTINGS), settings)
             if different:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from controlat import rng
 from controlat.data import Split
 from controlat.dynamics import Plan
+from controlat.families import parse_schedule
 from controlat.models import build
 from controlat.rates import parse_rate
-from controlat.schedules import parse_schedule
 
 SHAPE = (1, 8, 8)
 CLASSES = 3

@@ -28,6 +28,7 @@ ORDER = (
     "attacks",
     "evaluation",
     "schedules",
+    "families",
     "data",
     "models",
     "methods",

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import controlat
 from controlat.control import Control
-from controlat.schedules import CURVES, FAMILIES, Curve, Schedule, load_schedule, parse_schedule
+from controlat.families import FAMILIES, parse_schedule
+from controlat.schedules import CURVES, Curve, Schedule, load_schedule
 
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 

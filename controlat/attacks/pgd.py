@@ -83,6 +83,12 @@ def check_batch(x: Tensor, y: Tensor) -> None:
         )
 
 
+def check_labels(top: int, classes: int) -> None:
+    """Raise ValueError unless the largest label is one of the model's classes."""
+    if top >= classes:
+        raise ValueError(f"labels must be in [0, {classes - 1}], the model's logits; got {top}")
+
+
 def _given(value: object, name: str) -> float:
     if value is None:
         raise ValueError(f"{name} is missing: give a number such as 8/255")
@@ -119,7 +125,8 @@ def pgd(
         norm: ``"linf"`` or ``"l2"``.
         random_start: start at a random point of the ball instead of x.
         mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave during the attack.
-        generator: where the start is drawn from; None: torch's global generator, as torchattacks does.
+        generator: where the start is drawn from; None: torch's global generator, as torchattacks does. (In
+            ``"train"`` mode dropout draws from the global generator.)
         channels_last: run convolutions in NHWC layout, up to twice as fast on CPU. False repeats
             torchattacks pixel by pixel; True gives the same loss to about 1e-3: signs near zero differ.
 
@@ -148,8 +155,7 @@ def pgd(
     x, top = x.detach(), int(y.max())
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        if top >= logits.shape[1]:
-            raise ValueError(f"labels must be in [0, {logits.shape[1] - 1}], the model's logits; got {top}")
+        check_labels(top, logits.shape[1])
         return cross_entropy(logits, labels)
 
     with View(model, mode, channels_last=channels_last) as view:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS, ascend, path
-from controlat.control import Control, ControlSpace
+from controlat.control import Control, ControlSpace, number
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update
 from controlat.network import MODES
@@ -45,8 +45,11 @@ class PgdAT:
     def __post_init__(self) -> None:
         if self.attack_mode not in MODES:
             raise ValueError(f"attack_mode must be one of {', '.join(MODES)}, got {self.attack_mode!r}")
-        if not self.clean_weight >= 0:
-            raise ValueError(f"clean_weight must be >= 0, got {self.clean_weight}")
+        if not isinstance(self.random_start, bool):
+            raise ValueError(f"random_start must be true or false, got {self.random_start!r}")
+        object.__setattr__(self, "clean_weight", number(self.clean_weight, "clean_weight"))
+        if self.clean_weight < 0:
+            raise ValueError(f"clean_weight must be >= 0, got {self.clean_weight:g}")
 
     @property
     def controls(self) -> ControlSpace:

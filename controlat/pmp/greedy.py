@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from controlat.attacks.pgd import check_batch
+from controlat.attacks.pgd import check_batch, check_labels
 from controlat.balls import Ball
 from controlat.control import Control, number
 from controlat.dynamics import Driver
 from controlat.methods import Batch, Method, build
-from controlat.network import Meter, NonFiniteError
+from controlat.network import Meter, NonFiniteError, View
 from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
 from controlat.pmp.terminal import AdversarialLoss
 
@@ -376,6 +376,8 @@ def criterion(
     steps = max(10, int(u["steps"])) if max_steps is None else max_steps
     grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
+    with View(model, channels_last=channels_last) as view:
+        check_labels(int(y.max()), view(x[:1]).shape[1])
     phi = (x, y)
     if held_out is not None:
         try:

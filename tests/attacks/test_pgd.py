@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import controlat
 from controlat.attacks import ascend, fgsm, path, pgd
 from controlat.balls import Ball
 from controlat.data import digits
@@ -725,3 +726,21 @@ def test_a_network_that_is_not_finite_is_an_error(small: Any, norm: str, factor:
     assert_same(traces(model), before)
     with pytest.raises(NonFiniteError, match="logits that are not finite"), View(model) as view:
         view(x)
+
+
+def test_a_call_inside_inference_mode_says_what_to_use_instead() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
+        pgd(model, x, y, eps=0.1, alpha=0.1, steps=1)
+
+
+def test_labels_beyond_the_logits_are_refused_everywhere() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(8, 1, 2, 2), torch.full((8,), 3)
+    with pytest.raises(ValueError, match=r"\[0, 2\].* got 3"):
+        pgd(model, x, y, eps=0.1, alpha=0.1, steps=1)
+    with pytest.raises(ValueError, match=r"\[0, 2\].* got 3"):
+        controlat.robustness(model, x, y, eps=0.1)
+    with pytest.raises(ValueError, match=r"\[0, 2\].* got 3"):
+        controlat.criterion(model, x, y, {"alpha": 0.1, "steps": 1}, eps=0.1, gamma=0.1)

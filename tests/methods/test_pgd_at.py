@@ -329,7 +329,7 @@ def test_holding_the_adversary_fixed_is_exact_for_linf_and_not_for_l2(norm: str,
     [
         ({"attack_mode": "test"}, "attack_mode must be one of eval, train, got 'test'"),
         ({"clean_weight": -1.0}, "clean_weight must be >= 0, got -1"),
-        ({"clean_weight": float("nan")}, "clean_weight must be >= 0, got nan"),
+        ({"clean_weight": float("nan")}, "clean_weight must be finite, got nan"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
