@@ -9,7 +9,7 @@ from controlat.texts import numbers, only, split
 
 __all__ = ["Rate", "parse_rate"]
 
-_LARGEST = 1e30  # float32 ends at 3e38, where torch raises an error of its own
+_LARGEST = 3.4e38  # the end of float32, where torch raises an error of its own
 
 # kind -> (required, optional) parameters
 _KINDS = {
