@@ -16,7 +16,7 @@ from controlat.control import Control
 from controlat.dynamics import Driver
 from controlat.methods import Batch, build
 from controlat.network import Meter
-from controlat.pmp.greedy import probe_batches
+from controlat.pmp import probe_batches
 from controlat.pmp.maximise import Grid, Scored, rerun, sweep
 
 EPS = 0.3

@@ -14,7 +14,7 @@ from controlat.evaluation import parse_attack
 from controlat.families import parse_schedule
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
-from controlat.rates import parse_rate
+from controlat.rates import Rate, parse_rate
 from controlat.schedules import Schedule, load_schedule
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 DEMO_EPS = "0.15"
+DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 DEMO_SCHEDULES = (
     "none",
     "fgsm:alpha=0.15",
@@ -71,7 +72,7 @@ class Problem:
         method_options: Options of the method, such as {random_start: false}.
         epochs: Length of training T.
         batch_size: Samples per outer step.
-        lr: Learning rate: 0.05, multistep:lr=0.1,at=50:75,factor=0.1 or onecycle:lr=0.2,peak=0.5.
+        lr: 0.05, multistep:lr=0.1,at=50:75,factor=0.1 or onecycle:lr=0.2 (0.05, for digits onecycle:lr=0.2).
         momentum: Momentum mu of torch.optim.SGD.
         nesterov: Nesterov's form of momentum.
         weight_decay: Weight decay.
@@ -94,7 +95,7 @@ class Problem:
     method_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 12
     batch_size: int = 64
-    lr: str | float = 0.05
+    lr: str | float | None = None
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
@@ -114,10 +115,12 @@ class Problem:
                     f"eps is missing: give the radius for {self.data} in pixel units, such as 8/255"
                 )
             self.eps = DEMO_EPS
+        if self.lr is None:
+            self.lr = DEMO_LR if self.data == "digits" else DEFAULT_LR
         self.eps, self.lr = _tidy(self.eps), _tidy(self.lr)
         self.ball  # noqa: B018  (raises)
         self.sgd  # noqa: B018
-        parse_rate(self.lr)
+        self.rate  # noqa: B018
         for name in ("epochs", "batch_size", "train_points", "test_points", "held_out", "threads"):
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
@@ -128,6 +131,11 @@ class Problem:
     def ball(self) -> Ball:
         """The perturbation set."""
         return Ball(number(self.eps, "eps"), self.norm)
+
+    @property
+    def rate(self) -> Rate:
+        """The learning rate."""
+        return parse_rate(DEFAULT_LR if self.lr is None else self.lr)
 
     @property
     def sgd(self) -> SGDSettings:

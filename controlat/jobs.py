@@ -24,9 +24,7 @@ from controlat.evaluation import parse_attack, robustness
 from controlat.files import append_json_line, read_json, read_json_lines, write_json
 from controlat.methods import Batch, build
 from controlat.network import Meter
-from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, measure
-from controlat.pmp.greedy import probe_batches
-from controlat.rates import parse_rate
+from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, measure, probe_batches
 from controlat.runs import claimed, environment, slug
 from controlat.schedules import Schedule
 from controlat.training import deterministic, fit, initial_model, load_checkpoint, place
@@ -78,7 +76,7 @@ class Setting:
     def plan(self, schedule: Schedule, seed: int) -> Plan:
         """The roll-out of one schedule under one seed."""
         p = self.problem
-        return Plan(self.training, p.batch_size, p.epochs, schedule, parse_rate(p.lr), seed)
+        return Plan(self.training, p.batch_size, p.epochs, schedule, p.rate, seed)
 
     def model(self, seed: int) -> nn.Module:
         """The network at its initial weights."""

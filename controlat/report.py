@@ -11,8 +11,7 @@ import numpy as np
 
 from controlat.evaluation import wilson
 from controlat.files import write_text
-from controlat.pmp import FORMS
-from controlat.pmp.greedy import interval
+from controlat.pmp import FORMS, interval
 
 __all__ = ["assemble", "summary", "table", "write"]
 

@@ -329,7 +329,7 @@ def test_train_refuses_other_settings_in_a_used_directory(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = _refused(capsys, "train", "--out", run, *TRAIN, "--lr", "0.3", "--resume")
-    assert "made with other settings (lr: 0.05 there, 0.3 here)" in error
+    assert "made with other settings (lr: 'onecycle:lr=0.2' there, 0.3 here)" in error
 
 
 def test_train_goes_on_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,17 @@ from controlat.dynamics import Driver
 from controlat.methods import Batch
 from controlat.methods.pgd_at import PgdAT
 from controlat.network import Meter, NonFiniteError
-from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, criterion, measure
-from controlat.pmp.greedy import interval, probe_batches
+from controlat.pmp import (
+    FORMS,
+    AdversarialLoss,
+    Gap,
+    Grid,
+    Surface,
+    criterion,
+    interval,
+    measure,
+    probe_batches,
+)
 from controlat.pmp.maximise import rerun
 
 EPS = 0.2

@@ -19,8 +19,7 @@ from controlat.dynamics import Driver
 from controlat.methods import Batch, Context, Update
 from controlat.methods.pgd_at import PgdAT
 from controlat.network import NonFiniteError
-from controlat.pmp import FORMS, AdversarialLoss, Grid, Surface, criterion, measure
-from controlat.pmp.greedy import probe_batches
+from controlat.pmp import FORMS, AdversarialLoss, Grid, Surface, criterion, measure, probe_batches
 from controlat.pmp.maximise import tpe
 
 EPS = 0.2

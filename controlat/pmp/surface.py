@@ -1,0 +1,194 @@
+"""What was learnt of the Hamiltonian at one instant, and the gap of a control in it.
+
+The M probe batches' gradients of every candidate enter through their inner products only; plain, unbiased and
+cross-fitted values and the jackknife all follow from those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from controlat.control import Control, number
+
+__all__ = ["FORMS", "Array", "Gap", "Surface", "interval"]
+
+FORMS = ("norm", "costate")
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """C at one instant, in one form, with what it consists of.
+
+    Args:
+        form: ``"norm"`` or ``"costate"``.
+        value: the gap, >= 0; 0 where u maximises the Hamiltonian over the candidates.
+        control: u_t.
+        maximiser: the best candidate v.
+        reward: (s q(v), s q(u)), the two first terms.
+        cost: (gamma n(v), gamma n(u)), the two second terms.
+        unbiased: the gap of the unbiased estimates of ||E g||^2 (None with one probe batch). The plain norm
+            of a batch mean exceeds it by tr(Cov)/B.
+        cross_fitted: v chosen on one half of the probe and scored on the other, both ways; it may be negative
+            (None with one probe batch). The plain maximum over noisy values is biased upward.
+        jackknife: the gap between maximiser and u without each probe batch in turn.
+    """
+
+    form: str
+    value: float
+    control: Control
+    maximiser: Control
+    reward: tuple[float, float]
+    cost: tuple[float, float]
+    unbiased: float | None
+    cross_fitted: float | None
+    jackknife: tuple[float, ...]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the value over probe batches (jackknife, Student t)."""
+        return interval(self.value, self.jackknife)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        found = {k: getattr(self, k) for k in ("form", "value", "reward", "cost", "unbiased", "cross_fitted")}
+        return found | {
+            "control": dict(self.control),
+            "maximiser": dict(self.maximiser),
+            "jackknife": list(self.jackknife),
+            "interval": self.interval,
+        }
+
+
+def interval(value: float, jackknife: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval from leave-one-out values: value +- t sqrt((m - 1)/m sum (j - mean j)^2)."""
+    m = len(jackknife)
+    if m < 2:
+        return None
+    half = float(stdtrit(m - 1, 0.975)) * float(np.sqrt((m - 1) * np.var(jackknife)))
+    return value - half, value + half
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Everything that was learnt of the Hamiltonian at one instant; C for any gamma follows without a run.
+
+    Args:
+        controls: the V candidates.
+        evaluations: (V,) n(v), gradient evaluations per sample of one outer step.
+        gram: (V, M, M) inner products of the gradients of the M probe batches.
+        costate: (V, M) inner products of grad Phi with them, or None.
+        scale: s_t.
+        spent: gradient evaluations spent, in samples.
+    """
+
+    controls: tuple[Control, ...]
+    evaluations: Array
+    gram: Array
+    costate: Array | None
+    scale: float
+    spent: int
+
+    @property
+    def batches(self) -> int:
+        """M, the number of probe batches."""
+        return int(self.gram.shape[1])
+
+    def reward(self, form: str, members: Sequence[int] | None = None, *, unbiased: bool = False) -> Array:
+        """s q(v) for every candidate, (V,), from the probe batches `members` (all by default).
+
+        Raises:
+            ValueError: unknown form, or no terminal cost was given for ``"costate"``.
+        """
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        chosen = np.arange(self.batches) if members is None else np.asarray(members)
+        if form == "costate":
+            if self.costate is None:
+                raise ValueError("form 'costate' needs a terminal cost: give held-out data")
+            return np.asarray(self.scale * self.costate[:, chosen].mean(1))
+        gram = self.gram[np.ix_(np.arange(len(self.controls)), chosen, chosen)]
+        total, m = gram.sum((1, 2)), len(chosen)
+        if unbiased and m > 1:
+            return np.asarray(self.scale * (total - np.trace(gram, axis1=1, axis2=2)) / (m * (m - 1)))
+        return np.asarray(self.scale * total / m**2)
+
+    def gap(self, control: Control, gamma: float, form: str = "norm") -> Gap:
+        """The gap of `control`, which is one of the candidates, at a price of gamma per evaluation.
+
+        Raises:
+            ValueError: `control` was not scored, or gamma is negative or not finite.
+        """
+        if control not in self.controls:
+            raise ValueError(f"{control} is not among the {len(self.controls)} candidates that were scored")
+        gamma = number(gamma, "gamma")
+        if gamma < 0:
+            raise ValueError(f"gamma must be >= 0, got {gamma:g}")
+        u, price = self.controls.index(control), gamma * self.evaluations
+        reward = self.reward(form)
+        best = self._argmax(reward - price, u)
+        every, unbiased, crossed = range(self.batches), None, None
+        jackknife: tuple[float, ...] = ()
+        if self.batches > 1:
+            value = self.reward(form, unbiased=True) - price
+            unbiased = float(value.max() - value[u])
+            halves = (every[::2], every[1::2])
+            crossed = float(np.mean([self._crossed(a, b, u, price, form) for a, b in (halves, halves[::-1])]))
+            without = [self.reward(form, [i for i in every if i != m]) - price for m in every]
+            jackknife = tuple(float(w[best] - w[u]) for w in without)
+        return Gap(
+            form,
+            float((reward - price)[best] - (reward - price)[u]),
+            control,
+            self.controls[best],
+            (float(reward[best]), float(reward[u])),
+            (float(price[best]), float(price[u])),
+            unbiased,
+            crossed,
+            jackknife,
+        )
+
+    def _argmax(self, value: Array, u: int) -> int:
+        """The best candidate; u where it ties with the best, so that an optimal control has itself."""
+        best = int(np.argmax(value))
+        return u if value[u] >= value[best] else best
+
+    def _crossed(self, choose: Sequence[int], judge: Sequence[int], u: int, price: Array, form: str) -> float:
+        best = self._argmax(self.reward(form, choose) - price, u)
+        value = self.reward(form, judge, unbiased=True) - price
+        return float(value[best] - value[u])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, numbers to 7 digits; `from_json` reads it back."""
+        upper = np.triu_indices(self.batches)
+        return {
+            "controls": [dict(v) for v in self.controls],
+            "evaluations": _digits(self.evaluations),
+            "gram": _digits(self.gram[:, upper[0], upper[1]]),
+            "costate": None if self.costate is None else _digits(self.costate),
+            "batches": self.batches,
+            "scale": self.scale,
+            "spent": self.spent,
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Surface:
+        """The surface that `to_json` described."""
+        m, rows = found["batches"], np.array(found["gram"], dtype=np.float64)
+        gram, upper = np.zeros((len(rows), m, m)), np.triu_indices(m)
+        gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = rows
+        costate = None if found["costate"] is None else np.array(found["costate"], dtype=np.float64)
+        controls = tuple(Control(**v) for v in found["controls"])
+        return cls(controls, np.array(found["evaluations"]), gram, costate, found["scale"], found["spent"])
+
+
+def _digits(values: Array) -> Any:
+    if values.ndim > 1:
+        return [_digits(row) for row in values]
+    return [float(f"{v:.7g}") for v in values]
