@@ -39,6 +39,7 @@ ORDER = (
     "report",
     "plots",
     "config",
+    "setting",
     "jobs",
     "cli",
     "__main__",
