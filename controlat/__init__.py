@@ -24,8 +24,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from controlat.attacks import fgsm as fgsm
-    from controlat.attacks import pgd as pgd
+    from controlat.attacks.pgd import fgsm as fgsm
+    from controlat.attacks.pgd import pgd as pgd
     from controlat.balls import Ball as Ball
     from controlat.control import Control as Control
     from controlat.control import ControlSpace as ControlSpace

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from controlat import kernels
+
 __all__ = ["MODES", "Meter", "NonFiniteError", "View", "channels_last", "is_convolutional"]
 
 MODES = ("eval", "train")
@@ -76,8 +78,8 @@ class View:
     Args:
         model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
         mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave inside.
-        channels_last: run convolutional models in NHWC layout, about twice as fast on CPU. Values agree to
-            rounding; signs of gradients near zero may differ.
+        channels_last: run convolutional models in NHWC layout and with a faster kernel for one-channel
+            images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
         meter: where evaluations are counted.
         autocast: a dtype for mixed precision, None for none.
 
@@ -111,6 +113,7 @@ class View:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.mode = model, mode
         self.channels_last = channels_last and is_convolutional(model)
+        self._one_channel = self.channels_last and kernels.applies(model)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
 
@@ -143,10 +146,11 @@ class View:
         return channels_last(x) if self.channels_last else x
 
     def _forward(self, x: Tensor) -> Tensor:
-        cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.autocast is not None:
-            cast = torch.autocast(x.device.type, dtype=self.autocast)
-        with cast:
+        with contextlib.ExitStack() as stack:
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(x.device.type, dtype=self.autocast))
+            if self._one_channel:
+                stack.enter_context(kernels.OneChannelConvolutions())
             logits: Tensor = functional_call(self.model, self._state, (x,))
         return logits.float() if self.autocast is not None else logits
 

@@ -24,6 +24,7 @@ ORDER = (
     "rates",
     "registry",
     "balls",
+    "kernels",
     "network",
     "attacks",
     "evaluation",

@@ -1,0 +1,75 @@
+"""A faster input gradient for convolutions of one-channel images, which attacks need and training does not.
+
+On CPU torch's kernel takes three to four times as long for it as one matrix product and a fold, a third of an
+attack on LeNet. With more channels torch's own is as good, and it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["OneChannelConvolutions", "applies"]
+
+
+def applies(model: nn.Module) -> bool:
+    """Whether a model has a convolution that this is for."""
+    return any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in model.modules())
+
+
+class _Convolution(torch.autograd.Function):
+    """conv2d with a frozen weight, whose input gradient is fold(W^T g)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any
+    ) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.shape, ctx.geometry = x.shape[2:], (dilation, padding, stride)
+        return F.conv2d(x, w, b, stride, padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (w,) = ctx.saved_tensors
+        columns = w.reshape(len(w), -1).T @ g.flatten(2)
+        return F.fold(columns, ctx.shape, w.shape[2:], *ctx.geometry), None, None, None, None, None
+
+
+def _convolve(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    only_x = x.requires_grad and not w.requires_grad and (b is None or not b.requires_grad)
+    plain = x.dim() == 4 and x.shape[1] == groups == 1 and not isinstance(padding, str)
+    if only_x and plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        found: Tensor = _Convolution.apply(x, w, b, stride, padding, dilation)  # type: ignore[no-untyped-call]
+        return found
+    return F.conv2d(x, w, b, stride, padding, dilation, groups)
+
+
+class OneChannelConvolutions(TorchFunctionMode):
+    """A context in which conv2d of one-channel CPU inputs with frozen weights has the faster gradient.
+
+    >>> x = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    >>> w = torch.rand(3, 1, 3, 3, dtype=torch.float64)
+    >>> (expected,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
+    >>> with OneChannelConvolutions():
+    ...     (found,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
+    >>> torch.allclose(found, expected)
+    True
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Send conv2d elsewhere, everything else on."""
+        return (_convolve if func is torch.conv2d else func)(*args, **(kwargs or {}))
