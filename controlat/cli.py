@@ -88,7 +88,9 @@ def _evaluate(found: Namespace) -> None:
         cost = jobs.estimate(**settings)
         for part, value in cost["gradients"].items():
             print(f"{part:>10}  {report.count(value):>8} gradient evaluations")
-        print(f"about {_duration(cost['seconds'])} on this machine; nothing was written")
+        seconds = cost["seconds"]
+        readable = f" ({_duration(seconds)})" if seconds >= 90 else ""
+        print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
     result = jobs.evaluate(found.out, **settings)
     print(report.table(*report.rows(result)))

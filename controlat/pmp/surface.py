@@ -38,6 +38,7 @@ class Gap:
         cross_fitted: v chosen on one half of the probe and scored on the other, both ways; it may be negative
             (None with one probe batch). The plain maximum over noisy values is biased upward.
         jackknife: the gap between maximiser and u without each probe batch in turn.
+        spent: gradient evaluations that it took, in samples.
     """
 
     form: str
@@ -49,6 +50,7 @@ class Gap:
     unbiased: float | None
     cross_fitted: float | None
     jackknife: tuple[float, ...]
+    spent: int
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -63,6 +65,7 @@ class Gap:
             "maximiser": dict(self.maximiser),
             "jackknife": list(self.jackknife),
             "interval": self.interval,
+            "spent": self.spent,
         }
 
 
@@ -152,6 +155,7 @@ class Surface:
             unbiased,
             crossed,
             jackknife,
+            self.spent,
         )
 
     def _argmax(self, value: Array, u: int) -> int:
