@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from controlat import report
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
-from controlat.evaluation import parse_attack, robustness
+from controlat.evaluation import parse_attack
 from controlat.files import read_json, read_json_lines, write_json
 from controlat.methods import build
 from controlat.network import Meter
@@ -204,19 +202,8 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     model.load_state_dict(found["model"])
-    test = setting.data.test
-    with deterministic(chosen.threads), _attack_bar(chosen, len(test)) as bar:
-        measured = robustness(
-            model,
-            *test.take(torch.arange(len(test))),
-            eps=setting.problem.ball.eps,
-            norm=setting.problem.norm,
-            attacks=chosen.attacks,
-            batch_size=chosen.batch_size,
-            seed=chosen.seed,
-            device=device,
-            progress=lambda n, name: (bar.set_description(name), bar.update(n)),
-        )
+    with deterministic(chosen.threads):
+        measured = setting.robustness(model, chosen.attacks, chosen.seed, chosen.progress, chosen.batch_size)
     result = measured.to_json() | {
         "checkpoint": Path(checkpoint).name,
         "epoch": found["tally"]["epoch"],
@@ -230,8 +217,3 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     if out is not None:
         write_json(out, result)
     return result
-
-
-def _attack_bar(chosen: AttackSettings, points: int) -> contextlib.AbstractContextManager[Any]:
-    total = points * sum(parse_attack(a).restarts for a in chosen.attacks)
-    return tqdm(total=total, unit=" samples", disable=None if chosen.progress else True, leave=False)

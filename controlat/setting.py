@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from controlat import models, rng
 from controlat.config import EvaluateSettings, Problem
@@ -17,7 +18,7 @@ from controlat.control import number
 from controlat.data import Dataset, Split
 from controlat.data import load as load_data
 from controlat.dynamics import Driver, Plan
-from controlat.evaluation import robustness
+from controlat.evaluation import Robustness, parse_attack, robustness
 from controlat.files import append_json_line, read_json, read_json_lines, write_json
 from controlat.methods import Batch, build
 from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, measure, probe_batches
@@ -93,6 +94,30 @@ class Setting:
             p.channels_last,
         )
 
+    def robustness(
+        self, model: nn.Module, attacks: Sequence[str], seed: int, progress: bool, batch_size: int = 256
+    ) -> Robustness:
+        """Accuracy on the test set, with a progress bar."""
+        test, restarts = self.data.test, sum(parse_attack(a).restarts for a in attacks)
+        with progress_bar(len(test) * restarts, " samples", progress) as bar:
+            return robustness(
+                model,
+                *test.take(torch.arange(len(test))),
+                eps=self.problem.ball.eps,
+                norm=self.problem.norm,
+                attacks=attacks,
+                batch_size=batch_size,
+                seed=seed,
+                device=self.device,
+                progress=lambda n, name: (bar.set_description(name), bar.update(n)),
+            )
+
+
+def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:
+    """A progress bar that is there while it is needed, on a terminal only."""
+    disable = None if show else True
+    return tqdm(total=total, unit=unit, desc=label, disable=disable, leave=False, mininterval=0.5)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -125,18 +150,21 @@ class Candidate:
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
         analysis.memory = driver.memory
-        surface = measure(
-            analysis,
-            self.probe(epoch),
-            u,
-            self.grid,
-            terminal=AdversarialLoss(*phi, driver.ball, seed=self.seed),
-            scale=plan.mean_rate(epoch) / plan.mean_rate() / (1 - s.momentum),
-            rate=plan.mean_rate(epoch),
-            maximiser=s.maximiser,
-            gamma=number(s.gamma, "gamma"),
-            trials=s.trials,
-        )
+        total = 1 + (len(self.grid) if s.maximiser == "sweep" else s.trials)
+        with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
+            surface = measure(
+                analysis,
+                self.probe(epoch),
+                u,
+                self.grid,
+                terminal=AdversarialLoss(*phi, driver.ball, seed=self.seed),
+                scale=plan.mean_rate(epoch) / plan.mean_rate() / (1 - s.momentum),
+                rate=plan.mean_rate(epoch),
+                maximiser=s.maximiser,
+                gamma=number(s.gamma, "gamma"),
+                trials=s.trials,
+                progress=bar.update,
+            )
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
         append_json_line(file, line | {"seconds": time.perf_counter() - began})
 
@@ -155,15 +183,7 @@ class Candidate:
             label=label,
         )
         if not file.exists():
-            test, plain = self.setting.data.test, {"attacks": s.attacks, "seed": self.seed}
-            found = robustness(
-                driver.model,
-                *test.take(torch.arange(len(test))),
-                eps=driver.ball.eps,
-                norm=s.norm,
-                device=self.setting.device,
-                **plain,  # type: ignore[arg-type]
-            )
+            found = self.setting.robustness(driver.model, s.attacks, self.seed, s.progress)
             write_json(file, found.to_json())
         return {
             "seed": self.seed,

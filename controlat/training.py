@@ -251,6 +251,7 @@ def fit(
         while tally.epoch < plan.epochs:
             if tally.batch == 0 and at_epoch is not None:
                 at_epoch(tally.epoch)
+            bar.unpause()  # time spent on validation and scoring is not training speed
             try:
                 _epoch(driver, plan, directory, tally, settings, checkpoint_minutes, bar)
                 record = _record(driver, plan, tally, held_out)

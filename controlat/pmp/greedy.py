@@ -9,7 +9,7 @@ For a step of length eta, (13) becomes (14): with g_v = grad_theta l(A_v) and n(
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ def measure(
     gamma: float = 0.0,
     form: str = "norm",
     trials: int = 100,
+    progress: Callable[[], object] | None = None,
 ) -> Surface:
     """Score the candidates of G, and u_t, at the driver's present state, which does not change.
 
@@ -58,6 +59,7 @@ def measure(
         gamma: price of one evaluation per sample (TPE only).
         form: the form that TPE maximises.
         trials: evaluations of TPE, that of u_t not counted.
+        progress: called after every candidate.
 
     Returns:
         The surface of values.
@@ -77,6 +79,8 @@ def measure(
     def keep(scored: Scored) -> None:
         v, n, gradients = scored
         rows.setdefault(v, (n, *_products(gradients, phi)))
+        if progress is not None:
+            progress()
 
     def surface() -> Surface:
         n, gram, costate = zip(*rows.values(), strict=True)
