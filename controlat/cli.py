@@ -26,7 +26,7 @@ class Parser(ArgumentParser):
 
 
 def _command(settings: type, description: str) -> Parser:
-    parser = Parser(description=description, default_env=False)
+    parser = Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it.")
     lists = [name for name in _LISTS if name in settings.__dataclass_fields__]  # type: ignore[attr-defined]
     parser.add_class_arguments(settings, skip={*lists, "checkpoint"}, as_group=False)
@@ -51,6 +51,7 @@ def _parser() -> Parser:
         prog="controlat",
         description="Optimal-control analysis of adversarial training: how far is a schedule from optimal?",
         version=__version__,
+        allow_abbrev=False,
     )
     commands = top.add_subcommands(required=True, dest="command")
 
@@ -156,8 +157,9 @@ def _attack(found: Namespace) -> None:
     cells.append(row("robust", result["robust"]))
     print(report.table(["", "accuracy", "95 % interval"], cells))
     print(
-        f"\n{result['points']} points, {result['norm']} eps {result['eps']:.4g}, epoch {result['epoch']} of "
-        f"{result['schedule'] or 'a schedule'}; {report.count(result['gradients'])} gradient evaluations, "
+        f"\n{result['points']} points, {result['norm']} eps {result['eps']:.4g}, after {result['epoch']} "
+        f"epochs of {result['schedule'] or 'a schedule'}; "
+        f"{report.count(result['gradients'])} gradient evaluations, "
         f"{result['seconds']:.1f} seconds. A sample is robust if it survives every attack and restart."
     )
 
@@ -190,10 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
-        parser.error(str(error))
+        parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except NonFiniteError as error:
         print(f"controlat: training stopped: {error}", file=sys.stderr)
         return 1

@@ -201,6 +201,7 @@ class EvaluateSettings(Problem):
         trials: Evaluations of tpe at each instant.
         probe: Training samples that the criterion is computed on.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
+        max_steps: Largest K of G; the largest of the schedules compared if left out.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
     """
 
@@ -211,6 +212,7 @@ class EvaluateSettings(Problem):
     trials: int = 100
     probe: int = 512
     alphas: Sequence[str | float] | None = None
+    max_steps: int | None = None
     attacks: Sequence[str] = ATTACKS
 
     def __post_init__(self) -> None:
@@ -236,9 +238,10 @@ class EvaluateSettings(Problem):
             raise ValueError(f"gamma must be >= 0, got {self.gamma}")
         if self.maximiser not in MAXIMISERS:
             raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {self.maximiser!r}")
-        for name, low in (("trials", 1), ("probe", 2)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
+        for name, low in (("trials", 1), ("probe", 2), ("max_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be >= {low}, got {value}")
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
 
@@ -256,7 +259,7 @@ class AttackSettings:
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
         eps: Radius; that of training if left out.
         norm: linf or l2; that of training if left out.
-        points: Test on this many samples (a fixed subset); all if left out.
+        points: Test on this many samples (a fixed subset); as many as the run if left out.
         data_dir: Folder of the data files.
         seed: Of the random starts.
         batch_size: Samples at a time.

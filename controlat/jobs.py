@@ -197,8 +197,9 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
     stored = from_json(Problem, found["settings"])
-    stored |= {"device": chosen.device, "test_points": chosen.points}
-    stored |= {k: v for k in ("eps", "norm", "data_dir") if (v := getattr(chosen, k)) is not None}
+    given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
+    given |= {"device": chosen.device, "test_points": chosen.points}
+    stored |= {name: value for name, value in given.items() if value is not None}
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     model.load_state_dict(found["model"])

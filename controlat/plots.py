@@ -52,11 +52,11 @@ def schedules(result: Mapping[str, Any], path: Path) -> None:
     for i, entry in enumerate(result["schedules"]):
         s = Schedule.from_json(entry["schedule"])
         t = np.arange(s.pieces + 1) * s.resolution
+        # Dashes, so that schedules that coincide are all seen.
+        style = _style(i) | {"linestyle": (0, (1 + len(result["schedules"]) - i, i and 1))}
         for axis, knob in zip(axes, ("alpha", "steps"), strict=True):
             values = [s(v)[knob] for v in t]
-            # Schedules that coincide stay visible: earlier ones are drawn thicker.
-            width = 1.5 + 0.7 * (len(result["schedules"]) - 1 - i)
-            axis.step(t, values, where="post", label=entry["text"], linewidth=width, alpha=0.85, **_style(i))
+            axis.step(t, values, where="post", label=entry["text"], linewidth=2, **style)
     axes[0].set_ylabel("step size α")
     axes[1].set_ylabel("steps K")
     for axis in axes:
@@ -77,8 +77,12 @@ def criterion(result: Mapping[str, Any], path: Path) -> None:
             )
             if len(values) > 1:
                 axis.fill_between(t, values.min(0), values.max(0), color=_style(i)["color"], alpha=0.15, lw=0)
-        axis.set_title(f"C, {form} form")
+        seeds = len(result["settings"]["seeds"])
+        axis.set_title(
+            f"C, {form} form" + (f" (mean and range of {seeds} seeds)" if seeds > 1 else ""), fontsize=10
+        )
         axis.set_xlabel("t (epochs)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_yscale("symlog", linthresh=_threshold(result, form))
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("max H − H(u)   (0 is best)")
@@ -117,7 +121,7 @@ def tradeoff(result: Mapping[str, Any], path: Path) -> None:
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]), top=max(10, axis.get_ylim()[1]))
     axes[0].set_ylabel("robust accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)

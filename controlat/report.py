@@ -47,6 +47,13 @@ def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
     for name in ("unbiased", "cross_fitted"):
         values = [gap[name] for gap in every]
         found[name] = None if None in values else statistics.fmean(values)
+    found["prices"] = [
+        {
+            "gamma": price["gamma"],
+            "mean": statistics.fmean(e["prices"][i][form] for run in runs for e in run["criterion"]),
+        }
+        for i, price in enumerate(runs[0]["criterion"][0]["prices"])
+    ]
     return found | {"interval": interval(found["mean"], list(left_out))}
 
 
@@ -83,7 +90,7 @@ def _c(found: Mapping[str, Any]) -> str:
     text = f"{found['mean']:.3g}"
     if found["interval"] is not None:
         text += " [{:.3g}, {:.3g}]".format(*found["interval"])
-    return text
+    return text + ("" if found["sd_over_seeds"] is None else f" ±{found['sd_over_seeds']:.2g}")
 
 
 def _percent(found: Mapping[str, Any]) -> str:
@@ -144,19 +151,26 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     alphas = ", ".join(f"{a:.3g}" for a in g["alphas"])
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
     seeds = ", ".join(map(str, s["seeds"]))
+    searched = f"K = 0..{g['max_steps']}, alpha in {{{alphas}}}, and the schedule's own control"
+    if s["maximiser"] == "tpe":
+        searched = (
+            f"K = 0..{g['max_steps']}, alpha from {g['alphas'][0]:.3g} to {g['alphas'][-1]:.3g}, by "
+            f"{s['trials']} trials of hyperopt's TPE on the norm form (costate form: the best of these)"
+        )
+    several = len(s["seeds"]) > 1
     lines = [
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
         f"points), {s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
-        "C: mean over epochs of max over (alpha, K) of [s q - gamma n] minus its value at the schedule's own "
-        "control; 0 is a schedule that the greedy maximum principle cannot improve. "
+        "C: mean over epochs (at the start of each) of max over (alpha, K) of [s q - gamma n] minus its "
+        "value at the schedule's own control; 0 is a schedule that the greedy maximum principle cannot improve. "
         f"gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
         "norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi the adversarial "
         "loss on held-out data (eval mode; the dependence of BatchNorm statistics on theta is dropped). "
-        f"Searched: K = 0..{g['max_steps']}, alpha in {{{alphas}}}, by {s['maximiser']}. "
-        "Intervals: 95 % over probe batches.",
+        f"Searched: {searched}. Intervals: 95 % over probe batches"
+        + (", ± standard deviation over seeds." if several else "."),
         f"robust: survives {', '.join(s['attacks'])}; 95 % Wilson interval for {sizes['test']} points"
-        + (", ± standard deviation over seeds." if len(s["seeds"]) > 1 else "."),
+        + (", ± standard deviation over seeds." if several else "."),
         "gradient evals: forward-backward passes, in samples, of training; seconds: of training "
         "(both without validation, criterion and evaluation; mean over seeds).",
     ]
@@ -194,11 +208,13 @@ def _best(result: Mapping[str, Any]) -> str:
 def summary(result: Mapping[str, Any]) -> str:
     """summary.md: the table, what it means, more estimates of C, the accuracy after each attack, figures."""
     more_heads = ["schedule", *(f"C {f} {k}" for f in FORMS for k in ("plain", "unbiased", "cross-fitted"))]
-    more, attacks = [], []
+    more, attacks, dear = [], [], []
     for schedule in result["schedules"]:
         found = schedule["summary"]["criterion"]
         estimates = [found[f][k] for f in FORMS for k in ("mean", "unbiased", "cross_fitted")]
         more.append([schedule["text"], *("-" if v is None else f"{v:.3g}" for v in estimates)])
+        prices = [p["gamma"] for p in found["norm"]["prices"]]
+        dear.append([schedule["text"], *(f"{p['mean']:.3g}" for f in FORMS for p in found[f]["prices"])])
         after = schedule["summary"]["after"].values()
         attacks.append([schedule["text"], *(f"{100 * a['mean']:.1f}" for a in after)])
     names = list(result["schedules"][0]["summary"]["after"])
@@ -215,6 +231,8 @@ def summary(result: Mapping[str, Any]) -> str:
         "noise of the batch mean; cross-fitted: control chosen on one half of the probe, scored on the "
         "other.",
         table(more_heads, more),
+        f"## C at other prices\n\nFrom the same surfaces; gamma = {result['settings']['gamma']} is above.",
+        table(["schedule", *(f"C {f}, gamma {g:.3g}" for f in FORMS for g in prices)], dear),
         "## What the greedy maximum principle would have done\n\nControl of the schedule → maximiser of the "
         f"norm form, and the gap; seed {result['schedules'][0]['runs'][0]['seed']}. Both terms of each are "
         f"in result.json. All surfaces together took {count(spent)} gradient evaluations.",

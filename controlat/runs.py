@@ -72,17 +72,18 @@ def slug(text: str) -> str:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    keys = sorted(set(old) | set(new))
-    return [
-        f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} here"
-        for k in keys
-        if old.get(k) != new.get(k)
-    ]
+    different = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]
+    shown = {k: (_short(old.get(k)), _short(new.get(k))) for k in different}
+    # A schedule of the same text differs in what another setting decides, such as the number of epochs.
+    told = {k: v for k, v in shown.items() if v[0] != v[1]} or shown
+    return [f"{k}: {there} there, {here} here" for k, (there, here) in told.items()]
 
 
 def _short(value: object) -> str:
-    if isinstance(value, list) and value and all(isinstance(v, dict) and "text" in v for v in value):
-        value = [v["text"] for v in value]
+    if isinstance(value, list):
+        value = [v["text"] if isinstance(v, dict) and "text" in v else v for v in value]
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

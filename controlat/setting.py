@@ -208,6 +208,11 @@ class Candidate:
                 {
                     "epoch": line["epoch"],
                     **{form: gap.to_json() for form, gap in gaps.items()},
+                    "prices": [
+                        {"gamma": g}
+                        | {form: surface.gap(gaps[form].control, g, form).value for form in FORMS}
+                        for g in (gamma / 4, 4 * gamma)
+                    ],
                     "scale": surface.scale,
                     "candidates": len(surface.controls),
                     "gradients": surface.spent,
@@ -221,7 +226,7 @@ def candidates(setting: Setting, settings: EvaluateSettings, out: Path) -> Itera
     """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
     schedules = [settings.schedule_of(text) for text in settings.schedules]
     largest = max(int(s(p * s.resolution)["steps"]) for s in schedules for p in range(s.pieces))
-    eps, steps = settings.ball.eps, max(largest, 1)
+    eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
     grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
     for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
         for seed in settings.seeds:

@@ -491,4 +491,4 @@ def test_attack_uses_the_radius_of_training_unless_told_otherwise(
     assert _run("attack", run / "last.pt", *few, "--eps", "1", "--norm", "l2") == 0
     output = capsys.readouterr().out
     assert "l2 eps 1," in output
-    assert "epoch 2 of pgd:steps=2,alpha=0.1" in output
+    assert "after 2 epochs of pgd:steps=2,alpha=0.1" in output

@@ -309,7 +309,7 @@ def test_tpe_searches_with_hyperopt_and_scores_the_schedules_own_control(tmp_pat
         assert all(low * 0.999 <= u["alpha"] <= high * 1.001 for u in controls if u["steps"])
     again = jobs.evaluate(tmp_path / "again", **settings)
     assert _timeless(again) == _timeless(found), "the search is a function of the seed"
-    assert "by tpe" in (tmp_path / "tpe" / "summary.md").read_text()
+    assert "8 trials of hyperopt's TPE" in (tmp_path / "tpe" / "summary.md").read_text()
 
 
 def test_a_schedule_file_is_a_candidate_like_its_text(
