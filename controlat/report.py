@@ -162,8 +162,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
         f"points), {s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
         "C: mean over epochs (at the start of each) of max over (alpha, K) of [s q - gamma n] minus its "
-        "value at the schedule's own control; 0 is a schedule that the greedy maximum principle cannot improve. "
-        f"gamma {s['gamma']}, n = gradient evaluations per sample, "
+        "value at the schedule's own control; 0 is a schedule that the greedy maximum principle cannot "
+        f"improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
         "norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi the adversarial "
         "loss on held-out data (eval mode; the dependence of BatchNorm statistics on theta is dropped). "
