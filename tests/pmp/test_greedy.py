@@ -662,6 +662,7 @@ def test_the_default_grid_is_that_of_the_definition() -> None:
         gap = criterion(mlp(), x, y, u, eps="1/5", gamma=1e-3, batches=2)
         assert gap.value == pytest.approx(expected, rel=1e-9)
         assert gap.maximiser == best
+        assert gap.spent == 8 * (u["steps"] + 1 + 1 + 5 * 2 * k_max)  # every K up to that of u
 
 
 @pytest.mark.parametrize(
