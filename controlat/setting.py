@@ -139,9 +139,6 @@ class Candidate:
 
     def measure(self, driver: Driver, plan: Plan, epoch: int) -> None:
         """Score the candidates of G at the start of an epoch; one line of criterion.jsonl."""
-        file = self.directory / "criterion.jsonl"
-        if any(line["epoch"] == epoch for line in read_json_lines(file)):
-            return
         began, s, u = time.perf_counter(), self.settings, plan.schedule(epoch)
         held_out = self.setting.held_out  # in the order of the data set, which may be sorted by class
         order = torch.randperm(len(held_out), generator=rng.generator(0, "terminal"))
@@ -166,19 +163,20 @@ class Candidate:
                 progress=bar.update,
             )
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
-        append_json_line(file, line | {"seconds": time.perf_counter() - began})
+        append_json_line(self.directory / "criterion.jsonl", line | {"seconds": time.perf_counter() - began})
 
     def run(self, label: str) -> dict[str, Any]:
         """Train, score and attack; what is already there is read, not made again."""
         s, file = self.settings, self.directory / "evaluation.json"
         driver, plan = self.setting.driver(self.seed), self.setting.plan(self.schedule, self.seed)
+        scored = {line["epoch"] for line in read_json_lines(self.directory / "criterion.jsonl")}
         tally = fit(
             driver,
             plan,
             self.directory,
             held_out=self.setting.held_out,
             settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
-            at_epoch=lambda epoch: self.measure(driver, plan, epoch),
+            at_epoch=lambda epoch: None if epoch in scored else self.measure(driver, plan, epoch),
             progress=s.progress,
             label=label,
         )
