@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 
-__all__ = ["call_factory", "import_path", "member", "names"]
+__all__ = ["call_factory", "import_path", "member", "names", "variant"]
 
 
 def names(package: str) -> tuple[str, ...]:
@@ -70,6 +70,28 @@ def member(package: str, name: str) -> ModuleType:
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         raise ValueError(f"{package} has no {name!r}{hint} choose from: {', '.join(choices) or '(none)'}")
     return importlib.import_module(f"{package}.{name}")
+
+
+def variant(package: str, name: str) -> tuple[ModuleType, str]:
+    """Import a module of a package by "module" or "module-variant".
+
+    Args:
+        package: dotted name of a package.
+        name: a name of `names(package)`, alone or followed by a dash and what the module makes of it.
+
+    Returns:
+        The imported module and the text behind the first dash, empty if there is none.
+
+    Raises:
+        ValueError: no such module; the message lists the choices.
+
+    Example:
+        >>> module, text = variant("controlat.models", "lenet-32-64")
+        >>> module.__name__, text
+        ('controlat.models.lenet', '32-64')
+    """
+    short, _, text = name.partition("-")
+    return member(package, short), text
 
 
 @contextlib.contextmanager
