@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from controlat import rng
-from controlat.data import Dataset, Split
+from controlat.data import Dataset, Samples, Split
 from controlat.data import load as load_data
 from controlat.files import write_json
 from controlat.models import build
@@ -87,7 +87,7 @@ def synthetic(seed: int, train: int = 4096, test: int = 1024) -> Dataset:
     return Dataset("synthetic", first, second, CLASSES)
 
 
-def fit(model: nn.Module, data: Split, steps: int, seed: int, batch: int = 128) -> None:
+def fit(model: nn.Module, data: Samples, steps: int, seed: int, batch: int = 128) -> None:
     """Some steps of SGD on clean images, so that gradients are not those of a random network."""
     generator = rng.generator(seed, "fit")
     sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)

@@ -1,4 +1,4 @@
-"""The command line: controlat evaluate, train, attack. Bad usage exits with 2 and one line."""
+"""The command line: controlat evaluate, train, attack, data, models. Bad usage exits with 2 and one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+
+from controlat.texts import count, duration
 
 __all__ = ["main"]
 
@@ -73,6 +75,15 @@ def _parser() -> Parser:
     attack.add_argument("checkpoint", type=str, help="last.pt or best.pt of a run directory")
     attack.add_argument("--out", type=str, default=None, help="JSON file to write.")
     commands.add_subcommand("attack", attack, help="robust accuracy of a checkpoint")
+
+    data = Parser(description="List the data sets, or download one.", default_env=False)
+    data.add_argument("name", nargs="?", default=None, help="Data set to download; lists them without it.")
+    data.add_argument("--data_dir", type=str, default=None, help="Where to; the cache if left out.")
+    commands.add_subcommand("data", data, help="list the data sets, download one")
+
+    networks = Parser(description="List the networks.", default_env=False)
+    networks.add_argument("--num_classes", type=int, default=10, help="Number of classes.")
+    commands.add_subcommand("models", networks, help="list the networks with their parameters")
     return top
 
 
@@ -88,9 +99,9 @@ def _evaluate(found: Namespace) -> None:
     if found.dry_run:
         cost = jobs.estimate(**settings)
         for part, value in cost["gradients"].items():
-            print(f"{part:>10}  {report.count(value):>8} gradient evaluations")
+            print(f"{part:>10}  {count(value):>8} gradient evaluations")
         seconds = cost["seconds"]
-        readable = f" ({_duration(seconds)})" if seconds >= 90 else ""
+        readable = f" ({duration(seconds)})" if seconds >= 90 else ""
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
     result = jobs.evaluate(found.out, **settings)
@@ -98,7 +109,7 @@ def _evaluate(found: Namespace) -> None:
     print()
     for line in report.notes(result):
         print(f"- {line}")
-    names = ", ".join(report.FIGURES)
+    names = ", ".join(report.figures(result))
     print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
     if found.data == "digits" and found.model == "mlp":
         print(_NEXT)
@@ -109,12 +120,6 @@ _NEXT = """Next: your own schedules, for example
 or real data (the four MNIST files in a folder); --dry-run says first what it will cost:
   controlat evaluate --out mnist --data mnist --data-dir FOLDER --model lenet --eps 0.3 --epochs 6 \\
     --schedules pgd:steps=10,alpha=0.01 amata:min=5,max=40,tau=0.4 --dry-run"""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _train(found: Namespace) -> None:
@@ -130,13 +135,13 @@ def _train(found: Namespace) -> None:
             f"{e['loss']:.4f}",
             f"{100 * e['clean']:.1f}",
             f"{100 * e['robust']:.1f}",
-            report.count(e["gradients"]),
+            count(e["gradients"]),
             f"{e['seconds']:.1f}",
         ]
         for e in result["epochs"]
     ]
     print(report.table(heads, cells))
-    spent = f"{report.count(result['gradients'])} gradient evaluations, {_duration(result['seconds'])}"
+    spent = f"{count(result['gradients'])} gradient evaluations, {duration(result['seconds'])}"
     again = " (finished before)" if result["finished_before"] else ""
     print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
     print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
@@ -147,21 +152,43 @@ def _attack(found: Namespace) -> None:
 
     settings = _settings(found, ("config", "out", "checkpoint"))
     result = jobs.attack(found.checkpoint, out=found.out, **settings)
-
-    def row(name: str, accuracy: dict[str, Any]) -> list[str]:
-        low, high = accuracy["interval"]
-        return [name, f"{accuracy['value']:.1%}", f"[{low:.1%}, {high:.1%}]"]
-
-    cells = [row("clean", result["clean"])]
-    cells += [row(f"after {name}", a) for name, a in result["after"].items()]
-    cells.append(row("robust", result["robust"]))
-    print(report.table(["", "accuracy", "95 % interval"], cells))
+    print(report.attack_table(result))
     print(
         f"\n{result['points']} points, {result['norm']} eps {result['eps']:.4g}, after {result['epoch']} "
         f"epochs of {result['schedule'] or 'a schedule'}; "
-        f"{report.count(result['gradients'])} gradient evaluations, "
+        f"{count(result['gradients'])} gradient evaluations, "
         f"{result['seconds']:.1f} seconds. A sample is robust if it survives every attack and restart."
     )
+    for line in report.attack_notes(result):
+        print(line)
+    if found.out is not None:
+        print(f"Written to {found.out}" + (f" and {jobs.figure_of(found.out)}" if found.sweeps else ""))
+
+
+def _data(found: Namespace) -> None:
+    from controlat import data, report
+
+    if found.name is None:
+        print(report.table(*data.overview(), words=range(4)))
+        print("\nFiles are looked for in --data-dir, else in the cache, where controlat data NAME puts them.")
+        return
+    folder = data.download(found.name, found.data_dir)
+    where = "" if found.data_dir is None else f" --data-dir {found.data_dir}"
+    print(f"{found.name} is in {folder}; use it with --data {found.name}{where}")
+
+
+def _models(found: Namespace) -> None:
+    from controlat import models, report
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        number = "" if entry["parameters"] is None else f"{entry['parameters']:,}"
+        return [entry["name"], number, " x ".join(map(str, entry["input"])), entry["what"]]
+
+    if found.num_classes < 2:
+        raise ValueError(f"num_classes must be >= 2, got {found.num_classes}")
+    heads = ["network", "parameters", "for input", ""]
+    print(report.table(heads, [row(entry) for entry in models.describe(found.num_classes)], words=(0, 3)))
+    print("\nInputs are pixels in [0, 1]. Other sizes are taken if they are not too small for the network.")
 
 
 def _underscored(argument: str) -> str:
@@ -170,7 +197,13 @@ def _underscored(argument: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + sign + value if name.startswith("--") else argument
 
 
-_COMMANDS = {"evaluate": _evaluate, "train": _train, "attack": _attack}
+_COMMANDS = {
+    "evaluate": _evaluate,
+    "train": _train,
+    "attack": _attack,
+    "data": _data,
+    "models": _models,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

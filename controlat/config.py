@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
 from controlat.control import number
+from controlat.data import augmentation
 from controlat.dynamics import SGDSettings
 from controlat.evaluation import parse_attack
+from controlat.evaluation.auto import require as require_autoattack
+from controlat.evaluation.masking import CHECKS
 from controlat.families import parse_schedule
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
@@ -63,9 +67,13 @@ class Problem:
     """What is trained on what, and how: shared by training and evaluation of schedules.
 
     Args:
-        data: digits (bundled), mnist, or your own package.module:factory returning a controlat.Dataset.
-        data_dir: Folder of the data files (mnist: the four idx files, raw or gz).
-        model: mlp, lenet, cnn_bn, or your own package.module:factory returning an nn.Module.
+        data: A data set (controlat data lists them), or your own package.module:factory returning a
+            controlat.Dataset.
+        data_dir: Folder of the data files; the cache that controlat data downloads to if left out.
+        data_options: Options of the data set, such as {size: 64} for a folder of pictures.
+        augment: none, flip, crop:pad=4 or crop-flip:pad=4 in training; as is usual for the data if left out.
+        model: A network (controlat models lists them), or your own package.module:factory returning an
+            nn.Module.
         eps: Radius in pixel units of [0, 1], such as 0.3 or 8/255. 0.15 for digits if left out.
         norm: linf or l2.
         method: Training system: a file of controlat/methods, or your own package.module:Class.
@@ -88,6 +96,8 @@ class Problem:
 
     data: str = "digits"
     data_dir: str | None = None
+    data_options: dict[str, Any] = field(default_factory=dict)
+    augment: str | None = None
     model: str = "mlp"
     eps: str | float | None = None
     norm: str = "linf"
@@ -118,6 +128,9 @@ class Problem:
         if self.lr is None:
             self.lr = DEMO_LR if self.data == "digits" else DEFAULT_LR
         self.eps, self.lr = _tidy(self.eps), _tidy(self.lr)
+        if self.augment is None:
+            self.augment = augmentation(self.data)
+        self.augmentation  # noqa: B018
         self.ball  # noqa: B018  (raises)
         self.sgd  # noqa: B018
         self.rate  # noqa: B018
@@ -133,6 +146,11 @@ class Problem:
         return Ball(number(self.eps, "eps"), self.norm)
 
     @property
+    def augmentation(self) -> Augment | None:
+        """The augmentation of training images."""
+        return parse_augment(self.augment or "none")
+
+    @property
     def rate(self) -> Rate:
         """The learning rate."""
         return parse_rate(DEFAULT_LR if self.lr is None else self.lr)
@@ -144,7 +162,9 @@ class Problem:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results, as plain data."""
-        return {k: v for k, v in asdict(self).items() if k not in _RUNTIME}
+        found = {k: v for k, v in asdict(self).items() if k not in _RUNTIME}
+        found["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
+        return found
 
     def schedule_of(self, text: str) -> Schedule:
         """A schedule of this problem, checked against the method's controls.
@@ -203,6 +223,10 @@ class EvaluateSettings(Problem):
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
+        autoattack: AutoAttack on this many test points too; 0 for none (pyautoattack; its cost is printed).
+        surrogate: Checkpoint of a network trained independently, for transfer attacks.
+        sweeps: Sweep over eps and over steps too, with a figure.
+        checks: Points that every evaluation checks for gradient masking.
     """
 
     schedules: Sequence[str] = ()
@@ -214,6 +238,10 @@ class EvaluateSettings(Problem):
     alphas: Sequence[str | float] | None = None
     max_steps: int | None = None
     attacks: Sequence[str] = ATTACKS
+    autoattack: int = 0
+    surrogate: str | None = None
+    sweeps: bool = False
+    checks: int = CHECKS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,8 +259,7 @@ class EvaluateSettings(Problem):
                 raise ValueError(f"{name} must be one or more different ones, got {values}")
         for text in self.schedules:
             self.schedule_of(text)
-        for attack in self.attacks:
-            parse_attack(attack)
+        _check_evaluation(self)
         self.gamma = _tidy(self.gamma)
         if number(self.gamma, "gamma") < 0:
             raise ValueError(f"gamma must be >= 0, got {self.gamma}")
@@ -257,6 +284,10 @@ class AttackSettings:
     Args:
         checkpoint: last.pt or best.pt of a run directory.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
+        autoattack: AutoAttack on this many test points too; 0 for none (pyautoattack; its cost is printed).
+        surrogate: Checkpoint of a network trained independently, for transfer attacks.
+        sweeps: Sweep over eps and over steps too; with --out FILE.json the figure is FILE.png.
+        checks: Points that are checked for gradient masking.
         eps: Radius; that of training if left out.
         norm: linf or l2; that of training if left out.
         points: Test on this many samples (a fixed subset); as many as the run if left out.
@@ -270,6 +301,10 @@ class AttackSettings:
 
     checkpoint: str
     attacks: Sequence[str] = ATTACKS
+    autoattack: int = 0
+    surrogate: str | None = None
+    sweeps: bool = False
+    checks: int = CHECKS
     eps: str | float | None = None
     norm: str | None = None
     points: int | None = None
@@ -281,14 +316,25 @@ class AttackSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for attack in self.attacks:
-            parse_attack(attack)
+        _check_evaluation(self)
         if self.eps is not None:
             Ball(number(self.eps, "eps"), self.norm or "linf")
         for name in ("points", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:
+    """Refuse what no evaluation can do, before anything long begins."""
+    for attack in settings.attacks:
+        parse_attack(attack)
+    for name in ("autoattack", "checks"):
+        value = getattr(settings, name)
+        if value != int(value) or value < 0:
+            raise ValueError(f"{name} must be a whole number of points >= 0, got {value}")
+    if settings.autoattack:
+        require_autoattack()
 
 
 def from_json(kind: type[Problem], found: Mapping[str, Any]) -> dict[str, Any]:

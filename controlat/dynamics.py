@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from controlat import rng
+from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control
-from controlat.data import Split
+from controlat.data import Samples
 from controlat.methods import Batch, Context, Method, Prefixes, Update
 from controlat.network import Meter, NonFiniteError
 from controlat.rates import Rate
@@ -81,14 +82,16 @@ class Plan:
         schedule: t -> u.
         rate: t -> learning rate.
         seed: of everything random.
+        augment: random crops and flips, a function of (seed, epoch, batch); None for none.
     """
 
-    data: Split
+    data: Samples
     batch_size: int
     epochs: int
     schedule: Schedule
     rate: Rate
     seed: int = 0
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
@@ -103,9 +106,14 @@ class Plan:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from number `first` on."""
         order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
-        for number, index in enumerate(torch.split(order, self.batch_size)):
-            if number >= first:
-                yield Batch(*self.data.take(index), index, epoch, number)
+        chunks = torch.split(order, self.batch_size)[first:]
+        for number, (index, (x, y)) in enumerate(zip(chunks, self.data.stream(chunks), strict=True), first):
+            if self.augment is None:
+                yield Batch(x, y, index, epoch, number)
+            else:
+                draw = rng.generator(self.seed, epoch, number, "augment")
+                placement = self.augment.draw(len(x), draw)
+                yield Batch(placement(x), y, index, epoch, number, placement)
 
     def control(self, batch: Batch) -> Control:
         """u at the start of that batch's step."""

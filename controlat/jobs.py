@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from controlat import report
+from controlat import plots, report
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
-from controlat.evaluation import parse_attack
+from controlat.evaluation import Extras
 from controlat.files import read_json, read_json_lines, write_json
 from controlat.methods import build
 from controlat.network import Meter
@@ -132,7 +132,8 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
 def estimate(**settings: Any) -> dict[str, Any]:
     """What `evaluate` would cost: gradient evaluations by part, and seconds from a few timed steps.
 
-    The evaluation's count is an upper bound: survivors alone are attacked again.
+    The evaluation's count is an upper bound: survivors alone are attacked again. Three forward passes count
+    as one gradient evaluation there.
 
     Returns:
         ``{"gradients": {"training", "validation", "criterion", "evaluation", "total"}, "seconds"}``.
@@ -153,8 +154,9 @@ def estimate(**settings: Any) -> dict[str, Any]:
             tried = grid if chosen.maximiser == "sweep" else chosen.trials * (k / 2 + 1)
             count["criterion"] += (tried + now) * min(chosen.probe, len(setting.training)) + 21 * phi
         count["validation"] += 10 * chosen.epochs * len(setting.held_out)
-        attacks = sum(parse_attack(a).cost() for a in chosen.attacks)
-        count["evaluation"] += attacks * len(setting.data.test)
+        extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
+        parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
+        count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)
     with deterministic(chosen.threads):
         seconds = _seconds_per_evaluation(setting, every[0])
     total = sum(count.values())
@@ -182,18 +184,20 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
 
     Args:
         checkpoint: last.pt or best.pt of a run directory; model, data and eps are read from it.
-        out: a JSON file to write; it must not exist.
+        out: a JSON file to write, and a PNG file of the same name for sweeps; neither may exist.
         **settings: the fields of `controlat.config.AttackSettings`.
 
     Returns:
-        Clean accuracy, accuracy after each attack, robust accuracy, evaluations, seconds, settings.
+        Clean accuracy, accuracy after each attack, robust accuracy, evaluations, seconds, settings, checks
+        for gradient masking and their warnings, and what else was asked for.
 
     Raises:
         ValueError: bad settings, a damaged checkpoint, or a file that exists.
     """
     chosen = AttackSettings(str(checkpoint), **settings)
-    if out is not None and Path(out).exists():
-        raise ValueError(f"{out} exists; give another name")
+    for path in (Path(out), figure_of(out)) if out is not None else ():
+        if path.exists():
+            raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
     stored = from_json(Problem, found["settings"])
@@ -204,7 +208,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     model = setting.model(0)
     model.load_state_dict(found["model"])
     with deterministic(chosen.threads):
-        measured = setting.robustness(model, chosen.attacks, chosen.seed, chosen.progress, chosen.batch_size)
+        measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {
         "checkpoint": Path(checkpoint).name,
         "epoch": found["tally"]["epoch"],
@@ -217,4 +221,11 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     }
     if out is not None:
         write_json(out, result)
+        if chosen.sweeps:
+            plots.sweeps([(result["schedule"] or "network", [result["curves"]])], result, figure_of(out))
     return result
+
+
+def figure_of(out: str | Path) -> Path:
+    """Where `attack` puts the figure of its sweeps: beside its JSON file."""
+    return Path(out).with_suffix(".png")

@@ -167,6 +167,25 @@ class View:
             raise NonFiniteError("the network returns logits that are not finite")
         return logits
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, with a graph to x where x asks for one: for attacks of other libraries.
+
+        A forward pass at first; each backward pass through it then counts as one gradient evaluation.
+        """
+        n, passes = len(x), 0
+
+        def count(_: Tensor) -> None:
+            nonlocal passes
+            passes += 1
+            self.meter.gradients += n
+            self.meter.forwards -= n if passes == 1 else 0
+
+        self.meter.forwards += n
+        found = self._forward(self.prepare(x))
+        if found.requires_grad:
+            found.register_hook(count)
+        return found
+
     def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """Gradient with respect to x of the SUM over samples of objective(logits).
 

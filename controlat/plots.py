@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,10 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from controlat.control import number
 from controlat.files import write
 from controlat.pmp import FORMS
 
-__all__ = ["FIGURES", "criterion", "schedules", "tradeoff"]
+__all__ = ["FIGURES", "criterion", "schedules", "sweeps", "tradeoff"]
 
 # Okabe and Ito's palette, readable with colour-vision deficiency, doubled by line styles.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -128,6 +129,51 @@ def tradeoff(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def sweeps(
+    networks: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], where: Mapping[str, Any], path: Path
+) -> None:
+    """Accuracy against radius, against steps, and the loss against steps.
+
+    Args:
+        networks: a label and the sweeps (one per seed) of each; lines are means, bars the first's interval.
+        where: has norm and eps.
+        path: the file.
+    """
+    figure, axes = _figure(12, 3.9, 3)
+    for i, (label, found) in enumerate(networks):
+        style = _style(i) | {"marker": _MARKERS[i % 8], "markersize": 4, "label": label}
+        for axis, kind in zip(axes, ("eps", "steps"), strict=False):
+            x = [point[kind] for point in found[0][kind]]
+            y = np.array([[100 * point["value"] for point in one[kind]] for one in found])
+            bounds = 100 * np.array([point["interval"] for point in found[0][kind]]).T
+            bars = np.clip([y[0] - bounds[0], bounds[1] - y[0]], 0, None)
+            axis.errorbar(x, y.mean(0), yerr=bars, capsize=2, elinewidth=0.8, **style)
+        steps = [point["steps"] for point in found[0]["steps"]]
+        axes[2].plot(steps, np.mean([[p["loss"] for p in one["steps"]] for one in found], axis=0), **style)
+    eps = float(where["eps"])
+    axes[0].axvline(eps, color="grey", lw=0.8)
+    axes[0].set_xlabel(f"radius ({where['norm']}; line: eps = {eps:.3g})")
+    axes[0].set_ylabel("accuracy under PGD-20 (%)")
+    axes[1].set_ylabel("accuracy under PGD (%)")
+    axes[2].set_ylabel("mean cross-entropy")
+    for axis in axes[1:]:
+        axis.set_xscale("log")
+        axis.set_xlabel("steps K of size eps/4")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def _sweeps(result: Mapping[str, Any], path: Path) -> None:
+    networks = [
+        (entry["text"], [run["evaluation"]["curves"] for run in entry["runs"]])
+        for entry in result["schedules"]
+    ]
+    settings = result["settings"]
+    sweeps(networks, {"norm": settings["norm"], "eps": number(settings["eps"], "eps")}, path)
+
+
 FIGURES: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = MappingProxyType(
-    {"schedules.png": schedules, "criterion.png": criterion, "tradeoff.png": tradeoff}
+    {"schedules.png": schedules, "criterion.png": criterion, "tradeoff.png": tradeoff, "sweeps.png": _sweeps}
 )

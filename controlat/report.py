@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from controlat.evaluation import wilson
 from controlat.files import write_text
 from controlat.pmp import FORMS, interval
+from controlat.texts import count
 
 __all__ = ["assemble", "summary", "table", "write"]
 
@@ -68,22 +69,25 @@ def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
         "gradients": _spread([run["gradients"] for run in runs]),
         "seconds": _spread([run["seconds"] for run in runs]),
+        **_extras(runs),
         "criterion_gradients": sum(e["gradients"] for run in runs for e in run["criterion"]),
         "evaluation_gradients": sum(e["gradients"] for e in evaluations),
         "dropped": sorted({d for run in runs for e in run["epochs"] for d in e["dropped"]}),
     }
 
 
-def count(value: float) -> str:
-    """A large number with its unit.
-
-    >>> count(1_234_567), count(950)
-    ('1.23 M', '950')
-    """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
+def _extras(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """AutoAttack and transfer where they ran, and warnings with the seeds that they were given for."""
+    found: dict[str, Any] = {}
+    for name in ("autoattack", "transfer"):
+        parts = [run["evaluation"][name] for run in runs if name in run["evaluation"]]
+        if parts:
+            found[name] = _accuracy([part["robust"] for part in parts])
+    told: dict[str, list[int]] = {}
+    for run in runs:
+        for text in run["evaluation"]["warnings"]:
+            told.setdefault(text, []).append(run["seed"])
+    return found | {"warnings": [{"text": text, "seeds": seeds} for text, seeds in told.items()]}
 
 
 def _c(found: Mapping[str, Any]) -> str:
@@ -98,6 +102,14 @@ def _percent(found: Mapping[str, Any]) -> str:
     return text + (f" ±{100 * found['sd_over_seeds']:.1f}" if found["sd_over_seeds"] is not None else "")
 
 
+_TITLES = {"autoattack": "AutoAttack", "transfer": "transfer"}
+
+
+def _shown(result: Mapping[str, Any]) -> list[str]:
+    """Which of the extra accuracies the result has."""
+    return [name for name in _TITLES if name in result["schedules"][0]["summary"]]
+
+
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the table."""
     heads = [
@@ -106,6 +118,7 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "C costate",
         "clean %",
         "robust %",
+        *(f"{_TITLES[name]} %" for name in _shown(result)),
         "gradient evals",
         "seconds",
     ]
@@ -118,6 +131,7 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 *(_c(s["criterion"][form]) for form in FORMS),
                 f"{100 * s['clean']['mean']:.1f}",
                 _percent(s["robust"]),
+                *(_percent(s[name]) for name in _shown(result)),
                 count(s["gradients"]["mean"]),
                 f"{s['seconds']['mean']:.1f}",
             ]
@@ -125,8 +139,8 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return heads, cells
 
 
-def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """An aligned table, which is also valid Markdown.
+def table(heads: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """An aligned table, which is also valid Markdown: columns of `words` to the left, others to the right.
 
     >>> print(table(["a", "b"], [["x", "1"]]))
     | a | b |
@@ -137,7 +151,7 @@ def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
     def line(row: Sequence[str]) -> str:
         padded = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         return "| " + " | ".join(padded) + " |"
 
@@ -171,6 +185,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         + (", ± standard deviation over seeds." if several else "."),
         f"robust: survives {', '.join(s['attacks'])}; 95 % Wilson interval for {sizes['test']} points"
         + (", ± standard deviation over seeds." if several else "."),
+        *_extra_notes(result),
         "gradient evals: forward-backward passes, in samples, of training; seconds: of training "
         "(both without validation, criterion and evaluation; mean over seeds).",
     ]
@@ -183,11 +198,73 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
 
 
+def _extra_notes(result: Mapping[str, Any]) -> list[str]:
+    summaries, s = [schedule["summary"] for schedule in result["schedules"]], result["settings"]
+    lines = []
+    if "autoattack" in summaries[0]:
+        points = summaries[0]["autoattack"]["points"]
+        lines.append(f"AutoAttack (standard version, Croce and Hein 2020): on {points} of the test points.")
+    if "transfer" in summaries[0]:
+        lines.append(f"transfer: survives the same attacks made on the surrogate {s['surrogate']}.")
+    told = [
+        f"WARNING, {schedule['text']}, seed {', '.join(map(str, w['seeds']))}: {w['text']}."
+        for schedule in result["schedules"]
+        for w in schedule["summary"]["warnings"]
+    ]
+    checked = result["schedules"][0]["runs"][0]["evaluation"]["masking"]["points"]
+    if told or not checked:
+        return lines + told
+    return [*lines, f"Checks for gradient masking on up to {s['checks']} points of each run: nothing found."]
+
+
+def attack_table(result: Mapping[str, Any]) -> str:
+    """The accuracies of one network under attack."""
+
+    def row(name: str, accuracy: Mapping[str, Any]) -> list[str]:
+        low, high = accuracy["interval"]
+        return [name, str(accuracy["points"]), f"{accuracy['value']:.1%}", f"[{low:.1%}, {high:.1%}]"]
+
+    cells = [row("clean", result["clean"])]
+    cells += [row(f"after {name}", a) for name, a in result["after"].items()]
+    cells.append(row("robust", result["robust"]))
+    if "transfer" in result:
+        cells += [row(f"transfer, {name}", a) for name, a in result["transfer"]["after"].items()]
+    if "autoattack" in result:
+        cells += [row(f"AutoAttack, after {name}", a) for name, a in result["autoattack"]["after"].items()]
+    if "curves" in result:
+        cells += [row(f"pgd-20, eps {a['eps']:.4g}", a) for a in result["curves"]["eps"]]
+        cells += [row(f"pgd, {a['steps']} steps", a) for a in result["curves"]["steps"]]
+    return table(["", "points", "accuracy", "95 % interval"], cells)
+
+
+def attack_notes(result: Mapping[str, Any]) -> list[str]:
+    """What else an attack on one network cost, and its warnings, in lines."""
+    titles = {"masking": "Checks for gradient masking", "transfer": "Transfer", "curves": "Sweeps"}
+    lines = []
+    for name, title in (titles | {"autoattack": "AutoAttack"}).items():
+        part = result.get(name, {})
+        if part.get("gradients"):
+            spent = (
+                f"{count(part['gradients'])} gradient evaluations, {count(part['forwards'])} forward passes"
+            )
+            none = ": nothing found" if name == "masking" and not part["warnings"] else ""
+            lines.append(f"{title}{none} ({spent}, {part['seconds']:.1f} seconds).")
+    return lines + [f"WARNING: {text}." for text in result["warnings"]]
+
+
 FIGURES = {
     "schedules.png": "step size and steps",
     "criterion.png": "C per epoch",
     "tradeoff.png": "robustness against cost",
 }
+
+
+SWEEPS = {"sweeps.png": "accuracy against radius and steps"}
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a result, by file name, with their titles."""
+    return FIGURES | (SWEEPS if result["settings"]["sweeps"] else {})
 
 
 def _best(result: Mapping[str, Any]) -> str:
@@ -239,7 +316,7 @@ def summary(result: Mapping[str, Any]) -> str:
         _best(result),
         "## Accuracy left after each attack in turn (%)",
         table(["schedule", *names], attacks),
-        "\n".join(f"![{title}]({name})" for name, title in FIGURES.items()),
+        "\n".join(f"![{title}]({name})" for name, title in figures(result).items()),
         f"Made on {machine}.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -251,6 +328,6 @@ def write(result: Mapping[str, Any], out: Path) -> None:
 
     if not (out / "summary.md").exists():
         write_text(out / "summary.md", summary(result))
-    for name in FIGURES:
+    for name in figures(result):
         if not (out / name).exists():
             plots.FIGURES[name](result, out / name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,21 @@ from torch import nn
 from tqdm import tqdm
 
 from controlat import models, rng
-from controlat.config import EvaluateSettings, Problem
+from controlat.config import AttackSettings, EvaluateSettings, Problem
 from controlat.control import number
-from controlat.data import Dataset, Split
+from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics import Driver, Plan
-from controlat.evaluation import Robustness, parse_attack, robustness
+from controlat.evaluation import Evaluation, Extras, protocol
 from controlat.files import append_json_line, read_json, read_json_lines, write_json
+from controlat.losses import cross_entropy
 from controlat.methods import Batch, build
+from controlat.network import Meter, View
 from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, measure, probe_batches
 from controlat.runs import slug
 from controlat.schedules import Schedule
-from controlat.training import fit, initial_model, place
+from controlat.texts import count, duration
+from controlat.training import fit, initial_model, load_checkpoint, place
 
 __all__ = ["TERMINAL_POINTS", "Candidate", "Setting", "candidates", "pick_device"]
 
@@ -56,24 +61,26 @@ class Setting:
     problem: Problem
     device: torch.device
     data: Dataset
-    training: Split
-    held_out: Split
+    training: Samples
+    held_out: Samples
+    test: Samples
 
     @classmethod
     def of(cls, problem: Problem) -> Setting:
         """Load the data and keep a slice of the training set for validation."""
         device = pick_device(problem.device)
-        data = load_data(problem.data, problem.data_dir).limited(problem.train_points, problem.test_points)
+        data = load_data(problem.data, problem.data_dir, **problem.data_options)
+        data = data.limited(problem.train_points, problem.test_points)
         held_out = problem.held_out or max(1, min(1000, len(data.train) // 10))
         if held_out >= len(data.train):
             raise ValueError(f"held_out must be below the {len(data.train)} training samples, got {held_out}")
         training, validation = data.hold_out(held_out)
-        return cls(problem, device, data, training.to(device), validation.to(device))
+        return cls(problem, device, data, training.to(device), validation.to(device), data.test.to(device))
 
     def plan(self, schedule: Schedule, seed: int) -> Plan:
         """The roll-out of one schedule under one seed."""
         p = self.problem
-        return Plan(self.training, p.batch_size, p.epochs, schedule, p.rate, seed)
+        return Plan(self.training, p.batch_size, p.epochs, schedule, p.rate, seed, p.augmentation)
 
     def model(self, seed: int) -> nn.Module:
         """The network at its initial weights."""
@@ -94,23 +101,71 @@ class Setting:
             p.channels_last,
         )
 
-    def robustness(
-        self, model: nn.Module, attacks: Sequence[str], seed: int, progress: bool, batch_size: int = 256
-    ) -> Robustness:
-        """Accuracy on the test set, with a progress bar."""
-        test, restarts = self.data.test, sum(parse_attack(a).restarts for a in attacks)
-        with progress_bar(len(test) * restarts, " samples", progress) as bar:
-            return robustness(
+    def surrogate(self, checkpoint: str | None) -> nn.Module | None:
+        """A network trained independently, for transfer attacks.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of a network for other data.
+        """
+        if checkpoint is None:
+            return None
+        found = load_checkpoint(checkpoint, self.device)
+        there = found["settings"]
+        if there.get("data") != self.problem.data:
+            raise ValueError(
+                f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
+            )
+        model = models.build(there["model"], self.data.in_shape, self.data.num_classes)
+        model.load_state_dict(found["model"])
+        return place(model, self.device, self.problem.channels_last)
+
+    def evaluate(
+        self, model: nn.Module, settings: EvaluateSettings | AttackSettings, seed: int, batch_size: int = 256
+    ) -> Evaluation:
+        """Everything that is asked for on the test set, with a progress bar."""
+        surrogate = self.surrogate(settings.surrogate)
+        extras = Extras(settings.checks, settings.autoattack, settings.sweeps, surrogate)
+        sizes = len(self.test), self.data.num_classes, settings.attacks
+        if settings.autoattack:
+            cost = extras.cost(*sizes)["autoattack"]
+            told = self._announce(model, cost, min(settings.autoattack, len(self.test)), batch_size)
+            tqdm.write(told, file=sys.stderr)
+        with progress_bar(extras.samples(*sizes), " samples", settings.progress) as bar:
+            return protocol(
                 model,
-                *test.take(torch.arange(len(test))),
-                eps=self.problem.ball.eps,
-                norm=self.problem.norm,
-                attacks=attacks,
+                self.test,
+                self.problem.ball,
+                attacks=settings.attacks,
+                extras=extras,
                 batch_size=batch_size,
                 seed=seed,
-                device=self.device,
                 progress=lambda n, name: (bar.set_description(name), bar.update(n)),
             )
+
+    def _announce(self, model: nn.Module, cost: Meter, points: int, batch_size: int) -> str:
+        """What AutoAttack will cost at most, from a few timed passes of the batch that it will use."""
+        x, y = self.test.take(torch.arange(min(points, batch_size)))
+        calls = -(-points // batch_size) / points
+        with View(model) as view:
+            backward = fastest(
+                lambda: view.gradient(view.prepare(x), lambda logits: cross_entropy(logits, y)).sum().item()
+            )
+            forward = fastest(lambda: view(x).sum().item())
+        seconds = calls * (cost.gradients * backward + cost.forwards * forward)
+        return (
+            f"AutoAttack on {points} points: at most {count(cost.gradients)} gradient evaluations and "
+            f"{count(cost.forwards)} forward passes, about {duration(seconds)} on this machine"
+        )
+
+
+def fastest(call: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of some calls."""
+    found = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found = min(found, time.perf_counter() - began)
+    return found
 
 
 def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:
@@ -181,7 +236,7 @@ class Candidate:
             label=label,
         )
         if not file.exists():
-            found = self.setting.robustness(driver.model, s.attacks, self.seed, s.progress)
+            found = self.setting.evaluate(driver.model, s, self.seed)
             write_json(file, found.to_json())
         return {
             "seed": self.seed,

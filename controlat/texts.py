@@ -1,4 +1,4 @@
-"""Short texts ``family:name=value,...``: how schedules, learning rates and attacks are written."""
+"""Short texts: ``family:name=value,...`` for schedules, rates and attacks; numbers and times for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from controlat.control import number
 
-__all__ = ["numbers", "only", "split"]
+__all__ = ["count", "duration", "numbers", "only", "split"]
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
@@ -48,3 +48,26 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
     (0.0, 1.0, 2.5)
     """
     return tuple(number(part, name) for part in text.split(":"))
+
+
+def count(value: float) -> str:
+    """A large number with its unit.
+
+    >>> count(1_234_567), count(950)
+    ('1.23 M', '950')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that one would use.
+
+    >>> duration(30), duration(600), duration(7200)
+    ('30 seconds', '10 minutes', '2.0 hours')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -15,9 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from controlat import rng
-from controlat.data import Split
+from controlat.data import Samples
 from controlat.dynamics import Driver, Plan, Snapshot, Step, rollout
-from controlat.evaluation import robustness
+from controlat.evaluation.robust import measure
 from controlat.files import append_json_line, read_json_lines, write, write_text
 from controlat.network import NonFiniteError, channels_last
 from controlat.runs import environment
@@ -164,20 +164,11 @@ def _resume(driver: Driver, directory: Path) -> Tally:
     return tally
 
 
-def _validate(driver: Driver, held_out: Split | None) -> dict[str, Any]:
+def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
     if held_out is None:
         return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
-    x, y = held_out.take(torch.arange(len(held_out)))
-    found = robustness(
-        driver.model,
-        x,
-        y,
-        eps=driver.ball.eps,
-        norm=driver.ball.norm,
-        attacks=["pgd-10"],
-        seed=driver.seed,
-    )
+    found = measure(driver.model, held_out, driver.ball, attacks=["pgd-10"], seed=driver.seed)
     return {
         "clean": found.clean.value,
         "robust": found.robust.value,
@@ -208,7 +199,7 @@ def fit(
     plan: Plan,
     directory: str | Path,
     *,
-    held_out: Split | None = None,
+    held_out: Samples | None = None,
     settings: Mapping[str, Any] | None = None,
     at_epoch: Callable[[int], object] | None = None,
     checkpoint_minutes: float = 10.0,
@@ -307,7 +298,7 @@ def _check_parameters(driver: Driver, step: Step) -> None:
         raise NonFiniteError(f"a parameter is not finite after the step ({where})")
 
 
-def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Split | None) -> dict[str, Any]:
+def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Samples | None) -> dict[str, Any]:
     return {
         "epoch": tally.epoch,
         "control": dict(plan.schedule(tally.epoch)),

@@ -23,6 +23,8 @@ ORDER = (
     "losses",
     "rates",
     "registry",
+    "augment",
+    "vision",
     "balls",
     "kernels",
     "network",

@@ -1,14 +1,42 @@
-"""What a data set is: two labelled splits in memory, checked once when they are made."""
+"""What a data set is: two labelled splits, checked once when they are made."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6  # by how much a pixel may leave [0, 1]
+
+
+class Samples(Protocol):
+    """One labelled split, in memory (`Split`) or decoded as it is needed (an image folder)."""
+
+    @property
+    def y(self) -> Tensor:
+        """Labels (N,), int64."""
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, C, H, W) in [0, 1] and labels (B,) at some positions, on the device of the split."""
+
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`take` of every chunk of positions in turn."""
+
+    def subset(self, index: Tensor) -> Self:
+        """The split of the samples at some positions (B,), or where a mask (N,) is true."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same split on another device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +89,10 @@ class Split:
         index = index.to(self.x.device)
         dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
         return self.x[index].to(dtype) / self.scale, self.y[index]
+
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`take` of every chunk of positions in turn."""
+        return map(self.take, chunks)
 
     def subset(self, index: Tensor) -> Split:
         """The split of the samples at some positions (B,), in that order, still as stored."""
@@ -122,8 +154,8 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    test: Split
+    train: Samples
+    test: Samples
     num_classes: int
 
     def __post_init__(self) -> None:
@@ -163,15 +195,15 @@ class Dataset:
             test=self._part("test", self.test, test, seed),
         )
 
-    def _part(self, kind: str, split: Split, n: int | None, seed: int) -> Split:
+    def _part(self, kind: str, split: Samples, n: int | None, seed: int) -> Samples:
         if n is None:
             return split
         if not 1 <= n <= len(split):
             where = f"data set {self.name!r}, {kind} split"
             raise ValueError(f"{where}: asked for {n} samples; give 1..{len(split)}, or None for all")
-        return split.subset(_stratified(split.y, n, seed))
+        return split.subset(stratified(split.y, n, seed))
 
-    def hold_out(self, n: int) -> tuple[Split, Split]:
+    def hold_out(self, n: int) -> tuple[Samples, Samples]:
         """Split the training set into (train, held-out), always in the same way.
 
         Args:
@@ -193,11 +225,11 @@ class Dataset:
             allowed = f"give 1..{len(self.train) - 1}, so that both parts have samples"
             raise ValueError(f"data set {self.name!r}, train split: asked to hold out {n} samples; {allowed}")
         held = torch.zeros(len(self.train), dtype=torch.bool)
-        held[_stratified(self.train.y, n, seed=0)] = True
+        held[stratified(self.train.y, n, seed=0)] = True
         return self.train.subset(~held), self.train.subset(held)
 
 
-def _stratified(y: Tensor, n: int, seed: int) -> Tensor:
+def stratified(y: Tensor, n: int, seed: int) -> Tensor:
     """Sorted positions of n random samples; class shares by largest remainder, in whole numbers."""
     y = y.cpu()
     share = torch.bincount(y) * n

@@ -7,7 +7,6 @@ the same four files (Fashion-MNIST, KMNIST) load from their folder in the same w
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from controlat.data import _cache
+from controlat.data._download import Remote
 from controlat.data._types import Dataset, Split
 
-__all__ = ["load", "read_idx"]
+__all__ = ["REMOTES", "load", "read_idx"]
+
+REMOTES = tuple(
+    Remote(
+        name,
+        (
+            f"https://ossci-datasets.s3.amazonaws.com/mnist/{name}",
+            f"https://storage.googleapis.com/cvdf-datasets/mnist/{name}",
+        ),
+        sha256,
+        size,
+    )
+    for name, size, sha256 in (
+        (
+            "train-images-idx3-ubyte.gz",
+            9912422,
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            28881,
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        ),
+        (
+            "t10k-images-idx3-ubyte.gz",
+            1648877,
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        ),
+        (
+            "t10k-labels-idx1-ubyte.gz",
+            4542,
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    )
+)
 
 IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: uint8 of rank 3, uint8 of rank 1
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -29,13 +64,13 @@ def load(root: Path | None = None) -> Dataset:
 
     Args:
         root: folder of the four idx files (or of `MNIST/raw` or `raw` with them, as torchvision lays
-            them out); None looks in the folder `mnist` of the environment variable CONTROLAT_DATA.
+            them out); None looks in `mnist` in the cache: $CONTROLAT_DATA, else ~/.cache/controlat.
 
     Returns:
         The data set "mnist".
 
     Raises:
-        ValueError: no folder given, or a file is missing or damaged; the message names the file.
+        ValueError: a file is missing or damaged; the message names it and what to do.
 
     Example:
         >>> load(Path("nowhere"))  # doctest: +ELLIPSIS
@@ -44,13 +79,7 @@ def load(root: Path | None = None) -> Dataset:
 
     Source: LeCun, Cortes and Burges, 1998.
     """
-    if root is None:
-        if not (parent := os.environ.get("CONTROLAT_DATA")):
-            cure = (
-                "give --data-dir FOLDER (root=FOLDER in Python) or set CONTROLAT_DATA to the parent of mnist"
-            )
-            raise ValueError(f"mnist: the folder of the four idx files is not known; {cure}")
-        root = Path(parent) / "mnist"
+    root = _cache.folder("mnist", root)
     return Dataset("mnist", _split(root, "train"), _split(root, "t10k"), num_classes=10)
 
 
@@ -80,7 +109,7 @@ def _find(root: Path, stem: str, kind: str) -> Path:
         if path.is_file():
             return path
     places = ", ".join(map(str, folders))
-    raise ValueError(f"mnist: no file {', '.join(files)} in any of {places}; give their folder (--data-dir)")
+    raise ValueError(f"mnist: no file {', '.join(files)} in any of {places}; {_cache.cure('mnist')}")
 
 
 def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat import network, rng
+from controlat.augment import Placement
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.network import Meter, View
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
         indices: (N,) positions of the samples in the training set.
         epoch: epoch, from 0.
         number: position of the batch in its epoch, from 0.
+        placement: the augmentation that made x from the stored images, with its inverse; None for none.
     """
 
     x: Tensor
@@ -33,6 +35,7 @@ class Batch(NamedTuple):
     indices: Tensor
     epoch: int
     number: int
+    placement: Placement | None = None
 
 
 class Update(NamedTuple):

@@ -1,4 +1,9 @@
-"""Networks: one file each, with a function `build(in_shape, num_classes) -> nn.Module`.
+"""Networks: one file each, the folder is the registry.
+
+A file defines `build(in_shape, num_classes, variant="") -> nn.Module`, its usual image `INPUT` (C, H, W)
+and `VARIANTS`, one line on each of its networks: the network of file "lenet" and variant "32-64" is named
+"lenet-32-64", that of the empty variant "lenet". `INPUTS`, if defined, has the images of those variants
+that differ from `INPUT`.
 
 A network takes pixels (N, C, H, W) in [0, 1] and returns logits (N, num_classes); normalisation, where
 wanted, is its first layer. Random initialisation draws from torch's generator as the caller has scoped
@@ -7,20 +12,27 @@ it; nothing is seeded here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from controlat import registry
+from controlat.models._layers import ANY
 
-__all__ = ["build"]
+__all__ = ["build", "describe", "names"]
 
 
 def build(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build a network and check that it maps images to logits.
 
     Args:
-        name: a module of this folder, or the user's own "package.module:factory"; the factory returns
-            an `nn.Module` and may take the keywords `in_shape` and `num_classes`.
+        name: one of `names()`, any other "wideresnet-D-W" or "torchvision-NAME", or the user's own
+            "package.module:factory"; the factory returns an `nn.Module` and may take the keywords
+            `in_shape` and `num_classes`.
         in_shape: (C, H, W) of one image, in pixels.
         num_classes: number of logits.
 
@@ -28,7 +40,7 @@ def build(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Mod
         The network, in the training or evaluation mode in which it was built.
 
     Raises:
-        ValueError: an unknown name, an image too small for the network, a factory that returns
+        ValueError: an unknown name or variant, an image too small for the network, a factory that returns
             something else, a network that does not map two zero images to (2, num_classes) floats.
 
     Example:
@@ -44,11 +56,69 @@ def build(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Mod
     if ":" in name:
         model = registry.call_factory(name, {"in_shape": in_shape, "num_classes": num_classes})
     else:
-        model = registry.member(__name__, name).build(in_shape, num_classes)
+        module, variant = registry.variant(__name__, name)
+        model = module.build(in_shape, num_classes, variant)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} is a {type(model).__name__}; its factory must return an nn.Module")
     _check_output(name, model, in_shape, num_classes)
     return model
+
+
+def names() -> tuple[str, ...]:
+    """The networks of this folder, as `build` takes them.
+
+    Returns:
+        The sorted names; "torchvision-NAME" stands for all networks of torchvision.
+
+    Example:
+        >>> [name for name in names() if name.startswith("lenet")]
+        ['lenet', 'lenet-32-64']
+    """
+    return tuple(name for name, _, _ in _listed())
+
+
+def describe(num_classes: int = 10) -> list[dict[str, Any]]:
+    """What `names` lists, with sizes. Nothing is drawn, and torchvision is not needed.
+
+    Args:
+        num_classes: number of logits of the counted networks.
+
+    Returns:
+        One dictionary for each name: "name", "parameters" for the usual image (None for
+        "torchvision-NAME"), "input" (that image's C, H, W) and "what" (one line).
+
+    Example:
+        >>> describe()[0]
+        {'name': 'cnn_bn', 'parameters': 90090, 'input': (1, 8, 8),
+         'what': 'three convolutions with BatchNorm, and dropout'}
+    """
+    table: list[dict[str, Any]] = []
+    for name, module, variant in _listed():
+        in_shape = getattr(module, "INPUTS", {}).get(variant, module.INPUT)
+        parameters = None
+        if variant != ANY:
+            with torch.device("meta"), _NoNormals():  # shapes without numbers
+                network = module.build(in_shape, num_classes, variant)
+            parameters = sum(p.numel() for p in network.parameters())
+        table.append(
+            {"name": name, "parameters": parameters, "input": in_shape, "what": module.VARIANTS[variant]}
+        )
+    return table
+
+
+def _listed() -> Iterator[tuple[str, ModuleType, str]]:
+    """Name, module and variant of each listed network."""
+    for short in registry.names(__name__):
+        module = registry.member(__name__, short)
+        for variant in sorted(module.VARIANTS):
+            yield (f"{short}-{variant}" if variant else short), module, variant
+
+
+class _NoNormals(TorchFunctionMode):
+    """Leave out `Tensor.normal_`: its form for the device "meta" first imports torch's compiler (1 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -67,7 +137,9 @@ def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], n
             module.training = training
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"model {name!r} returns {kind}; it must return logits, a floating-point tensor")
+        raise ValueError(
+            f"model {name!r} returns {kind}; it must return logits alone, a floating-point tensor"
+        )
     if logits.shape != (2, num_classes):
         found = f"maps images {tuple(x.shape)} to {tuple(logits.shape)}"
         raise ValueError(f"model {name!r} {found}; it must return logits of shape {(2, num_classes)}")

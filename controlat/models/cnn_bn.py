@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from controlat.models._layers import check_side
+from controlat.models._layers import check_side, check_variant
 
-__all__ = ["build"]
+__all__ = ["INPUT", "VARIANTS", "build"]
+
+INPUT = (1, 8, 8)
+VARIANTS = {"": "three convolutions with BatchNorm, and dropout"}
 
 
-def build(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -> nn.Module:
     """Three 3 x 3 convolutions with BatchNorm, average-pooled to 2 x 2, and dropout .25 and .5.
 
     Both kinds of layer that act differently in training and evaluation are in it.
@@ -17,17 +20,19 @@ def build(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     Args:
         in_shape: (C, H, W) of one image; H and W at least 8.
         num_classes: number of logits.
+        variant: there is none; leave it empty.
 
     Returns:
         The network, from pixels to logits.
 
     Raises:
-        ValueError: the image is too small.
+        ValueError: the image is too small, or a variant was given.
 
     Example:
         >>> sum(p.numel() for p in build((1, 8, 8), 10).parameters())
         90090
     """
+    check_variant("cnn_bn", variant, VARIANTS)
     check_side("cnn_bn", in_shape, least=8)
     channels, height, width = in_shape
     return nn.Sequential(

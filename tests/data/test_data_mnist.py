@@ -171,7 +171,8 @@ def test_a_missing_file_lists_what_was_looked_for(root: Path) -> None:
     (root / FILES[3]).unlink()
     with pytest.raises(ValueError, match="mnist: no file t10k-labels-idx1-ubyte, ") as caught:
         load("mnist", root)
-    for part in ("t10k-labels.idx1-ubyte.gz", str(root), str(root / "MNIST" / "raw"), "--data-dir"):
+    cure = "give --data-dir FOLDER, or download it: controlat data mnist"
+    for part in ("t10k-labels.idx1-ubyte.gz", str(root), str(root / "MNIST" / "raw"), cure):
         assert part in str(caught.value)
 
 
@@ -180,8 +181,12 @@ def test_the_folder_from_the_environment(root: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("CONTROLAT_DATA", str(tmp_path))
     assert len(load("mnist").train) == 12
     monkeypatch.delenv("CONTROLAT_DATA")
-    with pytest.raises(ValueError, match=r"give --data-dir FOLDER .* or set CONTROLAT_DATA"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"in any of {tmp_path}/controlat/mnist, .*: controlat data mnist"):
         load("mnist")
+    (tmp_path / "controlat").mkdir()
+    (tmp_path / "controlat" / "mnist").symlink_to(root)
+    assert len(load("mnist").train) == 12
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the MNIST files are not at ../shared/data/mnist")

@@ -1,0 +1,150 @@
+"""The binary version of CIFAR-10 and CIFAR-100: label bytes, then 3072 pixel bytes, image after image.
+
+The pickled "python version" is never read: unpickling a file can run any code.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlat.data import _cache
+from controlat.data._types import Dataset, Split
+
+__all__ = ["Layout", "load"]
+
+SHAPE = (3, 32, 32)  # red, green, blue plane, each row by row
+PIXELS = 3072
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one of the two data sets is stored.
+
+    Args:
+        name: what results call it.
+        folder: the folder inside the archive.
+        archive: the archive as it is handed round, a gzipped tar file.
+        train: the training files, in order.
+        test: the test file.
+        label_bytes: label bytes in front of each image; the last one is used.
+        num_classes: number of classes.
+        pickled: files and folders that give away the python version.
+
+    Example:
+        >>> Layout("toy", "toy-bin", "toy.tar.gz", ("a.bin",), "b.bin", 1, 10, ()).record
+        3073
+    """
+
+    name: str
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: str
+    label_bytes: int
+    num_classes: int
+    pickled: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files, the test file last."""
+        return (*self.train, self.test)
+
+    @property
+    def record(self) -> int:
+        """Bytes per image, labels included."""
+        return self.label_bytes + PIXELS
+
+
+def load(layout: Layout, root: Path | None) -> Dataset:
+    """Load either data set from its files, or straight from the archive.
+
+    Args:
+        layout: which one.
+        root: folder of the files, of their folder, or of the archive; None is the folder of the cache.
+
+    Returns:
+        The data set, images (3, 32, 32) as uint8 with scale 255.
+
+    Raises:
+        ValueError: files are missing or damaged; the message names them.
+
+    Example:
+        >>> toy = Layout("toy", "toy-bin", "toy.tar.gz", ("a.bin",), "b.bin", 1, 10, ())
+        >>> load(toy, Path("nowhere"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: toy: no file a.bin, b.bin in any of nowhere, nowhere/toy-bin, nowhere/toy.tar.gz; ...
+
+    Source: Krizhevsky, 2009, "CIFAR-10 binary version".
+    """
+    parts = _parts(layout, _cache.folder(layout.name, root))
+    images, labels = zip(*(parts[name] for name in layout.train), strict=True)
+    train = Split(torch.cat(images), torch.cat(labels), scale=255.0)
+    return Dataset(layout.name, train, Split(*parts[layout.test], scale=255.0), layout.num_classes)
+
+
+def _parts(layout: Layout, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images and labels of each file, from the first place that has them all."""
+    folders, archive = (root, root / layout.folder), root / layout.archive
+    for place in folders:
+        if all((place / name).is_file() for name in layout.files):
+            files = ((name, place / name) for name in layout.files)
+            return {name: _decode(layout, str(path), path.read_bytes()) for name, path in files}
+    if archive.is_file():
+        members = _members(layout, archive)
+        parts = {name: _decode(layout, f"{archive}, {name}", data) for name, data in members}
+        if lost := [name for name in layout.files if name not in parts]:
+            raise ValueError(f"{archive}: has no file {', '.join(lost)}; {_again(layout)}")
+        return parts
+    if pickled := next((path for name in layout.pickled if (path := root / name).exists()), None):
+        version = (
+            f"{pickled} is of the pickled python version, which is never read (pickles can run any code)"
+        )
+        raise ValueError(f"{layout.name}: {version}; take the binary version: {_cache.cure(layout.name)}")
+    nearest = max(folders, key=lambda place: sum((place / name).is_file() for name in layout.files))
+    missing = ", ".join(name for name in layout.files if not (nearest / name).is_file())
+    places = ", ".join(map(str, (*folders, archive)))
+    raise ValueError(f"{layout.name}: no file {missing} in any of {places}; {_cache.cure(layout.name)}")
+
+
+def _members(layout: Layout, archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the files in the archive, in one pass; nothing is written to disk."""
+    with archive.open("rb") as file:
+        try:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                with tarfile.open(fileobj=unpacked, mode="r|") as tar:
+                    for member in tar:
+                        name = PurePosixPath(member.name).name
+                        if name in layout.files and member.isreg() and (content := tar.extractfile(member)):
+                            yield name, content.read()
+                while unpacked.read(1 << 20):  # up to the checksum at the end
+                    pass
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{archive}: damaged or cut short ({error}); {_again(layout)}") from error
+
+
+def _decode(layout: Layout, where: str, data: bytes) -> tuple[Tensor, Tensor]:
+    if not data or len(data) % layout.record:
+        form = f"{layout.label_bytes} for the label and {PIXELS} for the pixels of each image"
+        expected = f"expected a positive multiple of {layout.record} bytes ({form})"
+        raise ValueError(f"{where}: {expected}, found {len(data)}; {_again(layout)}")
+    records = np.frombuffer(data, np.uint8).reshape(-1, layout.record)
+    labels, highest = records[:, layout.label_bytes - 1], layout.num_classes - 1
+    if (wrong := labels > highest).any():
+        position = int(wrong.argmax())
+        fault = f"label {labels[position]} at position {position}; labels must be 0..{highest}"
+        raise ValueError(f"{where}: {fault}; {_again(layout)}")
+    images = records[:, layout.label_bytes :].reshape(-1, *SHAPE)
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def _again(layout: Layout) -> str:
+    return f"move it away and fetch it again: controlat data {layout.name}"

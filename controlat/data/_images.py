@@ -1,0 +1,99 @@
+"""From pictures of any kind to images (C, H, W) of one shape, and from one set of samples to two splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlat.data._types import stratified
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Shape", "halves", "whole"]
+
+
+def whole(value: object, name: str) -> int:
+    """A whole number >= 1, or a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every picture is made into.
+
+    Args:
+        channels: 3 (RGB) or 1 (grey).
+        size: side of the square that is cut out of the middle; None takes pictures as they are.
+        resize: length of the shorter side before that; `size` by default.
+
+    Raises:
+        ValueError: a number that is not allowed, resize without size or below it.
+    """
+
+    channels: int = 3
+    size: int | None = None
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {self.channels!r}")
+        if self.size is not None:
+            whole(self.size, "size")
+        if self.resize is not None and (self.size is None or whole(self.resize, "resize") < self.size):
+            raise ValueError(f"resize must be at least size, got resize {self.resize}, size {self.size}")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """The image (C, H, W), uint8."""
+        if "transparency" in picture.info:  # Pillow wants it to be dropped in two steps
+            picture = picture.convert("RGBA")
+        picture = picture.convert("RGB" if self.channels == 3 else "L")
+        if self.size is not None:
+            picture = self._cut(picture, self.size)
+        pixels = torch.from_numpy(np.array(picture))
+        return pixels.permute(2, 0, 1).contiguous() if self.channels == 3 else pixels.unsqueeze(0)
+
+    def _cut(self, picture: Image.Image, size: int) -> Image.Image:
+        """Shorter side to `resize` (bilinear, with antialiasing), then the square in the middle."""
+        from PIL import Image
+
+        width, height = picture.size
+        factor = (self.resize or size) / min(width, height)
+        if factor != 1:
+            sides = max(round(width * factor), size), max(round(height * factor), size)
+            picture = picture.resize(sides, Image.Resampling.BILINEAR)
+        left, top = ((side - size) // 2 for side in picture.size)
+        return picture.crop((left, top, left + size, top + size))
+
+    def check(self, image: Tensor, expected: tuple[int, int, int], name: str) -> Tensor:
+        """The image, if its shape is the expected one.
+
+        Raises:
+            ValueError: it has another shape; names the picture.
+        """
+        if tuple(image.shape) == expected:
+            return image
+        sizes = [f"{shape[2]} x {shape[1]} (width x height)" for shape in (image.shape, expected)]
+        cure = "give a size to resize and crop all of them, such as --data-options.size 64"
+        raise ValueError(f"{name} has {sizes[0]}, the first picture {sizes[1]}; {cure}")
+
+
+def halves(y: Tensor, test_share: float) -> tuple[Tensor, Tensor]:
+    """Positions of training and test samples where there is no split: always the same, classes in proportion.
+
+    Raises:
+        ValueError: the share is not in (0, 1) or leaves a part empty.
+    """
+    share: Any = test_share
+    n = round(share * len(y)) if isinstance(share, (int, float)) and 0 < share < 1 else 0
+    if not 1 <= n < len(y):
+        raise ValueError(f"test_share must be in (0, 1) and leave both parts samples, got {test_share!r}")
+    test = torch.zeros(len(y), dtype=torch.bool)
+    test[stratified(y, n, seed=0)] = True
+    return (~test).nonzero().squeeze(1), test.nonzero().squeeze(1)

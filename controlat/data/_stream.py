@@ -1,0 +1,99 @@
+"""Labelled images that are decoded when they are needed, by threads, some batches ahead of training."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from controlat.data._types import Split
+
+__all__ = ["Streamed", "default_workers"]
+
+_AHEAD = 2  # batches that are decoded while one is trained on
+
+
+def default_workers() -> int:
+    """Decoding threads where none are asked for: the cores that this process may use, 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """Labelled images behind a function that reads one of them; never more than a few batches in memory.
+
+    Pillow decodes and resizes without the interpreter's lock, so threads work side by side. What is read, and
+    in which order, does not depend on their number.
+
+    Args:
+        read: position in the source -> image (C, H, W), uint8; raises ValueError naming the file.
+        y: labels (N,), int64.
+        in_shape: (C, H, W), the shape of every image.
+        positions: (N,) positions in the source.
+        workers: decoding threads.
+        device: where batches go.
+
+    Raises:
+        ValueError: no images, or fewer than one worker.
+    """
+
+    read: Callable[[int], Tensor]
+    y: Tensor
+    in_shape: tuple[int, int, int]
+    positions: Tensor
+    workers: int = 1
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if len(self.y) == 0:
+            raise ValueError("a split has no images")
+        if self.workers < 1:
+            raise ValueError(f"workers must be >= 1, got {self.workers}")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Split.take`: pixels (B, C, H, W) in [0, 1], float32, and labels (B,), on the device."""
+        (found,) = self.stream([index])
+        return found
+
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`take` of every chunk of positions in turn, decoded some chunks ahead."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        waiting: collections.deque[tuple[Tensor, list[Future[Tensor]]]] = collections.deque()
+        try:
+            for chunk in chunks:
+                index = chunk.cpu()
+                waiting.append((index, [pool.submit(self.read, i) for i in self.positions[index].tolist()]))
+                if len(waiting) > _AHEAD:
+                    yield self._batch(*waiting.popleft())
+            while waiting:
+                yield self._batch(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, index: Tensor, images: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
+        pixels = torch.stack([image.result() for image in images]).to(self.device)
+        return pixels.float() / 255, self.y[index].to(self.device)
+
+    def subset(self, index: Tensor) -> Streamed:
+        """The split of the samples at some positions (B,), or where a mask (N,) is true."""
+        index = index.cpu()
+        return replace(self, y=self.y[index], positions=self.positions[index])
+
+    def to(self, device: torch.device | str) -> Streamed:
+        """The same split, with its batches on another device."""
+        return replace(self, device=device)
+
+    def in_memory(self) -> Split:
+        """All images, decoded once."""
+        chunks = torch.arange(len(self)).split(256)
+        images = [(x * 255).round().to(torch.uint8) for x, _ in self.to("cpu").stream(chunks)]
+        return Split(torch.cat(images), self.y, scale=255.0).to(self.device)

@@ -1,0 +1,121 @@
+"""The attacks of an evaluation, and how they are written."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from controlat.attacks.pgd import ascend, path
+from controlat.balls import Ball
+from controlat.control import number
+from controlat.losses import Loss, cross_entropy, margin
+from controlat.network import View
+from controlat.texts import only, split
+
+__all__ = ["Attack", "ascent", "parse_attack"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One evaluation attack: projected ascent of a loss, from one or more starts.
+
+    Args:
+        name: for tables.
+        steps: K.
+        alpha: step size, in pixel units; None: `relative` times eps.
+        restarts: number of starts; a sample must survive all.
+        random_start: start at a random point of the ball.
+        kappa: None for the cross-entropy; a number for the C&W margin loss with that lead.
+        relative: step size over eps where alpha is None; 1/4 as in FOSC's evaluation.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    name: str
+    steps: int
+    alpha: float | None = None
+    restarts: int = 1
+    random_start: bool = True
+    kappa: float | None = None
+    relative: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("restarts", 1), ("alpha", 0), ("kappa", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise ValueError(f"attack {self.name!r}: {name} must be >= {low} and finite, got {value:g}")
+            if name in ("steps", "restarts") and value != int(value):
+                raise ValueError(f"attack {self.name!r}: {name} must be a whole number, got {value:g}")
+
+    @property
+    def loss(self) -> Loss:
+        """What is ascended."""
+        return cross_entropy if self.kappa is None else functools.partial(margin, kappa=self.kappa)
+
+    def cost(self) -> int:
+        """Gradient evaluations per sample attacked."""
+        return self.steps * self.restarts
+
+    def perturb(self, view: View, x: Tensor, y: Tensor, ball: Ball, start: torch.Generator) -> Tensor:
+        """One restart: the last point of the path."""
+        return ascend(
+            view,
+            x,
+            y,
+            ball=ball,
+            alpha=self.relative * ball.eps if self.alpha is None else self.alpha,
+            steps=self.steps,
+            random_start=self.random_start,
+            loss=self.loss,
+            generator=start,
+        )
+
+
+_PARAMETERS = ("steps", "alpha", "restarts", "kappa")
+
+
+def ascent(
+    view: View, x: Tensor, y: Tensor, ball: Ball, steps: int, start: torch.Generator
+) -> Iterator[Tensor]:
+    """Points 1, 2, ..., steps of PGD on the cross-entropy with alpha = eps/4, from a random start."""
+    first = ball.start(x, start)
+    return path(view, x, first, y, ball=ball, alpha=ball.eps / 4, steps=steps, loss=cross_entropy)
+
+
+def parse_attack(text: str) -> Attack:
+    """Read an attack: ``fgsm``, ``pgd-20``, ``pgd-50-10`` (10 restarts), ``cw-30``, ``cw-30-k50`` (kappa 50).
+
+    Or with everything said: ``pgd:steps=50,restarts=10,alpha=2/255``, ``cw:steps=30,kappa=50``.
+
+    Raises:
+        ValueError: it is none of these.
+
+    >>> parse_attack("pgd-50-10").restarts
+    10
+    """
+    cure = "write fgsm, pgd-20, pgd-50-10, cw-30, cw-30-k50 or pgd:steps=50,restarts=10,alpha=2/255"
+    family, found = split(text)
+    family, *short = family.split("-")
+    if family not in ("fgsm", "pgd", "cw") or (found and short):
+        raise ValueError(f"unknown attack {text!r}; {cure}")
+    if family == "fgsm":
+        only(found, (), (), "attack fgsm")
+        if short:
+            raise ValueError(f"unknown attack {text!r}; {cure}")
+        return Attack("fgsm", steps=1, random_start=False, relative=1.0)
+    for part, name in zip(short, ("steps", "restarts"), strict=False):
+        found |= {"kappa": part[1:]} if part[:1] == "k" else {name: part}
+    if len(short) > 2:
+        raise ValueError(f"unknown attack {text!r}; {cure}")
+    only(found, ("steps",), _PARAMETERS[1 : 4 if family == "cw" else 3], f"attack {family} ({cure})")
+    values = {name: number(value, name) for name, value in found.items()}
+    kappa = values.get("kappa", 0.0) if family == "cw" else None
+    counts = {name: values.get(name, 1) for name in ("steps", "restarts")}
+    whole = {name: int(v) if v == int(v) else v for name, v in counts.items()}
+    return Attack(text, alpha=values.get("alpha"), kappa=kappa, **whole)  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""Black-box attacks by transfer: made on an independently trained surrogate, tried on the network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlat.balls import Ball
+from controlat.evaluation.accuracy import Accuracy
+from controlat.evaluation.attack import Attack, parse_attack
+from controlat.evaluation.robust import DEFAULT_ATTACKS, correct
+from controlat.evaluation.source import Source, parts
+from controlat.network import Meter, View
+from controlat.rng import generator
+
+__all__ = ["Transfer", "same_weights", "transfer"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The outcome of transfer attacks.
+
+    Args:
+        clean: accuracy of the network without an attack.
+        surrogate: accuracy of the surrogate without an attack.
+        after: accuracy of the network under each attack alone, by its name (FOSC's table).
+        robust: accuracy under all of them.
+        spent: evaluations of the surrogate (gradients) and of both (forwards), in samples.
+        seconds: wall time.
+        survived: (N,) mask of the samples that survived all.
+    """
+
+    clean: Accuracy
+    surrogate: Accuracy
+    after: dict[str, Accuracy]
+    robust: Accuracy
+    spent: Meter
+    seconds: float
+    survived: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return {
+            "points": self.clean.points,
+            "clean": self.clean.to_json(),
+            "surrogate_clean": self.surrogate.to_json(),
+            "after": {name: accuracy.to_json() for name, accuracy in self.after.items()},
+            "robust": self.robust.to_json(),
+            "gradients": self.spent.gradients,
+            "forwards": self.spent.forwards,
+            "seconds": self.seconds,
+        }
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks are one and the same, parameter by parameter."""
+    one, two = list(a.parameters()), list(b.parameters())
+    return len(one) == len(two) and all(
+        p.shape == q.shape and torch.equal(p, q.to(p.device)) for p, q in zip(one, two, strict=True)
+    )
+
+
+def transfer(
+    model: nn.Module,
+    surrogate: nn.Module,
+    source: Source,
+    ball: Ball,
+    *,
+    attacks: Sequence[str | Attack] = DEFAULT_ATTACKS,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Callable[[int, str], object] | None = None,
+) -> Transfer:
+    """Accuracy under adversarial examples of another network.
+
+    Args:
+        model: the network looked at.
+        surrogate: a network trained independently: other initial weights, order of samples and random
+            starts; in FOSC's protocol by PGD-10 with alpha = eps/4.
+        source: the test points.
+        ball: the perturbation set.
+        attacks: made on the surrogate; of the restarts of an attack each is tried.
+        batch_size: samples at a time.
+        seed: of the random starts.
+        progress: called with (samples done, name of the attack).
+
+    Raises:
+        ValueError: the surrogate is the network itself, or has another number of classes.
+
+    Source:
+        Wang et al. (2019), section 5.2.
+    """
+    if same_weights(model, surrogate):
+        raise ValueError("the surrogate has the weights of the network itself; train it with another seed")
+    began, meter = time.perf_counter(), Meter()
+    chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
+    with View(model, meter=meter) as view, View(surrogate, meter=meter) as other:
+        clean, known = correct(view, source, batch_size), correct(other, source, batch_size)
+        standing, after = clean.clone(), {}
+        for attack in chosen:
+            alone = clean.clone()
+            for restart in range(attack.restarts):
+                for part, x, y in parts(source, clean.nonzero().squeeze(1), batch_size):
+                    start = generator(seed, "transfer", attack.name, restart, int(part[0]), device=x.device)
+                    found = attack.perturb(other, x, y, ball, start)
+                    alone[part] &= (view(found).argmax(1) == y).cpu()
+                    if progress is not None:
+                        progress(len(part), f"transfer, {attack.name}")
+            after[attack.name] = Accuracy(int(alone.sum()), len(alone))
+            standing &= alone
+    first, second, last = (Accuracy(int(mask.sum()), len(mask)) for mask in (clean, known, standing))
+    return Transfer(first, second, after, last, meter, time.perf_counter() - began, standing)
