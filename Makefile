@@ -47,6 +47,7 @@ test: lint
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/pgd.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/loading.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis controlat.egg-info

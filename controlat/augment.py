@@ -98,7 +98,7 @@ class Augment:
     fill: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.pad != int(self.pad) or not 0 <= self.pad <= 1024:
+        if not 0 <= self.pad <= 1024 or self.pad != int(self.pad):
             raise ValueError(f"augmentation: pad must be a whole number in 0..1024, got {self.pad}")
         if not (math.isfinite(self.fill) and 0 <= self.fill <= 1):
             raise ValueError(f"augmentation: fill must be a pixel value in [0, 1], got {self.fill}")

@@ -99,6 +99,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     with claimed(out, {"command": "evaluate"} | chosen.to_json()), deterministic(chosen.threads):
         if not (out / "result.json").exists():
             setting = Setting.of(chosen)
+            setting.surrogate(chosen.surrogate)  # a bad one is refused before anything is trained
             runs: dict[int, list[dict[str, Any]]] = {}
             every = list(candidates(setting, chosen, out))
             for i, candidate in enumerate(every):
@@ -143,6 +144,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     every = list(candidates(setting, chosen, Path("unused")))
     method = build(chosen.method, chosen.method_options)
     count = dict.fromkeys(("training", "validation", "criterion", "evaluation"), 0.0)
+    extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
     phi = min(TERMINAL_POINTS, len(setting.held_out))
     for c in every:
         plan = setting.plan(c.schedule, c.seed)
@@ -154,7 +156,6 @@ def estimate(**settings: Any) -> dict[str, Any]:
             tried = grid if chosen.maximiser == "sweep" else chosen.trials * (k / 2 + 1)
             count["criterion"] += (tried + now) * min(chosen.probe, len(setting.training)) + 21 * phi
         count["validation"] += 10 * chosen.epochs * len(setting.held_out)
-        extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
         count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)
     with deterministic(chosen.threads):
@@ -195,7 +196,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         ValueError: bad settings, a damaged checkpoint, or a file that exists.
     """
     chosen = AttackSettings(str(checkpoint), **settings)
-    for path in (Path(out), figure_of(out)) if out is not None else ():
+    for path in _files(out, chosen.sweeps):
         if path.exists():
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
@@ -224,6 +225,15 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         if chosen.sweeps:
             plots.sweeps([(result["schedule"] or "network", [result["curves"]])], result, figure_of(out))
     return result
+
+
+def _files(out: str | Path | None, sweeps: bool) -> list[Path]:
+    """The files that `attack` writes."""
+    if out is None:
+        return []
+    if sweeps and figure_of(out) == Path(out):
+        raise ValueError(f"{out} would be the name of the figure too; give a name that ends in .json")
+    return [Path(out), *([figure_of(out)] if sweeps else [])]
 
 
 def figure_of(out: str | Path) -> Path:

@@ -72,7 +72,8 @@ def slug(text: str) -> str:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    different = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]
+    every = sorted(set(old) | set(new), key=lambda k: (k != "command", k))
+    different = [k for k in every if old.get(k) != new.get(k)]
     shown = {k: (_short(old.get(k)), _short(new.get(k))) for k in different}
     # A schedule of the same text differs in what another setting decides, such as the number of epochs.
     told = {k: v for k, v in shown.items() if v[0] != v[1]} or shown

@@ -116,7 +116,13 @@ class Setting:
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
         model = models.build(there["model"], self.data.in_shape, self.data.num_classes)
-        model.load_state_dict(found["model"])
+        try:
+            model.load_state_dict(found["model"])
+        except RuntimeError:
+            raise ValueError(
+                f"surrogate {checkpoint} holds weights that do not fit {there['model']} for inputs "
+                f"{tuple(self.data.in_shape)} and {self.data.num_classes} classes"
+            ) from None
         return place(model, self.device, self.problem.channels_last)
 
     def evaluate(

@@ -32,5 +32,5 @@ for epoch in range(epochs):
         nn.functional.cross_entropy(model(x_adv), y[i]).backward()
         optimizer.step()
 
-found = controlat.robustness(model, x_test, y_test, eps=eps, attacks=["fgsm", "pgd-20", "cw-30"])
+found = controlat.robustness(model, x_test, y_test, eps=eps, attacks=["fgsm", "pgd-20", "pgd-50-5", "cw-30"])
 print(f"clean {found.clean}, robust {found.robust}, {found.clean.points} points")

@@ -30,6 +30,8 @@ EVALUATE = [
     "0",
     "--attacks",
     "fgsm",
+    "--checks",
+    "0",
 ]
 
 
@@ -87,10 +89,10 @@ BAD_ANYWHERE: list[tuple[list[str], str]] = [
     (["--device", "nope"], "device 'nope' cannot be used"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["--device", "meta"], "device 'meta' cannot be used"),
-    (["--data", "nosuch", "--eps", "0.1"], "has no 'nosuch'; choose from: digits, mnist"),
+    (["--data", "nosuch", "--eps", "0.1"], "has no 'nosuch'; choose from: cifar10"),
     (["--data", "mnist"], "eps is missing: give the radius for mnist"),
     (["--data", "mnist", "--eps", "0.3", "--data_dir", "nowhere"], "mnist: no file"),
-    (["--model", "nosuch"], "has no 'nosuch'; choose from: cnn_bn, lenet, mlp"),
+    (["--model", "nosuch"], "has no 'nosuch'; choose from: cnn_bn"),
     (["--model", "lenet"], "lenet cannot take images of 8 x 8 pixels"),
     (["--model", "nosuch:net"], "cannot import module 'nosuch'"),
     (["--model", "os:path"], "must be a function or class to call"),
@@ -131,6 +133,9 @@ BAD_EVALUATE: list[tuple[list[str], str]] = [
     (["--seeds", "a"], "seeds"),
     (["--attacks", "foo"], "unknown attack 'foo'"),
     (["--attacks", "fgsm", "fgsm"], "attacks must be one or more different ones"),
+    (["--checks", "-1"], "checks must be a whole number of points >= 0, got -1"),
+    (["--autoattack", "-5"], "autoattack must be a whole number of points >= 0, got -5"),
+    (["--surrogate", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (["--gamma", "-1"], "gamma must be >= 0, got -1"),
     (["--gamma", "cheap"], "gamma must be a number"),
     (["--maximiser", "grid"], "maximiser must be one of sweep, tpe, got 'grid'"),
@@ -154,6 +159,11 @@ BAD_ATTACK: list[tuple[list[str], str]] = [
     (["RUN", "--points", "0"], "points must be >= 1"),
     (["RUN", "--points", "501"], "asked for 501 samples; give 1..500"),
     (["RUN", "--batch_size", "0"], "batch_size must be >= 1"),
+    (["RUN", "--checks", "-1"], "checks must be a whole number of points >= 0"),
+    (["RUN", "--autoattack", "1.5"], "autoattack"),
+    (["RUN", "--surrogate", "broken.json"], "broken.json is damaged or not a checkpoint"),
+    (["RUN", "--surrogate", "RUN"], "the surrogate has the weights of the network itself"),
+    (["RUN", "--out", "new.png", "--sweeps", "true"], "give a name that ends in .json"),
     (["RUN", "--device", "nope"], "device 'nope' cannot be used"),
     (["RUN", "--out", "broken.json"], "broken.json exists; give another name"),
     (["RUN", "another"], "unrecognized arguments"),
@@ -423,7 +433,7 @@ def test_flags_override_the_file_of_settings(tmp_path: Path) -> None:
 
 def test_a_file_of_settings_holds_lists_for_evaluate(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
-        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nalphas: [0.1, 2/10]\n"
+        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nchecks: 0\nalphas: [0.1, 2/10]\n"
         "epochs: 1\ntrain_points: 200\ntest_points: 80\nthreads: 1\nprogress: false\n"
     )
     words = ["evaluate", "--config", tmp_path / "my.yaml", "--seeds", "5"]
@@ -467,7 +477,7 @@ def test_a_dry_run_writes_nothing(
 def test_attack_prints_the_accuracies_that_it_stores(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--points", "60", "--attacks", "fgsm", "pgd-3-2", "--progress", "false"]
+    few = ["--points", "60", "--attacks", "fgsm", "pgd-3-2", "--checks", "0", "--progress", "false"]
     assert _run("attack", run / "best.pt", *few, "--eps", "2/255", "--out", tmp_path / "found.json") == 0
     output, error = capsys.readouterr()
     assert error == ""
@@ -478,14 +488,14 @@ def test_attack_prints_the_accuracies_that_it_stores(
     named |= {f"after {name}": accuracy for name, accuracy in found["after"].items()}
     assert set(named) == {"clean", "after fgsm", "after pgd-3-2", "robust"}
     for name, accuracy in named.items():
-        assert re.search(rf"\| {name} +\| +{accuracy['value']:.1%} \|", output)
+        assert re.search(rf"\| {name} +\| +60 \| +{accuracy['value']:.1%} \|", output)
     assert "60 points, linf eps 0.007843" in output
 
 
 def test_attack_uses_the_radius_of_training_unless_told_otherwise(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--points", "60", "--attacks", "fgsm", "--progress", "false"]
+    few = ["--points", "60", "--attacks", "fgsm", "--checks", "0", "--progress", "false"]
     assert _run("attack", run / "best.pt", *few) == 0
     assert "linf eps 0.15" in capsys.readouterr().out
     assert _run("attack", run / "last.pt", *few, "--eps", "1", "--norm", "l2") == 0

@@ -14,13 +14,20 @@ from controlat.data._types import stratified
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Shape", "halves", "whole"]
+__all__ = ["Shape", "boolean", "halves", "whole"]
 
 
 def whole(value: object, name: str) -> int:
     """A whole number >= 1, or a ValueError that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return value
+
+
+def boolean(value: object, name: str) -> bool:
+    """True or false, or a ValueError that names it: the text "false" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 
@@ -50,7 +57,12 @@ class Shape:
             raise ValueError(f"resize must be at least size, got resize {self.resize}, size {self.size}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """The image (C, H, W), uint8."""
+        """The image (C, H, W), uint8.
+
+        Raises:
+            ValueError: a grey picture of 32 bits, whose white is not known.
+        """
+        picture = _eight_bits(picture)
         if "transparency" in picture.info:  # Pillow wants it to be dropped in two steps
             picture = picture.convert("RGBA")
         picture = picture.convert("RGB" if self.channels == 3 else "L")
@@ -82,6 +94,18 @@ class Shape:
         sizes = [f"{shape[2]} x {shape[1]} (width x height)" for shape in (image.shape, expected)]
         cure = "give a size to resize and crop all of them, such as --data-options.size 64"
         raise ValueError(f"{name} has {sizes[0]}, the first picture {sizes[1]}; {cure}")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits with 8; Pillow would cut off all above 255 instead of scaling."""
+    from PIL import Image
+
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        return picture
+    grey = np.asarray(picture)
+    if picture.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("grey values of 32 bits, which pixel is white is not known; save it with 8 or 16")
+    return Image.fromarray(np.rint(grey / 257).astype(np.uint8))
 
 
 def halves(y: Tensor, test_share: float) -> tuple[Tensor, Tensor]:

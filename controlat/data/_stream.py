@@ -80,8 +80,9 @@ class Streamed:
             pool.shutdown(cancel_futures=True)
 
     def _batch(self, index: Tensor, images: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
-        pixels = torch.stack([image.result() for image in images]).to(self.device)
-        return pixels.float() / 255, self.y[index].to(self.device)
+        found = [image.result() for image in images]
+        pixels = torch.stack(found) if found else torch.empty(0, *self.in_shape, dtype=torch.uint8)
+        return pixels.to(self.device).float() / 255, self.y[index].to(self.device)
 
     def subset(self, index: Tensor) -> Streamed:
         """The split of the samples at some positions (B,), or where a mask (N,) is true."""

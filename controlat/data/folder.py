@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from controlat.data._images import Shape, halves, whole
+from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
 from controlat.data._types import Dataset, Samples
 
@@ -75,6 +75,7 @@ def load(
         raise ValueError(f"{root}: no such folder of pictures")
     shape = Shape(channels, size, resize)
     threads = default_workers() if workers is None else whole(workers, "workers")
+    keep = boolean(in_memory, "in_memory")
     listing, train, test = _splits(root, test_share)
     channels, height, width = _read(listing.files, shape, None, 0).shape
     in_shape = (channels, height, width)
@@ -83,7 +84,7 @@ def load(
 
     def split(positions: Tensor) -> Samples:
         found = Streamed(read, y[positions], in_shape, positions, threads)
-        return found.in_memory() if in_memory else found
+        return found.in_memory() if keep else found
 
     return Dataset(root.resolve().name or "folder", split(train), split(test), len(listing.classes))
 

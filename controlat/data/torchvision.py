@@ -7,6 +7,7 @@ sets `cifar10` and `cifar100` read the binary version.
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlat.data._images import Shape, halves, whole
+from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
 from controlat.data._types import Dataset, Samples
 from controlat.vision import torchvision
@@ -23,6 +24,7 @@ from controlat.vision import torchvision
 __all__ = ["load"]
 
 _PICKLED = ("CIFAR10", "CIFAR100")
+_TRAINS = ("train", "trainval", "train-standard")
 _TESTS = ("test", "val", "valid", "validation")
 _LABELS = ("targets", "labels", "_labels", "y")
 
@@ -45,7 +47,8 @@ def load(
         root: the folder given to torchvision.
         variant: the class in torchvision.datasets.
         size: as in `controlat.data.folder.load`, and so are resize, channels, test_share, in_memory, workers.
-        **arguments: further arguments of the class, such as ``split="letters"`` of EMNIST.
+        **arguments: further arguments of the class, such as ``split="letters"`` of EMNIST; one that has a
+            name from above gets an underscore, such as ``size_="160px"`` of Imagenette.
 
     Returns:
         The data set; test pictures are those of train=False or of the split test or val, else a fixed share.
@@ -66,6 +69,8 @@ def load(
     kind = _kind(variant)
     shape = Shape(channels, size, resize)
     threads = default_workers() if workers is None else whole(workers, "workers")
+    keep = boolean(in_memory, "in_memory")
+    arguments = {key.removesuffix("_"): value for key, value in arguments.items()}
     parts = [_Source(kind, variant, given | arguments, root) for given in _given(kind, arguments)]
     if len(parts) == 1:
         ranges = list(halves(parts[0].y, test_share))
@@ -80,7 +85,7 @@ def load(
             return part.image(shape, in_shape, i)
 
         found = Streamed(read, part.y[positions], in_shape, positions, threads)
-        return found.in_memory() if in_memory else found
+        return found.in_memory() if keep else found
 
     classes = max(int(part.y.max()) for part in parts) + 1
     train, test = (split(part, positions) for part, positions in zip(parts, ranges, strict=True))
@@ -99,16 +104,35 @@ def _kind(variant: str) -> type:
 
 
 def _given(kind: type, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arguments of the training and the test part; one entry where the class knows no parts."""
-    known = inspect.signature(kind).parameters
+    """Arguments of the training and the test part; one entry where there are no parts or one is given."""
+    known = _parameters(kind)
     if "train" in known:
-        return [{"train": True}, {"train": False}]
+        return [{}] if "train" in arguments else [{"train": True}, {"train": False}]
     if "split" not in known or "split" in arguments:
         return [{}]
-    # torchvision tells the names of its splits only in its error messages and type hints
-    hint = str(known["split"].annotation)
-    test = next((name for name in _TESTS if f"'{name}'" in hint), "test")
-    return [{"split": "train"}, {"split": test}]
+    names = _split_names(kind)
+    train, test = (next((n for n in usual if n in names), usual[0]) for usual in (_TRAINS, _TESTS))
+    return [{"split": train}, {"split": test}]
+
+
+def _parameters(kind: type) -> set[str]:
+    """Names of the arguments of a class, with those that it hands on to its bases as **kwargs."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        found |= set(parameters)
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            break
+    return found
+
+
+def _split_names(kind: type) -> list[str]:
+    """The splits that a class knows: it tells them only when it refuses another name."""
+    try:
+        kind(root="", split="?")
+    except Exception as error:
+        return re.findall("'(.*?)'", str(error).partition("Valid values are")[2])
+    return []
 
 
 class _Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from controlat.losses import Loss, cross_entropy, margin
 from controlat.network import View
 from controlat.texts import only, split
 
-__all__ = ["Attack", "ascent", "parse_attack"]
+__all__ = ["Attack", "ascent", "parse_attack", "read_attacks"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +119,15 @@ def parse_attack(text: str) -> Attack:
     counts = {name: values.get(name, 1) for name in ("steps", "restarts")}
     whole = {name: int(v) if v == int(v) else v for name, v in counts.items()}
     return Attack(text, alpha=values.get("alpha"), kappa=kappa, **whole)  # type: ignore[arg-type]
+
+
+def read_attacks(attacks: Sequence[str | Attack]) -> list[Attack]:
+    """Attacks from their texts.
+
+    Raises:
+        ValueError: one is malformed, or given twice.
+    """
+    chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
+    if len({a.name for a in chosen}) < len(chosen):
+        raise ValueError(f"an attack is given twice: {', '.join(a.name for a in chosen)}")
+    return chosen

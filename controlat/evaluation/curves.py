@@ -68,9 +68,9 @@ class Curves:
         }
 
 
-def curves_cost() -> int:
-    """Gradient evaluations per point."""
-    return _ATTACK.steps * len(RADII) + STEPS[-1]
+def curves_cost() -> Meter:
+    """Evaluations per point, at most: at every radius but 0, and at grey."""
+    return Meter(_ATTACK.steps * len(RADII) + STEPS[-1], len(RADII) + 1 + len(STEPS))
 
 
 def curves(

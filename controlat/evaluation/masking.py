@@ -79,9 +79,9 @@ class Masking:
         }
 
 
-def check_cost() -> int:
-    """Gradient evaluations per point, at most; a forward pass counts as a third of one."""
-    return 1 + LOOKED_AT[-1] + MANY.cost() + QUERIES // 3
+def check_cost() -> Meter:
+    """Evaluations per point, at most: of one that nothing breaks."""
+    return Meter(1 + LOOKED_AT[-1] + MANY.cost(), len(LOOKED_AT) + MANY.restarts + QUERIES + 1)
 
 
 def check(

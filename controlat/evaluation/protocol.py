@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from controlat.balls import Ball
-from controlat.evaluation.attack import Attack, parse_attack
+from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.auto import AutoAttacked, auto_cost, autoattack
 from controlat.evaluation.curves import POINTS, RADII, Curves, curves, curves_cost
 from controlat.evaluation.masking import CHECKS, check_cost
 from controlat.evaluation.robust import Robustness, measure
 from controlat.evaluation.source import Source
-from controlat.evaluation.transfer import Transfer, transfer
+from controlat.evaluation.transfer import Transfer, check_surrogate, transfer
 from controlat.network import Meter
 
 __all__ = ["Evaluation", "Extras", "protocol"]
@@ -39,22 +39,20 @@ class Extras:
 
     def cost(self, points: int, classes: int, attacks: Sequence[str | Attack]) -> dict[str, Meter]:
         """Evaluations of each part on a test set of so many points, at most."""
-        chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
-        every = points * sum(a.cost() for a in chosen)
-        auto, few = auto_cost(classes), min(self.autoattack, points)
-        found = {
-            "attacks": Meter(every),
-            "checks": Meter(min(self.checks, points) * check_cost()),
-            "autoattack": Meter(few * auto.gradients, few * auto.forwards),
-            "sweeps": Meter(self.sweeps * min(POINTS, points) * curves_cost()),
-            "transfer": Meter(every * (self.surrogate is not None)),
+        chosen = read_attacks(attacks)
+        steps, restarts = sum(a.cost() for a in chosen), sum(a.restarts for a in chosen)
+        each = {
+            "attacks": (points, Meter(steps, 1 + restarts)),
+            "checks": (min(self.checks, points), check_cost()),
+            "autoattack": (min(self.autoattack, points), auto_cost(classes)),
+            "sweeps": (self.sweeps * min(POINTS, points), curves_cost()),
+            "transfer": (points * (self.surrogate is not None), Meter(steps, 2 + restarts)),
         }
-        return {name: meter for name, meter in found.items() if meter.gradients}
+        return {name: Meter(n * m.gradients, n * m.forwards) for name, (n, m) in each.items() if n}
 
     def samples(self, points: int, classes: int, attacks: Sequence[str | Attack]) -> int:
         """What `progress` of `protocol` adds up to, at most."""
-        chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
-        restarts = sum(a.restarts for a in chosen)
+        restarts = sum(a.restarts for a in read_attacks(attacks))
         total = points * restarts * (1 + (self.surrogate is not None)) + 3 * min(self.checks, points)
         total += min(self.autoattack, points) * 4
         return total + self.sweeps * min(POINTS, points) * (len(RADII) + 2)
@@ -126,7 +124,12 @@ def protocol(
         batch_size: samples at a time.
         seed: of everything random.
         progress: called with (samples done, what).
+
+    Raises:
+        ValueError: what one of the parts raises.
     """
+    if extras.surrogate is not None:
+        check_surrogate(model, extras.surrogate)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
     found = measure(model, source, ball, attacks=attacks, checks=extras.checks, **common)
     auto = sent = swept = None

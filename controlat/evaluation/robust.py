@@ -15,7 +15,7 @@ from controlat.attacks.pgd import check_labels
 from controlat.balls import Ball
 from controlat.control import number
 from controlat.evaluation.accuracy import Accuracy
-from controlat.evaluation.attack import Attack, parse_attack
+from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.masking import CHECKS, Masking, MaskingWarning, check
 from controlat.evaluation.source import Pair, Source, parts
 from controlat.network import Meter, View
@@ -157,9 +157,7 @@ def measure(
     checks: int = 0,
 ) -> Robustness:
     """`robustness` on any source of test points; warnings are in the result only."""
-    chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
-    if len({a.name for a in chosen}) < len(chosen):
-        raise ValueError(f"an attack is given twice: {', '.join(a.name for a in chosen)}")
+    chosen = read_attacks(attacks)
     began, meter = time.perf_counter(), Meter()
     with View(model, "eval", meter=meter) as view:
         clean = correct(view, source, batch_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from controlat.balls import Ball
 from controlat.evaluation.accuracy import Accuracy
-from controlat.evaluation.attack import Attack, parse_attack
+from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.robust import DEFAULT_ATTACKS, correct
 from controlat.evaluation.source import Source, parts
 from controlat.network import Meter, View
@@ -60,9 +60,15 @@ class Transfer:
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks are one and the same, parameter by parameter."""
     one, two = list(a.parameters()), list(b.parameters())
-    return len(one) == len(two) and all(
-        p.shape == q.shape and torch.equal(p, q.to(p.device)) for p, q in zip(one, two, strict=True)
-    )
+    pairs = list(zip(one, two, strict=False)) if len(one) == len(two) else []
+    equal = [p.shape == q.shape and torch.equal(p, q.to(p)) for p, q in pairs]
+    return a is b or (bool(equal) and all(equal))
+
+
+def check_surrogate(model: nn.Module, surrogate: nn.Module) -> None:
+    """Raise ValueError if the surrogate is the network itself: that would be a white-box attack."""
+    if same_weights(model, surrogate):
+        raise ValueError("the surrogate has the weights of the network itself; train it with another seed")
 
 
 def transfer(
@@ -90,15 +96,14 @@ def transfer(
         progress: called with (samples done, name of the attack).
 
     Raises:
-        ValueError: the surrogate is the network itself, or has another number of classes.
+        ValueError: the surrogate is the network itself, or has no logit for some label.
 
     Source:
         Wang et al. (2019), section 5.2.
     """
-    if same_weights(model, surrogate):
-        raise ValueError("the surrogate has the weights of the network itself; train it with another seed")
+    check_surrogate(model, surrogate)
     began, meter = time.perf_counter(), Meter()
-    chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
+    chosen = read_attacks(attacks)
     with View(model, meter=meter) as view, View(surrogate, meter=meter) as other:
         clean, known = correct(view, source, batch_size), correct(other, source, batch_size)
         standing, after = clean.clone(), {}

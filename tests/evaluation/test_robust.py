@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from controlat import NonFiniteError, robustness
+import controlat
+from controlat import NonFiniteError
 from controlat.attacks.pgd import path
 from controlat.balls import Ball
 from controlat.data import load
@@ -20,7 +22,7 @@ from controlat.losses import cross_entropy, margin
 from controlat.models import build
 from controlat.network import View
 
-EPS = 0.15
+robustness = partial(controlat.robustness, checks=0)  # the checks are the subject of test_masking.py
 
 
 class Counting(nn.Module):
@@ -48,7 +50,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def fitted() -> nn.Module:
-    """A small network fitted to the digits with FGSM training: about half robust at EPS / 2."""
+    """A small network fitted to the digits with FGSM training: about half robust at 0.075."""
     data = load("digits").train
     x, y = data.take(torch.arange(len(data)))
     with torch.random.fork_rng(devices=[]):
@@ -435,6 +437,7 @@ def test_values_that_are_not_finite_are_an_error_not_an_accuracy(
         ({"eps": math.inf}, "eps must be finite"),
         ({"norm": "l1"}, "norm must be one of linf, l2"),
         ({"attacks": ["fgsm", "fgsm"]}, "given twice"),
+        ({"checks": -1}, "checks must be >= 0, got -1"),
         ({"attacks": ["pgd-20", "aa"]}, "unknown attack 'aa'"),
         ({"x": torch.full((2, 1, 8, 8), 255.0)}, r"x must lie in \[0, 1\], got values in \[255, 255\]"),
         ({"y": torch.zeros(2)}, "y must hold one integer label"),
