@@ -25,7 +25,7 @@ def placement(top: list[int], left: list[int], flip: list[bool], pad: int, fill:
     return Placement(torch.tensor(top), torch.tensor(left), torch.tensor(flip), pad, fill)
 
 
-# --------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
 
 def test_pixels_end_where_they_should() -> None:

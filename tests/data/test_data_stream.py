@@ -179,7 +179,7 @@ def test_a_plan_gives_the_same_batches_streamed_and_in_memory() -> None:
     assert same(found[0], found[2])
 
 
-# ------------------------------------------------------------------------------------------------ how far ahead
+# ---------------------------------------------------------------------------------------------- how far ahead
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -223,11 +223,11 @@ def test_no_more_threads_than_workers() -> None:
     assert len(names) == 2
 
 
-# -------------------------------------------------------------------------------------------------- early ends
+# ------------------------------------------------------------------------------------------------- early ends
 
 
 def test_closing_early_stops_decoding() -> None:
-    read = Reader(seconds=0.002)
+    read = Reader(seconds=0.008)
     found = streamed(300, read, workers=2).stream(torch.arange(300).split(50))
     next(found)
     assert decoders()
@@ -292,7 +292,7 @@ def test_the_random_state_of_the_caller_is_left_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_refusals() -> None:

@@ -1,0 +1,57 @@
+"""The committed tables of `analysis` follow from the result files beside them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from controlat.files import read_json
+
+HERE = Path(__file__).resolve().parent.parent / "analysis"
+SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "amata_table1.py"))
+SIZES = sorted(path.parent for path in (HERE / "amata_table1").glob("*/table.json"))
+
+
+@pytest.mark.parametrize("folder", SIZES, ids=lambda path: path.name)
+def test_table_1_follows_from_its_result_files(folder: Path) -> None:
+    sweep, tpe = read_json(folder / "sweep.json"), read_json(folder / "tpe.json")
+    found = SCRIPT["digest"](sweep, tpe)
+    assert found == read_json(folder / "table.json")
+    assert SCRIPT["markdown"](found, sweep, tpe["settings"]["trials"]) == (folder / "table.md").read_text()
+    assert found["tpe_trained_the_same_bits"]
+
+
+def test_kendalls_tau_by_hand() -> None:
+    ranks = SCRIPT["ranks"]
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    assert ranks(a, a) == 1
+    assert ranks(a, -a) == -1
+    assert ranks(a, np.array([1.0, 2.0, 4.0, 3.0])) == pytest.approx(4 / 6)
+
+
+def test_tau_of_the_papers_own_table() -> None:
+    """Its C orders accuracies without exception; of the ten pairs it orders three as their cost."""
+    rows = list(SCRIPT["PAPER"].values())
+    c, robust, seconds = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
+    assert SCRIPT["ranks"](c, -robust) == 1.0
+    assert SCRIPT["ranks"](c, seconds) == pytest.approx((3 - 7) / 10)
+
+
+def test_the_interval_of_tau_covers_a_sure_order_and_an_unsure_one() -> None:
+    def entry(mean: float, half: float) -> dict[str, Any]:
+        return {
+            "mean": mean,
+            "interval": [mean - half, mean + half],
+            "sd_over_seeds": None,
+            "per_seed": [mean],
+        }
+
+    c = [entry(m, 0.01) for m in (1, 2, 3, 4, 5)]
+    sure = SCRIPT["agreement"](c, [entry(m, 0.01) for m in (10, 20, 30, 40, 50)], 1)
+    assert sure == {"tau": 1.0, "interval": [1.0, 1.0]}
+    unsure = SCRIPT["agreement"](c, [entry(m, 100) for m in (10, 20, 30, 40, 50)], 1)
+    assert unsure["interval"][0] < 0 < unsure["interval"][1]
