@@ -128,9 +128,21 @@ class Ball:
         """
         return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
 
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
+        return self._norm.direction(gradient)
+
+    def shrink(self, delta: Tensor) -> Tensor:
+        """The nearest perturbation with ||delta|| <= eps, whatever the pixel box."""
+        return self._norm.shrink(delta, self.eps)
+
+    def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
+        """A random perturbation of norm at most radius * eps, whatever the pixel box."""
+        return self._norm.draw(like, radius * self.eps, generator)
+
     def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
         """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        return self.project(x + alpha * self._norm.direction(gradient), x0)
+        return self.project(x + alpha * self.direction(gradient), x0)
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The admissible point for x (see the class)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -187,7 +187,8 @@ class Driver:
         for update, loss, gradients in self._updates(batch, u, rate, self.meter, self.memory):
             for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
-            self.sgd.step()
+            with self._shifted(update.shift, moves=True):
+                self.sgd.step()
             self.sgd.zero_grad(set_to_none=True)
             losses.append(loss)
             dropped.update(update.dropped)
@@ -230,7 +231,7 @@ class Driver:
                     found = next(candidates, None)
                 if found is None:
                     return
-                _, gradients = self._differentiate(batch, found[0], found[1], 0)
+                _, gradients, _ = self._differentiate(batch, found[0], found[1], 0)
             yield found[0], gradients
 
     def snapshot(self) -> Snapshot:
@@ -251,37 +252,100 @@ class Driver:
     def _updates(
         self, batch: Batch, u: Control, rate: float, meter: Meter, memory: dict[str, Tensor]
     ) -> Iterator[tuple[Update, float, list[Tensor]]]:
+        """(the update that moves theta, mean loss, summed gradient) for every move of one outer step."""
         ctx = self._context(batch, rate, meter, memory)
         self.model.train()
+        total: list[Tensor] | None = None
+        losses: list[float] = []
+        reply: Sequence[Tensor] | None = None
         try:
             updates = self.method.updates(ctx, batch, u)
             for i in itertools.count():
                 with self._scope(batch, "inner", i):
-                    update = next(updates, None)
+                    update = self._next(updates, reply)
                 if update is None:
-                    return
-                yield update, *self._differentiate(batch, u, update, i)
+                    break
+                loss, gradients, reply = self._differentiate(batch, u, update, i)
+                if update.add:
+                    total = gradients if total is None else torch._foreach_add(total, gradients)
+                    losses.append(loss)
+                if update.move:
+                    if total is None:
+                        raise ValueError(f"{type(self.method).__name__} moves theta without a gradient")
+                    yield update, sum(losses) / len(losses), total
+                    total, losses = None, []
         except NonFiniteError as error:
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise error if where in str(error) else NonFiniteError(f"{error} ({where})") from None
+        if total is not None:
+            raise ValueError(f"{type(self.method).__name__} ends a step with a gradient that moves nothing")
 
-    def _differentiate(self, batch: Batch, u: Control, update: Update, i: int) -> tuple[float, list[Tensor]]:
+    @staticmethod
+    def _next(updates: Any, reply: Sequence[Tensor] | None) -> Update | None:
+        """The next request of a method: a generator takes the reply to the last one."""
+        if reply is None or not hasattr(updates, "send"):
+            return next(updates, None)
+        try:
+            found: Update = updates.send(reply)
+        except StopIteration:
+            return None
+        return found
+
+    def _differentiate(
+        self, batch: Batch, u: Control, update: Update, i: int
+    ) -> tuple[float, list[Tensor], list[Tensor]]:
+        """Loss, its gradient in the parameters, and its gradients in the tensors of `also`."""
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=self.autocast)
-        with self._scope(batch, "update", i), torch.enable_grad():
+        kept = contextlib.nullcontext() if update.add else self._buffers_kept()
+        with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(update.shift):
             with cast:
                 loss = update.loss()
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        gradients = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)
-        ]
+            further = [] if update.also is None else list(update.also())
+            found = torch.autograd.grad(loss, [*self.parameters, *further], allow_unused=True)
+        wanted = [*self.parameters, *further]
+        every = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+        gradients, reply = every[: len(self.parameters)], every[len(self.parameters) :]
         value = float(loss.detach())
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        norm = float(torch.stack(torch._foreach_norm(every)).norm())
         if not (torch.isfinite(torch.tensor((value, norm))).all()):
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise NonFiniteError(f"training loss {value:g}, gradient norm {norm:g} ({where})")
-        return value, gradients
+        return value, gradients, reply
+
+    @contextlib.contextmanager
+    def _shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
+        """The parameters with something added, inside the block, and back to their bits unless it moves them."""
+        if shift is None:
+            yield
+            return
+        before = None if moves else [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_add_(self.parameters, list(shift))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                if before is None:
+                    torch._foreach_sub_(self.parameters, list(shift))
+                else:
+                    torch._foreach_copy_(self.parameters, before)
+
+    @contextlib.contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Buffers as they were, after the block."""
+        buffers = [
+            (module._buffers, name, b, None if b is None else b.detach().clone())
+            for module in self.model.modules()
+            for name, b in module._buffers.items()
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for home, name, b, value in buffers:  # some modules replace a buffer instead of filling it
+                    home[name] = b if b is None or value is None else b.copy_(value)
 
     def _context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
         return Context(
@@ -305,20 +369,14 @@ class Driver:
         """Put parameters, buffers and training flags back, as scoring moves them."""
         flags = [(m, m.training) for m in self.model.modules()]
         saved = [(p, p.detach().clone()) for p in self.parameters]
-        buffers = [
-            (module._buffers, name, b, None if b is None else b.detach().clone())
-            for module, _ in flags
-            for name, b in module._buffers.items()
-        ]
         self.model.train()
         try:
-            yield
+            with self._buffers_kept():
+                yield
         finally:
             with torch.no_grad():
                 for p, before in saved:
                     p.copy_(before)
-                for home, name, b, value in buffers:  # some modules replace a buffer instead of filling it
-                    home[name] = b if b is None or value is None else b.copy_(value)
             for module, training in flags:
                 module.training = training
 

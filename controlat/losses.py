@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Loss", "cross_entropy", "margin"]
+__all__ = ["Loss", "cross_entropy", "divergence", "margin"]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,3 +38,21 @@ def margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
     """
     other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
     return -F.relu(logits.gather(1, y[:, None]).squeeze(1) - other + kappa)
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)), per sample.
+
+    Args:
+        logits: (N, C).
+        target: (N, C) logits of the reference, with a graph or without.
+
+    Source:
+        Zhang et al. (2019), equation 5.
+
+    >>> import torch
+    >>> z = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
+    >>> divergence(z, z)
+    tensor([0., 0.])
+    """
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(target, 1), reduction="none", log_target=True).sum(1)

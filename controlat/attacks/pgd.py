@@ -42,11 +42,17 @@ def ascend(
     random_start: bool = True,
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """The last point of `path`. With ``steps=0`` there is no attack: x0 itself, without a random start."""
+    """The last point of `path`. With ``steps=0`` there is no attack: x0 itself, without a random start.
+
+    A `start` that is given takes the place of the random one. `y` is whatever `loss` compares logits with,
+    one row per sample.
+    """
     if steps == 0:
         return x0
-    start = ball.start(x0, generator) if random_start else x0
+    if start is None:
+        start = ball.start(x0, generator) if random_start else x0
     result = torch.empty_like(x0)
     for part in view.chunks(x0):
         arguments = (view, x0[part], start[part], y[part])

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlat import registry
-from controlat.methods._base import Batch, Context, Method, Prefixes, Update
+from controlat.methods._base import Batch, Context, Method, Prefixes, Update, Updates
 
-__all__ = ["Batch", "Context", "Method", "Prefixes", "Update", "build", "names"]
+__all__ = ["Batch", "Context", "Method", "Prefixes", "Update", "Updates", "build", "names"]
 
 
 def names() -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from controlat import network, rng
 from controlat.augment import Placement
@@ -15,7 +16,7 @@ from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.network import Meter, View
 
-__all__ = ["Batch", "Context", "Method", "Prefixes", "Update"]
+__all__ = ["Batch", "Context", "Method", "Prefixes", "Update", "Updates"]
 
 
 class Batch(NamedTuple):
@@ -39,16 +40,34 @@ class Batch(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One parameter update: the driver differentiates `loss` and moves theta.
+    """A request to the driver: differentiate `loss`, and move theta unless told otherwise.
+
+    The driver sends the gradients of the tensors in `also` back to the generator that yielded the request:
+
+        (gradient,) = yield Update(loss, also=lambda: (delta,))
 
     Args:
         loss: a scalar, differentiable in the parameters, with everything piecewise constant frozen; built
             from ``Context.logits``.
-        dropped: smooth dependences on theta that were detached, by name; results print them.
+        dropped: smooth dependences on the state that were detached, by name; results print them.
+        also: called after `loss`; further tensors that the loss is differentiated in, by the same backward
+            pass.
+        add: whether the gradient in theta counts for the next move; if not, the request only looks, and
+            BatchNorm's running statistics stay as they were.
+        move: whether theta moves now, by the sum of the gradients added since it last moved.
+        shift: what is added to each parameter while `loss` is evaluated and, where it moves, while it moves
+            (weight decay sees the shifted parameters); None for nothing.
     """
 
     loss: Callable[[], Tensor]
     dropped: tuple[str, ...] = ()
+    also: Callable[[], Sequence[Tensor]] | None = None
+    add: bool = True
+    move: bool = True
+    shift: Sequence[Tensor] | None = None
+
+
+Updates: TypeAlias = Generator[Update, Sequence[Tensor], None]
 
 
 @dataclass
@@ -66,6 +85,8 @@ class Context:
         memory: dense tensors that the method carries from step to step; part of the state z.
         autocast: dtype of mixed precision, None for none.
         channels_last: run convolutions in NHWC layout.
+        theta: parameters with a graph to the state before the step, while the step itself is differentiated
+            (`controlat.adjoint`); None otherwise.
     """
 
     model: nn.Module
@@ -78,6 +99,7 @@ class Context:
     memory: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     channels_last: bool = True
+    theta: dict[str, Tensor] | None = None
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this step for one purpose: the same whichever control is tried."""
@@ -92,8 +114,22 @@ class Context:
     def logits(self, x: Tensor) -> Tensor:
         """Differentiable logits of the model as it is trained; one gradient evaluation per sample."""
         self.meter.gradients += len(x)
-        logits: Tensor = self.model(network.channels_last(x) if self.channels_last else x)
+        x = network.channels_last(x) if self.channels_last else x
+        logits: Tensor = self.model(x) if self.theta is None else functional_call(self.model, self.theta, (x,))
         return logits
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """The parameters that are trained, by name, at their present values."""
+        if self.theta is not None:
+            return list(self.theta.items())
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def leaf(self, t: Tensor) -> Tensor:
+        """A carried tensor that a loss can be differentiated in.
+
+        Cut off from what made it; but where the step itself is differentiated, it keeps that.
+        """
+        return t if self.theta is not None and t.requires_grad else t.detach().requires_grad_()
 
 
 class Method(Protocol):
@@ -103,10 +139,12 @@ class Method(Protocol):
     def controls(self) -> ControlSpace:
         """The admissible set G of u."""
 
-    def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[Update]:
-        """One outer step S(z, u): after each yield the driver has moved theta.
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One outer step S(z, u): after each yield the driver has done what the `Update` asks for.
 
-        No view may be open and no gradient graph be shared across a yield; methods never call backward.
+        The last request moves theta. No view may be open and no gradient graph be shared across a yield;
+        methods never call backward. What is carried to the next step is assigned to ``ctx.memory``, never
+        written into its tensors.
         """
 
 

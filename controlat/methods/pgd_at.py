@@ -11,7 +11,7 @@ from torch import Tensor
 from controlat.attacks.pgd import ALPHA, STEPS, ascend, path
 from controlat.control import Control, ControlSpace, number
 from controlat.losses import cross_entropy
-from controlat.methods._base import Batch, Context, Update
+from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.network import MODES
 
 __all__ = ["METHOD", "PgdAT"]
@@ -57,7 +57,7 @@ class PgdAT:
         clean = int(self.clean_weight > 0)
         return ControlSpace({"alpha": ALPHA, "steps": STEPS}, cost=lambda u: u["steps"] + 1 + clean)
 
-    def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[Update]:
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that K steps of ascent produced."""
         with ctx.view(self.attack_mode) as view:
             x = ascend(
