@@ -101,12 +101,14 @@ class Knob:
         low: smallest admissible value.
         high: largest admissible value; infinite where G is bounded later.
         meaning: one line for tables and errors.
+        default: its value where a schedule does not name it; None where it must.
     """
 
     kind: str
     low: float
     high: float = math.inf
     meaning: str = ""
+    default: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("real", "integer"):
@@ -149,8 +151,10 @@ class ControlSpace(Mapping[str, Knob]):
         """Return `control` as a `Control` of this set.
 
         Raises:
-            ValueError: a knob is unknown, missing, of the wrong kind or out of bounds.
+            ValueError: a knob is unknown, missing without a default, of the wrong kind or out of bounds.
         """
+        known = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
+        control = known | dict(control)
         if set(control) != set(self.knobs):
             raise ValueError(
                 f"a control of this method has {', '.join(sorted(self.knobs))}; "

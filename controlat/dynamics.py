@@ -21,7 +21,7 @@ from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control
 from controlat.data import Samples
-from controlat.methods import Batch, Context, Method, Prefixes, Update
+from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
 from controlat.network import Meter, NonFiniteError
 from controlat.rates import Rate
 from controlat.schedules import Schedule
@@ -64,11 +64,23 @@ class Step(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A copy of the state z: model (parameters and buffers), optimiser, memory of the method."""
+    """A copy of the state z.
+
+    Args:
+        model: parameters and buffers.
+        optimizer: its state dict.
+        memory: what the method carries.
+        rows: what samples carry: by name, positions (all where None), values and mask.
+        kept: what the method put aside (never changed, hence not copied).
+        stopped: why the method ended training.
+    """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     memory: dict[str, Tensor]
+    rows: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
+    kept: dict[str, dict[str, Any]] = {}  # noqa: RUF012
+    stopped: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Plan:
         rate: t -> learning rate.
         seed: of everything random.
         augment: random crops and flips, a function of (seed, epoch, batch); None for none.
+        held_out: samples never trained on, for methods that look at them between epochs.
     """
 
     data: Samples
@@ -92,6 +105,7 @@ class Plan:
     rate: Rate
     seed: int = 0
     augment: Augment | None = None
+    held_out: Samples | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
@@ -103,10 +117,21 @@ class Plan:
         """Outer steps per epoch."""
         return -(-len(self.data) // self.batch_size)
 
+    def order(self, epoch: int) -> tuple[Tensor, ...]:
+        """Positions of the samples of every batch of an epoch."""
+        order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
+        return torch.split(order, self.batch_size)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Positions of all samples that the steps start, ..., stop - 1 of the run use."""
+        steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
+        orders = {n // self.batches_per_epoch: self.order(n // self.batches_per_epoch) for n in steps}
+        used = [orders[n // self.batches_per_epoch][n % self.batches_per_epoch] for n in steps]
+        return torch.cat(used).sort().values
+
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from number `first` on."""
-        order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
-        chunks = torch.split(order, self.batch_size)[first:]
+        chunks = self.order(epoch)[first:]
         for number, (index, (x, y)) in enumerate(zip(chunks, self.data.stream(chunks), strict=True), first):
             if self.augment is None:
                 yield Batch(x, y, index, epoch, number)
@@ -143,6 +168,10 @@ class Driver:
         autocast: dtype of mixed precision in training, None for none.
         channels_last: run convolutions in NHWC layout; dropout, which draws in the order of memory, then has
             another mask.
+        memory: dense tensors that the method carries; part of the state.
+        rows: what training samples carry, by name, a row for each; part of the state.
+        kept: copies of network and optimiser that the method put aside; part of the state.
+        stopped: why the method ended training; empty while it goes on.
     """
 
     model: nn.Module
@@ -154,6 +183,9 @@ class Driver:
     channels_last: bool = True
     meter: Meter = field(default_factory=Meter)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: str = ""
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
@@ -184,7 +216,8 @@ class Driver:
         dropped: set[str] = set()
         for group in self.sgd.param_groups:
             group["lr"] = rate
-        for update, loss, gradients in self._updates(batch, u, rate, self.meter, self.memory):
+        ctx = self._context(batch, rate, self.meter, self.memory)
+        for update, loss, gradients in self._updates(ctx, batch, u):
             for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
             with self._shifted(update.shift, moves=True):
@@ -192,6 +225,8 @@ class Driver:
             self.sgd.zero_grad(set_to_none=True)
             losses.append(loss)
             dropped.update(update.dropped)
+        self.memory.update({name: t.detach() for name, t in self.memory.items()})
+        self._scatter(batch, ctx.rows)
         mean = sum(losses) / len(losses)
         spent = self.meter.since(before)
         return Step(batch.epoch, batch.number, u, rate, len(batch.x), mean, spent, tuple(sorted(dropped)))
@@ -205,7 +240,8 @@ class Driver:
             total = [torch.zeros_like(p) for p in self.parameters]
             spent = Meter() if meter is None else meter
             memory = {name: t.clone() for name, t in self.memory.items()}
-            for _, _, gradients in self._updates(batch, v, rate, spent, memory):
+            ctx = self._context(batch, rate, spent, memory)
+            for _, _, gradients in self._updates(ctx, batch, v):
                 torch._foreach_add_(total, gradients)
                 with torch.no_grad():
                     torch._foreach_add_(self.parameters, gradients, alpha=-rate)
@@ -231,29 +267,47 @@ class Driver:
                     found = next(candidates, None)
                 if found is None:
                     return
-                _, gradients, _ = self._differentiate(batch, found[0], found[1], 0)
+                _, gradients, _ = self._differentiate(ctx, batch, found[0], found[1], 0)
             yield found[0], gradients
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the state z."""
+    def snapshot(self, touched: Tensor | None = None) -> Snapshot:
+        """A copy of the state z.
+
+        Args:
+            touched: positions (N,) of the only samples whose rows are copied, where others will not change;
+                all by default.
+        """
         model = {
             name: t.detach().clone() if isinstance(t, Tensor) else copy.deepcopy(t)  # a module's extra state
             for name, t in self.model.state_dict().items()
         }
         memory = {name: t.clone() for name, t in self.memory.items()}
-        return Snapshot(model, _copied(self.sgd.state_dict()), memory)
+        rows = {}
+        for name, store in self.rows.items():
+            index = torch.arange(len(store.seen)) if touched is None else touched
+            found = _gather(store, index)
+            rows[name] = {"index": index.clone(), "values": found.values, "seen": found.seen}
+        return Snapshot(model, _copied(self.sgd.state_dict()), memory, rows, dict(self.kept), self.stopped)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put the state z back to a snapshot, which stays usable."""
+        """Put the state z back to a snapshot, which stays usable.
+
+        Rows that a partial snapshot does not have stay as they are.
+        """
         self.model.load_state_dict(snapshot.model)
         self.sgd.load_state_dict(_copied(snapshot.optimizer))  # torch keeps the very tensors it is given
         self.memory = {name: t.clone() for name, t in snapshot.memory.items()}
+        for name in set(self.rows) - set(snapshot.rows):
+            del self.rows[name]
+        for name, found in snapshot.rows.items():
+            rows = Rows(found["values"], found["seen"])
+            self.rows[name] = _put(self.rows.get(name), found["index"], rows)
+        self.kept, self.stopped = dict(snapshot.kept), snapshot.stopped
 
     def _updates(
-        self, batch: Batch, u: Control, rate: float, meter: Meter, memory: dict[str, Tensor]
+        self, ctx: Context, batch: Batch, u: Control
     ) -> Iterator[tuple[Update, float, list[Tensor]]]:
         """(the update that moves theta, mean loss, summed gradient) for every move of one outer step."""
-        ctx = self._context(batch, rate, meter, memory)
         self.model.train()
         total: list[Tensor] | None = None
         losses: list[float] = []
@@ -265,9 +319,9 @@ class Driver:
                     update = self._next(updates, reply)
                 if update is None:
                     break
-                loss, gradients, reply = self._differentiate(batch, u, update, i)
+                loss, gradients, reply = self._differentiate(ctx, batch, u, update, i)
                 if update.add:
-                    total = gradients if total is None else torch._foreach_add(total, gradients)
+                    total = gradients if total is None else [*map(torch.add, total, gradients)]
                     losses.append(loss)
                 if update.move:
                     if total is None:
@@ -292,31 +346,39 @@ class Driver:
         return found
 
     def _differentiate(
-        self, batch: Batch, u: Control, update: Update, i: int
+        self, ctx: Context, batch: Batch, u: Control, update: Update, i: int
     ) -> tuple[float, list[Tensor], list[Tensor]]:
-        """Loss, its gradient in the parameters, and its gradients in the tensors of `also`."""
+        """Loss, its gradient in the parameters, and its gradients in the tensors of `also`.
+
+        Where the step itself is being differentiated (``ctx.theta``), the gradients keep their graph.
+        """
+        graph, before = ctx.theta is not None, ctx.theta
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=self.autocast)
         kept = contextlib.nullcontext() if update.add else self._buffers_kept()
-        with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(update.shift):
+        shift = None if graph else update.shift
+        if before is not None and update.shift is not None:
+            pairs = zip(before.items(), update.shift, strict=True)
+            ctx.theta = {name: t + d for (name, t), d in pairs}
+        parameters = self.parameters if ctx.theta is None else list(ctx.theta.values())
+        with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(shift):
             with cast:
                 loss = update.loss()
-            further = [] if update.also is None else list(update.also())
-            found = torch.autograd.grad(loss, [*self.parameters, *further], allow_unused=True)
-        wanted = [*self.parameters, *further]
+            wanted = [*parameters, *([] if update.also is None else update.also())]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
+        ctx.theta = before
         every = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
-        gradients, reply = every[: len(self.parameters)], every[len(self.parameters) :]
         value = float(loss.detach())
-        norm = float(torch.stack(torch._foreach_norm(every)).norm())
+        norm = float(torch.stack(torch._foreach_norm([g.detach() for g in every])).norm())
         if not (torch.isfinite(torch.tensor((value, norm))).all()):
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise NonFiniteError(f"training loss {value:g}, gradient norm {norm:g} ({where})")
-        return value, gradients, reply
+        return value, every[: len(parameters)], every[len(parameters) :]
 
     @contextlib.contextmanager
     def _shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
-        """The parameters with something added, inside the block, and back to their bits unless it moves them."""
+        """The parameters with something added, inside the block; after it their own bits, unless it moves them."""
         if shift is None:
             yield
             return
@@ -357,8 +419,52 @@ class Driver:
             batch.number,
             rate,
             memory,
+            {name: _gather(store, batch.indices) for name, store in self.rows.items()},
             self.autocast,
             self.channels_last,
+        )
+
+    def _scatter(self, batch: Batch, rows: dict[str, Rows]) -> None:
+        """Keep what the samples of a batch carry now."""
+        for name, found in rows.items():
+            self.rows[name] = _put(self.rows.get(name), batch.indices, found)
+
+    def start_epoch(self, plan: Plan, epoch: int) -> None:
+        """Let the method do what it does before the first step of an epoch."""
+        if hasattr(self.method, "start_epoch"):
+            self.method.start_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
+
+    def end_epoch(self, plan: Plan, epoch: int) -> None:
+        """Let the method do what it does after the last step of an epoch."""
+        if hasattr(self.method, "end_epoch"):
+            self.method.end_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
+
+    def _epoch(self, plan: Plan, epoch: int) -> Epoch:
+        def save(name: str) -> None:
+            found = self.snapshot()
+            self.kept[name] = {"model": found.model, "optimizer": found.optimizer}
+
+        def reload(name: str) -> None:
+            self.model.load_state_dict(self.kept[name]["model"])
+            self.sgd.load_state_dict(_copied(self.kept[name]["optimizer"]))
+
+        def stop(reason: str) -> None:
+            self.stopped = reason
+
+        return Epoch(
+            self.model,
+            self.ball,
+            self.meter,
+            self.seed,
+            epoch,
+            self.memory,
+            plan.held_out,
+            self.channels_last,
+            forget=lambda name: void(self.rows.pop(name, None)),
+            save=save,
+            reload=reload,
+            stop=stop,
+            first=lambda: next(plan.batches(epoch)),
         )
 
     def _scope(self, batch: Batch, purpose: str, i: int) -> contextlib.AbstractContextManager[None]:
@@ -379,6 +485,35 @@ class Driver:
                     p.copy_(before)
             for module, training in flags:
                 module.training = training
+
+
+def void(_: object) -> None:
+    """Nothing, for callbacks that must return nothing."""
+
+
+def _gather(store: Rows, index: Tensor) -> Rows:
+    """What some samples carry; samples beyond the store carry nothing."""
+    index = index.to(store.seen.device)
+    inside = index < len(store.seen)
+    safe = torch.where(inside, index, 0)
+    seen = store.seen[safe] & inside
+    mask = seen.view(-1, *[1] * (store.values.dim() - 1))
+    return Rows(torch.where(mask, store.values[safe], torch.zeros_like(store.values[:1])), seen)
+
+
+def _put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
+    """A store, grown where it must, in which some samples carry what `rows` say."""
+    values = rows.values.detach()
+    size = int(index.max()) + 1
+    if store is None or len(store.seen) < size:
+        grown = max(size, 2 * len(store.seen) if store is not None else 0)
+        fresh = Rows(values.new_zeros(grown, *values.shape[1:]), rows.seen.new_zeros(grown))
+        if store is not None:
+            fresh.values[: len(store.seen)], fresh.seen[: len(store.seen)] = store
+        store = fresh
+    index = index.to(values.device)
+    store.values[index], store.seen[index] = values, rows.seen
+    return store
 
 
 def _copied(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -412,8 +547,15 @@ def rollout(
         stride: see `record`.
     """
     for e in range(epoch, plan.epochs if until is None else until):
-        for b in plan.batches(e, batch if e == epoch else 0):
+        first = batch if e == epoch else 0
+        if driver.stopped:
+            return
+        if first == 0:
+            driver.start_epoch(plan, e)
+        for b in plan.batches(e, first):
             number = e * plan.batches_per_epoch + b.number
             if record is not None and number % stride == 0:
-                record(number, driver.snapshot())
+                touched = plan.indices(number, number + stride) if driver.rows and stride > 0 else None
+                record(number, driver.snapshot(touched))
             yield driver.step(b, plan.control(b), plan.learning_rate(e, b.number))
+        driver.end_epoch(plan, e)

@@ -55,4 +55,6 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     >>> divergence(z, z)
     tensor([0., 0.])
     """
-    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(target, 1), reduction="none", log_target=True).sum(1)
+    return F.kl_div(
+        F.log_softmax(logits, 1), F.log_softmax(target, 1), reduction="none", log_target=True
+    ).sum(1)

@@ -14,7 +14,16 @@ from torch.func import functional_call
 
 from controlat import kernels
 
-__all__ = ["MODES", "Meter", "NonFiniteError", "View", "channels_last", "is_convolutional"]
+__all__ = [
+    "MODES",
+    "Meter",
+    "NonFiniteError",
+    "Tap",
+    "View",
+    "channels_last",
+    "first_layer",
+    "is_convolutional",
+]
 
 MODES = ("eval", "train")
 
@@ -34,18 +43,21 @@ class Meter:
     Args:
         gradients: forward-backward passes (gradient evaluations).
         forwards: forward passes without a backward one.
+        layers: passes through the first layer alone, forward and backward (YOPO).
     """
 
     gradients: int = 0
     forwards: int = 0
+    layers: int = 0
 
     def since(self, earlier: Meter) -> Meter:
         """What was spent after `earlier` was copied."""
-        return Meter(self.gradients - earlier.gradients, self.forwards - earlier.forwards)
+        gone = self.gradients - earlier.gradients, self.forwards - earlier.forwards
+        return Meter(*gone, self.layers - earlier.layers)
 
     def copy(self) -> Meter:
         """The present counts."""
-        return Meter(self.gradients, self.forwards)
+        return Meter(self.gradients, self.forwards, self.layers)
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -58,6 +70,63 @@ def channels_last(t: Tensor) -> Tensor:
         return t
     like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
     return t if t.stride() == like.stride() else like.copy_(t)
+
+
+class _Reached(Exception):
+    """The layer that was asked for has been computed."""
+
+
+class Tap:
+    """A context that catches what a layer puts out while a model runs, and may stop the model there.
+
+    Args:
+        layer: a module of the model.
+        stop: leave the model's forward pass once the layer has run (see `until`).
+        cut: hand the rest of the model a copy without a graph to what came before, so that gradients with
+            respect to the output stop there.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> with Tap(model[0]) as tap:
+    ...     y = model(torch.ones(1, 2))
+    >>> tap.output.shape
+    torch.Size([1, 3])
+    """
+
+    output: Tensor
+
+    def __init__(self, layer: nn.Module, *, stop: bool = False, cut: bool = False) -> None:
+        self.layer, self.stop, self.cut = layer, stop, cut
+
+    def __enter__(self) -> Self:
+        self._handle = self.layer.register_forward_hook(self._hook)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        self._handle.remove()
+        return kind is _Reached
+
+    def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        self.output = output.detach().requires_grad_() if self.cut else output
+        if self.stop:
+            raise _Reached
+        return self.output
+
+
+def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
+    """A module by its dotted name; the first one with parameters of its own by default.
+
+    Raises:
+        ValueError: there is none of that name; the message lists the first ones.
+    """
+    modules = dict(model.named_modules())
+    if name is not None:
+        if name not in modules:
+            listed = ", ".join(n for n in list(modules)[1:9])
+            raise ValueError(f"the model has no layer {name!r}; its first ones are: {listed}")
+        found: nn.Module = modules[name]
+    else:
+        found = next(m for m in modules.values() if any(True for _ in m.parameters(recurse=False)))
+    return found
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -185,6 +254,16 @@ class View:
         if found.requires_grad:
             found.register_hook(count)
         return found
+
+    def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+        """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
+        self.meter.layers += len(x)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            with Tap(layer, stop=True) as tap:
+                self._forward(x)
+            (gradient,) = torch.autograd.grad((tap.output * weight).sum(), x)
+        return gradient
 
     def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """Gradient with respect to x of the SUM over samples of objective(logits).

@@ -32,7 +32,7 @@ def stopped(
 ) -> Tensor:
     """At most `steps` steps of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k)) + noise), per sample.
 
-    A rule looks at each point, its logits and its gradient, which one pass gives, and says who takes the step.
+    A rule looks at each point, its logits and its gradient, which one pass gives, and says who goes on.
     A sample that stopped rests: neither it nor its gradient changes any more.
 
     Args:

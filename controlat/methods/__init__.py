@@ -10,9 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlat import registry
-from controlat.methods._base import Batch, Context, Method, Prefixes, Update, Updates
+from controlat.methods._base import Batch, Context, Epoch, Hooks, Method, Prefixes, Rows, Update, Updates
 
-__all__ = ["Batch", "Context", "Method", "Prefixes", "Update", "Updates", "build", "names"]
+__all__ = [
+    "Batch",
+    "Context",
+    "Epoch",
+    "Hooks",
+    "Method",
+    "Prefixes",
+    "Rows",
+    "Update",
+    "Updates",
+    "build",
+    "names",
+]
 
 
 def names() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -16,7 +16,7 @@ from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.network import Meter, View
 
-__all__ = ["Batch", "Context", "Method", "Prefixes", "Update", "Updates"]
+__all__ = ["Batch", "Context", "Epoch", "Hooks", "Method", "Prefixes", "Rows", "Update", "Updates"]
 
 
 class Batch(NamedTuple):
@@ -70,6 +70,18 @@ class Update(NamedTuple):
 Updates: TypeAlias = Generator[Update, Sequence[Tensor], None]
 
 
+class Rows(NamedTuple):
+    """What the samples of a batch carry.
+
+    Args:
+        values: (N, ...), 0 where nothing is carried.
+        seen: (N,) mask of samples that carry something.
+    """
+
+    values: Tensor
+    seen: Tensor
+
+
 @dataclass
 class Context:
     """What a method may use during one outer step.
@@ -83,6 +95,8 @@ class Context:
         batch: position of the batch in its epoch, from 0.
         rate: learning rate of this step.
         memory: dense tensors that the method carries from step to step; part of the state z.
+        rows: memory per training sample, by name: for the samples of this batch, what they carry, and a mask
+            of those that carry anything. What is assigned here is kept for them; part of the state z.
         autocast: dtype of mixed precision, None for none.
         channels_last: run convolutions in NHWC layout.
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
@@ -97,6 +111,7 @@ class Context:
     batch: int
     rate: float
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     channels_last: bool = True
     theta: dict[str, Tensor] | None = None
@@ -114,9 +129,19 @@ class Context:
     def logits(self, x: Tensor) -> Tensor:
         """Differentiable logits of the model as it is trained; one gradient evaluation per sample."""
         self.meter.gradients += len(x)
+        return self._forward(x)
+
+    def layer(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """Differentiable output of one layer, as the model is trained; one first-layer pass per sample."""
+        self.meter.layers += len(x)
+        with network.Tap(layer, stop=True) as tap:
+            self._forward(x)
+        return tap.output
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = network.channels_last(x) if self.channels_last else x
-        logits: Tensor = self.model(x) if self.theta is None else functional_call(self.model, self.theta, (x,))
-        return logits
+        found: Tensor = self.model(x) if self.theta is None else functional_call(self.model, self.theta, (x,))
+        return found
 
     def weights(self) -> list[tuple[str, Tensor]]:
         """The parameters that are trained, by name, at their present values."""
@@ -130,6 +155,70 @@ class Context:
         Cut off from what made it; but where the step itself is differentiated, it keeps that.
         """
         return t if self.theta is not None and t.requires_grad else t.detach().requires_grad_()
+
+
+@dataclass
+class Epoch:
+    """What a method may use at the beginning and at the end of an epoch.
+
+    Args:
+        model: the network.
+        ball: the perturbation set.
+        meter: where evaluations are counted.
+        seed: of the run; draw through `generator` only.
+        epoch: epoch, from 0.
+        memory: as in `Context`.
+        held_out: samples that are never trained on, if there are any.
+        channels_last: run convolutions in NHWC layout.
+        forget: called with a name: no sample carries that any more.
+        save: called with a name: keep a copy of the network and of the optimiser's state.
+        reload: called with a name: put that copy back.
+        stop: called with a reason: end training after this epoch.
+        first: the first batch of the epoch.
+    """
+
+    model: nn.Module
+    ball: Ball
+    meter: Meter
+    seed: int
+    epoch: int
+    memory: dict[str, Tensor]
+    held_out: Held | None
+    channels_last: bool
+    forget: Callable[[str], None]
+    save: Callable[[str], None]
+    reload: Callable[[str], None]
+    stop: Callable[[str], None]
+    first: Callable[[], Batch]
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers of this epoch for one purpose."""
+        return rng.generator(self.seed, self.epoch, -1, purpose, device=device)
+
+    def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out samples in batches; none if there are none."""
+        if self.held_out is not None:
+            yield from self.held_out.stream(torch.arange(len(self.held_out)).split(size))
+
+
+class Held(Protocol):
+    """Held-out samples: a split of `controlat.data`."""
+
+    def __len__(self) -> int: ...
+
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels at the positions of every chunk in turn."""
+
+
+@runtime_checkable
+class Hooks(Protocol):
+    """A method with something to do at the beginning or the end of an epoch; either may be left out."""
+
+    def start_epoch(self, ctx: Epoch, u: Control) -> None:
+        """Called before the first step of an epoch, with the control of that step."""
+
+    def end_epoch(self, ctx: Epoch, u: Control) -> None:
+        """Called after the last step of an epoch, with the control of its first step."""
 
 
 class Method(Protocol):

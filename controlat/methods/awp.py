@@ -1,0 +1,92 @@
+"""AWP, adversarial weight perturbation: descend from weights that were moved uphill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA, STEPS, ascend
+from controlat.control import Control, ControlSpace, Knob
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_flag, check_mode, check_whole, smooth_steps
+
+__all__ = ["METHOD", "Awp"]
+
+_TINY = 1e-20
+
+RADIUS = Knob("real", 0.0, default=0.01, meaning="size of the weight perturbation, relative to each layer")
+
+
+@dataclass(frozen=True)
+class Awp:
+    """min over theta of E l(h_{theta + Delta}(x_K), y), with Delta = radius ||w|| g / ||g|| in every layer.
+
+    x_K is PGD's, g the gradient of the same loss in the weights; Delta is for weights of two dimensions and
+    more (no biases, no BatchNorm). The gradient is taken, and the optimiser steps, at theta + Delta, then
+    Delta is taken off. The look at g leaves BatchNorm's statistics alone.
+
+    Args:
+        random_start: start the ascent at a random point of the ball.
+        attack_mode: BatchNorm and dropout during the ascent; ``"train"`` in the released code.
+        warmup: epochs without a weight perturbation.
+
+    Raises:
+        ValueError: an option is not allowed.
+
+    Source:
+        Wu et al. (2020), equations 8-11.
+    """
+
+    random_start: bool = True
+    attack_mode: str = "train"
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_flag(self, "random_start")
+        check_mode(self.attack_mode)
+        check_whole(self, "warmup", 0)
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, K, radius), at K + 2 gradient evaluations, K + 1 with radius 0."""
+        return ControlSpace(
+            {"alpha": ALPHA, "steps": STEPS, "radius": RADIUS},
+            cost=lambda u: u["steps"] + 1 + (u["radius"] > 0),
+        )
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """A look at the gradient, and one update at the perturbed weights."""
+        with ctx.view(self.attack_mode) as view:
+            x = ascend(
+                view,
+                batch.x,
+                batch.y,
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=int(u["steps"]),
+                random_start=self.random_start,
+                generator=ctx.generator("start", batch.x.device),
+            )
+
+        def loss() -> Tensor:
+            return F.cross_entropy(ctx.logits(x), batch.y)
+
+        shift = None
+        if u["radius"] > 0 and ctx.epoch >= self.warmup:
+            weights = ctx.weights()
+            found = yield Update(loss, also=lambda: [w for _, w in weights], add=False, move=False)
+            shift = [self._uphill(*named, g, u["radius"]) for named, g in zip(weights, found, strict=True)]
+        yield Update(loss, smooth_steps(ctx, u), shift=shift)
+
+    @staticmethod
+    def _uphill(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
+        if w.dim() < 2 or "weight" not in name:
+            return torch.zeros_like(w)
+        found: Tensor = radius * w.norm() / (g.norm() + _TINY) * g
+        return found
+
+
+METHOD = Awp

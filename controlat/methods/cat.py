@@ -1,0 +1,158 @@
+"""CAT, curriculum adversarial training: attacks grow stronger when the network has learnt to resist them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ascend
+from controlat.control import Control, ControlSpace, Knob
+from controlat.methods._base import Batch, Context, Epoch, Update, Updates
+from controlat.methods._options import check_choice, check_flag, check_number, check_whole, smooth_steps
+from controlat.network import View
+
+__all__ = ["METHOD", "Cat"]
+
+STRENGTH = Knob("integer", 0, meaning="strength k that the curriculum may reach, in steps of the attack")
+
+
+@dataclass(frozen=True)
+class Cat:
+    """The batch in k + 1 parts, part j attacked by PGD-j; k grows by one when validation stops improving.
+
+    Step sizes are (2 eps / j) r with r drawn between 1 and 10/j once per part and step. After each epoch the
+    accuracy on held-out samples at strength k is looked at (inputs rounded to 16 levels); if it has not
+    improved for `patience` epochs and training accuracy is above `ready`, the best network at this strength
+    is put back and k grows. Without held-out samples, k grows when training accuracy is above `expected`.
+
+    Args:
+        mixing: attack parts of the batch with all strengths up to k, or all of it with k.
+        curriculum: grow k from 0; if false, k is the control itself (a schedule can then be given).
+        patience: epochs without a better validation accuracy.
+        ready: training accuracy that is needed to move on.
+        expected: training accuracy that is enough without held-out samples.
+        levels: to how many levels validation inputs are rounded; 0 for no rounding.
+        attack_mode: ``"auto"``: train with mixing, eval without, as released; or one of the two.
+
+    Raises:
+        ValueError: an option is not allowed.
+
+    Source:
+        Cai et al. (2018), algorithm 1 and section 4.
+    """
+
+    mixing: bool = True
+    curriculum: bool = True
+    patience: int = 10
+    ready: float = 0.9
+    expected: float = 0.95
+    levels: int = 16
+    attack_mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_flag(self, "mixing")
+        check_flag(self, "curriculum")
+        check_whole(self, "patience", 1)
+        check_number(self, "ready", 0.0, 1.0)
+        check_number(self, "expected", 0.0, 1.0)
+        check_whole(self, "levels", 0)
+        check_choice(self, "attack_mode", ("auto", "train", "eval"))
+
+    @property
+    def controls(self) -> ControlSpace:
+        """k, at k/2 + 1 gradient evaluations with mixing, k + 1 without; at most."""
+        return ControlSpace(
+            {"steps": STRENGTH}, cost=lambda u: 1 + (u["steps"] / 2 if self.mixing else u["steps"])
+        )
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One update on the batch, attacked in parts."""
+        x, y, k = batch.x, batch.y, self._strength(ctx.memory, u)
+        draw = ctx.generator("size")
+        mode = ("train" if self.mixing else "eval") if self.attack_mode == "auto" else self.attack_mode
+        pieces = self._parts(len(x), k)
+        with ctx.view(mode) as view:
+            start = ctx.ball.start(x, ctx.generator("start", x.device))
+            x_adv = torch.cat(
+                [
+                    self._attack(ctx, view, x[p], start[p], y[p], j, draw)
+                    for j, p in pieces
+                    if p.start < p.stop
+                ]
+            )
+
+        def loss() -> Tensor:
+            logits = ctx.logits(x_adv)
+            right = (logits.detach().argmax(1) == y).sum()
+            ctx.memory["right"] = ctx.memory.get("right", torch.zeros_like(right)) + right
+            ctx.memory["count"] = ctx.memory.get("count", torch.zeros_like(right)) + len(x)
+            return F.cross_entropy(logits, y)
+
+        yield Update(loss, smooth_steps(ctx, Control(steps=k)))
+
+    def _strength(self, memory: dict[str, Tensor], u: Control) -> int:
+        return min(int(memory.get("strength", 0)), int(u["steps"])) if self.curriculum else int(u["steps"])
+
+    def _parts(self, n: int, k: int) -> list[tuple[int, slice]]:
+        """(strength, where) of each part; the last one takes the remainder."""
+        if not self.mixing:
+            return [(k, slice(0, n))]
+        size = n // (k + 1)
+        return [(j, slice(j * size, n if j == k else (j + 1) * size)) for j in range(k + 1)]
+
+    def _attack(
+        self, ctx: Context, view: View, x: Tensor, start: Tensor, y: Tensor, k: int, draw: torch.Generator
+    ) -> Tensor:
+        r = float(torch.rand(1, generator=draw))
+        if k == 0:
+            return x
+        alpha = 2 * ctx.ball.eps / k * (1 + r * (10 / k - 1))
+        return ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, start=start)
+
+    def end_epoch(self, ctx: Epoch, u: Control) -> None:
+        """Look at validation accuracy, and grow k where the network is ready."""
+        memory = ctx.memory
+        accuracy = float(memory["right"] / memory["count"])
+        memory["right"], memory["count"] = (
+            torch.zeros_like(memory["right"]),
+            torch.zeros_like(memory["count"]),
+        )
+        if not self.curriculum:
+            return
+        k = self._strength(memory, u)
+        if ctx.held_out is None:
+            grow = accuracy > self.expected
+        else:
+            found, best = self._validate(ctx, k), float(memory.get("best", torch.tensor(-1.0)))
+            waited = int(memory.get("waited", torch.tensor(0))) + 1
+            if found > best:
+                waited, best = 0, found
+                ctx.save("best")
+            grow = waited >= self.patience and accuracy > self.ready
+            if grow and k < int(u["steps"]):
+                ctx.reload("best")
+                best, waited = -math.inf, 0
+            memory["best"], memory["waited"] = torch.tensor(best), torch.tensor(waited)
+        if grow and k < int(u["steps"]):
+            memory["strength"] = torch.tensor(k + 1)
+
+    def _validate(self, ctx: Epoch, k: int) -> float:
+        """Accuracy on the held-out samples at strength k, inputs rounded."""
+        right, draw = 0, ctx.generator("validation size")
+        with View(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
+            for i, (x, y) in enumerate(ctx.batches()):
+                if k > 0:
+                    alpha = 2 * ctx.ball.eps / k * (1 + float(torch.rand(1, generator=draw)) * (10 / k - 1))
+                    start = ctx.generator(f"validation {i}", x.device)
+                    x = ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, generator=start)
+                if self.levels:
+                    x = (x * (self.levels - 1)).round() / (self.levels - 1)
+                right += int((view(x).argmax(1) == y).sum())
+        return right / len(ctx.held_out)  # type: ignore[arg-type]
+
+
+METHOD = Cat

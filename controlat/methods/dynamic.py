@@ -1,0 +1,99 @@
+"""Dynamic adversarial training: attack each sample until its inner problem is solved well enough (FOSC)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA, STEPS
+from controlat.attacks.stopped import fosc, stopped
+from controlat.control import Control, ControlSpace, Knob
+from controlat.losses import cross_entropy
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_choice, check_flag, check_mode, smooth_steps
+
+__all__ = ["METHOD", "Dynamic"]
+
+FOSC = Knob("real", 0.0, meaning="level of the first-order stationary condition at which a sample stops")
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """min over theta of E l(h(x_k), y), k the first step >= 1 with FOSC(x_k) <= c, and K at most.
+
+    c falls over training: ``pgd:steps=10,alpha=0.075,fosc=0.5..0@40`` are the paper's MNIST settings. c = 0
+    is PGD-K.
+
+    Args:
+        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"``, the same over the pixels in [0, 1].
+        displacement: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released code.
+        outer_weight: ``"none"``, or ``"loss"``, each sample's cross-entropy as its own weight, detached, as
+            in the released code from the second epoch on.
+        random_start: start at a random point of the ball.
+        attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
+
+    Raises:
+        ValueError: an option is not allowed.
+
+    Source:
+        Wang et al. (2019), equation 4 and algorithm 1.
+    """
+
+    gap: str = "paper"
+    displacement: str = "clean"
+    outer_weight: str = "none"
+    random_start: bool = True
+    attack_mode: str = "eval"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "gap", ("paper", "box"))
+        check_choice(self, "displacement", ("clean", "start"))
+        check_choice(self, "outer_weight", ("none", "loss"))
+        check_flag(self, "random_start")
+        check_mode(self.attack_mode)
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, K, c), at K + 1 gradient evaluations at most: a step and its FOSC share one gradient."""
+        return ControlSpace({"alpha": ALPHA, "steps": STEPS, "fosc": FOSC}, cost=lambda u: u["steps"] + 1)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One update on adversaries of one quality."""
+        x, y = batch.x, batch.y
+        start = x
+        if self.random_start and u["steps"]:
+            start = ctx.ball.start(x, ctx.generator("start", x.device))
+        centre = x if self.displacement == "clean" else start
+
+        def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+            level = fosc(points, centre[rows], gradient, ctx.ball, self.gap == "box")
+            return torch.ones_like(rows, dtype=torch.bool) if k == 0 else level > u["fosc"]
+
+        with ctx.view(self.attack_mode) as view:
+            x_adv = stopped(
+                view,
+                x,
+                start,
+                y,
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=int(u["steps"]),
+                goes_on=goes_on,
+            )
+        weighted = self.outer_weight == "loss" and ctx.epoch > 0
+
+        def loss() -> Tensor:
+            value = cross_entropy(ctx.logits(x_adv), y)
+            return (value.detach() * value).mean() if weighted else value.mean()
+
+        dropped = ("the weights of samples",) if weighted else ()
+        yield Update(
+            loss if weighted else lambda: F.cross_entropy(ctx.logits(x_adv), y),
+            (*smooth_steps(ctx, u), *dropped),
+        )
+
+
+METHOD = Dynamic

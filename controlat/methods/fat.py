@@ -1,0 +1,91 @@
+"""FAT, friendly adversarial training: stop each attack a little after it succeeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA, STEPS
+from controlat.attacks.stopped import stopped
+from controlat.control import Control, ControlSpace, Knob
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_choice, check_mode, check_number, smooth_steps
+
+__all__ = ["METHOD", "Fat"]
+
+TAU = Knob("integer", 0, meaning="steps that a sample still takes after it is misclassified")
+
+
+@dataclass(frozen=True)
+class Fat:
+    """min over theta of E l(h(x~), y), x~ a point of PGD tau steps after a sample is misclassified.
+
+    A sample that is misclassified has tau more steps; they are not refilled when it is classified correctly
+    again. tau >= K is PGD-K.
+
+    Args:
+        start: ``"uniform"`` in the ball (FAT) or ``"gaussian"``, x0 + 0.001 N(0, 1) (FAT for TRADES).
+        omega: deviation of the noise that is added to every step (0.001 in FAT).
+        attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
+
+    Raises:
+        ValueError: an option is not allowed.
+
+    Source:
+        Zhang et al. (2020), algorithm 1 and the released earlystop.py.
+    """
+
+    start: str = "uniform"
+    omega: float = 0.001
+    attack_mode: str = "eval"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "start", ("uniform", "gaussian"))
+        check_number(self, "omega", 0.0)
+        check_mode(self.attack_mode)
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, K, tau), at K + 1 gradient evaluations at most."""
+        return ControlSpace({"alpha": ALPHA, "steps": STEPS, "tau": TAU}, cost=lambda u: u["steps"] + 1)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One update on friendly adversaries."""
+        x, y = batch.x, batch.y
+        left = torch.full((len(x),), int(u["tau"]), device=x.device)
+        noise = ctx.generator("noise", x.device)
+
+        def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+            wrong = logits.argmax(1) != y[rows]
+            mask = ~wrong | (left[rows] > 0)
+            left[rows] -= wrong.long()
+            return mask
+
+        def shake(points: Tensor) -> Tensor:
+            return self.omega * torch.empty_like(points).normal_(generator=noise)
+
+        with ctx.view(self.attack_mode) as view:
+            x_adv = stopped(
+                view,
+                x,
+                self._start(ctx, x) if u["steps"] else x,
+                y,
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=int(u["steps"]),
+                goes_on=goes_on,
+                noise=shake if self.omega else None,
+            )
+        yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
+
+    def _start(self, ctx: Context, x: Tensor) -> Tensor:
+        generator = ctx.generator("start", x.device)
+        if self.start == "uniform":
+            return ctx.ball.start(x, generator)
+        return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp(0, 1)
+
+
+METHOD = Fat

@@ -1,0 +1,63 @@
+"""N-FGSM: one step of size eps from a noisy point, and no projection on the ball."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from controlat.attacks.pgd import ALPHA
+from controlat.control import Control, ControlSpace, Knob
+from controlat.losses import cross_entropy
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_mode, smooth_steps
+
+__all__ = ["METHOD", "NFgsm"]
+
+NOISE = Knob("real", 0.0, default=2.0, meaning="size of the noise, in units of eps")
+CLIP = Knob("real", 0.0, default=1e9, meaning="largest perturbation, in units of eps")
+
+
+@dataclass(frozen=True)
+class NFgsm:
+    """min over theta of E l(h(x0 + eta + alpha direction(grad at x0 + eta)), y), eta of size noise * eps.
+
+    The sum stays within the pixels, not within the ball: it may be as long as noise * eps + alpha. alpha is
+    eps in the paper. noise = 0 is FGSM training.
+
+    Args:
+        attack_mode: BatchNorm and dropout in the attack, ``"train"`` in the released code, or ``"eval"``.
+
+    Raises:
+        ValueError: unknown mode.
+
+    Source:
+        de Jorge et al. (2022), algorithm 1.
+    """
+
+    attack_mode: str = "train"
+
+    def __post_init__(self) -> None:
+        check_mode(self.attack_mode)
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, noise, clip), at 2 gradient evaluations."""
+        return ControlSpace({"alpha": ALPHA, "noise": NOISE, "clip": CLIP}, cost=lambda u: 2)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One update on the batch that one step from the noisy one produced."""
+        x, y, ball = batch.x, batch.y, ctx.ball
+        noise = ball.noise(x, ctx.generator("start", x.device), u["noise"])
+        start = (x + noise).clamp(0, 1)
+        with ctx.view(self.attack_mode) as view:
+            gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
+        delta = start + u["alpha"] * ball.direction(gradient) - x
+        if math.isfinite(u["clip"]) and u["clip"] < 1e6:
+            delta = type(ball)(u["clip"] * ball.eps, ball.norm).shrink(delta)
+        x_adv = (x + delta).clamp(0, 1)
+        yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
+
+
+METHOD = NFgsm

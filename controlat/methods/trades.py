@@ -1,0 +1,88 @@
+"""TRADES: clean cross-entropy plus a price for changing one's mind under attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA, STEPS, ascend
+from controlat.control import Control, ControlSpace
+from controlat.losses import divergence
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_flag, check_mode, check_number, smooth_steps
+
+__all__ = ["METHOD", "Trades"]
+
+
+@dataclass(frozen=True)
+class Trades:
+    """min over theta of E CE(h(x0), y) + beta E KL(p(x0) || p(x_K)), x_K by K steps of ascent on that KL.
+
+    The ascent starts beside x0, at x0 + 0.001 N(0, 1): at x0 the divergence has no gradient. The clean branch
+    is differentiated too. K = 0 is standard training.
+
+    Args:
+        beta: weight of the divergence (6 on CIFAR-10, 1 in the released MNIST script).
+        start_noise: deviation of the start.
+        attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
+        separate_clean: take the clean logits of the divergence from a forward pass of their own, as the
+            released code does (one more evaluation, one more update of BatchNorm's statistics).
+
+    Raises:
+        ValueError: a number or mode is not allowed.
+
+    Source:
+        Zhang et al. (2019), equation 5 and algorithm 1.
+    """
+
+    beta: float = 6.0
+    start_noise: float = 0.001
+    attack_mode: str = "eval"
+    separate_clean: bool = False
+
+    def __post_init__(self) -> None:
+        check_number(self, "beta", 0.0)
+        check_number(self, "start_noise", 0.0)
+        check_mode(self.attack_mode)
+        check_flag(self, "separate_clean")
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, K), at K + 2 gradient evaluations, K + 3 with a separate clean pass; 1 for K = 0."""
+        extra = 2 + int(self.separate_clean)
+        return ControlSpace(
+            {"alpha": ALPHA, "steps": STEPS}, cost=lambda u: u["steps"] + extra if u["steps"] else 1
+        )
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """One update on the clean batch and the one that moves the prediction most."""
+        x, y, k = batch.x, batch.y, int(u["steps"])
+        if k == 0:
+            yield Update(lambda: F.cross_entropy(ctx.logits(x), y))
+            return
+        noise = torch.empty_like(x).normal_(generator=ctx.generator("start", x.device))
+        with ctx.view(self.attack_mode) as view:
+            x_adv = ascend(
+                view,
+                x,
+                view(x),
+                ball=ctx.ball,
+                alpha=u["alpha"],
+                steps=k,
+                loss=divergence,
+                start=x + self.start_noise * noise,
+            )
+
+        def loss() -> Tensor:
+            clean = ctx.logits(x)
+            reference = ctx.logits(x) if self.separate_clean else clean
+            moved = divergence(ctx.logits(x_adv), reference).mean()
+            return F.cross_entropy(clean, y) + self.beta * moved
+
+        yield Update(loss, smooth_steps(ctx, u))
+
+
+METHOD = Trades

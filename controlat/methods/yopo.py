@@ -1,0 +1,105 @@
+"""YOPO, you only propagate once: full passes for the costate, passes of the first layer for the attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlat.attacks.pgd import ALPHA
+from controlat.control import Control, ControlSpace, Knob
+from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._options import check_choice, smooth_steps
+from controlat.network import Tap, first_layer
+
+__all__ = ["METHOD", "Yopo"]
+
+PASSES = Knob("integer", 1, meaning="full propagations m of each batch")
+INNER = Knob("integer", 0, default=1, meaning="steps n on the first layer for each of them")
+
+
+@dataclass(frozen=True)
+class Yopo:
+    """YOPO-m-n: one update by the gradients of m full passes; between them, n steps of the first layer each.
+
+    With f_0 the first layer, for j = 1..m: the gradient of l(x + eta) is added, and p = grad of it in f_0's
+    output kept; then n times eta' = Pi(eta + alpha direction(grad_eta <f_0(x + eta), p>)). The first layer
+    may take its gradient from the full pass, from <f_0(x + eta'), p> with p frozen (its Hamiltonian), or from
+    both.
+
+    Args:
+        first_layer_grad: ``"both"`` (the released code), ``"direct"`` or ``"hamiltonian"``.
+        gradients: ``"mean"`` of the m passes, so that the learning rate keeps its meaning when m is annealed,
+            or ``"sum"``: then divide the learning rate by m as the released configurations do.
+        layer: dotted name of the module where f_0 ends; the first one with parameters by default. If f_0 is
+            linear, n steps of size alpha are one step of size n alpha.
+
+    Raises:
+        ValueError: an option is not allowed.
+
+    Source:
+        Zhang et al. (2019), algorithm 1 (You Only Propagate Once).
+    """
+
+    first_layer_grad: str = "both"
+    gradients: str = "mean"
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self, "first_layer_grad", ("both", "direct", "hamiltonian"))
+        check_choice(self, "gradients", ("mean", "sum"))
+
+    @property
+    def controls(self) -> ControlSpace:
+        """(alpha, m, n), at m gradient evaluations; the passes of the first layer are counted apart."""
+        return ControlSpace({"alpha": ALPHA, "steps": PASSES, "inner": INNER}, cost=lambda u: u["steps"])
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        """m full passes whose gradients are added, and one move."""
+        x, y, m = batch.x, batch.y, int(u["steps"])
+        layer = first_layer(ctx.model, self.layer)
+        weight = 1 / m if self.gradients == "mean" else 1.0
+        eta = ctx.ball.noise(x, ctx.generator("start", x.device))
+        for j in range(m):
+            last = j == m - 1
+            tap = Tap(layer, cut=self.first_layer_grad == "hamiltonian")
+
+            def loss(eta: Tensor = eta, tap: Tap = tap) -> Tensor:
+                with tap:
+                    logits = ctx.logits(x + eta)
+                return weight * F.cross_entropy(logits, y)
+
+            (p,) = yield Update(
+                loss,
+                also=lambda tap=tap: (tap.output,),  # type: ignore[misc]
+                move=last and self.first_layer_grad == "direct",
+                dropped=smooth_steps(ctx, u),
+            )
+            p = p.detach()
+            if last and self.first_layer_grad == "direct":
+                return
+            eta = self._inner(ctx, batch, u, eta, p)
+            if self.first_layer_grad != "direct":
+
+                def hamiltonian(eta: Tensor = eta, p: Tensor = p) -> Tensor:
+                    return (ctx.layer((x + eta).clamp(0, 1), layer) * p).sum()
+
+                dropped = ("the first layer's costate p", *smooth_steps(ctx, u))
+                yield Update(hamiltonian, dropped, move=last)
+
+    def _inner(self, ctx: Context, batch: Batch, u: Control, eta: Tensor, p: Tensor) -> Tensor:
+        """n steps of ascent on <f_0(x + eta), p>, projected on the ball, then on the pixels."""
+        layer = first_layer(ctx.model, self.layer)
+        with ctx.view("train") as view:
+            for _ in range(int(u["inner"])):
+                point = batch.x + eta
+                inside = (point >= 0) & (
+                    point <= 1
+                )  # the start may leave the pixels; clamped there, it is flat
+                gradient = inside * view.layer_gradient(view.prepare(point.clamp(0, 1)), layer, p)
+                eta = ctx.ball.project(point + u["alpha"] * ctx.ball.direction(gradient), batch.x) - batch.x
+        return eta
+
+
+METHOD = Yopo
