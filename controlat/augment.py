@@ -103,6 +103,11 @@ class Augment:
         if not (math.isfinite(self.fill) and 0 <= self.fill <= 1):
             raise ValueError(f"augmentation: fill must be a pixel value in [0, 1], got {self.fill}")
 
+    def centre(self, n: int) -> Placement:
+        """The placement of n images that are not moved, in frames of this width."""
+        middle = torch.full((n,), int(self.pad))
+        return Placement(middle, middle, torch.zeros(n, dtype=torch.bool), int(self.pad), self.fill)
+
     def draw(self, n: int, generator: torch.Generator) -> Placement:
         """A placement for n images, from a CPU generator: the same on every device."""
         top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)

@@ -9,7 +9,7 @@ from typing import Any
 
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
-from controlat.control import number
+from controlat.control import Knob, number
 from controlat.data import augmentation
 from controlat.dynamics import SGDSettings
 from controlat.evaluation import parse_attack
@@ -46,13 +46,13 @@ ATTACKS = ("fgsm", "pgd-20", "pgd-50-5", "cw-30", "cw-30-k50")
 _RUNTIME = ("device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
 
 
-def read_schedule(text: str, epochs: float) -> Schedule:
+def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = None) -> Schedule:
     """A schedule from its short text, or from a JSON file whose name ends in .json.
 
     Raises:
         ValueError: as `parse_schedule` and `load_schedule`.
     """
-    return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs)
+    return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs, knobs)
 
 
 def _tidy(value: Any) -> Any:
@@ -172,14 +172,12 @@ class Problem:
         Raises:
             ValueError: it is malformed, or not admissible for the method.
         """
-        schedule = read_schedule(text, self.epochs)
         space = build(self.method, self.method_options).controls
-        for piece in range(schedule.pieces):
-            try:
-                space.check(schedule(piece * schedule.resolution))
-            except ValueError as error:
-                raise ValueError(f"schedule {text!r}: {error}") from None
-        return schedule
+        schedule = read_schedule(text, self.epochs, space)
+        try:
+            return schedule.bound(space.check)
+        except ValueError as error:
+            raise ValueError(f"schedule {text!r}: {error}") from None
 
 
 @dataclass

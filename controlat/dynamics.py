@@ -70,7 +70,7 @@ class Snapshot(NamedTuple):
         model: parameters and buffers.
         optimizer: its state dict.
         memory: what the method carries.
-        rows: what samples carry: by name, positions (all where None), values and mask.
+        rows: what samples carry: by name, values and mask, and the positions if it is not all samples.
         kept: what the method put aside (never changed, hence not copied).
         stopped: why the method ended training.
     """
@@ -284,9 +284,10 @@ class Driver:
         memory = {name: t.clone() for name, t in self.memory.items()}
         rows = {}
         for name, store in self.rows.items():
-            index = torch.arange(len(store.seen)) if touched is None else touched
-            found = _gather(store, index)
-            rows[name] = {"index": index.clone(), "values": found.values, "seen": found.seen}
+            if touched is None:
+                rows[name] = {"values": store.values.clone(), "seen": store.seen.clone()}
+            else:
+                rows[name] = {"index": touched.clone(), **_gather(store, touched)._asdict()}
         return Snapshot(model, _copied(self.sgd.state_dict()), memory, rows, dict(self.kept), self.stopped)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -301,16 +302,23 @@ class Driver:
             del self.rows[name]
         for name, found in snapshot.rows.items():
             rows = Rows(found["values"], found["seen"])
-            self.rows[name] = _put(self.rows.get(name), found["index"], rows)
+            if "index" in found:
+                self.rows[name] = _put(self.rows.get(name), found["index"], rows)
+            else:
+                self.rows[name] = Rows(rows.values.clone(), rows.seen.clone())
         self.kept, self.stopped = dict(snapshot.kept), snapshot.stopped
 
     def _updates(
         self, ctx: Context, batch: Batch, u: Control
     ) -> Iterator[tuple[Update, float, list[Tensor]]]:
-        """(the update that moves theta, mean loss, summed gradient) for every move of one outer step."""
+        """(the update that moves theta, summed loss, summed gradient) for every move of one outer step.
+
+        What other requests drop counts for the move that follows.
+        """
         self.model.train()
         total: list[Tensor] | None = None
         losses: list[float] = []
+        dropped: set[str] = set()
         reply: Sequence[Tensor] | None = None
         try:
             updates = self.method.updates(ctx, batch, u)
@@ -320,13 +328,14 @@ class Driver:
                 if update is None:
                     break
                 loss, gradients, reply = self._differentiate(ctx, batch, u, update, i)
+                dropped.update(update.dropped)
                 if update.add:
                     total = gradients if total is None else [*map(torch.add, total, gradients)]
                     losses.append(loss)
                 if update.move:
                     if total is None:
                         raise ValueError(f"{type(self.method).__name__} moves theta without a gradient")
-                    yield update, sum(losses) / len(losses), total
+                    yield update._replace(dropped=tuple(sorted(dropped))), sum(losses), total
                     total, losses = None, []
         except NonFiniteError as error:
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
@@ -378,7 +387,7 @@ class Driver:
 
     @contextlib.contextmanager
     def _shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
-        """The parameters with something added, inside the block; after it their own bits, unless it moves them."""
+        """The parameters with something added, inside the block; their own bits after it, unless it moves."""
         if shift is None:
             yield
             return

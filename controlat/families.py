@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from controlat.control import number
+from controlat.control import Knob, number
 from controlat.schedules import Curve, Schedule
 from controlat.texts import numbers, only, split
 
@@ -68,6 +68,19 @@ def _lists(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
     return build
 
 
+def _free(text: str, knob: Knob | None) -> Curve:
+    """Any knob: ``a``, ``a..b`` (linear), ``a..b@E`` (linear up to epoch E), ``a:b:c@E1:E2`` (steps)."""
+    rounding = "half_up" if knob is not None and knob.kind == "integer" else None
+    values, _, at = text.partition("@")
+    edges = numbers(at, "at") if at else ()
+    if ".." in values:
+        ends = tuple(number(v, "value") for v in values.split(".."))
+        return Curve("ramp" if edges else "linear", ends, edges, rounding)
+    if ":" in values or edges:
+        return Curve("step", numbers(values, "value"), edges, rounding)
+    return Curve("constant", (number(values, "value"),), (), rounding)
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of short text: what it must and may say, how it becomes curves, and an example."""
@@ -97,11 +110,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "table": Family(
             _lists("table"), ("steps",), ("tau", "alpha", "alpha_from"), "table:steps=0:1:2:2,tau=20/255"
         ),
+        "set": Family(lambda p, f: {}, (), (), "set:steps=2..10,alpha=4/255,fosc=0.5..0@40"),
     }
 )
 
 
-def parse_schedule(text: str, epochs: float) -> Schedule:
+def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = None) -> Schedule:
     """Read a schedule's short text, ``family:name=value,...``, and bind it to a number of epochs.
 
     ``none``; ``fgsm:alpha=A``; ``pgd:steps=K,alpha=A``; ``amata:min=K0,max=K1,tau=TAU`` (linear, K rounded
@@ -110,9 +124,14 @@ def parse_schedule(text: str, epochs: float) -> Schedule:
     ``step:steps=K0:K1:...,at=E1:...,tau=TAU``; ``table:steps=K0:K1:...,alpha=A0:A1:...``. Every family takes
     ``resolution=`` (length of a piece in epochs, 1 by default). Numbers may be fractions, read exactly.
 
+    Any knob of a method can be named beside those of the family, and ``set:`` has no others: ``value``,
+    ``a..b`` (linear over the run), ``a..b@E`` (linear up to epoch E, then b), ``a:b:c@E1:E2`` (b from epoch
+    E1 on, c from E2 on), such as ``pgd:steps=10,alpha=0.075,fosc=0.5..0@40``.
+
     Args:
         text: as above.
         epochs: T, the length of the run.
+        knobs: what the method has (`ControlSpace`); None: whatever ``set:`` names, and nothing elsewhere.
 
     Returns:
         The schedule.
@@ -129,8 +148,13 @@ def parse_schedule(text: str, epochs: float) -> Schedule:
         raise ValueError(f"unknown schedule {family!r} in {text!r}; write one of: {examples}")
     entry = FAMILIES[family]
     resolution = number(found.pop("resolution", "1"), "resolution")
-    only(found, entry.required, entry.optional, f"schedule {family!r} (such as {entry.example})")
+    own = {*entry.required, *entry.optional}
+    free = set(found) - own if family == "set" else (set(found) & set(knobs or ())) - own
+    only(found, entry.required, {*entry.optional, *free}, f"schedule {family!r} (such as {entry.example})")
+    whole = {"steps": Knob("integer", 0)} if knobs is None else knobs
     try:
-        return Schedule(entry.build(found, family), epochs, resolution, text.strip())
+        curves = entry.build({k: v for k, v in found.items() if k not in free}, family)
+        curves |= {name: _free(found[name], whole.get(name)) for name in free}
+        return Schedule(curves, epochs, resolution, text.strip())
     except ValueError as error:
         raise ValueError(f"{error} (in schedule {text!r}; write for example {entry.example})") from None

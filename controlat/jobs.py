@@ -13,7 +13,7 @@ from controlat import plots, report
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
 from controlat.evaluation import Extras
 from controlat.files import read_json, read_json_lines, write_json
-from controlat.methods import build
+from controlat.methods import Prefixes, build
 from controlat.network import Meter
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Candidate, Setting, candidates, pick_device
@@ -49,7 +49,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     schedule, plain = chosen.schedule_of(chosen.schedule), {"command": "train"} | chosen.to_json()
     with claimed(out, plain) as known, deterministic(chosen.threads):
         done = read_json_lines(Path(out) / "log.jsonl")
-        if known and len(done) < chosen.epochs and not resume:
+        finished = len(done) == chosen.epochs or bool(done and done[-1].get("stopped"))
+        if known and not finished and not resume:
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
@@ -72,7 +73,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
         "epochs": records,
         "gradients": tally.gradients,
         "seconds": tally.seconds,
-        "finished_before": known and len(done) == chosen.epochs,
+        "finished_before": known and finished,
     }
 
 
@@ -152,8 +153,11 @@ def estimate(**settings: Any) -> dict[str, Any]:
             u = [c.schedule(epoch + b / plan.batches_per_epoch) for b in range(plan.batches_per_epoch)]
             count["training"] += sum(map(method.controls.cost, u)) * len(setting.training) / len(u)
             now, k = method.controls.cost(u[0]), c.grid.max_steps
-            grid = len(c.grid.alphas) * 2 * k + 1
-            tried = grid if chosen.maximiser == "sweep" else chosen.trials * (k / 2 + 1)
+            tried = chosen.trials * (k / 2 + 1)
+            if chosen.maximiser == "sweep":
+                grid = c.grid.candidates(method, u[0])
+                exact = isinstance(method, Prefixes)
+                tried = len(c.grid.alphas) * 2 * k + 1 if exact else sum(map(method.controls.cost, grid))
             count["criterion"] += (tried + now) * min(chosen.probe, len(setting.training)) + 21 * phi
         count["validation"] += 10 * chosen.epochs * len(setting.held_out)
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
@@ -168,7 +172,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
 def _seconds_per_evaluation(setting: Setting, candidate: Candidate) -> float:
     driver, plan = setting.driver(0), setting.plan(candidate.schedule, 0)
     batch = next(plan.batches(0))
-    control = type(candidate.schedule(0))(alpha=candidate.grid.alphas[0], steps=3)
+    control = candidate.schedule(0)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()

@@ -25,6 +25,9 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX*"
 
 
+_KNOBS = {"alpha": "step size α", "steps": "steps K"}
+
+
 def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[(i // len(_COLOURS)) % len(_LINES)]}
 
@@ -46,23 +49,27 @@ def _figure(width: float, height: float, columns: int) -> tuple[Figure, Any]:
 
 
 def schedules(result: Mapping[str, Any], path: Path) -> None:
-    """alpha_t and K_t of every schedule."""
+    """Every knob of every schedule over time."""
     from controlat.schedules import Schedule
 
-    figure, axes = _figure(9, 3.6, 2)
-    for i, entry in enumerate(result["schedules"]):
-        s = Schedule.from_json(entry["schedule"])
+    every = [Schedule.from_json(entry["schedule"]) for entry in result["schedules"]]
+    knobs = sorted({knob for s in every for knob in s.curves}, key=lambda k: (k not in _KNOBS, k))
+    figure, axes = _figure(max(4.5 * len(knobs), 6), 3.6, len(knobs))
+    for i, (entry, s) in enumerate(zip(result["schedules"], every, strict=True)):
         t = np.arange(s.pieces + 1) * s.resolution
         # Dashes, so that schedules that coincide are all seen.
         style = _style(i) | {"linestyle": (0, (1 + len(result["schedules"]) - i, i and 1))}
-        for axis, knob in zip(axes, ("alpha", "steps"), strict=True):
-            values = [s(v)[knob] for v in t]
-            axis.step(t, values, where="post", label=entry["text"], linewidth=2, **style)
-    axes[0].set_ylabel("step size α")
-    axes[1].set_ylabel("steps K")
-    for axis in axes:
+        for axis, knob in zip(axes, knobs, strict=True):
+            if knob in s.curves:
+                values = [s(v)[knob] for v in t]
+                axis.step(t, values, where="post", label=entry["text"], linewidth=2, **style)
+    for axis, knob in zip(axes, knobs, strict=True):
+        axis.set_ylabel(_KNOBS.get(knob, knob))
         axis.set_xlabel("t (epochs)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    named: dict[str, Any] = {}
+    for axis in axes:
+        named |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
 
 
@@ -71,8 +78,10 @@ def criterion(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = _figure(9, 3.9, len(FORMS))
     for axis, form in zip(axes, FORMS, strict=True):
         for i, entry in enumerate(result["schedules"]):
-            values = np.array([[e[form]["value"] for e in run["criterion"]] for run in entry["runs"]])
-            t = [e["epoch"] for e in entry["runs"][0]["criterion"]]
+            rows = [[e[form]["value"] for e in run["criterion"]] for run in entry["runs"]]
+            shortest = min(map(len, rows))  # a method may end training early
+            values = np.array([row[:shortest] for row in rows])
+            t = [e["epoch"] for e in entry["runs"][0]["criterion"]][:shortest]
             axis.plot(
                 t, values.mean(0), marker=_MARKERS[i % 8], markersize=4, label=entry["text"], **_style(i)
             )

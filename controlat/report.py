@@ -271,15 +271,24 @@ def _best(result: Mapping[str, Any]) -> str:
     """Per epoch, under the first seed: the schedule's control, and where the norm form has its maximum."""
     runs = [schedule["runs"][0] for schedule in result["schedules"]]
 
-    def cell(gap: Mapping[str, Any]) -> str:
+    def cell(run: Mapping[str, Any], epoch: int) -> str:
+        if epoch >= len(run["criterion"]):
+            return "-"
+        gap = run["criterion"][epoch]["norm"]
         u, v = gap["control"], gap["maximiser"]
         if u == v:
-            return f"K={u['steps']} is best"
-        return f"K={u['steps']} α={u['alpha']:.3g} → K={v['steps']} α={v['alpha']:.3g}, +{gap['value']:.3g}"
+            return f"{_knobs(u, ['steps'])} is best"
+        shown = [name for name in ("steps", "alpha") if name in u]
+        return f"{_knobs(u, shown)} → {_knobs(v, shown)}, +{gap['value']:.3g}"
 
     heads = ["epoch", *(schedule["text"] for schedule in result["schedules"])]
-    epochs = range(len(runs[0]["criterion"]))
-    return table(heads, [[str(e), *(cell(run["criterion"][e]["norm"]) for run in runs)] for e in epochs])
+    epochs = range(max(len(run["criterion"]) for run in runs))
+    return table(heads, [[str(e), *(cell(run, e) for run in runs)] for e in epochs])
+
+
+def _knobs(u: Mapping[str, float], names: Sequence[str]) -> str:
+    symbols = {"steps": "K", "alpha": "α"}
+    return " ".join(f"{symbols[name]}={u[name]:.3g}" for name in names if name in u)
 
 
 def summary(result: Mapping[str, Any]) -> str:

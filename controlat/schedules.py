@@ -33,12 +33,13 @@ CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
         "cosine": lambda c, t, T: (
             c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
         ),
+        "ramp": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * min(t / c.at[0], 1.0),
         "step": lambda c, t, T: c.values[sum(t >= edge - _ULP for edge in c.at)],
         "table": lambda c, t, T: c.values[min(sum(t >= edge - _ULP for edge in c.at), len(c.values) - 1)],
         "ratio": lambda c, t, T: c.values[0],
     }
 )
-_LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ratio": 1}
+_LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ramp": 2, "ratio": 1}
 ROUNDINGS: Mapping[str, Callable[[float], int]] = MappingProxyType(
     {"half_up": lambda v: math.floor(v + 0.5 + _ULP), "floor": lambda v: math.floor(v + _ULP)}
 )
@@ -49,11 +50,12 @@ class Curve:
     """One knob as a function of time.
 
     Args:
-        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``step`` (values,
-            changing at the epochs `at`), ``table`` (one value per piece of the schedule; `at` is filled
-            in), ``ratio`` (tau; the value is tau over the knob `of`, and 0 where that is 0).
+        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``ramp`` (start,
+            end: linear up to the epoch `at`), ``step`` (values, changing at the epochs `at`), ``table`` (one
+            value per piece of the schedule; `at` is filled in), ``ratio`` (tau; the value is tau over the
+            knob `of`, and 0 where that is 0).
         values: the numbers of that kind.
-        at: epochs at which a ``step`` changes, increasing.
+        at: epochs at which a ``step`` changes, increasing; the one epoch at which a ``ramp`` ends.
         rounding: ``half_up`` or ``floor`` for integer knobs, None for real ones.
         of: for ``ratio``: the knob divided by.
         rounded: for ``ratio``: divide by that knob's rounded value (then tau is kept exactly) or by its
@@ -80,10 +82,12 @@ class Curve:
         wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
         if len(self.values) != wanted or not self.values:
             raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
-        if self.at and self.kind not in ("step", "table"):
+        if self.at and self.kind not in ("step", "table", "ramp"):
             raise ValueError(
                 f"only a step changes at given epochs, but a {self.kind} curve got at = {self.at}"
             )
+        if self.kind == "ramp" and len(self.at) != 1:
+            raise ValueError(f"a ramp curve ends at one epoch, got at = {self.at}")
         if self.kind == "exponential" and min(self.values) <= 0:
             raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
         if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
@@ -96,7 +100,7 @@ class Curve:
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
         found: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
-        if self.kind == "step":
+        if self.kind in ("step", "ramp"):
             found["at"] = list(self.at)
         if self.rounding:
             found["rounding"] = self.rounding
@@ -204,6 +208,12 @@ class Schedule:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
         pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
         return pieces[int(min(t / self.resolution + _ULP, self.pieces - 1))]
+
+    def bound(self, check: Callable[[Control], Control]) -> Schedule:
+        """This schedule with every control passed through a check, which may fill in defaults or raise."""
+        found = Schedule(self.curves, self.epochs, self.resolution, self.text)
+        object.__setattr__(found, "_pieces", tuple(map(check, self._pieces)))  # type: ignore[attr-defined]
+        return found
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_json(), sort_keys=True))

@@ -80,7 +80,9 @@ class Setting:
     def plan(self, schedule: Schedule, seed: int) -> Plan:
         """The roll-out of one schedule under one seed."""
         p = self.problem
-        return Plan(self.training, p.batch_size, p.epochs, schedule, p.rate, seed, p.augmentation)
+        return Plan(
+            self.training, p.batch_size, p.epochs, schedule, p.rate, seed, p.augmentation, self.held_out
+        )
 
     def model(self, seed: int) -> nn.Module:
         """The network at its initial weights."""
@@ -196,7 +198,8 @@ class Candidate:
         data, size = self.setting.training, self.settings.batch_size
         order = torch.randperm(len(data), generator=rng.generator(0, "probe"))[: self.settings.probe]
         count = min(max(len(order) // size, 2), _MAX_PROBE_BATCHES)
-        return probe_batches(*data.take(order), count, epoch)
+        augment = self.settings.augmentation
+        return probe_batches(*data.take(order), count, epoch, order, augment)
 
     def measure(self, driver: Driver, plan: Plan, epoch: int) -> None:
         """Score the candidates of G at the start of an epoch; one line of criterion.jsonl."""
@@ -207,8 +210,8 @@ class Candidate:
         analysis = Driver(
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
-        analysis.memory = driver.memory
-        total = 1 + (len(self.grid) if s.maximiser == "sweep" else s.trials)
+        analysis.memory, analysis.rows = driver.memory, driver.rows
+        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
             surface = measure(
                 analysis,
@@ -284,7 +287,8 @@ class Candidate:
 def candidates(setting: Setting, settings: EvaluateSettings, out: Path) -> Iterator[Candidate]:
     """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
     schedules = [settings.schedule_of(text) for text in settings.schedules]
-    largest = max(int(s(p * s.resolution)["steps"]) for s in schedules for p in range(s.pieces))
+    every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]
+    largest = max(int(u.get("steps", 1)) for u in every)
     eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
     grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
     for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):

@@ -19,7 +19,7 @@ from controlat.data import Samples
 from controlat.dynamics import Driver, Plan, Snapshot, Step, rollout
 from controlat.evaluation.robust import measure
 from controlat.files import append_json_line, read_json_lines, write, write_text
-from controlat.network import NonFiniteError, channels_last
+from controlat.network import Meter, NonFiniteError, channels_last
 from controlat.runs import environment
 
 __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
@@ -30,13 +30,14 @@ LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
 
 @dataclass
 class Tally:
-    """Where a run stands and what it has spent; stored in every checkpoint.
+    """Where a run stands and what it has spent, hooks of the method included; stored in every checkpoint.
 
     Args:
         epoch: epoch to go on with, from 0.
         batch: batch of that epoch to go on with.
         gradients: gradient evaluations of training so far, in samples.
         forwards: forward passes of training so far.
+        layers: passes through the first layer alone so far (YOPO).
         seconds: wall time of training so far, without validation.
         loss: sum of the losses of the present epoch, by samples.
         samples: samples of the present epoch so far.
@@ -51,6 +52,7 @@ class Tally:
     batch: int = 0
     gradients: int = 0
     forwards: int = 0
+    layers: int = 0
     seconds: float = 0.0
     loss: float = 0.0
     samples: int = 0
@@ -65,6 +67,7 @@ class Tally:
         self.batch = step.batch + 1
         self.gradients += step.spent.gradients
         self.forwards += step.spent.forwards
+        self.layers += step.spent.layers
         self.seconds += seconds
         self.loss += step.loss * step.samples
         self.samples += step.samples
@@ -155,7 +158,7 @@ def _resume(driver: Driver, directory: Path) -> Tally:
         tally = Tally()
     else:
         found = load_checkpoint(directory / LAST, driver.device)
-        driver.restore(Snapshot(found["model"], found["optimizer"], found["memory"]))
+        driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
         tally = Tally(**found["tally"])
     lines = (directory / LOG).read_text().splitlines(True) if (directory / LOG).exists() else []
     done = read_json_lines(directory / LOG)[: tally.epoch]
@@ -239,7 +242,7 @@ def fit(
         plan.schedule.save(directory / SCHEDULE)
     writer = _writer(directory) if tensorboard else None
     with _bar(plan, driver, tally, label, progress) as bar:
-        while tally.epoch < plan.epochs:
+        while tally.epoch < plan.epochs and not driver.stopped:
             if tally.batch == 0 and at_epoch is not None:
                 at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
@@ -278,6 +281,7 @@ def _epoch(
     bar: Any,
 ) -> None:
     began = saved = time.perf_counter()
+    before, counted = driver.meter.copy(), Meter(tally.gradients, tally.forwards)
     steps = rollout(driver, plan, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1)
     for step in steps:
         now = time.perf_counter()
@@ -289,6 +293,14 @@ def _epoch(
             saved = time.perf_counter()
         began = time.perf_counter()
     _check_parameters(driver, step)
+    # What the method's hooks spent between epochs counts as training too.
+    spent = driver.meter.since(before)
+    extra = spent.gradients - (tally.gradients - counted.gradients)
+    tally.gradients += extra
+    tally.epoch_gradients += extra
+    tally.forwards += spent.forwards - (tally.forwards - counted.forwards)
+    tally.seconds += time.perf_counter() - began
+    tally.epoch_seconds += time.perf_counter() - began
 
 
 def _check_parameters(driver: Driver, step: Step) -> None:
@@ -309,6 +321,7 @@ def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Samples | None) 
         "total_gradients": tally.gradients,
         "total_seconds": tally.seconds,
         "dropped": tally.dropped,
+        "stopped": driver.stopped,
         **_validate(driver, held_out),
     }
 

@@ -141,7 +141,7 @@ def test_every_family_has_an_example_that_parses_and_comes_back() -> None:
     for name, family in FAMILIES.items():
         s = parse_schedule(family.example, 100)
         assert s.text.partition(":")[0] == name
-        assert set(s(0)) == {"alpha", "steps"}
+        assert {"alpha", "steps"} <= set(s(0))
         assert Schedule.from_json(json.loads(json.dumps(s.to_json()))) == s
 
 
@@ -241,6 +241,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         values = [draw(whole)]
     else:
         values = [draw(positive), draw(positive)]
+        at = (draw(st.floats(0.01, 40)),) if kind == "ramp" else ()
     k = Curve(kind, tuple(values), at, rounding)
     alpha = draw(
         st.builds(lambda v: Curve("constant", (v,)), positive)

@@ -140,7 +140,17 @@ class Context:
 
     def _forward(self, x: Tensor) -> Tensor:
         x = network.channels_last(x) if self.channels_last else x
-        found: Tensor = self.model(x) if self.theta is None else functional_call(self.model, self.theta, (x,))
+        if self.theta is None:
+            found: Tensor = self.model(x)
+            return found
+        # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
+        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        try:
+            found = functional_call(self.model, self.theta | buffers, (x,))
+        finally:
+            with torch.no_grad():
+                for name, b in self.model.named_buffers():
+                    b.copy_(buffers[name])
         return found
 
     def weights(self) -> list[tuple[str, Tensor]]:

@@ -136,7 +136,10 @@ class Cat:
             if grow and k < int(u["steps"]):
                 ctx.reload("best")
                 best, waited = -math.inf, 0
-            memory["best"], memory["waited"] = torch.tensor(best), torch.tensor(waited)
+            memory["best"] = torch.tensor(
+                best, dtype=torch.float64
+            )  # exact: an equal accuracy is no better one
+            memory["waited"] = torch.tensor(waited)
         if grow and k < int(u["steps"]):
             memory["strength"] = torch.tensor(k + 1)
 

@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlat.attacks.pgd import ALPHA
+from controlat.attacks.pgd import ALPHA, ascend
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
-from controlat.methods._base import Batch, Context, Update, Updates
+from controlat.methods._base import Batch, Context, Epoch, Update, Updates
 from controlat.methods._options import check_choice, check_flag, check_mode, smooth_steps
+from controlat.network import View
 
 __all__ = ["METHOD", "Fast"]
 
+_FALL = 0.2
+
+ONE = Knob("integer", 1, 1, default=1, meaning="number of steps: one")
 START = Knob("real", 0.0, default=1.0, meaning="size of the start, in units of eps")
 
 
@@ -33,6 +37,8 @@ class Fast:
             place, at first random.
         attack_mode: BatchNorm and dropout in the attack; ``"train"`` in the released code.
         clamp_start: keep the start within the pixels (the CIFAR script does, the MNIST script does not).
+        early_stop: after each epoch, attack its first batch with PGD-5 (alpha = eps/4, training mode); if
+            that accuracy fell by more than 0.2, put the network of the epoch before back and end training.
 
     Raises:
         ValueError: an option is not allowed.
@@ -44,16 +50,18 @@ class Fast:
     init: str = "random"
     attack_mode: str = "train"
     clamp_start: bool = True
+    early_stop: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "init", ("random", "fixed", "zero", "previous"))
         check_mode(self.attack_mode)
         check_flag(self, "clamp_start")
+        check_flag(self, "early_stop")
 
     @property
     def controls(self) -> ControlSpace:
-        """(alpha, start), at 2 gradient evaluations."""
-        return ControlSpace({"alpha": ALPHA, "start": START}, cost=lambda u: 2)
+        """(alpha, start), and one step, at 2 gradient evaluations."""
+        return ControlSpace({"alpha": ALPHA, "steps": ONE, "start": START}, cost=lambda u: 2)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that one step produced."""
@@ -67,6 +75,23 @@ class Fast:
             kept = ctx.memory.get("delta", x_adv[:0])
             ctx.memory["delta"] = torch.cat([(x_adv - x), kept[len(x) :]])
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
+
+    def end_epoch(self, ctx: Epoch, u: Control) -> None:
+        """Look for catastrophic overfitting where that was asked for."""
+        if not self.early_stop:
+            return
+        x, y, _, *_ = ctx.first()
+        with View(ctx.model, "train", meter=ctx.meter, channels_last=ctx.channels_last) as view:
+            generator = ctx.generator("overfitting", x.device)
+            x = ascend(view, x, y, ball=ctx.ball, alpha=ctx.ball.eps / 4, steps=5, generator=generator)
+            accuracy = (view(x).argmax(1) == y).double().mean()
+        before = ctx.memory.get("robust")
+        if before is not None and float(before - accuracy) > _FALL:
+            ctx.reload("previous")
+            ctx.stop(f"catastrophic overfitting: PGD-5 accuracy fell from {before:.0%} to {accuracy:.0%}")
+            return
+        ctx.memory["robust"] = accuracy
+        ctx.save("previous")
 
     def _start(self, ctx: Context, x: Tensor, radius: float) -> Tensor:
         if self.init == "zero":

@@ -15,6 +15,7 @@ from controlat.methods._options import check_mode, smooth_steps
 
 __all__ = ["METHOD", "NFgsm"]
 
+ONE = Knob("integer", 1, 1, default=1, meaning="number of steps: one")
 NOISE = Knob("real", 0.0, default=2.0, meaning="size of the noise, in units of eps")
 CLIP = Knob("real", 0.0, default=1e9, meaning="largest perturbation, in units of eps")
 
@@ -43,8 +44,8 @@ class NFgsm:
 
     @property
     def controls(self) -> ControlSpace:
-        """(alpha, noise, clip), at 2 gradient evaluations."""
-        return ControlSpace({"alpha": ALPHA, "noise": NOISE, "clip": CLIP}, cost=lambda u: 2)
+        """(alpha, noise, clip), and one step, at 2 gradient evaluations."""
+        return ControlSpace({"alpha": ALPHA, "steps": ONE, "noise": NOISE, "clip": CLIP}, cost=lambda u: 2)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that one step from the noisy one produced."""

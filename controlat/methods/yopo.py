@@ -61,9 +61,10 @@ class Yopo:
         layer = first_layer(ctx.model, self.layer)
         weight = 1 / m if self.gradients == "mean" else 1.0
         eta = ctx.ball.noise(x, ctx.generator("start", x.device))
+        cut = self.first_layer_grad == "hamiltonian"
         for j in range(m):
             last = j == m - 1
-            tap = Tap(layer, cut=self.first_layer_grad == "hamiltonian")
+            tap = Tap(layer, cut=cut)
 
             def loss(eta: Tensor = eta, tap: Tap = tap) -> Tensor:
                 with tap:
@@ -74,7 +75,7 @@ class Yopo:
                 loss,
                 also=lambda tap=tap: (tap.output,),  # type: ignore[misc]
                 move=last and self.first_layer_grad == "direct",
-                dropped=smooth_steps(ctx, u),
+                dropped=(*smooth_steps(ctx, u), *(("the input of the later layers",) if cut else ())),
             )
             p = p.detach()
             if last and self.first_layer_grad == "direct":
@@ -83,7 +84,8 @@ class Yopo:
             if self.first_layer_grad != "direct":
 
                 def hamiltonian(eta: Tensor = eta, p: Tensor = p) -> Tensor:
-                    return (ctx.layer((x + eta).clamp(0, 1), layer) * p).sum()
+                    value = (ctx.layer((x + eta).clamp(0, 1), layer) * p).sum()
+                    return value - value.detach()  # it is no part of the loss that is reported
 
                 dropped = ("the first layer's costate p", *smooth_steps(ctx, u))
                 yield Update(hamiltonian, dropped, move=last)
@@ -94,9 +96,7 @@ class Yopo:
         with ctx.view("train") as view:
             for _ in range(int(u["inner"])):
                 point = batch.x + eta
-                inside = (point >= 0) & (
-                    point <= 1
-                )  # the start may leave the pixels; clamped there, it is flat
+                inside = (point >= 0) & (point <= 1)  # the start may lie outside; clamped there, it is flat
                 gradient = inside * view.layer_gradient(view.prepare(point.clamp(0, 1)), layer, p)
                 eta = ctx.ball.project(point + u["alpha"] * ctx.ball.direction(gradient), batch.x) - batch.x
         return eta

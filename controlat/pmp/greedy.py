@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat.attacks.pgd import check_batch, check_labels
+from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control, number
 from controlat.dynamics import Driver
@@ -89,7 +90,7 @@ def measure(
 
     keep(rerun(driver, batches, control, rate, meter))
     if maximiser == "sweep":
-        for scored in sweep(driver, batches, grid, rate, meter):
+        for scored in sweep(driver, batches, grid, control, rate, meter):
             keep(scored)
         return surface()
 
@@ -99,7 +100,7 @@ def measure(
         found, i = surface(), list(rows).index(v)
         return float(found.reward(form)[i] - gamma * found.evaluations[i])
 
-    tpe(objective, grid, trials, driver.seed, first=[control])
+    tpe(objective, grid, trials, driver.seed, [control], driver.method.controls)
     return surface()
 
 
@@ -115,16 +116,33 @@ def _products(gradients: Sequence[Sequence[Tensor]], phi: Tensor | None) -> tupl
     return gram, None if phi is None else (stacked @ phi).double().cpu().numpy()
 
 
-def probe_batches(x: Tensor, y: Tensor, count: int, epoch: int = 0) -> list[Batch]:
+def probe_batches(
+    x: Tensor,
+    y: Tensor,
+    count: int,
+    epoch: int = 0,
+    indices: Tensor | None = None,
+    augment: Augment | None = None,
+) -> list[Batch]:
     """Split a probe into `count` equal batches; samples that do not fill one are left out.
 
     Numbers count down from -1, so that their random numbers are never those of a training step.
+
+    Args:
+        x: (N, ...) inputs, as they are: the probe is not augmented.
+        y: (N,) labels.
+        count: number of batches.
+        epoch: of their random numbers.
+        indices: (N,) positions in the training set, for methods that keep something per sample.
+        augment: of training: what is kept per sample then has a border.
     """
     size = len(x) // count
     if size < 1:
         raise ValueError(f"a probe of {len(x)} samples cannot be split into {count} batches")
     parts = (torch.arange(i * size, (i + 1) * size) for i in range(count))
-    return [Batch(x[p], y[p], p, epoch, -1 - i) for i, p in enumerate(parts)]
+    where = torch.arange(len(x)) if indices is None else indices
+    placement = None if augment is None else augment.centre(size)
+    return [Batch(x[p], y[p], where[p], epoch, -1 - i, placement) for i, p in enumerate(parts)]
 
 
 def criterion(
@@ -199,7 +217,7 @@ def criterion(
             raise ValueError(f"{name} must be >= {least}, got {value:g}")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    steps = max(10, int(u["steps"])) if max_steps is None else max_steps
+    steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
     grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
     with View(model, channels_last=channels_last) as view:

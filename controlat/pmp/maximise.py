@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from controlat.control import Control, number
+from controlat.control import Control, Knob, number
 from controlat.dynamics import Driver
-from controlat.methods import Batch
+from controlat.methods import Batch, Method, Prefixes
 from controlat.network import Meter, NonFiniteError
 
 __all__ = ["MAXIMISERS", "Grid", "Scored", "rerun", "sweep", "tpe"]
@@ -56,13 +56,37 @@ class Grid:
             raise ValueError(f"the default step sizes need eps > 0, got {eps:g}; give alphas")
         return cls(tuple(float(f"{a:.6g}") for a in np.geomspace(eps / 40, 2 * eps, count)), max_steps)
 
-    def __len__(self) -> int:
-        return len(self.alphas) * self.max_steps + 1
+    def candidates(self, method: Method, u: Control) -> list[Control]:
+        """The controls that are searched: u with other alpha and K, as far as the method has these knobs.
+
+        Every K up to max_steps where the method offers the exact sweep; else, as each costs a run of its own,
+        every K up to 8 and about four for each doubling beyond.
+        """
+        knobs = method.controls
+        alphas: Sequence[float | None] = self.alphas if "alpha" in knobs else (None,)
+        low, high = self._range(knobs)
+        every = isinstance(method, Prefixes)
+        coarse = (k <= 8 or k == high or k % (2 ** (k.bit_length() - 3)) == 0 for k in range(low, high + 1))
+        counts = [k for k, kept in zip(range(low, high + 1), coarse, strict=True) if every or kept]
+        found = (self.control(u, a, k) for a in alphas for k in counts)
+        return list(dict.fromkeys(found))
+
+    def control(self, u: Control, alpha: float | None, steps: int) -> Control:
+        """u with another step size and another K, where it has them."""
+        other = {"alpha": alpha, "steps": steps}
+        return Control(**{name: other.get(name, value) for name, value in u.items()})
+
+    def _range(self, knobs: Mapping[str, Knob]) -> tuple[int, int]:
+        """Smallest and largest K: those of the grid within the method's."""
+        if "steps" not in knobs:
+            return 0, 0
+        low = int(knobs["steps"].low)
+        return low, max(low, int(min(knobs["steps"].high, self.max_steps)))
 
     def within(self, v: Control) -> bool:
         """Whether `v` lies in the bounds that TPE searches."""
-        inside = self.alphas[0] <= v["alpha"] <= self.alphas[-1] and v["steps"] <= self.max_steps
-        return bool(v["steps"] == 0 or inside)
+        alpha, steps = v.get("alpha", self.alphas[0]), v.get("steps", 1)
+        return bool(steps == 0 or (self.alphas[0] <= alpha <= self.alphas[-1] and steps <= self.max_steps))
 
 
 def rerun(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, meter: Meter) -> Scored:
@@ -73,23 +97,33 @@ def rerun(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, met
 
 
 def sweep(
-    driver: Driver, batches: Sequence[Batch], grid: Grid, rate: float, meter: Meter
+    driver: Driver, batches: Sequence[Batch], grid: Grid, u: Control, rate: float, meter: Meter
 ) -> Iterator[Scored]:
-    """Score every (alpha, K) of the grid at the price of ONE trajectory of max_steps for each alpha.
+    """Score every candidate of the grid around u, on common probe batches and random numbers.
 
-    PGD-K is the beginning of PGD-(K+1), so this equals running every candidate by itself. All candidates
-    share the probe batches and the random start.
+    Where the method passes through the step of every smaller K (`Prefixes`: PGD-K is the beginning of
+    PGD-(K+1)), at the price of ONE trajectory of max_steps for each alpha, which equals running every
+    candidate by itself; otherwise each candidate is run.
     """
-    yield rerun(driver, batches, Control(alpha=0.0, steps=0), rate, meter)
+    if not isinstance(driver.method, Prefixes):
+        for v in grid.candidates(driver.method, u):
+            yield rerun(driver, batches, v, rate, meter)
+        return
+    yield rerun(driver, batches, grid.control(u, 0.0, 0), rate, meter)
     for alpha in grid.alphas:
-        longest = Control(alpha=alpha, steps=grid.max_steps)
+        longest = grid.control(u, alpha, grid.max_steps)
         for scored in zip(*(driver.fields(b, longest, rate, meter) for b in batches), strict=True):
             v = scored[0][0]
             yield v, driver.method.controls.cost(v), [gradients for _, gradients in scored]
 
 
 def tpe(
-    objective: Callable[[Control], float], grid: Grid, trials: int, seed: int, first: Sequence[Control] = ()
+    objective: Callable[[Control], float],
+    grid: Grid,
+    trials: int,
+    seed: int,
+    first: Sequence[Control],
+    knobs: Mapping[str, Knob],
 ) -> None:
     """Maximise objective(v) over log alpha and K in the bounds of G with hyperopt's Parzen estimators.
 
@@ -100,7 +134,9 @@ def tpe(
         grid: bounds: alpha between its smallest and largest step size, K up to max_steps.
         trials: number of evaluations, those of `first` not counted.
         seed: of hyperopt's generator.
-        first: controls to try before the search starts; those outside the bounds are passed over.
+        first: controls to try before the search starts; those outside the bounds are passed over. The first
+            of them says what knobs other than alpha and K are.
+        knobs: what the method has.
 
     Raises:
         ValueError: trials is less than 1.
@@ -113,16 +149,17 @@ def tpe(
     from hyperopt.fmin import generate_trials_to_calculate
 
     low, high = math.log(grid.alphas[0]), math.log(grid.alphas[-1])
+    least, most = grid._range(knobs)
     space = {
         "alpha": hp.loguniform("alpha", low, max(high, low + 1e-9)),
-        "steps": hp.quniform("steps", -0.5, grid.max_steps + 0.5, 1),
+        "steps": hp.quniform("steps", least - 0.5, most + 0.5, 1),
     }
 
     def loss(point: dict[str, float]) -> dict[str, Any]:
-        steps = min(max(int(point["steps"]), 0), grid.max_steps)
+        steps = min(max(int(point["steps"]), least), most)
         alpha = min(max(point["alpha"], grid.alphas[0]), grid.alphas[-1])
         try:
-            value = objective(Control(alpha=alpha, steps=steps))
+            value = objective(grid.control(first[0], alpha, steps))
         except NonFiniteError as error:
             return {"status": STATUS_FAIL, "error": str(error)}
         if not math.isfinite(value):
@@ -131,7 +168,9 @@ def tpe(
 
     # A point outside the bounds would come back with its K cut: a control that nobody asked for.
     points = [
-        {"alpha": v["alpha"] or grid.alphas[0], "steps": float(v["steps"])} for v in first if grid.within(v)
+        {"alpha": v.get("alpha") or grid.alphas[0], "steps": float(v.get("steps", least))}
+        for v in first
+        if grid.within(v)
     ]
     with contextlib.suppress(AllTrialsFailed):  # then nothing was found, which is no error of the search
         fmin(

@@ -1,0 +1,139 @@
+"""Systems for tests over every method: small networks, a control for any method, a plan that never changes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from helpers import CLASSES, samples, split
+from torch import Tensor, nn
+
+from controlat import rng
+from controlat.balls import Ball
+from controlat.control import Control
+from controlat.dynamics import Driver, Plan, SGDSettings
+from controlat.methods import Batch, Method, build, names
+
+HEAVY = SGDSettings(momentum=0.9, weight_decay=1e-3)
+
+
+class Case(NamedTuple):
+    """A method with options, and knobs that differ from the sample control's."""
+
+    name: str
+    options: Mapping[str, Any] = {}  # noqa: RUF012
+    knobs: Mapping[str, float] = {}  # noqa: RUF012
+
+    def method(self) -> Method:
+        return build(self.name, self.options)
+
+    def control(self, **knobs: float) -> Control:
+        return sample(self.method(), **{**self.knobs, **knobs})
+
+
+# Options under which a method attacks from its first step on.
+OPTIONS: dict[str, dict[str, Any]] = {"cat": {"curriculum": False}}
+PLAIN = {name: Case(name, OPTIONS.get(name, {})) for name in names()}
+VARIANTS = {
+    "atta reset": Case("atta", {"init": "uniform"}, {"reset": 2}),
+    "awp warm-up": Case("awp", {"warmup": 1}),
+    "cat curriculum": Case("cat", {"patience": 1, "ready": 0.0, "expected": 0.0}, {"steps": 3}),
+    "cat basic": Case("cat", {"curriculum": False, "mixing": False}),
+    "dynamic weighted": Case("dynamic", {"outer_weight": "loss", "displacement": "start"}),
+    "fast fixed": Case("fast", {"init": "fixed"}, {"start": 0.5}),
+    "fast previous": Case("fast", {"init": "previous"}),
+    "fast wide": Case("fast", {"clamp_start": False}, {"start": 3.0}),
+    "fat gaussian": Case("fat", {"start": "gaussian", "omega": 0.0}),
+    "nfgsm clipped": Case("nfgsm", {}, {"clip": 1.0}),
+    "pgd_at clean": Case("pgd_at", {"random_start": False, "clean_weight": 0.5}),
+    "trades separate": Case("trades", {"separate_clean": True, "attack_mode": "train"}),
+    "yopo direct": Case("yopo", {"first_layer_grad": "direct", "gradients": "sum"}),
+    "yopo hamiltonian": Case("yopo", {"first_layer_grad": "hamiltonian"}, {"inner": 3}),
+}
+CASES = {**PLAIN, **VARIANTS}
+
+
+def sample(method: Method, **knobs: float) -> Control:
+    """A control of any method: alpha = 0.03, two steps, defaults, and 1 or 0.1 where there is none."""
+    chosen: dict[str, float] = {"alpha": 0.03, "steps": 2}
+    for name, knob in method.controls.items():
+        if name not in chosen and knob.default is None:
+            chosen[name] = max(knob.low, 1) if knob.kind == "integer" else max(knob.low, 0.1)
+    chosen = {name: value for name, value in (chosen | knobs).items() if name in method.controls}
+    return method.controls.check(chosen)
+
+
+def smooth(seed: int = 0) -> nn.Module:
+    """A network with two derivatives everywhere, in float64, for images (1, 4, 4); its f_0 is linear."""
+    with rng.scoped(seed, "smooth"):
+        head = nn.Conv2d(1, 4, 3, padding=1), nn.Softplus(), nn.Flatten()
+        return nn.Sequential(*head, nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def batch(
+    n: int = 6,
+    shape: tuple[int, int, int] = (1, 4, 4),
+    *,
+    epoch: int = 0,
+    number: int = 0,
+    margin: float = 0.0,
+    seed: int = 7,
+) -> Batch:
+    """n samples, whose pixels keep a distance from black and white."""
+    x, y = samples(n, shape, seed=seed)
+    return Batch(margin + (1 - 2 * margin) * x, y, torch.arange(n), epoch, number)
+
+
+def driver(
+    case: Case | Method,
+    model: nn.Module | None = None,
+    ball: Ball = Ball(0.1),  # noqa: B008
+    optimizer: SGDSettings = HEAVY,
+    seed: int = 3,
+    **options: Any,
+) -> Driver:
+    method = case.method() if isinstance(case, Case) else case
+    return Driver(smooth() if model is None else model, method, ball, optimizer, seed, **options)
+
+
+def constant(
+    u: Control,
+    n: int = 10,
+    shape: tuple[int, int, int] = (1, 4, 4),
+    *,
+    epochs: int = 3,
+    batch_size: int = 4,
+    rate: float = 0.1,
+    seed: int = 3,
+    **options: Any,
+) -> Plan:
+    """A plan with one control and one rate; the last batch of an epoch is shorter."""
+    made = Plan(split(n, shape), batch_size, epochs, lambda t: u, lambda t, T: rate, seed)  # type: ignore[arg-type]
+    return replace(made, **options)
+
+
+def trained_on(model: nn.Module) -> list[Tensor]:
+    """What the network sees while its parameters ask for gradients: views for attacks run on detached ones."""
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if all(p.requires_grad for p in module.parameters()):
+            assert module.training
+            seen.append(arguments[0].detach().clone())
+
+    model.register_forward_pre_hook(look)
+    return seen
+
+
+def passes(model: nn.Module) -> tuple[list[int], list[int]]:
+    """Samples taken forward, and those taken backward, in passes through the whole network."""
+    forwards: list[int] = []
+    backwards: list[int] = []
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        forwards.append(len(output))
+        if output.requires_grad:
+            output.register_hook(lambda g: backwards.append(len(g)))
+
+    model.register_forward_hook(look)
+    return forwards, backwards
