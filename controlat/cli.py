@@ -1,4 +1,4 @@
-"""The command line: controlat evaluate, train, attack, data, models. Bad usage exits with 2 and one line."""
+"""The command line: controlat evaluate, train, attack, data, methods, models. Bad usage exits with 2 and one line."""
 
 from __future__ import annotations
 
@@ -80,6 +80,9 @@ def _parser() -> Parser:
     data.add_argument("name", nargs="?", default=None, help="Data set to download; lists them without it.")
     data.add_argument("--data_dir", type=str, default=None, help="Where to; the cache if left out.")
     commands.add_subcommand("data", data, help="list the data sets, download one")
+
+    systems = Parser(description="List the training systems.", default_env=False)
+    commands.add_subcommand("methods", systems, help="list the training systems with their controls")
 
     networks = Parser(description="List the networks.", default_env=False)
     networks.add_argument("--num_classes", type=int, default=10, help="Number of classes.")
@@ -177,6 +180,13 @@ def _data(found: Namespace) -> None:
     print(f"{found.name} is in {folder}; use it with --data {found.name}{where}")
 
 
+def _methods(found: Namespace) -> None:
+    from controlat import methods, report
+
+    print(report.methods_table(methods.describe()))
+    print("\nAny control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
+
+
 def _models(found: Namespace) -> None:
     from controlat import models, report
 
@@ -202,6 +212,7 @@ _COMMANDS = {
     "train": _train,
     "attack": _attack,
     "data": _data,
+    "methods": _methods,
     "models": _models,
 }
 

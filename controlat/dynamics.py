@@ -319,6 +319,7 @@ class Driver:
         total: list[Tensor] | None = None
         losses: list[float] = []
         dropped: set[str] = set()
+        moved = False
         reply: Sequence[Tensor] | None = None
         try:
             updates = self.method.updates(ctx, batch, u)
@@ -336,12 +337,13 @@ class Driver:
                     if total is None:
                         raise ValueError(f"{type(self.method).__name__} moves theta without a gradient")
                     yield update._replace(dropped=tuple(sorted(dropped))), sum(losses), total
-                    total, losses = None, []
+                    total, losses, moved = None, [], True
         except NonFiniteError as error:
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise error if where in str(error) else NonFiniteError(f"{error} ({where})") from None
-        if total is not None:
-            raise ValueError(f"{type(self.method).__name__} ends a step with a gradient that moves nothing")
+        if total is not None or not moved:
+            what = "without moving theta" if total is None else "with a gradient that moves nothing"
+            raise ValueError(f"{type(self.method).__name__} ends a step {what}")
 
     @staticmethod
     def _next(updates: Any, reply: Sequence[Tensor] | None) -> Update | None:
@@ -367,9 +369,9 @@ class Driver:
             cast = torch.autocast(self.device.type, dtype=self.autocast)
         kept = contextlib.nullcontext() if update.add else self._buffers_kept()
         shift = None if graph else update.shift
-        if before is not None and update.shift is not None:
-            pairs = zip(before.items(), update.shift, strict=True)
-            ctx.theta = {name: t + d for (name, t), d in pairs}
+        if before is not None:  # new names for theta: what a method made of it is held fixed, with its graph
+            moved = before.values() if update.shift is None else map(torch.add, before.values(), update.shift)
+            ctx.theta = {name: t.view_as(t) for name, t in zip(before, moved, strict=True)}
         parameters = self.parameters if ctx.theta is None else list(ctx.theta.values())
         with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(shift):
             with cast:

@@ -252,6 +252,13 @@ def attack_notes(result: Mapping[str, Any]) -> list[str]:
     return lines + [f"WARNING: {text}." for text in result["warnings"]]
 
 
+def methods_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The training systems, as `controlat.methods.describe` tells them."""
+    heads = ["method", "minimises", "controls (default)", "gradient evaluations", "source"]
+    cells = [[e["name"], e["what"].rstrip("."), e["controls"], e["cost"], e["source"]] for e in entries]
+    return table(heads, cells, words=range(len(heads)))
+
+
 FIGURES = {
     "schedules.png": "step size and steps",
     "criterion.png": "C per epoch",

@@ -1,4 +1,4 @@
-"""Systems for tests over every method: small networks, a control for any method, a plan that never changes."""
+"""For tests over every method: small networks, a control for any method, a plan that never changes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,8 +21,8 @@ class Case(NamedTuple):
     """A method with options, and knobs that differ from the sample control's."""
 
     name: str
-    options: Mapping[str, Any] = {}  # noqa: RUF012
-    knobs: Mapping[str, float] = {}  # noqa: RUF012
+    options: Mapping[str, Any] = {}
+    knobs: Mapping[str, float] = {}
 
     def method(self) -> Method:
         return build(self.name, self.options)
@@ -54,13 +54,14 @@ CASES = {**PLAIN, **VARIANTS}
 
 
 def sample(method: Method, **knobs: float) -> Control:
-    """A control of any method: alpha = 0.03, two steps, defaults, and 1 or 0.1 where there is none."""
+    """A control of any method: alpha = 0.03, two steps if it may have them, defaults, else 1 or 0.1."""
     chosen: dict[str, float] = {"alpha": 0.03, "steps": 2}
     for name, knob in method.controls.items():
         if name not in chosen and knob.default is None:
             chosen[name] = max(knob.low, 1) if knob.kind == "integer" else max(knob.low, 0.1)
-    chosen = {name: value for name, value in (chosen | knobs).items() if name in method.controls}
-    return method.controls.check(chosen)
+    space = method.controls
+    chosen = {name: min(value, space[name].high) for name, value in (chosen | knobs).items() if name in space}
+    return space.check(chosen)
 
 
 def smooth(seed: int = 0) -> nn.Module:
@@ -113,7 +114,7 @@ def constant(
 
 
 def trained_on(model: nn.Module) -> list[Tensor]:
-    """What the network sees while its parameters ask for gradients: views for attacks run on detached ones."""
+    """What the network sees while its parameters ask for gradients: views run on detached ones."""
     seen: list[Tensor] = []
 
     def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ its options.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Update",
     "Updates",
     "build",
+    "describe",
     "names",
 ]
 
@@ -55,3 +57,36 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
     if not hasattr(method, "updates") or not hasattr(method, "controls"):
         raise ValueError(f"method {name!r} must have `controls` and `updates`, got {type(method).__name__}")
     return method  # type: ignore[no-any-return]
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method of this folder: its name, what it does, its controls, what it costs, and its source.
+
+    All of it is read from the file: the first line and the source of the class's docstring, its controls with
+    their defaults, and the docstring of `controls`.
+
+    >>> [entry["controls"] for entry in describe() if entry["name"] == "pgd_at"]
+    ['alpha, steps']
+    """
+    found = []
+    for name in names():
+        method = build(name)
+        kind = type(method)
+        text = inspect.getdoc(kind) or ""
+        knobs = [
+            key if knob.default is None else f"{key} ({knob.default:g})"
+            for key, knob in method.controls.items()
+            if knob.low < knob.high
+        ]
+        cost = (inspect.getdoc(kind.controls) or "").partition(", at ")[2]
+        found.append(
+            {
+                "name": name,
+                "what": text.partition("\n\n")[0].replace("\n", " "),
+                "controls": ", ".join(knobs),
+                "cost": " ".join(cost.split()).rstrip("."),
+                "sweep": isinstance(method, Prefixes),
+                "source": text.partition("Source:\n")[2].strip().partition("\n")[0].strip().rstrip("."),
+            }
+        )
+    return found

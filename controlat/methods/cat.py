@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +63,11 @@ class Cat:
 
     @property
     def controls(self) -> ControlSpace:
-        """k, at k/2 + 1 gradient evaluations with mixing, k + 1 without; at most."""
+        """k, at k/2 + 1 gradient evaluations with mixing, k + 1 without.
+
+        While the curriculum is below k it costs less; where k + 1 does not divide the batch, mixing costs a
+        little more, as the last and strongest part is the largest.
+        """
         return ControlSpace(
             {"steps": STRENGTH}, cost=lambda u: 1 + (u["steps"] / 2 if self.mixing else u["steps"])
         )
@@ -127,7 +130,7 @@ class Cat:
         if ctx.held_out is None:
             grow = accuracy > self.expected
         else:
-            found, best = self._validate(ctx, k), float(memory.get("best", torch.tensor(-1.0)))
+            found, best = self._validate(ctx, k), int(memory.get("best", torch.tensor(-1)))
             waited = int(memory.get("waited", torch.tensor(0))) + 1
             if found > best:
                 waited, best = 0, found
@@ -135,16 +138,13 @@ class Cat:
             grow = waited >= self.patience and accuracy > self.ready
             if grow and k < int(u["steps"]):
                 ctx.reload("best")
-                best, waited = -math.inf, 0
-            memory["best"] = torch.tensor(
-                best, dtype=torch.float64
-            )  # exact: an equal accuracy is no better one
-            memory["waited"] = torch.tensor(waited)
+                best, waited = -1, 0
+            memory["best"], memory["waited"] = torch.tensor(best), torch.tensor(waited)
         if grow and k < int(u["steps"]):
             memory["strength"] = torch.tensor(k + 1)
 
-    def _validate(self, ctx: Epoch, k: int) -> float:
-        """Accuracy on the held-out samples at strength k, inputs rounded."""
+    def _validate(self, ctx: Epoch, k: int) -> int:
+        """How many held-out samples are right at strength k, inputs rounded."""
         right, draw = 0, ctx.generator("validation size")
         with View(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
             for i, (x, y) in enumerate(ctx.batches()):
@@ -155,7 +155,7 @@ class Cat:
                 if self.levels:
                     x = (x * (self.levels - 1)).round() / (self.levels - 1)
                 right += int((view(x).argmax(1) == y).sum())
-        return right / len(ctx.held_out)  # type: ignore[arg-type]
+        return right
 
 
 METHOD = Cat

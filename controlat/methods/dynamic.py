@@ -30,8 +30,8 @@ class Dynamic:
     Args:
         gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"``, the same over the pixels in [0, 1].
         displacement: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released code.
-        outer_weight: ``"none"``, or ``"loss"``, each sample's cross-entropy as its own weight, detached, as
-            in the released code from the second epoch on.
+        outer_weight: ``"none"``, or ``"loss"``: from the second epoch on the released code weights each
+            sample by its own cross-entropy, held fixed; that is the gradient of half the mean square.
         random_start: start at a random point of the ball.
         attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
 
@@ -86,14 +86,10 @@ class Dynamic:
         weighted = self.outer_weight == "loss" and ctx.epoch > 0
 
         def loss() -> Tensor:
-            value = cross_entropy(ctx.logits(x_adv), y)
-            return (value.detach() * value).mean() if weighted else value.mean()
+            logits = ctx.logits(x_adv)
+            return cross_entropy(logits, y).square().mean() / 2 if weighted else F.cross_entropy(logits, y)
 
-        dropped = ("the weights of samples",) if weighted else ()
-        yield Update(
-            loss if weighted else lambda: F.cross_entropy(ctx.logits(x_adv), y),
-            (*smooth_steps(ctx, u), *dropped),
-        )
+        yield Update(loss, smooth_steps(ctx, u))
 
 
 METHOD = Dynamic

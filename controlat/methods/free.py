@@ -47,7 +47,8 @@ class Free:
                 lambda point=point: F.cross_entropy(ctx.logits((x + point).clamp(0, 1)), y),  # type: ignore[misc]
                 also=lambda point=point: (point,),  # type: ignore[misc]
             )
-            delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(gradient))
+            alone = n * gradient  # of each sample's own loss, whatever the batch size
+            delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(alone))
         ctx.memory["delta"] = torch.cat([delta, kept[n:]])
 
 

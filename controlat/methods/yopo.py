@@ -77,18 +77,17 @@ class Yopo:
                 move=last and self.first_layer_grad == "direct",
                 dropped=(*smooth_steps(ctx, u), *(("the input of the later layers",) if cut else ())),
             )
-            p = p.detach()
             if last and self.first_layer_grad == "direct":
                 return
-            eta = self._inner(ctx, batch, u, eta, p)
+            alone = len(x) / weight * p  # of each sample's own loss, whatever the batch size
+            eta = self._inner(ctx, batch, u, eta, alone)
             if self.first_layer_grad != "direct":
 
                 def hamiltonian(eta: Tensor = eta, p: Tensor = p) -> Tensor:
                     value = (ctx.layer((x + eta).clamp(0, 1), layer) * p).sum()
                     return value - value.detach()  # it is no part of the loss that is reported
 
-                dropped = ("the first layer's costate p", *smooth_steps(ctx, u))
-                yield Update(hamiltonian, dropped, move=last)
+                yield Update(hamiltonian, smooth_steps(ctx, u), move=last)
 
     def _inner(self, ctx: Context, batch: Batch, u: Control, eta: Tensor, p: Tensor) -> Tensor:
         """n steps of ascent on <f_0(x + eta), p>, projected on the ball, then on the pixels."""

@@ -6,11 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from controlat.attacks.pgd import ALPHA, STEPS
 from controlat.control import Control, Knob, number
 from controlat.dynamics import Driver
 from controlat.methods import Batch, Method, Prefixes
@@ -122,8 +124,8 @@ def tpe(
     grid: Grid,
     trials: int,
     seed: int,
-    first: Sequence[Control],
-    knobs: Mapping[str, Knob],
+    first: Sequence[Control] = (),
+    knobs: Mapping[str, Knob] = MappingProxyType({"alpha": ALPHA, "steps": STEPS}),
 ) -> None:
     """Maximise objective(v) over log alpha and K in the bounds of G with hyperopt's Parzen estimators.
 
@@ -136,7 +138,7 @@ def tpe(
         seed: of hyperopt's generator.
         first: controls to try before the search starts; those outside the bounds are passed over. The first
             of them says what knobs other than alpha and K are.
-        knobs: what the method has.
+        knobs: what the method has; those of PGD by default.
 
     Raises:
         ValueError: trials is less than 1.
@@ -150,6 +152,7 @@ def tpe(
 
     low, high = math.log(grid.alphas[0]), math.log(grid.alphas[-1])
     least, most = grid._range(knobs)
+    base = first[0] if first else Control(**{name: knob.default or 1 for name, knob in knobs.items()})
     space = {
         "alpha": hp.loguniform("alpha", low, max(high, low + 1e-9)),
         "steps": hp.quniform("steps", least - 0.5, most + 0.5, 1),
@@ -159,7 +162,7 @@ def tpe(
         steps = min(max(int(point["steps"]), least), most)
         alpha = min(max(point["alpha"], grid.alphas[0]), grid.alphas[-1])
         try:
-            value = objective(grid.control(first[0], alpha, steps))
+            value = objective(grid.control(base, alpha, steps))
         except NonFiniteError as error:
             return {"status": STATUS_FAIL, "error": str(error)}
         if not math.isfinite(value):

@@ -1,18 +1,18 @@
-"""What every method of the folder must keep to, whatever it does: bits, counts, bounds, snapshots, scoring."""
+"""What every method of the folder must keep to: bits, counts, bounds, snapshots, scoring."""
 
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, SHAPE, cnn_bn, flat, same, samples, split, trace
+from helpers import SHAPE, cnn_bn, flat, same, samples, split, trace
 from systems import CASES, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, trained_on
 from torch import nn
 
 from controlat.balls import Ball
 from controlat.control import Control
-from controlat.dynamics import Driver, SGDSettings, rollout
+from controlat.dynamics import SGDSettings, rollout
 from controlat.methods import Context, Prefixes, names
-from controlat.models import build
 
 EPS = 0.1
 PLAIN_SGD = SGDSettings(momentum=0.0)
@@ -181,13 +181,16 @@ def test_what_is_trained_on_lies_in_the_ball_and_within_the_pixels(
             far = max(far, distance)
             assert distance <= reach(case, u) + 1e-9
             within = float(x.min()) >= -1e-12 and float(x.max()) <= 1 + 1e-12
-            assert within or case.name == "yopo"  # its first full pass is at the noise, as released
+            assert within or (case.name == "yopo" and x is seen[0])  # at the noise, as released
     assert far > 0.3 * EPS
     for carried in d.memory.values():
         if carried.is_floating_point():
             assert d.ball.distance(carried, torch.zeros_like(carried)).max() <= EPS + 1e-9
     if case.name == "atta":
-        assert d.ball.distance(d.rows["delta"].values, torch.zeros_like(d.rows["delta"].values)).max() <= EPS + 1e-9
+        assert (
+            d.ball.distance(d.rows["delta"].values, torch.zeros_like(d.rows["delta"].values)).max()
+            <= EPS + 1e-9
+        )
 
 
 def test_without_a_clip_n_fgsm_leaves_the_ball() -> None:
@@ -198,13 +201,13 @@ def test_without_a_clip_n_fgsm_leaves_the_ball() -> None:
     assert 2 * EPS < d.ball.distance(seen[0], b.x).max() <= 3 * EPS
 
 
-# -------------------------------------------------------------------------------- BatchNorm, layout, precision
+# ------------------------------------------------------------------------------- BatchNorm, layout, precision
 
 
 @every
 @norms
 def test_batchnorm_dropout_and_short_batches_are_no_obstacle(case: Case, norm: str) -> None:
-    model = build("cnn_bn", SHAPE, CLASSES)  # in float32
+    model = cnn_bn().float()
     data = split(7, SHAPE)
     data = type(data)(data.x.float(), data.y)
     p = constant(case.control(), shape=SHAPE, epochs=2, data=data, held_out=data)
@@ -227,7 +230,7 @@ def test_the_memory_layout_plays_no_part_but_for_rounding(case: Case) -> None:
 
 @every
 def test_mixed_precision_runs_on_float32_parameters(case: Case) -> None:
-    model = build("cnn_bn", SHAPE, CLASSES)
+    model = cnn_bn().float()
     d, kinds = driver(case, model, autocast=torch.bfloat16), set()
     model[0].register_forward_hook(lambda m, arguments, output: kinds.add(output.dtype))
     b = batch(shape=SHAPE)
@@ -281,8 +284,22 @@ def test_a_snapshot_between_two_epochs_is_continued_bit_for_bit(case: Case) -> N
     assert same(other.snapshot(), d.snapshot())
 
 
+@every
+@pytest.mark.parametrize("stride", [1, 2])
+def test_from_every_recorded_state_the_steps_up_to_the_next_can_be_repeated(case: Case, stride: int) -> None:
+    p, store = constant(case.control(), held_out=split(8, (1, 4, 4), seed=5)), {}
+    d = driver(case)
+    steps = list(rollout(d, p, record=store.__setitem__, stride=stride))
+    assert sorted(store) == list(range(0, 9, stride))
+    for number in sorted(store, reverse=True):
+        d.restore(store[number])
+        epoch, i = divmod(number, p.batches_per_epoch)
+        found = list(islice(rollout(d, p, epoch=epoch, batch=i), stride))
+        assert same(found, steps[number : number + stride])
+
+
 @plain
-def test_every_recorded_step_can_be_repeated(case: Case) -> None:
+def test_every_recorded_step_leads_to_the_next_recorded_state(case: Case) -> None:
     p, store = constant(case.control()), {}
     d = driver(case)
     steps = list(rollout(d, p, record=store.__setitem__))
@@ -369,7 +386,7 @@ def test_a_ball_of_radius_zero_gives_standard_training(case: Case, norm: str) ->
     torch.testing.assert_close(flat(d.field(b, bare.control(), 0.1)), expected, rtol=1e-10, atol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------ what is wrong
+# ---------------------------------------------------------------------------------------------- what is wrong
 
 
 @every
