@@ -434,8 +434,8 @@ def test_flags_override_the_file_of_settings(tmp_path: Path) -> None:
 
 def test_a_file_of_settings_holds_lists_for_evaluate(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
-        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nchecks: 0\nalphas: [0.1, 2/10]\n"
-        "epochs: 1\ntrain_points: 200\ntest_points: 80\nthreads: 1\nprogress: false\n"
+        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nalphas: [0.1, 2/10]\n"
+        "checks: 0\nepochs: 1\ntrain_points: 200\ntest_points: 80\nthreads: 1\nprogress: false\n"
     )
     words = ["evaluate", "--config", tmp_path / "my.yaml", "--seeds", "5"]
     assert _run(*words, "--out", tmp_path / "out") == 0
@@ -520,28 +520,33 @@ def _starts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pyautoattack, "AutoAttack", Telling)
 
 
+LONGER = ["--train_points", "600", "--epochs", "6"]
+
+
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network trained independently of `run`."""
-    out = tmp_path_factory.mktemp("cli") / "other"
-    assert _run("train", "--out", out, *TRAIN, "--seed", "1") == 0
-    return out / "best.pt"
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Checkpoints of two networks trained independently."""
+    folder = tmp_path_factory.mktemp("two")
+    for seed in "01":
+        words = ["--schedule", "fgsm:alpha=0.1", "--seed", seed]
+        assert _run("train", "--out", folder / seed, *TINY, *LONGER, *words) == 0
+    return [folder / seed / "last.pt" for seed in "01"]
 
 
 MORE = ["--sweeps", "true", "--autoattack", "4", "--checks", "20", "--threads", "1", "--progress", "false"]
 
 
 def test_attack_prints_a_row_for_everything_that_it_stores(
-    run: Path,
-    other: Path,
+    two: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _starts(monkeypatch)
     out = tmp_path / "F.json"
+    model, other = two
     few = ["--points", "40", "--attacks", "fgsm", "--eps", "0.02", "--surrogate", other, "--out", out]
-    assert _run("attack", run / "best.pt", *few, *MORE) == 0
+    assert _run("attack", model, *few, *MORE) == 0
     output, error = capsys.readouterr()
     first, *later = error.splitlines()
     assert re.fullmatch(
@@ -568,9 +573,9 @@ def test_attack_prints_a_row_for_everything_that_it_stores(
     assert warned == [f"WARNING: {text}." for text in found["warnings"]]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert set(before) == {"F.json", "F.png"}
-    assert "F.json exists" in _refused(capsys, "attack", run / "best.pt", *few, *MORE)
+    assert "F.json exists" in _refused(capsys, "attack", model, *few, *MORE)
     out.unlink()
-    assert "F.png exists" in _refused(capsys, "attack", run / "best.pt", *few, *MORE)
+    assert "F.png exists" in _refused(capsys, "attack", model, *few, *MORE)
     assert {p.name for p in tmp_path.iterdir()} == {"F.png"}
 
 
@@ -596,10 +601,11 @@ def test_attack_prints_its_warnings(
 
 
 def test_evaluate_shows_everything_that_was_asked_for(
-    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _starts(monkeypatch)
-    words = ["evaluate", "--out", tmp_path / "out", *EVALUATE, *MORE, "--surrogate", other]
+    other = two[0]
+    words = ["evaluate", "--out", tmp_path / "out", *EVALUATE, *LONGER, *MORE, "--surrogate", other]
     assert _run(*words) == 0
     output, error = capsys.readouterr()
     assert error.index("AutoAttack on 4 points: at most") < error.index("it starts")

@@ -448,7 +448,7 @@ def test_attack_of_something_that_is_no_checkpoint(tmp_path: Path) -> None:
         jobs.attack(tmp_path / "y.pt")
 
 
-# ---------------------------------------------------------------- checks, AutoAttack, transfer attacks, sweeps
+# --------------------------------------------------------------- checks, AutoAttack, transfer attacks, sweeps
 
 DOWNHILL = """
 import torch
@@ -488,7 +488,7 @@ FITTED = {"epochs": 6, "train_points": 600, "eps": 0.15, "threads": 1, "progress
 
 @pytest.fixture(scope="module")
 def downhill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a surrogate, a network whose input gradient points downhill, and an evaluation of such."""
+    """A folder with a surrogate, a network whose input gradient points downhill, and an evaluation of two."""
     folder = tmp_path_factory.mktemp("downhill")
     (folder / "downhill.py").write_text(DOWNHILL)
     with pytest.MonkeyPatch.context() as patch:

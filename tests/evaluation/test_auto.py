@@ -1,6 +1,7 @@
 """AutoAttack wrapped here against pyautoattack called directly; counts, warnings, what is left alone."""
 
 import builtins
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from controlat.evaluation import Accuracy, AutoAttacked, autoattack
 from controlat.evaluation.auto import auto_cost, require
 from controlat.evaluation.robust import measure
 from controlat.evaluation.source import Pair, spread
-from controlat.network import NonFiniteError
+from controlat.network import Meter, NonFiniteError, View
 
 
 @pytest.fixture
@@ -162,6 +163,25 @@ def test_few_classes(classes: int, wanted: list[str]) -> None:
 # ------------------------------------------------------------------------------------ counts and side effects
 
 
+def test_logits_with_a_graph_count_each_pass_once(ten: nn.Module) -> None:
+    x, _ = digits_of(10, 7)
+    with View(ten) as view:
+        with torch.no_grad():
+            plain = view.logits(x)
+        assert view.meter == Meter(0, 7)
+        assert not view.logits(x).requires_grad, "nobody asks for a gradient"
+        assert view.meter == Meter(0, 14)
+        asked = x.clone().requires_grad_()
+        found = view.logits(asked)
+        assert view.meter == Meter(0, 21)
+        torch.autograd.grad(found.sum(), asked, retain_graph=True)
+        assert view.meter == Meter(7, 14), "forward and backward together are one gradient evaluation"
+        (gradient,) = torch.autograd.grad(found.sum(), asked)
+        assert view.meter == Meter(14, 14)
+        assert torch.equal(gradient, view.gradient(view.prepare(x), lambda logits: logits.sum(1)))
+    assert torch.equal(plain, found.detach())
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -254,6 +274,15 @@ def test_where_all_are_wrong_there_is_nothing_to_attack(ten: nn.Module) -> None:
         wrong = (ten(x).argmax(1) + 1) % 10
     found = autoattack(ten, Pair(x, wrong), Ball(0.1), points=8)
     assert (found.clean.correct, found.robust.correct, found.spent.gradients) == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_network_in_float64_is_attacked_too(ten: nn.Module) -> None:
+    x, y = digits_of(10, 40)
+    double = copy.deepcopy(ten).double()
+    found = autoattack(double, Pair(x.double(), y), Ball(0.1), points=40)
+    assert found.clean == autoattack(ten, Pair(x, y), Ball(0.1), points=40).clean
+    assert found.robust.correct < found.clean.correct
 
 
 # ----------------------------------------------------------------------------------------------- its warnings
