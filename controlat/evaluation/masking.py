@@ -194,8 +194,8 @@ def _sentences(
         )
     if survivors >= _FEW and blackbox > few:
         found.append(
-            f"random search without gradients broke {blackbox} of {survivors - restarts} points that survived "
-            "the evaluation and those restarts: its gradients are masked, use --autoattack"
+            f"random search without gradients broke {blackbox} of {survivors - restarts} points that "
+            "survived the evaluation and those restarts: its gradients are masked, use --autoattack"
         )
     return found
 
