@@ -4,8 +4,8 @@
     python analysis/amata_table1.py --data-dir FOLDER --size full  # for a GPU; --dry-run says the cost
     python analysis/amata_table1.py --data-dir FOLDER --part maximisers   # TPE beside the sweep, one seed
 
-It calls `controlat.evaluate` with the exact sweep over G on all seeds; the part `maximisers` calls it twice on
-one seed, with the sweep and with hyperopt's TPE (the paper's maximiser), which look at the same states.
+It calls `controlat.evaluate` with the exact sweep over G on all seeds; the part `maximisers` calls it twice
+on one seed, with the sweep and with hyperopt's TPE (the paper's maximiser), which look at the same states.
 Stopped, each goes on with the same command. Checkpoints and logs are in --work; results go to
 analysis/amata_table1/SIZE: sweep.json (all numbers), table.json, table.md, figures; maximisers.json; `--part
 losses` writes losses.json, the loss of every epoch of whatever runs are in --work. The paper's numbers are
