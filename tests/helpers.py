@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -82,3 +83,21 @@ def trace(model: nn.Module) -> dict[str, Any]:
         "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "random": torch.random.get_rng_state(),
     }
+
+
+def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: int = 30) -> None:
+    """Let AutoAttack take few steps, here and in pyautoattack itself."""
+    import pyautoattack
+
+    from controlat.evaluation import auto
+
+    class Short(pyautoattack.AutoAttack):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            for attack in (self.apgd, self.apgd_targeted, self.fab):
+                attack.n_iter = iterations
+            self.square.n_queries = queries
+
+    patch.setattr(pyautoattack, "AutoAttack", Short)
+    patch.setattr(auto, "_ITERATIONS", iterations)
+    patch.setattr(auto, "_QUERIES", queries)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import shorten_autoattack
 
 import controlat
 from controlat import cli
@@ -433,8 +434,8 @@ def test_flags_override_the_file_of_settings(tmp_path: Path) -> None:
 
 def test_a_file_of_settings_holds_lists_for_evaluate(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
-        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nchecks: 0\nalphas: [0.1, 2/10]\n"
-        "epochs: 1\ntrain_points: 200\ntest_points: 80\nthreads: 1\nprogress: false\n"
+        "schedules: [none, 'fgsm:alpha=0.15']\nseeds: [3, 4]\nattacks: [fgsm]\nalphas: [0.1, 2/10]\n"
+        "checks: 0\nepochs: 1\ntrain_points: 200\ntest_points: 80\nthreads: 1\nprogress: false\n"
     )
     words = ["evaluate", "--config", tmp_path / "my.yaml", "--seeds", "5"]
     assert _run(*words, "--out", tmp_path / "out") == 0
@@ -502,3 +503,127 @@ def test_attack_uses_the_radius_of_training_unless_told_otherwise(
     output = capsys.readouterr().out
     assert "l2 eps 1," in output
     assert "after 2 epochs of pgd:steps=2,alpha=0.1" in output
+
+
+def _starts(patch: pytest.MonkeyPatch) -> None:
+    """AutoAttack takes few steps, and says on stderr when it starts."""
+    import pyautoattack
+
+    shorten_autoattack(patch)
+    short = pyautoattack.AutoAttack
+
+    class Telling(short):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            print("it starts", file=sys.stderr)
+            super().__init__(*args, **options)
+
+    patch.setattr(pyautoattack, "AutoAttack", Telling)
+
+
+LONGER = ["--train_points", "600", "--epochs", "6"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Checkpoints of two networks trained independently."""
+    folder = tmp_path_factory.mktemp("two")
+    for seed in "01":
+        words = ["--schedule", "fgsm:alpha=0.1", "--seed", seed]
+        assert _run("train", "--out", folder / seed, *TINY, *LONGER, *words) == 0
+    return [folder / seed / "last.pt" for seed in "01"]
+
+
+MORE = ["--sweeps", "true", "--autoattack", "4", "--checks", "20", "--threads", "1", "--progress", "false"]
+
+
+def test_attack_prints_a_row_for_everything_that_it_stores(
+    two: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _starts(monkeypatch)
+    out = tmp_path / "F.json"
+    model, other = two
+    few = ["--points", "40", "--attacks", "fgsm", "--eps", "0.02", "--surrogate", other, "--out", out]
+    assert _run("attack", model, *few, *MORE) == 0
+    output, error = capsys.readouterr()
+    first, *later = error.splitlines()
+    assert re.fullmatch(
+        r"AutoAttack on 4 points: at most \S+( k)? gradient evaluations and \S+( k)? forward passes, about "
+        r"\d+ seconds on this machine",
+        first,
+    )
+    assert set(later) == {"it starts"}, "what it costs is said before it starts, and nothing else"
+    found = read_json(out)
+    stored = {"clean": found["clean"], "robust": found["robust"], "after fgsm": found["after"]["fgsm"]}
+    stored["transfer, fgsm"] = found["transfer"]["after"]["fgsm"]
+    stored |= {f"AutoAttack, after {name}": a for name, a in found["autoattack"]["after"].items()}
+    stored |= {f"pgd-20, eps {a['eps']:.4g}": a for a in found["curves"]["eps"]}
+    stored |= {f"pgd, {a['steps']} steps": a for a in found["curves"]["steps"]}
+    assert len(stored) == 3 + 1 + 4 + 8 + 7
+    rows = [line for line in output.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(stored)
+    for name, a in stored.items():
+        assert re.search(rf"\| {re.escape(name)} +\| +{a['points']} \| +{a['value']:.1%} \|", output), name
+    for title in ("Checks for gradient masking", "Transfer", "Sweeps"):
+        assert title in output
+    assert f"Written to {out} and {tmp_path / 'F.png'}" in output
+    warned = [line for line in output.splitlines() if line.startswith("WARNING: ")]
+    assert warned == [f"WARNING: {text}." for text in found["warnings"]]
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == {"F.json", "F.png"}
+    assert "F.json exists" in _refused(capsys, "attack", model, *few, *MORE)
+    out.unlink()
+    assert "F.png exists" in _refused(capsys, "attack", model, *few, *MORE)
+    assert {p.name for p in tmp_path.iterdir()} == {"F.png"}
+
+
+def test_attack_prints_its_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stepped.py").write_text(
+        "from torch import nn\nfrom controlat.models import build\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, net):\n        super().__init__()\n        self.net = net\n"
+        "    def forward(self, x):\n        return self.net((x * 4).round() / 4)\n\n"
+        "def net(in_shape, num_classes):\n    return Net(build('mlp', in_shape, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert _run("train", "--out", "run", *TRAIN, "--model", "stepped:net", "--epochs", "4") == 0
+    capsys.readouterr()
+    few = ["--points", "60", "--attacks", "fgsm", "--progress", "false"]
+    assert _run("attack", "run/last.pt", *few) == 0
+    output, error = capsys.readouterr()
+    assert error == ""
+    warned = [line for line in output.splitlines() if line.startswith("WARNING: ")]
+    assert "have an input gradient of exactly zero" in warned[0]
+    assert "nothing found" not in output
+
+
+def test_evaluate_shows_everything_that_was_asked_for(
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _starts(monkeypatch)
+    other = two[0]
+    words = ["evaluate", "--out", tmp_path / "out", *EVALUATE, *LONGER, *MORE, "--surrogate", other]
+    assert _run(*words) == 0
+    output, error = capsys.readouterr()
+    assert error.index("AutoAttack on 4 points: at most") < error.index("it starts")
+    heads = [head.strip() for head in output.splitlines()[0].split("|")]
+    assert heads[4:8] == ["clean %", "robust %", "AutoAttack %", "transfer %"]
+    assert "sweeps.png" in output
+    assert (tmp_path / "out" / "sweeps.png").is_file()
+    assert "AutoAttack (standard version, Croce and Hein 2020): on 4 of the test points." in output
+    assert f"made on the surrogate {other}." in output
+    assert "gradient masking" in output or "WARNING, " in output
+    assert _run(*words, "--dry_run") == 0
+    (shown,) = re.findall(r"evaluation +(\S+) k gradient evaluations", capsys.readouterr().out)
+    runs = [
+        run
+        for schedule in read_json(tmp_path / "out" / "result.json")["schedules"]
+        for run in schedule["runs"]
+    ]
+    parts = [run["evaluation"] | {"own": run["evaluation"]} for run in runs]
+    names = ("own", "masking", "transfer", "curves", "autoattack")
+    spent = sum(part[name]["gradients"] + part[name]["forwards"] / 3 for part in parts for name in names)
+    assert spent <= 1000 * float(shown)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import shorten_autoattack
 from PIL import Image
 
 from controlat import Surface, jobs, load_schedule, parse_schedule
@@ -445,6 +446,172 @@ def test_attack_of_something_that_is_no_checkpoint(tmp_path: Path) -> None:
         jobs.attack(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no such checkpoint"):
         jobs.attack(tmp_path / "y.pt")
+
+
+# --------------------------------------------------------------- checks, AutoAttack, transfer attacks, sweeps
+
+DOWNHILL = """
+import torch
+from torch import nn
+from controlat.models import build
+
+class Flip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+class Downhill(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(Flip.apply(x))
+
+def net(in_shape, num_classes):
+    return Downhill(build("mlp", in_shape, num_classes))
+"""
+SENTENCES = (
+    "the loss does not rise with steps",
+    "random search without gradients broke",
+    "transfer attacks broke",
+    "AutoAttack broke",
+    "accuracy under PGD is still",
+)
+EXTRAS: dict[str, Any] = {"checks": 60, "autoattack": 30, "sweeps": True, "surrogate": "honest/last.pt"}
+FITTED = {"epochs": 6, "train_points": 600, "eps": 0.15, "threads": 1, "progress": False, "test_points": 80}
+
+
+@pytest.fixture(scope="module")
+def downhill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a surrogate, a network whose input gradient points downhill, and an evaluation of two."""
+    folder = tmp_path_factory.mktemp("downhill")
+    (folder / "downhill.py").write_text(DOWNHILL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shorten_autoattack(patch, queries=200)
+        jobs.train("honest", schedule="fgsm:alpha=0.1", seed=9, **FITTED)
+        jobs.train("masked", schedule="none", model="downhill:net", **FITTED)
+        settings = FITTED | EXTRAS | {"schedules": ["none", "fgsm:alpha=0.05"], "attacks": ["pgd-5"]}
+        jobs.evaluate("out", seeds=[0, 1], model="downhill:net", **settings)
+        yield folder
+
+
+def test_every_part_of_an_evaluation_is_stored_and_shown(downhill: Path) -> None:
+    found = read_json(downhill / "out" / "result.json")
+    summary = (downhill / "out" / "summary.md").read_text()
+    for schedule, run in _runs(found):
+        evaluation = run["evaluation"]
+        assert evaluation["autoattack"]["points"] == 30
+        assert evaluation["masking"]["points"] == 60
+        assert evaluation["robust"]["value"] > evaluation["autoattack"]["robust"]["value"] + 0.1
+        for sentence in SENTENCES:
+            assert any(sentence in text for text in evaluation["warnings"]), (schedule["text"], sentence)
+    for schedule in found["schedules"]:
+        told = schedule["summary"]["warnings"]
+        assert {seed for warning in told for seed in warning["seeds"]} == {0, 1}
+        for name in ("autoattack", "transfer"):
+            stored = [run["evaluation"][name]["robust"]["value"] for run in schedule["runs"]]
+            assert schedule["summary"][name]["mean"] == pytest.approx(statistics.fmean(stored))
+            assert f" {100 * statistics.fmean(stored):.1f} [" in _table_row(
+                downhill / "out", schedule["text"]
+            )
+    heads = next(line for line in summary.splitlines() if line.startswith("| schedule "))
+    assert [head.strip() for head in heads.split("|")][5:8] == ["robust %", "AutoAttack %", "transfer %"]
+    assert "on 30 of the test points" in summary
+    assert "made on the surrogate honest/last.pt" in summary
+    assert summary.count("WARNING, none, seed ") >= len(SENTENCES)
+    assert "nothing found" not in summary
+    assert "](sweeps.png)" in summary
+    with Image.open(downhill / "out" / "sweeps.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    width = pixels.shape[1]
+    for panel in range(3):
+        part = pixels[:, panel * width // 3 : (panel + 1) * width // 3]
+        assert (np.ptp(part, axis=2) > 60).sum() > 100, "there are curves in every panel"
+
+
+def test_the_estimate_bounds_every_part_of_an_evaluation(
+    downhill: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(downhill)
+    result = read_json("out/result.json")
+    settings = FITTED | EXTRAS | {"schedules": ["none", "fgsm:alpha=0.05"], "attacks": ["pgd-5"]}
+    settings |= {"seeds": [0, 1], "model": "downhill:net"}
+    bound = jobs.estimate(**settings)["gradients"]["evaluation"]
+    parts = ("masking", "transfer", "curves", "autoattack")
+    spent = [
+        part["gradients"] + part["forwards"] / 3
+        for _, run in _runs(result)
+        for part in (run["evaluation"], *(run["evaluation"][name] for name in parts))
+    ]
+    assert 0.5 * bound < sum(spent) <= bound
+    without = jobs.estimate(**settings | {"checks": 0, "autoattack": 0, "sweeps": False, "surrogate": None})
+    assert without["gradients"]["evaluation"] == round(4 * 80 * (5 + 2 / 3))
+    for name in EXTRAS:
+        less = {"checks": 0, "autoattack": 0, "sweeps": False, "surrogate": None}[name]
+        assert jobs.estimate(**settings | {name: less})["gradients"]["evaluation"] < bound
+
+
+def test_attack_repeats_every_part_of_the_evaluation(downhill: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(downhill)
+    (_, run), *_ = _runs(read_json("out/result.json"))
+    found = jobs.attack(
+        f"out/runs/{run['directory']}/last.pt",
+        attacks=["pgd-5"],
+        points=80,
+        threads=1,
+        progress=False,
+        **EXTRAS,
+    )
+    for name in ("clean", "robust", "masking", "transfer", "curves", "autoattack", "warnings"):
+        assert _timeless(found[name]) == _timeless(run["evaluation"][name]), name
+
+
+def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
+    downhill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(downhill)
+    few: dict[str, Any] = {"attacks": ["fgsm"], "checks": 0, "points": 10, "threads": 1, "progress": False}
+    jobs.attack("masked/last.pt", out=tmp_path / "plain.json", **few)
+    jobs.attack("masked/last.pt", out=tmp_path / "f.json", sweeps=True, **few)
+    assert {p.name for p in tmp_path.iterdir()} == {"plain.json", "f.json", "f.png"}
+    assert read_json(tmp_path / "f.json")["curves"]["eps"][0]["eps"] == 0
+    with Image.open(tmp_path / "f.png") as image:
+        assert image.format == "PNG"
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "g.png").write_bytes(b"mine")
+    for name, reason in [("f.json", r"f\.json exists"), ("g.json", r"g\.png exists")]:
+        with pytest.raises(ValueError, match=reason):
+            jobs.attack("masked/last.pt", out=tmp_path / name, sweeps=True, **few)
+    with pytest.raises(ValueError, match=r"new\.png would be the name of the figure too"):
+        jobs.attack("masked/last.pt", out=tmp_path / "new.png", sweeps=True, **few)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before | {tmp_path / "g.png": b"mine"}
+    jobs.attack("masked/last.pt", out=tmp_path / "g.json", **few)
+    assert (tmp_path / "g.png").read_bytes() == b"mine", "no figure is made without sweeps"
+
+    def fail(*args: Any, **options: Any) -> None:
+        args[1].write(b"half a figure")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="no space left"):
+        jobs.attack("masked/last.pt", out=tmp_path / "h.json", sweeps=True, **few)
+    assert not (tmp_path / "h.png").exists()
+    assert not [p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".png")]
+
+
+def test_autoattack_needs_its_library_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ValueError, match=r"pip install 'controlat\[autoattack\]'"):
+        jobs.evaluate(tmp_path / "out", **SMALL | {"autoattack": 5})
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- MNIST

@@ -40,7 +40,7 @@ class Streamed:
         device: where batches go.
 
     Raises:
-        ValueError: no images, or fewer than one worker.
+        ValueError: no images, a negative label, or fewer than one worker.
     """
 
     read: Callable[[int], Tensor]
@@ -53,6 +53,8 @@ class Streamed:
     def __post_init__(self) -> None:
         if len(self.y) == 0:
             raise ValueError("a split has no images")
+        if (lowest := int(self.y.min())) < 0:
+            raise ValueError(f"labels must be >= 0, got {lowest} at position {int(self.y.argmin())}")
         if self.workers < 1:
             raise ValueError(f"workers must be >= 1, got {self.workers}")
 

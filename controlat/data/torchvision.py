@@ -153,8 +153,13 @@ class _Source:
         self.y = self._labels()
 
     def _labels(self) -> Tensor:
-        for attribute in _LABELS:
-            values = getattr(self.set, attribute, None)
+        """All labels, from a list of the set if it has one: else every picture would be decoded for them."""
+        lists = [getattr(self.set, attribute, None) for attribute in _LABELS]
+        if isinstance(pairs := getattr(self.set, "_samples", None), list):
+            lists.append([pair[1] for pair in pairs])
+        if getattr(self.set, "target_transform", None) is not None:
+            lists = []  # they are not transformed
+        for values in lists:
             if values is not None and len(values) == len(self.set):
                 found = np.asarray(values)
                 if found.ndim == 1 and np.issubdtype(found.dtype, np.integer):
@@ -162,7 +167,10 @@ class _Source:
         return torch.tensor([self._label(i) for i in range(len(self.set))])
 
     def _label(self, position: int) -> int:
-        label = self.set[position][1]
+        try:
+            label = self.set[position][1]
+        except Exception as error:
+            raise ValueError(f"{self.name}, picture {position}: cannot be read ({error})") from None
         if isinstance(label, Tensor) and label.numel() == 1:
             label = label.item()
         if not isinstance(label, (int, np.integer)):

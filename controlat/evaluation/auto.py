@@ -104,15 +104,15 @@ def auto_cost(classes: int) -> Meter:
 
 
 class _Counted(nn.Module):
-    """The network as AutoAttack calls it: with a graph to the input where it wants one."""
+    """The network as AutoAttack calls it: in float32, with a graph to the input where it wants one."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, dtype: torch.dtype) -> None:
         super().__init__()
-        self.view = view
+        self.view, self.dtype = view, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.view.logits(x)
+        return self.view.logits(x.to(self.dtype)).float()
 
 
 class _Notes(logging.Handler):
@@ -178,7 +178,9 @@ def autoattack(
         for name in _plan(classes):
             told(int((~standing).sum()), name)
             for part, x, y in parts(source, positions[standing], batch_size):
-                broken = _one(kind, _Counted(view), name, x, y, ball, min(9, classes - 1), seed, logger)
+                broken = _one(
+                    kind, _Counted(view, x.dtype), name, x, y, ball, min(9, classes - 1), seed, logger
+                )
                 standing[torch.isin(positions, part[broken])] = False
                 told(len(part), name)
             after[name] = Accuracy(int(standing.sum()), len(standing))
@@ -240,7 +242,7 @@ def _one(
             run.logger = run.apgd.logger = run.apgd_targeted.logger = logger
             run.apgd.n_restarts = run.fab.n_restarts = 1
             run.apgd_targeted.n_target_classes = run.fab.n_target_classes = targets
-            found, _ = run.run_standard_evaluation(x, y, batch_size=len(x))
+            found, _ = run.run_standard_evaluation(x.float(), y, batch_size=len(x))
     finally:
         sys.settrace(trace)  # pyautoattack looks at the model through a trace and leaves none
     if not bool(torch.isfinite(found).all()):

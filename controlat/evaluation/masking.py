@@ -47,7 +47,7 @@ class Masking:
         losses: mean cross-entropy after 1, 10 and 50 steps of ascent (alpha = eps/4).
         survivors: points robust to the whole evaluation that were attacked once more.
         restarts: how many of them ten more restarts of PGD-20 broke.
-        blackbox: how many of them 500 queries of random search without gradients broke.
+        blackbox: how many of the others 500 queries of random search without gradients broke.
         warnings: what follows, in sentences; empty if nothing does.
         spent: evaluations, in samples.
         seconds: wall time.
@@ -131,10 +131,13 @@ def check(
                 standing[left] = view(MANY.perturb(view, x[left], y[left], ball, start)).argmax(1) == y[left]
         restarts += int((~standing).sum())
         told(len(part), "many restarts")
-        start = generator(seed, "masking", "square", int(part[0]), device=x.device)
-        found = square(view, x, y, ball=ball, queries=QUERIES, generator=start)
-        blackbox += int((view(found).argmax(1) != y).sum())
+        left = standing.nonzero().squeeze(1)
+        if len(left):
+            start = generator(seed, "masking", "square", int(part[0]), device=x.device)
+            found = square(view, x[left], y[left], ball=ball, queries=QUERIES, generator=start)
+            blackbox += int((view(found).argmax(1) != y[left]).sum())
         told(len(part), "black box")
+    share = float(robust.float().mean())
     mean = {k: float(v) for k, v in zip(LOOKED_AT, losses.mean(1), strict=True)} if len(first) else {}
     return Masking(
         len(first),
@@ -143,7 +146,7 @@ def check(
         len(last),
         restarts,
         blackbox,
-        tuple(_sentences(len(first), zero, losses, len(last), restarts, blackbox)),
+        tuple(_sentences(len(first), zero, losses, len(last), restarts, blackbox, share)),
         view.meter.since(before),
         time.perf_counter() - began,
     )
@@ -162,7 +165,7 @@ def _losses(view: View, x: Tensor, y: Tensor, ball: Ball, start: torch.Generator
 
 
 def _sentences(
-    points: int, zero: int, losses: Tensor, survivors: int, restarts: int, blackbox: int
+    points: int, zero: int, losses: Tensor, survivors: int, restarts: int, blackbox: int, share: float = 1.0
 ) -> list[str]:
     found = []
     if zero > max(_ZERO * points, 1):
@@ -172,25 +175,27 @@ def _sentences(
         )
     if points >= _FEW:
         one, ten, fifty = losses
-        if not _above(fifty, one):
+        up, down = int((fifty > one).sum()), int((fifty < one).sum())
+        if up - down <= 2 * math.sqrt(up + down):
             found.append(
-                f"the loss does not rise with steps ({one.mean():.3g} after 1, {fifty.mean():.3g} after 50): "
-                "the gradient does not point uphill"
+                f"the loss does not rise with steps (from 1 to 50 it rises for {up} of {points} points and "
+                f"falls for {down}): the gradient does not point uphill"
             )
         elif _above(ten, fifty) and float((ten - fifty).mean()) > _FALL * float(ten.mean()):
             found.append(
                 f"the loss falls from {ten.mean():.3g} after 10 steps to {fifty.mean():.3g} after 50: steps "
                 "of eps/4 overshoot; add an attack with a smaller alpha"
             )
-    if restarts > max(_BROKEN * survivors, 1):
+    few = max(_BROKEN * survivors / max(share, _BROKEN), 1)
+    if survivors >= _FEW and restarts > few:
         found.append(
             f"ten more restarts of PGD-20 broke {restarts} of {survivors} points that survived the "
             "evaluation: add attacks or restarts, such as pgd-50-10"
         )
-    if blackbox > max(_BROKEN * survivors, 1):
+    if survivors >= _FEW and blackbox > few:
         found.append(
-            f"random search without gradients broke {blackbox} of {survivors} points that survived the "
-            "evaluation: its gradients are masked, use --autoattack"
+            f"random search without gradients broke {blackbox} of {survivors - restarts} points that "
+            "survived the evaluation and those restarts: its gradients are masked, use --autoattack"
         )
     return found
 

@@ -114,7 +114,7 @@ def robustness(
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
     >>> x, y = torch.rand(50, 1, 4, 4), torch.arange(50) % 10
-    >>> found = robustness(model, x, y, eps=0.1, attacks=["fgsm", "pgd-10"])
+    >>> found = robustness(model, x, y, eps=0.1, attacks=["fgsm", "pgd-10"], checks=0)
     >>> found.robust.value <= found.clean.value
     True
     """

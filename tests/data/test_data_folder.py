@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import same
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 import controlat
 from controlat.data import Dataset, Samples, Split, augmentation, load
-from controlat.data._images import Shape, halves
+from controlat.data._stream import Streamed
+from controlat.dynamics import Plan
+from controlat.families import parse_schedule
+from controlat.rates import parse_rate
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10_jpeg.tar.gz"
 
@@ -88,23 +89,6 @@ def test_a_folder_without_a_split(tmp_path: Path) -> None:
     assert load("folder", tmp_path, test_share=0.6).test.y.bincount().tolist() == [3, 3, 3]
 
 
-@given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
-@settings(derandomize=True, deadline=None, max_examples=60)
-def test_halves_are_a_partition_in_proportion(labels: list[int], share: float) -> None:
-    y = torch.tensor(labels)
-    n = round(share * len(y))
-    if not 1 <= n < len(y):
-        with pytest.raises(ValueError, match="leave both parts samples"):
-            halves(y, share)
-        return
-    train, test = halves(y, share)
-    assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(y)))
-    assert len(test) == n
-    assert (train.diff() > 0).all()
-    assert (test.diff() > 0).all()
-    assert ((y[test].bincount(minlength=4) - y.bincount(minlength=4) * n / len(y)).abs() < 1).all()
-
-
 def test_what_is_passed_over(tmp_path: Path) -> None:
     folder(tmp_path, 2, ("train", "test"))
     for name in (".hidden.png", "notes.txt", "Thumbs.db", "a.npy", "png", ".DS_Store"):
@@ -127,182 +111,14 @@ def test_every_ending_in_any_case(tmp_path: Path) -> None:
     assert (x - 128 / 255).abs().max() <= 1 / 255
 
 
-# ------------------------------------------------------------------------------------------ kinds of pictures
-
-
-def single(path: Path, channels: int = 3) -> Tensor:
-    """One picture as uint8 (C, H, W), and once more through a folder."""
-    with Image.open(path) as picture:
-        found = Shape(channels)(picture)
-    assert found.dtype == torch.uint8
-    assert found.is_contiguous()
-    return found
-
-
-RAMP = np.arange(0, 256, 17, dtype=np.uint8).reshape(2, 8)
-
-
-def test_grey(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.png", RAMP)
-    expected = torch.from_numpy(RAMP)
-    assert same(single(path, 1), expected[None])
-    assert same(single(path, 3), expected.expand(3, 2, 8))
-
-
-def test_colour_to_grey(tmp_path: Path) -> None:
-    rgb = pixels(0)
-    found = single(write(tmp_path / "x.png", rgb), 1)
-    luma = torch.from_numpy(rgb).double() @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    assert found.shape == (1, 4, 4)
-    assert (found[0] - luma).abs().max() < 0.51 + 1e-3
-
-
-def test_black_and_white(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.png", np.array([[True, False]]))
-    assert single(path)[:, 0].tolist() == [[255, 0]] * 3
-
-
-@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_sixteen_bits_are_scaled(tmp_path: Path, ending: str) -> None:
-    deep = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
-    path = tmp_path / f"x.{ending}"
-    if ending == "pgm":
-        path.write_bytes(b"P5 6 1 65535\n" + deep.astype(">u2").tobytes())
-    else:
-        write(path, deep)
-    assert single(path, 1)[0].tolist() == [[0, 0, 1, 1, 128, 255]]
-    assert single(path, 3)[2].tolist() == [[0, 0, 1, 1, 128, 255]]
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_thirty_two_bits_are_refused(tmp_path: Path, kind: type) -> None:
-    folder(tmp_path)
-    write(tmp_path / "Bee" / "0.tif", np.array([[0, 70000]]).astype(kind))
-    with pytest.raises(ValueError, match=r"0\.tif: cannot be read as a picture \(grey values of 32 bits, "):
-        everything(load("folder", tmp_path, size=2).train)
-
-
-def test_palette(tmp_path: Path) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putdata([1, 0])
-    assert single(write(tmp_path / "x.png", picture))[:, 0].tolist() == [[40, 10], [50, 20], [60, 30]]
-    assert single(write(tmp_path / "x.gif", picture))[:, 0].tolist() == [[40, 10], [50, 20], [60, 30]]
-
-
-@pytest.mark.parametrize("transparency", [0, b"\x00\x80"])
-def test_palette_with_transparency(tmp_path: Path, transparency: object) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putdata([1, 0])
-    path = write(tmp_path / "x.png", picture, transparency=transparency)
-    assert single(path)[:, 0].tolist() == [[40, 10], [50, 20], [60, 30]]
-    assert single(path, 1).tolist() == [[[48, 18]]]
-
-
-@pytest.mark.parametrize(("mode", "clear"), [("L", 3), ("RGB", (7, 8, 9)), ("1", 0), ("I;16", 256)])
-def test_a_transparent_colour_is_a_colour(tmp_path: Path, mode: str, clear: object) -> None:
-    picture = Image.new("L", (2, 2), 200).convert(mode) if mode != "I;16" else Image.new(mode, (2, 2), 51400)
-    expected = 255 if mode == "1" else 200
-    path = write(tmp_path / "x.png", picture, transparency=clear)
-    assert single(path).unique().tolist() == [expected]
-    assert single(path, 1).unique().tolist() == [expected]
-
-
-def test_alpha_is_dropped(tmp_path: Path) -> None:
-    rgba = pixels(1, channels=4)
-    assert same(single(write(tmp_path / "x.png", rgba)), torch.from_numpy(rgba[..., :3].copy()).movedim(2, 0))
-    two = pixels(2, channels=2)
-    path = write(tmp_path / "y.png", Image.merge("LA", [Image.fromarray(two[..., i]) for i in range(2)]))
-    assert same(single(path, 1), torch.from_numpy(two[..., 0].copy())[None])
-
-
-def test_cmyk(tmp_path: Path) -> None:
-    picture = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # all cyan, no black
-    found = single(write(tmp_path / "x.tif", picture))
-    assert found[:, 0, 0].tolist() == [0, 255, 255]
-    assert (found == found[:, :1, :1]).all()
-    near = single(write(tmp_path / "x.jpg", picture)).int()
-    assert (near - torch.tensor([0, 255, 255])[:, None, None]).abs().max() <= 3
-
-
-# ------------------------------------------------------------------------------------------- size and cutting
-
-
-def stripes(height: int, width: int) -> NDArray[np.uint8]:
-    """Red counts rows, green counts columns."""
-    row, column = np.mgrid[:height, :width]
-    return np.stack([10 * row, 10 * column, 0 * row], axis=2).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "resize", "top", "left"),
-    [
-        (4, 4, 4, None, 0, 0),
-        (4, 10, 4, None, 0, 3),
-        (4, 9, 4, None, 0, 2),
-        (11, 4, 4, None, 3, 0),
-        (6, 6, 2, 6, 2, 2),
-        (6, 9, 3, 6, 1, 3),
-        (9, 7, 6, 7, 1, 0),
-    ],
-)
-def test_the_middle_is_cut_out(
-    height: int, width: int, size: int, resize: int | None, top: int, left: int
-) -> None:
-    whole = stripes(height, width)
-    found = Shape(3, size, resize)(Image.fromarray(whole))
-    assert same(
-        found, torch.from_numpy(whole[top : top + size, left : left + size].copy()).movedim(2, 0).contiguous()
-    )
-
-
-@given(
-    height=st.integers(1, 40),
-    width=st.integers(1, 40),
-    size=st.integers(1, 12),
-    more=st.integers(0, 5),
-    channels=st.sampled_from([1, 3]),
-)
-@settings(derandomize=True, deadline=None, max_examples=60)
-def test_every_picture_gets_the_shape(height: int, width: int, size: int, more: int, channels: int) -> None:
-    found = Shape(channels, size, size + more)(Image.new("RGB", (width, height), (77, 77, 77)))
-    assert found.shape == (channels, size, size)
-    assert found.unique().tolist() == [77]
-
-
-def test_smaller_and_larger_pictures_keep_their_look() -> None:
-    half = np.zeros((40, 80, 3), dtype=np.uint8)
-    half[:, 40:] = 200  # the right half is bright
-    for side in (10, 60):
-        found = Shape(3, side)(Image.fromarray(half)).float()
-        assert found.shape == (3, side, side)
-        assert found[:, :, : side // 3].max() == 0
-        assert found[:, :, -side // 3 :].min() == 200
-        assert abs(found.mean().item() - 100) < 1
-    fine = np.zeros((40, 40), dtype=np.uint8)
-    fine[:, ::2] = 200  # without antialiasing this would be all dark or all bright
-    assert (Shape(1, 10)(Image.fromarray(fine)).float() - 100).abs().max() < 15
-
-
-def test_a_ramp_is_resized_as_by_averaging() -> None:
-    ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 64, axis=0)
-    found = Shape(1, 16)(Image.fromarray(ramp))[0].float()
-    means = torch.from_numpy(ramp).float().view(16, 4, 16, 4).mean((1, 3))
-    assert (found - means)[:, 1:-1].abs().max() <= 1
-
-
 def test_pictures_of_many_sizes(tmp_path: Path) -> None:
     for i in range(6):
         write(tmp_path / "ab"[i % 2] / f"{i}.png", pixels(i, 5 + i, 9 - i))
     data = load("folder", tmp_path, size=4, resize=5, channels=1)
     assert data.in_shape == (1, 4, 4)
     assert everything(data.train)[0].shape == (5, 1, 4, 4)
-    with pytest.raises(
-        ValueError, match=r"has 9 x 5 \(width x height\), the first picture|the first picture"
-    ) as e:
-        everything(load("folder", tmp_path, test_share=0.4).train)
-    assert "9 x 5 (width x height)" in str(e.value)
+    with pytest.raises(ValueError, match=r", the first picture 9 x 5 \(width x height\); give a size"):
+        everything(load("folder", tmp_path).train)
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -460,6 +276,14 @@ def test_the_first_picture_is_looked_at_at_once_the_others_when_they_are_needed(
         load("folder", tmp_path)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_thirty_two_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    folder(tmp_path)
+    write(tmp_path / "Bee" / "0.tif", np.array([[0, 70000]]).astype(kind))
+    with pytest.raises(ValueError, match=r"0\.tif: cannot be read as a picture \(grey values of 32 bits, "):
+        everything(load("folder", tmp_path, size=2).train)
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_picture_of_another_size_is_named_with_both_sizes_and_the_cure(tmp_path: Path, part: str) -> None:
     folder(tmp_path, 2, ("train", "test"))
@@ -509,11 +333,16 @@ def test_training_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
 
 
 def test_a_bad_picture_in_mid_epoch_is_one_clear_error(tmp_path: Path) -> None:
-    folder(tmp_path / "pictures", 8)
-    path = tmp_path / "pictures" / "cat" / "3.png"
+    root = folder(tmp_path / "pictures", 8)
+    training, _ = load("folder", root).hold_out(4)
+    assert isinstance(training, Streamed)
+    p = Plan(training, 4, 1, parse_schedule("none", 1), parse_rate(0.1), seed=0)
+    position = training.positions[list(p.batches(0))[2].indices[1]]
+    path = sorted(root.glob("*/*.png"))[position]
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"cat.3\.png: cannot be read as a picture") as caught:
-        trained(tmp_path / "pictures", tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
+        trained(root, tmp_path / "out")
+    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
 

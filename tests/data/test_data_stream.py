@@ -301,6 +301,8 @@ def test_refusals() -> None:
         Streamed(image, none, SHAPE, none)
     with pytest.raises(ValueError, match="a split has no images"):
         streamed(3).subset(torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="labels must be >= 0, got -1 at position 2"):
+        Streamed(image, torch.tensor([0, 1, -1]), SHAPE, torch.arange(3))
     for workers in (0, -1):
         with pytest.raises(ValueError, match=f"workers must be >= 1, got {workers}"):
             streamed(3, workers=workers)
