@@ -1,4 +1,4 @@
-"""The command line: controlat evaluate, train, attack, data, methods, models. Bad usage exits with 2 and one line."""
+"""The command line: evaluate, train, attack, data, methods, models. Bad usage exits with 2 and one line."""
 
 from __future__ import annotations
 

@@ -255,7 +255,8 @@ def attack_notes(result: Mapping[str, Any]) -> list[str]:
 def methods_table(entries: Sequence[Mapping[str, Any]]) -> str:
     """The training systems, as `controlat.methods.describe` tells them."""
     heads = ["method", "minimises", "controls (default)", "gradient evaluations", "source"]
-    cells = [[e["name"], e["what"].rstrip("."), e["controls"], e["cost"], e["source"]] for e in entries]
+    keys = ("name", "what", "controls", "cost", "source")
+    cells = [[str(e[key]).rstrip(".").replace("|", "\\|") for key in keys] for e in entries]
     return table(heads, cells, words=range(len(heads)))
 
 

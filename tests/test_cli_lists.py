@@ -98,3 +98,16 @@ def test_a_downloaded_set_is_found_where_it_was_put(
     told = f"mnist is in {folder}; use it with --data mnist" + (f" --data-dir {folder}" if chosen else "")
     assert capsys.readouterr().out.strip() == told
     assert data.download("mnist", folder if chosen else None) == folder
+
+
+def test_methods_lists_every_file_of_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    from controlat import methods
+
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    for name in methods.names():
+        assert f"| {name} " in out
+    for entry in methods.describe():
+        assert entry["what"]
+        assert entry["source"]
+        assert "gradient evaluation" in entry["cost"]

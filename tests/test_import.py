@@ -36,6 +36,7 @@ ORDER = (
     "models",
     "methods",
     "dynamics",
+    "adjoint",
     "runs",
     "pmp",
     "training",

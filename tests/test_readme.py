@@ -99,3 +99,10 @@ def test_examples_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.random.set_rng_state(state)
     assert "robust" in capsys.readouterr().out
+
+
+def test_the_methods_of_the_readme_are_those_of_the_folder() -> None:
+    from controlat import methods
+
+    shown = README.partition("<!-- methods -->\n")[2].partition("\n<!-- end of methods -->")[0]
+    assert shown == report.methods_table(methods.describe())

@@ -58,7 +58,7 @@ def test_the_default_step_sizes_are_spaced_logarithmically() -> None:
     grid = Grid.default(0.3, 7)
     assert grid.alphas == pytest.approx([0.3 / 40 * 80 ** (i / 4) for i in range(5)], rel=1e-5)
     assert grid.max_steps == 7
-    assert len(grid) == 5 * 7 + 1
+    assert len(grid.candidates(PgdAT(), Control(alpha=0.1, steps=1))) == 5 * 7 + 1
 
 
 def test_a_grid_is_sorted_without_repetitions() -> None:
