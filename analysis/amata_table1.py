@@ -230,8 +230,8 @@ def markdown(found: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
     env = sweep["environment"]
     notes = [
         *report.notes(sweep),
-        "Kendall's tau over the five strategies: +1 where a smaller C always goes with fewer broken points (or "
-        "with a lower cost), -1 where never. Intervals: C and accuracy redrawn "
+        "Kendall's tau over the five strategies: +1 where a smaller C always goes with fewer broken points ("
+        "or a lower cost), -1 where never. Intervals: C and accuracy redrawn "
         f"{DRAWS} times within their errors.",
         f"Made on {env['hardware']}, {env['threads']} threads, torch {env['torch']}.",
     ]
