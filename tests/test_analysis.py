@@ -54,3 +54,11 @@ def test_the_interval_of_tau_covers_a_sure_order_and_an_unsure_one() -> None:
     assert sure == {"tau": 1.0, "interval": [1.0, 1.0]}
     unsure = SCRIPT["agreement"](c, [entry(m, 100) for m in (10, 20, 30, 40, 50)], 1)
     assert unsure["interval"][0] < 0 < unsure["interval"][1]
+
+
+@pytest.mark.skipif(not SIZES, reason="no result is committed")
+def test_the_readme_shows_the_reduced_table() -> None:
+    found = read_json(HERE / "amata_table1" / "reduced" / "table.json")
+    shown = (HERE.parent / "README.md").read_text()
+    assert SCRIPT["strategies"](found) in shown
+    assert SCRIPT["orders"](found) in shown
