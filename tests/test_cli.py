@@ -82,7 +82,7 @@ BAD_ANYWHERE: list[tuple[list[str], str]] = [
     (["--momentum", "1"], "momentum must be in [0, 1), got 1.0"),
     (["--nesterov", "true", "--momentum", "0"], "nesterov needs momentum > 0"),
     (["--weight_decay", "-1"], "weight_decay must be >= 0"),
-    (["--method", "trades9"], "has no 'trades9'; choose from: pgd_at"),
+    (["--method", "trades9"], "has no 'trades9'; did you mean 'trades'? choose from: atta, awp"),
     (["--method", "nosuch:Cls"], "cannot import module 'nosuch'"),
     (["--method_options", "{foo: 1}"], "foo"),
     (["--method_options", "abc"], "method_options"),
