@@ -63,7 +63,9 @@ def test_member_unknown_lists_choices_and_guesses(package: str) -> None:
 
 
 def test_import_path_sees_the_current_directory_only_while_importing(project: Path) -> None:
-    (project / "own_registered.py").write_text("import own_sibling\nclass Net:\n    depth = own_sibling.depth")
+    (project / "own_registered.py").write_text(
+        "import own_sibling\nclass Net:\n    depth = own_sibling.depth"
+    )
     (project / "own_sibling.py").write_text("depth = 3")
     before = sys.path.copy()
     assert registry.import_path("own_registered:Net.depth") == 3
