@@ -33,13 +33,17 @@ class Run(NamedTuple):
     seconds: float
 
 
+def every(grid: Grid) -> list[Control]:
+    """All candidates: no attack, and each step size with each K."""
+    found = [Control(alpha=a, steps=k) for a in grid.alphas for k in range(1, grid.max_steps + 1)]
+    return [Control(alpha=0.0, steps=0), *found]
+
+
 def ways(driver: Driver, batches: Sequence[Batch], grid: Grid) -> dict[str, Way]:
     """The two ways of scoring the same candidates on the same probe."""
-    every = [Control(alpha=0.0, steps=0)]
-    every += [Control(alpha=a, steps=k) for a in grid.alphas for k in range(1, grid.max_steps + 1)]
     return {
-        "rerun": lambda meter: (rerun(driver, batches, v, 0.0, meter) for v in every),
-        "sweep": lambda meter: sweep(driver, batches, grid, 0.0, meter),
+        "rerun": lambda meter: (rerun(driver, batches, v, 0.0, meter) for v in every(grid)),
+        "sweep": lambda meter: sweep(driver, batches, grid, Control(alpha=0.0, steps=0), 0.0, meter),
     }
 
 
@@ -91,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[Run]] = {name: [] for name in calls}
     for r in range(args.repeats):
         for name, way in calls.items():
-            runs[name].append(score(way, len(grid), f"round {r + 1} of {args.repeats}, {name}"))
+            runs[name].append(score(way, len(every(grid)), f"round {r + 1} of {args.repeats}, {name}"))
     slow, fast = runs["rerun"], runs["sweep"]
     ratio = slow[0].evaluations / fast[0].evaluations
     apart = max(difference(a, b) for a, b in zip(slow, fast, strict=True))
@@ -118,7 +122,7 @@ def settings(args: argparse.Namespace, grid: Grid, samples: int) -> dict[str, An
         "eps": EPS,
         "alphas": list(grid.alphas),
         "max_steps": grid.max_steps,
-        "candidates": len(grid),
+        "candidates": len(every(grid)),
         "samples": samples,
         "probe_batches": args.batches,
         "repeats": args.repeats,

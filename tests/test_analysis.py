@@ -19,7 +19,7 @@ SIZES = sorted(path.parent for path in (HERE / "amata_table1").glob("*/table.jso
 @pytest.mark.parametrize("folder", SIZES, ids=lambda path: path.name)
 def test_table_1_follows_from_its_result_files(folder: Path) -> None:
     sweep = read_json(folder / "sweep.json")
-    found = SCRIPT["digest"](sweep)
+    found = SCRIPT["digest"](sweep, read_json(folder / "printed.json"))
     assert found == read_json(folder / "table.json")
     assert SCRIPT["markdown"](found, sweep) == (folder / "table.md").read_text()
 
