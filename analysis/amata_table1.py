@@ -263,8 +263,8 @@ def markdown(found: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
     env = sweep["environment"]
     notes = [
         *report.notes(sweep),
-        "C as printed: equation 14 of the paper to the letter, |grad|^2 - gamma n, without the factor s = 10 that "
-        "momentum 0.9 puts on the first term (C norm has it); from the same surfaces.",
+        "C as printed: equation 14 of the paper to the letter, |grad|^2 - gamma n, without the factor s = 10 "
+        "that momentum 0.9 puts on the first term (C norm has it); from the same surfaces.",
         "Kendall's tau over the five strategies: +1 where a smaller C always goes with fewer broken points ("
         "or a lower cost), -1 where never. Intervals: C and accuracy redrawn "
         f"{DRAWS} times within their errors.",
