@@ -47,8 +47,8 @@ COMMON: dict[str, Any] = {
     "model": "lenet",
     "eps": 0.3,
     "gamma": GAMMA,
-    # 0.05 learns faster, but of eight runs of six epochs one collapsed to ln 10 in its last epoch and another
-    # had to start again in its fourth (reduced/losses.json).
+    # 0.05 learns faster, but of nine runs of six epochs one collapsed to ln 10 and two fell back
+    # (reduced/losses.json).
     "lr": 0.02,
     "momentum": 0.9,
     "batch_size": 64,
