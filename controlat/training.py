@@ -299,8 +299,9 @@ def _epoch(
     tally.gradients += extra
     tally.epoch_gradients += extra
     tally.forwards += spent.forwards - (tally.forwards - counted.forwards)
-    tally.seconds += time.perf_counter() - began
-    tally.epoch_seconds += time.perf_counter() - began
+    took = time.perf_counter() - began
+    tally.seconds += took
+    tally.epoch_seconds += took
 
 
 def _check_parameters(driver: Driver, step: Step) -> None:
