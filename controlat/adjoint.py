@@ -93,7 +93,7 @@ def pullback(
         The costate before the step, and the names of what was dropped.
 
     Source:
-        equations.md has the recursion for plain SGD; Pontryagin et al. (1962) in discrete time.
+        The discrete costate equation; for SGD with momentum as in Maclaurin et al. (2015), algorithm 2.
 
     >>> from controlat import Ball
     >>> from controlat.methods import build

@@ -14,7 +14,7 @@ import controlat
 
 PACKAGE = Path(controlat.__file__).parent
 
-# Imports go upwards in this list only (house.md, "Order of imports"). A folder is one entry.
+# Imports go upwards in this list only. A folder is one entry.
 ORDER = (
     "control",
     "texts",

@@ -70,7 +70,7 @@ def test_amata_2_to_10_in_100_epochs_as_in_the_paper() -> None:
     # exact integers: floor(2 + 8 t / 100 + 1/2) and floor(2 + 8 t / 100)
     assert half_up == [(500 + 16 * t) // 200 for t in range(100)]
     assert floor == [(200 + 8 * t) // 100 for t in range(100)]
-    # algorithms.md 2.1: mean(K + 1) / (K_max + 1)
+    # mean(K + 1) / (K_max + 1)
     assert sum(k + 1 for k in half_up) / 1100 == pytest.approx(0.633, abs=5e-4)
     assert sum(k + 1 for k in floor) / 1100 == pytest.approx(0.589, abs=5e-4)
 
