@@ -1,9 +1,8 @@
 """The costate of one outer step against finite differences of the step itself, and against a closed form."""
 
-import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,14 +10,14 @@ from helpers import CLASSES, same, trace
 from systems import CASES, PLAIN, VARIANTS, Case, batch, driver, smooth
 from torch import Tensor, nn
 
-from controlat import balls, rng
-from controlat.adjoint import Pulled, State, pullback, state
+from controlat import rng
+from controlat.adjoint import State, Verified, _central, _direction, _random, pullback, state, verify
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.dynamics import Driver, SGDSettings
-from controlat.methods import Batch, Context, Rows, Update, Updates
+from controlat.methods import Batch, Context, Update, Updates
 
-RATE, H = 0.1, 1e-6
+RATE, H, COUNT = 0.1, 1e-5, 4
 SETTINGS = {
     "plain": SGDSettings(momentum=0.0),
     "momentum": SGDSettings(momentum=0.9, weight_decay=1e-2),
@@ -26,22 +25,6 @@ SETTINGS = {
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def directions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The signs of all gradients that perturbations ascended, in the order of time."""
-    seen: list[Tensor] = []
-
-    def spied(norm: balls.Norm) -> balls.Norm:
-        def direction(g: Tensor) -> Tensor:
-            seen.append(g.detach().sign())
-            return norm.direction(g)
-
-        return dataclasses.replace(norm, direction=direction)
-
-    monkeypatch.setattr(balls, "NORMS", MappingProxyType({k: spied(v) for k, v in balls.NORMS.items()}))
-    return seen
 
 
 def bn_net() -> nn.Module:
@@ -52,60 +35,7 @@ def bn_net() -> nn.Module:
 
 
 def random_like(z: State, seed: int) -> State:
-    generator = rng.generator(seed, "direction")
-    return z.like([torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in z.tensors()])
-
-
-def dot(a: State, b: State) -> float:
-    assert [t.shape for t in a.tensors()] == [t.shape for t in b.tensors()]
-    return sum(float((s * t).sum()) for s, t in zip(a.tensors(), b.tensors(), strict=True))
-
-
-def put(d: Driver, z: State, b: Batch) -> None:
-    """Make z the driver's state."""
-    with torch.no_grad():
-        for p, value in zip(d.parameters, z.parameters, strict=True):
-            p.copy_(value)
-    for p, value in zip(d.parameters, z.momentum, strict=bool(z.momentum)):
-        d.sgd.state[p]["momentum_buffer"] = value.clone()
-    d.memory.update({name: t.clone() for name, t in z.memory.items()})
-    for name, values in z.rows.items():
-        d.rows[name] = Rows(values.clone(), torch.ones(len(values), dtype=torch.bool))
-
-
-def differences(
-    d: Driver, batches: list[Batch], controls: list[Control], seen: list[Tensor], count: int = 3
-) -> Iterator[tuple[float, float, Pulled]]:
-    """(finite difference, <costate before, direction>, the costate) where no sign changed, steps chained.
-
-    Step sizes must differ where perturbations are carried: a pixel that goes back and forth by one alpha
-    meets the edge of the ball again, where clamp has two slopes.
-    """
-    saved, before = d.snapshot(), state(d, batches[0])
-    visited = []
-    for b, u in zip(batches, controls, strict=True):
-        visited.append(d.snapshot())
-        d.step(b, u, RATE)
-    weight = random_like(state(d, batches[-1]), 0)
-    p, dropped = weight, set()
-    for b, u, z in reversed(list(zip(batches, controls, visited, strict=True))):
-        d.restore(z)
-        p, names = pullback(d, b, u, RATE, p)
-        dropped.update(names)
-    for i in range(1, count + 1):
-        direction, values, signs = random_like(before, i), [], []
-        for h in (H, -H):
-            d.restore(saved)
-            pairs = zip(before.tensors(), direction.tensors(), strict=True)
-            put(d, before.like([t + h * e for t, e in pairs]), batches[0])
-            seen.clear()
-            for b, u in zip(batches, controls, strict=True):
-                d.step(b, u, RATE)
-            values.append(dot(state(d, batches[-1]), weight))
-            signs.append(list(seen))
-        if same(*signs):
-            yield (values[0] - values[1]) / (2 * H), dot(p, direction), Pulled(p, tuple(sorted(dropped)))
-    d.restore(saved)
+    return _random(z, seed, "test")
 
 
 def prepared(
@@ -121,26 +51,30 @@ def steps(count: int, epoch: int = 1) -> list[Batch]:
     return [batch(margin=0.2, epoch=epoch, number=i) for i in range(1, count + 1)]
 
 
-def check(found: list[tuple[float, float, Pulled]], case: Case) -> None:
-    assert found, "signs changed in every direction"
-    (names,) = {pulled.dropped for _, _, pulled in found}
-    if names:  # what is named makes a difference, but a small one
-        share = [abs(fd - got) / abs(fd) for fd, got, _ in found]
+def check(found: Verified) -> None:
+    assert found.pairs, "signs changed in every direction"
+    assert found.skipped <= COUNT / 2
+    if found.dropped:  # what is named makes a difference, but a small one
+        share = [abs(fd - got) / abs(fd) for fd, got in found.pairs]
         assert max(share) > 1e-5
         assert min(share) < 0.6
     else:
-        for fd, got, _ in found:
-            assert got == pytest.approx(fd, rel=1e-7, abs=1e-8), case
+        assert found.share < 1e-8
+        for fd, got in found.pairs:
+            assert got == pytest.approx(fd, rel=1e-7, abs=1e-9)
+
+
+def compare(d: Driver, case: Case, b: Batch) -> Verified:
+    found = verify(d, b, case.control(), RATE, directions=COUNT)
+    check(found)
+    return found
 
 
 @every
 @optimizers
-def test_the_costate_of_one_step_is_its_derivative(
-    case: Case, o: SGDSettings, directions: list[Tensor]
-) -> None:
-    found = list(differences(prepared(case, o), steps(1), [case.control()], directions))
-    check(found, case)
-    assert bool(found[0][2].dropped) == cuts(case)
+def test_the_costate_of_one_step_is_its_derivative(case: Case, o: SGDSettings) -> None:
+    found = compare(prepared(case, o), case, steps(1)[0])
+    assert bool(found.dropped) == cuts(case)
 
 
 def cuts(case: Case) -> bool:
@@ -149,68 +83,73 @@ def cuts(case: Case) -> bool:
 
 
 @every
-def test_the_costate_of_two_steps_is_their_derivative(case: Case, directions: list[Tensor]) -> None:
+def test_the_costate_of_two_steps_is_their_derivative(case: Case) -> None:
+    """Step sizes must differ where perturbations are carried: see `verify`."""
+    d, batches = prepared(case, SETTINGS["momentum"]), steps(2)
     controls = [case.control(alpha=0.023), case.control(alpha=0.017)]
-    check(list(differences(prepared(case, SETTINGS["momentum"]), steps(2), controls, directions)), case)
+    saved, visited = d.snapshot(), []
+
+    def after() -> State:
+        for b, u in zip(batches, controls, strict=True):
+            visited.append(d.snapshot())
+            d.step(b, u, RATE)
+        return state(d, batches[-1])
+
+    p, dropped = random_like(after(), 0), set()
+    weight = p
+    for b, u, z in reversed(list(zip(batches, controls, visited, strict=True))):
+        d.restore(z)
+        p, names = pullback(d, b, u, RATE, p)
+        dropped.update(names)
+    assert same(d.snapshot(), saved)
+    pairs = []
+    for i in range(COUNT):
+        e = _direction(d, batches[0], state(d, batches[0]), 0, i)
+        fd = _central(d, batches[0], after, weight, e, H)
+        pairs += [] if fd is None else [(fd, p.dot(e))]
+    check(Verified(tuple(pairs), COUNT - len(pairs), tuple(sorted(dropped))))
 
 
 @every
-def test_the_costate_of_the_first_step_is_its_derivative(case: Case, directions: list[Tensor]) -> None:
-    d = driver(case, optimizer=SETTINGS["Nesterov"], channels_last=False)
-    check(list(differences(d, steps(1, epoch=0), [case.control()], directions)), case)
+def test_the_costate_of_the_first_step_is_its_derivative(case: Case) -> None:
+    compare(driver(case, optimizer=SETTINGS["Nesterov"], channels_last=False), case, steps(1, epoch=0)[0])
 
 
 @every
-def test_smooth_steps_are_followed_or_named(case: Case, directions: list[Tensor]) -> None:
-    d = prepared(case, SETTINGS["momentum"], "l2")
-    found = list(differences(d, steps(1), [case.control()], directions))
+def test_smooth_steps_are_followed_or_named(case: Case) -> None:
+    found = compare(prepared(case, SETTINGS["momentum"], "l2"), case, steps(1)[0])
     still = (case.name == "cat" and case.options.get("curriculum", True)) or case.name == "free"
-    check(found, case)
-    assert ("the adversary's (l_2 steps)" in found[0][2].dropped) == (not still)
+    assert ("the adversary's (l_2 steps)" in found.dropped) == (not still)
 
 
 @every
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_batchnorm_and_dropout_in_training_mode_are_followed(
-    case: Case, norm: str, directions: list[Tensor]
-) -> None:
-    d = prepared(case, SETTINGS["momentum"], norm, bn_net())
-    check(list(differences(d, steps(1), [case.control()], directions)), case)
+def test_batchnorm_and_dropout_in_training_mode_are_followed(case: Case, norm: str) -> None:
+    compare(prepared(case, SETTINGS["momentum"], norm, bn_net()), case, steps(1)[0])
 
 
 @every
-def test_where_the_adversary_does_not_depend_on_theta_nothing_is_lost_but_what_is_named(
-    case: Case, directions: list[Tensor]
-) -> None:
+def test_where_the_adversary_does_not_depend_on_theta_nothing_is_lost_but_what_is_named(case: Case) -> None:
     """eps = 0: what l_2 steps drop is then nothing, though it is named."""
     if case.name == "nfgsm" or cuts(case):
         pytest.skip("drops something else, or does not stay in the ball")
-    d = prepared(case, SETTINGS["momentum"], "l2", eps=0.0)
+    d, b, u = prepared(case, SETTINGS["momentum"], "l2", eps=0.0), steps(1)[0], case.control()
     if case.name == "free":
         d.memory["delta"] = torch.zeros_like(d.memory["delta"])
-    zero = state(d, steps(1)[0])
-    for fd, got, _ in fixed_memory(d, zero, steps(1)[0], case.control()):
-        assert got == pytest.approx(fd, rel=1e-7)
 
-
-def fixed_memory(d: Driver, z: State, b: Batch, u: Control) -> Iterator[tuple[float, float, Pulled]]:
-    """As `differences`, but theta and momentum alone are moved."""
-    saved = d.snapshot()
-    d.step(b, u, RATE)
-    weight = random_like(state(d, b), 0)
-    weight = weight._replace(memory={}, rows={})
-    d.restore(saved)
-    found = pullback(d, b, u, RATE, weight)
-    direction, values = random_like(z, 1), []
-    for h in (H, -H):
-        d.restore(saved)
-        moved = [t + h * e for t, e in zip(z.tensors(), direction.tensors(), strict=True)]
-        put(d, z.like(moved)._replace(memory=z.memory, rows=z.rows), b)
+    def after() -> State:
         d.step(b, u, RATE)
-        values.append(dot(state(d, b)._replace(memory={}, rows={}), weight))
+        return state(d, b)
+
+    z, saved = state(d, b), d.snapshot()  # theta and momentum alone are moved, and looked at
+    weight = random_like(after(), 0)._replace(memory={}, rows={})
     d.restore(saved)
-    pair = [x._replace(memory={}, rows={}) for x in (found.costate, direction)]
-    yield (values[0] - values[1]) / (2 * H), dot(*pair), found
+    e = random_like(z, 1)
+    for t in (*e.memory.values(), *e.rows.values()):
+        t.zero_()
+    fd = _central(d, b, after, weight, e, H)
+    assert fd is not None
+    assert pullback(d, b, u, RATE, weight).costate.dot(e) == pytest.approx(fd, rel=1e-7)
 
 
 def test_perturbations_that_are_carried_have_a_costate() -> None:
@@ -353,18 +292,19 @@ def second_derivative(mode: str, into: int, of: int) -> tuple[float, float, tupl
     """(finite difference, costate, names): how parameter `of` moves the step of parameter `into`, n = 0."""
     case = Case("yopo", {"first_layer_grad": mode}, {"inner": 0, "steps": 1})
     d, b, u = driver(case, optimizer=SETTINGS["plain"], channels_last=False), steps(1)[0], case.control()
-    z, saved = state(d, b), d.snapshot()
-    weight, direction = random_like(z, 0), random_like(z, 1)
+    z = state(d, b)
+    weight, e = random_like(z, 0), random_like(z, 1)
     for i in range(len(z.parameters)):
         weight.parameters[i].mul_(i == into)
-        direction.parameters[i].mul_(i == of)
-    found, values = pullback(d, b, u, RATE, weight), []
-    for h in (H, -H):
-        d.restore(saved)
-        put(d, z.like([t + h * e for t, e in zip(z.tensors(), direction.tensors(), strict=True)]), b)
+        e.parameters[i].mul_(i == of)
+
+    def after() -> State:
         d.step(b, u, RATE)
-        values.append(dot(state(d, b), weight))
-    return (values[0] - values[1]) / (2 * H), dot(found.costate, direction), found.dropped
+        return state(d, b)
+
+    fd, found = _central(d, b, after, weight, e, H), pullback(d, b, u, RATE, weight)
+    assert fd is not None
+    return fd, found.costate.dot(e), found.dropped
 
 
 @pytest.mark.parametrize("mode", ["both", "direct", "hamiltonian"])
@@ -395,16 +335,10 @@ def test_theta_that_a_method_has_used_is_held_fixed_but_not_forgotten() -> None:
             p = found[-1]
             yield Update(lambda: (ctx.logits(batch.x) * p).sin().sum())
 
-    d, b = driver(Weighted(), optimizer=SETTINGS["plain"], channels_last=False), steps(1)[0]
-    z, saved = state(d, b), d.snapshot()
-    weight, direction, values = random_like(z, 0), random_like(z, 1), []
-    found = pullback(d, b, Control(), RATE, weight).costate
-    for h in (H, -H):
-        d.restore(saved)
-        put(d, z.like([t + h * e for t, e in zip(z.tensors(), direction.tensors(), strict=True)]), b)
-        d.step(b, Control(), RATE)
-        values.append(dot(state(d, b), weight))
-    assert dot(found, direction) == pytest.approx((values[0] - values[1]) / (2 * H), rel=1e-7)
+    d = driver(Weighted(), optimizer=SETTINGS["plain"], channels_last=False)
+    found = verify(d, steps(1)[0], Control(), RATE, directions=COUNT)
+    assert len(found.pairs) == COUNT
+    check(found)
 
 
 def test_views_in_between_see_the_statistics_that_batchnorm_has_gathered() -> None:
@@ -426,3 +360,169 @@ def test_views_in_between_see_the_statistics_that_batchnorm_has_gathered() -> No
     for mine, theirs in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(seen[0], seen[1])
+
+
+# -------------------------------------------------------------------------------------------------- `verify`
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Descends on the distance to what the network says of other samples, detached or not."""
+
+    detach: bool = True
+    dropped: tuple[str, ...] = ()
+    controls = ControlSpace({}, cost=lambda u: 2)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+        def loss() -> Tensor:
+            target = ctx.logits(batch.x.flip(0))
+            return (ctx.logits(batch.x) - (target.detach() if self.detach else target)).pow(4).sum()
+
+        yield Update(loss, self.dropped)
+
+
+@pytest.mark.parametrize("dropped", [(), ("the target",)])
+def test_what_a_method_detaches_shows_as_a_share_whether_it_is_named_or_not(dropped: tuple[str, ...]) -> None:
+    d, b = driver(Distilled(dropped=dropped), optimizer=SETTINGS["plain"]), steps(1)[0]
+    found = verify(d, b, Control(), RATE)
+    assert 1e-3 < found.share < 1
+    assert found.dropped == dropped
+    pairs = torch.tensor(found.pairs, dtype=torch.float64)
+    error = (pairs[:, 0] - pairs[:, 1]).square().sum() / pairs[:, 0].square().sum()
+    assert found.share == pytest.approx(float(error.sqrt()))
+    check(verify(driver(Distilled(detach=False), channels_last=False), b, Control(), RATE, directions=COUNT))
+
+
+@every
+def test_verify_leaves_the_driver_as_it_is(case: Case) -> None:
+    class Counting(nn.Module):
+        """Has a buffer that no state dict has."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = bn_net()
+            self.register_buffer("calls", torch.zeros(1).double(), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            return self.net(x)
+
+    d, b = prepared(case, SETTINGS["momentum"], model=Counting()), steps(1)[0]
+    d.kept["best"], d.stopped = {"model": {}, "optimizer": {}}, "why not"
+    d.model.eval()
+    d.parameters[0].grad = torch.ones_like(d.parameters[0])
+    snapshot, before, meter, counts, ball = d.snapshot(), trace(d.model), d.meter, d.meter.copy(), d.ball
+    first = verify(d, b, case.control(), RATE, directions=2)
+    assert same(d.snapshot(), snapshot)
+    assert same(trace(d.model), before)
+    assert d.ball is ball
+    assert d.meter is meter
+    assert meter == counts
+    assert verify(d, b, case.control(), RATE, directions=2) == first
+    assert verify(d, b, case.control(), RATE, directions=2, seed=1) != first
+
+
+def test_verify_leaves_the_driver_as_it_is_when_the_method_fails() -> None:
+    class Failing:
+        controls = ControlSpace({}, cost=lambda u: 1)
+        calls = 0
+
+        def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+            self.calls += 1
+            ctx.memory["calls"] = torch.tensor(self.calls).double()
+            yield Update(lambda: ctx.logits(batch.x).square().mean())
+            if self.calls == 4:
+                raise RuntimeError("the fourth step")
+            yield Update(lambda: ctx.logits(batch.x).square().mean())
+
+    d = driver(Failing(), bn_net())
+    snapshot, before, meter, ball = d.snapshot(), trace(d.model), d.meter.copy(), d.ball
+    with pytest.raises(RuntimeError, match="the fourth step"):
+        verify(d, steps(1)[0], Control(), RATE)
+    assert same(d.snapshot(), snapshot)
+    assert same(trace(d.model), before)
+    assert (d.meter, d.ball) == (meter, ball)
+
+
+def test_directions_in_which_a_sign_changes_are_skipped() -> None:
+    d, b, u = prepared(PLAIN["pgd_at"], SETTINGS["plain"]), steps(1)[0], PLAIN["pgd_at"].control()
+    found = verify(d, b, u, RATE, directions=5, h=3.0)
+    assert found.pairs == ()
+    assert found.skipped == 5
+    assert math.isnan(found.share)
+    some = verify(d, b, u, RATE, directions=20, h=0.05)
+    assert 0 < some.skipped < 20
+    assert len(some.pairs) + some.skipped == 20
+    assert some.share < 1e-3
+
+
+def test_every_ball_that_a_method_makes_of_the_drivers_is_watched_and_keeps_its_kind() -> None:
+    kinds: set[tuple[bool, float]] = set()
+
+    class Half(Ball):
+        def direction(self, gradient: Tensor) -> Tensor:
+            return super().direction(gradient) / 2
+
+    class Own:
+        controls = ControlSpace({}, cost=lambda u: 2)
+
+        def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
+            with ctx.view() as view:
+                gradient = view.gradient(batch.x, lambda logits: logits[:, 0])
+            other = type(ctx.ball)(2 * ctx.ball.eps, ctx.ball.norm)
+            moved = other.direction(gradient)
+            kinds.add((isinstance(ctx.ball, Half), float(moved.abs().max())))
+            yield Update(lambda: ctx.logits(batch.x + 0.01 * moved).square().mean())
+
+    d = driver(Own(), ball=Half(0.1), optimizer=SETTINGS["plain"], channels_last=False)
+    check(verify(d, steps(1)[0], Control(), RATE, directions=COUNT))
+    assert kinds == {(True, 0.5)}
+    assert verify(d, steps(1)[0], Control(), RATE, directions=COUNT, h=10.0).skipped == COUNT
+
+
+def test_samples_that_carry_nothing_yet_have_no_direction() -> None:
+    case = PLAIN["atta"]
+    d, b = prepared(case, SETTINGS["momentum"]), steps(1)[0]
+    index = torch.tensor([3, 40, 0, 7, 1, 6])  # of 6 samples that carry something, three
+    compare(d, case, b._replace(indices=index))
+    e = _direction(d, b._replace(indices=index), state(d, b._replace(indices=index)), 0, 0)
+    assert [bool(row.any()) for row in e.rows["delta"]] == [True, False, True, False, True, False]
+    assert e.dot(e) == pytest.approx(1)
+
+
+def test_names_that_a_state_lacks_count_as_zero_in_inner_products() -> None:
+    d, b = prepared(PLAIN["atta"], SETTINGS["plain"]), steps(1)[0]
+    z = state(d, b)
+    less = z._replace(rows={})
+    assert less.dot(z) == pytest.approx(sum(float(t.square().sum()) for t in z.parameters))
+    assert same(less.plus(z, -1).tensors(), [torch.zeros_like(t) for t in z.parameters])
+    with pytest.raises(KeyError, match="delta"):
+        z.dot(less)
+
+
+def test_anything_but_float64_is_refused_with_what_to_do() -> None:
+    case, b = PLAIN["free"], steps(1)[0]
+    u, single = case.control(), b._replace(x=b.x.float())
+    d = driver(case, smooth().float())
+    with pytest.raises(ValueError, match=r"the parameters are torch.float32: call model.double\(\)"):
+        verify(d, single, u, RATE)
+    d.step(single, u, RATE)
+    d.model.double()
+    with pytest.raises(
+        ValueError, match=r"optimiser's buffers are torch.float32: .* before the driver's first"
+    ):
+        verify(d, b, u, RATE)
+    with pytest.raises(ValueError, match=r"the inputs are torch.float32: .*x.double\(\)"):
+        verify(driver(case), single, u, RATE)
+    d = prepared(case, SETTINGS["plain"])
+    d.memory["delta"] = d.memory["delta"].float()
+    with pytest.raises(ValueError, match=r"the memory are torch.float32"):
+        verify(d, b, u, RATE)
+    with pytest.raises(ValueError, match="autocast"):
+        verify(driver(case, autocast=torch.bfloat16), b, u, RATE)
+
+
+@pytest.mark.parametrize("wrong", [{"directions": 0}, {"h": 0.0}, {"h": -1e-6}, {"h": math.nan}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="directions must be >= 1 and h > 0"):
+        verify(driver(PLAIN["pgd_at"]), steps(1)[0], PLAIN["pgd_at"].control(), RATE, **wrong)  # type: ignore[arg-type]
