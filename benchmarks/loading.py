@@ -22,10 +22,11 @@ from controlat.balls import Ball
 from controlat.control import Control
 from controlat.data import Dataset, Samples, Split
 from controlat.data import load as load_data
-from controlat.dynamics import Driver, Plan, SGDSettings
+from controlat.dynamics import Driver, SGDSettings
 from controlat.families import parse_schedule
 from controlat.methods import Batch, build
 from controlat.models import build as build_model
+from controlat.plan import Plan
 from controlat.rates import parse_rate
 from controlat.schedules import Schedule
 from controlat.training import place

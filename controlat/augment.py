@@ -7,7 +7,7 @@ window of each, `Placement.invert` puts a window back where it was taken from (A
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Placement:
     flip: Tensor
     pad: int
     fill: float = 0.0
+
+    def __getitem__(self, rows: slice) -> Placement:
+        """The placement of some of the images."""
+        return replace(self, top=self.top[rows], left=self.left[rows], flip=self.flip[rows])
 
     def frame(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) with the border around them."""

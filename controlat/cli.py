@@ -23,8 +23,14 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason in one line and exit with 2."""
         reason = " ".join(str(message).split())
-        print(f"controlat: error: {reason} (see controlat --help)", file=sys.stderr)
+        print(f"controlat{_which()}: error: {reason} (see controlat --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _which() -> str:
+    """Which process speaks, if it is not the first or only one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[process {rank}]"
 
 
 def _command(settings: type, description: str) -> Parser:
@@ -108,6 +114,8 @@ def _evaluate(found: Namespace) -> None:
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
     result = jobs.evaluate(found.out, **settings)
+    if _which():
+        return
     print(report.table(*report.rows(result)))
     print()
     for line in report.notes(result):
@@ -129,6 +137,8 @@ def _train(found: Namespace) -> None:
     from controlat import jobs, report
 
     result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    if _which():
+        return
     heads = ["epoch", "K", "alpha", "loss", "clean %", "robust %", "gradient evals", "seconds"]
     cells = [
         [
@@ -231,6 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = parser.parse_args([_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     from controlat.network import NonFiniteError
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
+        found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
+    ):
+        parser.error("train and evaluate run in several processes, nothing else; start it without torchrun")
     try:
         _COMMANDS[found.command](found[found.command])
         sys.stdout.flush()
@@ -241,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except NonFiniteError as error:
-        print(f"controlat: training stopped: {error}", file=sys.stderr)
+        print(f"controlat{_which()}: training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("controlat: interrupted; the same command goes on (train: with --resume)", file=sys.stderr)

@@ -10,23 +10,22 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from controlat import rng
-from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control
-from controlat.data import Samples
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
 from controlat.network import Meter, NonFiniteError
-from controlat.rates import Rate
-from controlat.schedules import Schedule
+from controlat.parallel import Share, World
+from controlat.plan import Plan
+from controlat.state import Snapshot, copied, gather, put
 
-__all__ = ["Driver", "Plan", "SGDSettings", "Snapshot", "Step", "rollout"]
+__all__ = ["Driver", "SGDSettings", "Step", "rollout"]
 
 
 @dataclass(frozen=True)
@@ -61,98 +60,6 @@ class Step(NamedTuple):
     loss: float
     spent: Meter
     dropped: tuple[str, ...]
-
-
-class Snapshot(NamedTuple):
-    """A copy of the state z.
-
-    Args:
-        model: parameters and buffers.
-        optimizer: its state dict.
-        memory: what the method carries.
-        rows: what samples carry: by name, values and mask, and the positions if it is not all samples.
-        kept: what the method put aside (never changed, hence not copied).
-        stopped: why the method ended training.
-    """
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    memory: dict[str, Tensor]
-    rows: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
-    kept: dict[str, dict[str, Any]] = {}  # noqa: RUF012
-    stopped: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a roll-out is run on: data in batches, learning rate, schedule, seed.
-
-    Args:
-        data: training samples; the order of an epoch is a function of (seed, epoch).
-        batch_size: samples per outer step; the last batch of an epoch may be smaller.
-        epochs: number of epochs T.
-        schedule: t -> u.
-        rate: t -> learning rate.
-        seed: of everything random.
-        augment: random crops and flips, a function of (seed, epoch, batch); None for none.
-        held_out: samples never trained on, for methods that look at them between epochs.
-    """
-
-    data: Samples
-    batch_size: int
-    epochs: int
-    schedule: Schedule
-    rate: Rate
-    seed: int = 0
-    augment: Augment | None = None
-    held_out: Samples | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Outer steps per epoch."""
-        return -(-len(self.data) // self.batch_size)
-
-    def order(self, epoch: int) -> tuple[Tensor, ...]:
-        """Positions of the samples of every batch of an epoch."""
-        order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
-        return torch.split(order, self.batch_size)
-
-    def indices(self, start: int, stop: int) -> Tensor:
-        """Positions of all samples that the steps start, ..., stop - 1 of the run use."""
-        steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
-        orders = {n // self.batches_per_epoch: self.order(n // self.batches_per_epoch) for n in steps}
-        used = [orders[n // self.batches_per_epoch][n % self.batches_per_epoch] for n in steps]
-        return torch.cat(used).sort().values
-
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from number `first` on."""
-        chunks = self.order(epoch)[first:]
-        for number, (index, (x, y)) in enumerate(zip(chunks, self.data.stream(chunks), strict=True), first):
-            if self.augment is None:
-                yield Batch(x, y, index, epoch, number)
-            else:
-                draw = rng.generator(self.seed, epoch, number, "augment")
-                placement = self.augment.draw(len(x), draw)
-                yield Batch(placement(x), y, index, epoch, number, placement)
-
-    def control(self, batch: Batch) -> Control:
-        """u at the start of that batch's step."""
-        return self.schedule(batch.epoch + batch.number / self.batches_per_epoch)
-
-    def learning_rate(self, epoch: int, number: int) -> float:
-        """eta of one step, taken at its middle."""
-        return self.rate(epoch + (number + 0.5) / self.batches_per_epoch, self.epochs)
-
-    def mean_rate(self, epoch: int | None = None) -> float:
-        """Mean learning rate of an epoch, or of the whole run: the unit of time and of cost."""
-        epochs = range(self.epochs) if epoch is None else (epoch,)
-        rates = [self.learning_rate(e, b) for e in epochs for b in range(self.batches_per_epoch)]
-        return sum(rates) / len(rates)
 
 
 @dataclass
@@ -208,6 +115,9 @@ class Driver:
     def step(self, batch: Batch, u: Control, rate: float) -> Step:
         """One outer step z <- S(z, u).
 
+        Where processes share the batch, each takes its rows, and all end in the same state; what was spent is
+        the sum over them.
+
         Raises:
             NonFiniteError: a loss or gradient is not finite; the message names epoch, batch and control.
         """
@@ -226,10 +136,20 @@ class Driver:
             losses.append(loss)
             dropped.update(update.dropped)
         self.memory.update({name: t.detach() for name, t in self.memory.items()})
-        self._scatter(batch, ctx.rows)
+        self._scatter(batch, ctx)
+        ctx.share.agree(self.model)
         mean = sum(losses) / len(losses)
-        spent = self.meter.since(before)
-        return Step(batch.epoch, batch.number, u, rate, len(batch.x), mean, spent, tuple(sorted(dropped)))
+        spent = self._summed(self.meter.since(before), ctx.share)
+        self.meter = before.plus(spent)
+        names = tuple(sorted(dropped))
+        return Step(batch.epoch, batch.number, u, rate, ctx.share.total, mean, spent, names)
+
+    def _summed(self, spent: Meter, share: Share) -> Meter:
+        """What all processes spent."""
+        if share.alone:
+            return spent
+        counts = share.sum(torch.tensor([spent.gradients, spent.forwards, spent.layers], device=self.device))
+        return Meter(*map(int, counts))
 
     def field(self, batch: Batch, v: Control, rate: float = 0.0, meter: Meter | None = None) -> list[Tensor]:
         """-F(theta, v): the sum of the gradients of one outer step under v; nothing of the state changes.
@@ -287,8 +207,8 @@ class Driver:
             if touched is None:
                 rows[name] = {"values": store.values.clone(), "seen": store.seen.clone()}
             else:
-                rows[name] = {"index": touched.clone(), **_gather(store, touched)._asdict()}
-        return Snapshot(model, _copied(self.sgd.state_dict()), memory, rows, dict(self.kept), self.stopped)
+                rows[name] = {"index": touched.clone(), **gather(store, touched)._asdict()}
+        return Snapshot(model, copied(self.sgd.state_dict()), memory, rows, dict(self.kept), self.stopped)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put the state z back to a snapshot, which stays usable.
@@ -296,14 +216,14 @@ class Driver:
         Rows that a partial snapshot does not have stay as they are.
         """
         self.model.load_state_dict(snapshot.model)
-        self.sgd.load_state_dict(_copied(snapshot.optimizer))  # torch keeps the very tensors it is given
+        self.sgd.load_state_dict(copied(snapshot.optimizer))  # torch keeps the very tensors it is given
         self.memory = {name: t.clone() for name, t in snapshot.memory.items()}
         for name in set(self.rows) - set(snapshot.rows):
             del self.rows[name]
         for name, found in snapshot.rows.items():
             rows = Rows(found["values"], found["seen"])
             if "index" in found:
-                self.rows[name] = _put(self.rows.get(name), found["index"], rows)
+                self.rows[name] = put(self.rows.get(name), found["index"], rows)
             else:
                 self.rows[name] = Rows(rows.values.clone(), rows.seen.clone())
         self.kept, self.stopped = dict(snapshot.kept), snapshot.stopped
@@ -380,8 +300,14 @@ class Driver:
             found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
         ctx.theta = before
         every = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
-        value = float(loss.detach())
-        norm = float(torch.stack(torch._foreach_norm([g.detach() for g in every])).norm())
+        ours = {id(p) for p in parameters}
+        shared = [i for i, t in enumerate(wanted) if i < len(parameters) or id(t) in ours]
+        rest = torch.stack([loss.detach(), *torch._foreach_norm([g.detach() for g in every])])
+        # One reduction of all: then a number that is not finite is so in every process.
+        reduced = ctx.share.mean([*(every[i] for i in shared), rest])
+        for i, g in zip(shared, reduced[:-1], strict=True):
+            every[i] = g
+        value, norm = float(reduced[-1][0]), float(reduced[-1][1:].norm())
         if not (torch.isfinite(torch.tensor((value, norm))).all()):
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise NonFiniteError(f"training loss {value:g}, gradient norm {norm:g} ({where})")
@@ -430,15 +356,18 @@ class Driver:
             batch.number,
             rate,
             memory,
-            {name: _gather(store, batch.indices) for name, store in self.rows.items()},
+            {name: gather(store, batch.indices) for name, store in self.rows.items()},
             self.autocast,
             self.channels_last,
+            batch.share or World().share(len(batch.x)),
         )
 
-    def _scatter(self, batch: Batch, rows: dict[str, Rows]) -> None:
+    def _scatter(self, batch: Batch, ctx: Context) -> None:
         """Keep what the samples of a batch carry now."""
-        for name, found in rows.items():
-            self.rows[name] = _put(self.rows.get(name), batch.indices, found)
+        for name, found in ctx.rows.items():
+            values, seen = map(ctx.share.everyone, found)
+            index = ctx.share.everyone(batch.indices.to(values.device))
+            self.rows[name] = put(self.rows.get(name), index, Rows(values, seen))
 
     def start_epoch(self, plan: Plan, epoch: int) -> None:
         """Let the method do what it does before the first step of an epoch."""
@@ -457,7 +386,7 @@ class Driver:
 
         def reload(name: str) -> None:
             self.model.load_state_dict(self.kept[name]["model"])
-            self.sgd.load_state_dict(_copied(self.kept[name]["optimizer"]))
+            self.sgd.load_state_dict(copied(self.kept[name]["optimizer"]))
 
         def stop(reason: str) -> None:
             self.stopped = reason
@@ -475,11 +404,20 @@ class Driver:
             save=save,
             reload=reload,
             stop=stop,
-            first=lambda: next(plan.batches(epoch)),
+            first=lambda: next(replace(plan, world=World()).batches(epoch)),
         )
 
     def _scope(self, batch: Batch, purpose: str, i: int) -> contextlib.AbstractContextManager[None]:
-        return rng.scoped(self.seed, batch.epoch, batch.number, purpose, i, device=self.device)
+        key: list[int | str] = [batch.epoch, batch.number, purpose, i]
+        if batch.share is not None:  # masks of dropout are drawn for the rows of one process
+            key.append(batch.share.rank)
+        return rng.scoped(self.seed, *key, device=self.device)
+
+    def fingerprint(self) -> list[Tensor]:
+        """Numbers that differ where two states z do: for processes to compare."""
+        tensors = [*self.model.state_dict().values(), *self.memory.values()]
+        sums = [t.detach().double().sum().to(self.device) for t in tensors if isinstance(t, Tensor)]
+        return [*sums, torch.tensor(float(len(self.stopped)), device=self.device)]
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -500,40 +438,6 @@ class Driver:
 
 def void(_: object) -> None:
     """Nothing, for callbacks that must return nothing."""
-
-
-def _gather(store: Rows, index: Tensor) -> Rows:
-    """What some samples carry; samples beyond the store carry nothing."""
-    index = index.to(store.seen.device)
-    inside = index < len(store.seen)
-    safe = torch.where(inside, index, 0)
-    seen = store.seen[safe] & inside
-    mask = seen.view(-1, *[1] * (store.values.dim() - 1))
-    return Rows(torch.where(mask, store.values[safe], torch.zeros_like(store.values[:1])), seen)
-
-
-def _put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
-    """A store, grown where it must, in which some samples carry what `rows` say."""
-    values = rows.values.detach()
-    size = int(index.max()) + 1
-    if store is None or len(store.seen) < size:
-        grown = max(size, 2 * len(store.seen) if store is not None else 0)
-        fresh = Rows(values.new_zeros(grown, *values.shape[1:]), rows.seen.new_zeros(grown))
-        if store is not None:
-            fresh.values[: len(store.seen)], fresh.seen[: len(store.seen)] = store
-        store = fresh
-    index = index.to(values.device)
-    store.values[index], store.seen[index] = values, rows.seen
-    return store
-
-
-def _copied(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state dict with tensors of its own."""
-    state = {
-        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
-        for i, s in optimizer["state"].items()
-    }
-    return optimizer | {"state": state}
 
 
 def rollout(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from controlat.evaluation import Extras
 from controlat.files import read_json, read_json_lines, write_json
 from controlat.methods import Prefixes, build
 from controlat.network import Meter
+from controlat.parallel import World, joined
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Candidate, Setting, candidates, pick_device
 from controlat.training import deterministic, fit, load_checkpoint
@@ -47,8 +50,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     """
     chosen = TrainSettings(**settings)
     schedule, plain = chosen.schedule_of(chosen.schedule), {"command": "train"} | chosen.to_json()
-    with claimed(out, plain) as known, deterministic(chosen.threads):
-        done = read_json_lines(Path(out) / "log.jsonl")
+    with _together(out, plain, chosen) as (world, known):
+        done = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
         finished = len(done) == chosen.epochs or bool(done and done[-1].get("stopped"))
         if known and not finished and not resume:
             raise ValueError(
@@ -67,7 +70,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             progress=chosen.progress,
             label=chosen.schedule,
         )
-        records = read_json_lines(Path(out) / "log.jsonl")
+        records = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
     return {
         "directory": str(out),
         "epochs": records,
@@ -75,6 +78,13 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
         "seconds": tally.seconds,
         "finished_before": known and finished,
     }
+
+
+@contextlib.contextmanager
+def _together(out: str | Path, plain: dict[str, Any], chosen: Problem) -> Iterator[tuple[World, bool]]:
+    """The processes of a run, its directory held, and deterministic kernels: (processes, known before)."""
+    with joined(chosen.device) as world, claimed(out, plain, world) as known, deterministic(chosen.threads):
+        yield world, known
 
 
 # ---- evaluate
@@ -97,8 +107,8 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         NonFiniteError: a training diverged.
     """
     chosen, out = EvaluateSettings(**settings), Path(out)
-    with claimed(out, {"command": "evaluate"} | chosen.to_json()), deterministic(chosen.threads):
-        if not (out / "result.json").exists():
+    with _together(out, {"command": "evaluate"} | chosen.to_json(), chosen) as (world, _):
+        if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
             setting.surrogate(chosen.surrogate)  # a bad one is refused before anything is trained
             runs: dict[int, list[dict[str, Any]]] = {}
@@ -107,27 +117,29 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                 which, label = i // len(chosen.seeds), f"[{i + 1}/{len(every)}] {candidate.schedule.text}"
                 found = candidate.run(f"{label}, seed {candidate.seed}")
                 runs.setdefault(which, []).append(found)
-                if chosen.progress:
+                if chosen.progress and world.first:
                     left = found["evaluation"]["robust"]["value"]
                     tqdm.write(f"{label}, seed {candidate.seed}: robust {left:.1%}", file=sys.stderr)
             schedules = [
                 {"text": text, "schedule": chosen.schedule_of(text).to_json(), "runs": runs[i]}
                 for i, text in enumerate(chosen.schedules)
             ]
-            result = report.assemble(
-                settings=chosen.to_json(),
-                environment=environment(setting.device),
-                sizes={
-                    "train": len(setting.training),
-                    "held_out": len(setting.held_out),
-                    "test": len(setting.data.test),
-                },
-                grid={"alphas": list(every[0].grid.alphas), "max_steps": every[0].grid.max_steps},
-                schedules=schedules,
-            )
-            write_json(out / "result.json", result)
-        result = read_json(out / "result.json")
-        report.write(result, out)
+            if world.first:
+                result = report.assemble(
+                    settings=chosen.to_json(),
+                    environment=environment(setting.device),
+                    sizes={
+                        "train": len(setting.training),
+                        "held_out": len(setting.held_out),
+                        "test": len(setting.data.test),
+                    },
+                    grid={"alphas": list(every[0].grid.alphas), "max_steps": every[0].grid.max_steps},
+                    schedules=schedules,
+                )
+                write_json(out / "result.json", result)
+        result = world.tell(read_json(out / "result.json") if world.first else None)
+        if world.first:
+            report.write(result, out)
     return dict(result)
 
 

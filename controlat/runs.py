@@ -16,6 +16,7 @@ import torch
 
 import controlat
 from controlat.files import read_json, write_json
+from controlat.parallel import World, current
 
 __all__ = ["claimed", "environment", "slug"]
 
@@ -57,6 +58,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "hardware": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": current().size,
         "git": _git_state(),
     }
 
@@ -90,8 +92,10 @@ def _short(value: object) -> str:
 
 
 @contextlib.contextmanager
-def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool]:
+def claimed(directory: str | Path, settings: Mapping[str, Any], world: World = World()) -> Iterator[bool]:  # noqa: B008
     """Hold a run directory: yields whether it already was one, of these very settings.
+
+    Where several processes work on the run, the first one holds it for all.
 
     A new or empty directory is made one: the settings are written to it. Nothing in it is ever deleted or
     overwritten by other settings, and one process at a time works in it.
@@ -99,10 +103,14 @@ def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool
     Args:
         directory: the run directory.
         settings: plain data that decides the results.
+        world: the processes of the run.
 
     Raises:
         ValueError: the directory holds something else, or other settings, or another process works in it.
     """
+    if not world.first:
+        yield bool(world.tell(None))
+        return
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give the name of a directory")
@@ -129,7 +137,7 @@ def claimed(directory: str | Path, settings: Mapping[str, Any]) -> Iterator[bool
         else:
             write_json(directory / SETTINGS, dict(settings))
         try:
-            yield known
+            yield bool(world.tell(known))
         except BaseException:
             if not known and {p.name for p in directory.iterdir()} == {".lock", SETTINGS}:
                 (directory / SETTINGS).unlink()  # nothing was made: other settings may be tried here

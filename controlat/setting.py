@@ -19,12 +19,14 @@ from controlat.config import AttackSettings, EvaluateSettings, Problem
 from controlat.control import number
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
-from controlat.dynamics import Driver, Plan
+from controlat.dynamics import Driver
 from controlat.evaluation import Evaluation, Extras, protocol
 from controlat.files import append_json_line, read_json, read_json_lines, write_json
 from controlat.losses import cross_entropy
 from controlat.methods import Batch, build
 from controlat.network import Meter, View
+from controlat.parallel import current
+from controlat.plan import Plan
 from controlat.pmp import FORMS, AdversarialLoss, Gap, Grid, Surface, measure, probe_batches
 from controlat.runs import slug
 from controlat.schedules import Schedule
@@ -81,7 +83,15 @@ class Setting:
         """The roll-out of one schedule under one seed."""
         p = self.problem
         return Plan(
-            self.training, p.batch_size, p.epochs, schedule, p.rate, seed, p.augmentation, self.held_out
+            self.training,
+            p.batch_size,
+            p.epochs,
+            schedule,
+            p.rate,
+            seed,
+            p.augmentation,
+            self.held_out,
+            current(),
         )
 
     def model(self, seed: int) -> nn.Module:
@@ -230,7 +240,10 @@ class Candidate:
         append_json_line(self.directory / "criterion.jsonl", line | {"seconds": time.perf_counter() - began})
 
     def run(self, label: str) -> dict[str, Any]:
-        """Train, score and attack; what is already there is read, not made again."""
+        """Train, score and attack; what is already there is read, not made again.
+
+        Several processes train together; the first of them scores, attacks and returns what was found.
+        """
         s, file = self.settings, self.directory / "evaluation.json"
         driver, plan = self.setting.driver(self.seed), self.setting.plan(self.schedule, self.seed)
         scored = {line["epoch"] for line in read_json_lines(self.directory / "criterion.jsonl")}
@@ -244,6 +257,8 @@ class Candidate:
             progress=s.progress,
             label=label,
         )
+        if not plan.world.first:
+            return {}
         if not file.exists():
             found = self.setting.evaluate(driver.model, s, self.seed)
             write_json(file, found.to_json())

@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from controlat import rng
 from controlat.data import Samples
-from controlat.dynamics import Driver, Plan, Snapshot, Step, rollout
+from controlat.dynamics import Driver, Step, rollout
 from controlat.evaluation.robust import measure
 from controlat.files import append_json_line, read_json_lines, write, write_text
 from controlat.network import Meter, NonFiniteError, channels_last
+from controlat.parallel import World
+from controlat.plan import Plan
 from controlat.runs import environment
+from controlat.state import Snapshot
 
 __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
 
@@ -120,12 +123,15 @@ def save_checkpoint(
     write(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", content: bytes | None = None
+) -> dict[str, Any]:
     """Read a checkpoint without unpickling code.
 
     Args:
         path: ``last.pt`` or ``best.pt`` of a run directory.
         device: where its tensors go.
+        content: what is in it, where that was read already.
 
     Returns:
         ``model``, ``optimizer``, ``memory``, ``schedule``, ``tally``, ``settings``, ``environment``.
@@ -133,10 +139,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     Raises:
         ValueError: the file is missing, damaged or not a checkpoint of controlat.
     """
-    if not Path(path).is_file():
+    if content is None and not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
+        source = path if content is None else io.BytesIO(content)
+        found = torch.load(source, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -152,19 +159,27 @@ def _reason(error: Exception) -> str:
     return text.partition(" Please ")[0].strip() or type(error).__name__
 
 
-def _resume(driver: Driver, directory: Path) -> Tally:
-    """Put the driver where the last checkpoint left it, and the log with it."""
-    if not (directory / LAST).exists():
+def _resume(driver: Driver, directory: Path, world: World) -> Tally:
+    """Put the driver where the last checkpoint left it, and the log with it: the first process reads."""
+    last = directory / LAST
+    content = world.tell_bytes(last.read_bytes() if world.first and last.exists() else b"")
+    if not content:
         tally = Tally()
     else:
-        found = load_checkpoint(directory / LAST, driver.device)
+        found = load_checkpoint(last, driver.device, content)
         driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
         tally = Tally(**found["tally"])
+    if world.first:
+        _cut_log(directory, tally)
+    return tally
+
+
+def _cut_log(directory: Path, tally: Tally) -> None:
+    """Drop lines of epochs that the checkpoint does not know of."""
     lines = (directory / LOG).read_text().splitlines(True) if (directory / LOG).exists() else []
     done = read_json_lines(directory / LOG)[: tally.epoch]
     if len(lines) != len(done):
         write_text(directory / LOG, "".join(lines[: len(done)]))
-    return tally
 
 
 def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
@@ -212,17 +227,17 @@ def fit(
 ) -> Tally:
     """Train under the plan's schedule, going on from the directory's last checkpoint if there is one.
 
-    Stopped at any moment and called again, it ends with the same bits as undisturbed (one device, one thread
-    count). The directory gets ``log.jsonl`` (one line per epoch), ``last.pt``, ``best.pt`` (largest PGD-10
-    accuracy on `held_out`) and ``schedule.json``.
+    Stopped at any moment and called again, it ends with the same bits as undisturbed (one device, one number
+    of threads and processes). The directory gets ``log.jsonl`` (one line per epoch), ``last.pt``, ``best.pt``
+    (largest PGD-10 accuracy on `held_out`) and ``schedule.json``.
 
     Args:
         driver: the system at its initial state.
-        plan: data, schedule, rates.
+        plan: data, schedule, rates, and the processes: the first alone writes, validates and scores.
         directory: the run directory.
         held_out: samples for validation, never trained on.
         settings: plain data to store in checkpoints.
-        at_epoch: called with each epoch's number before its first step.
+        at_epoch: called with each epoch's number before its first step, in the first process.
         checkpoint_minutes: longest time between checkpoints within an epoch.
         tensorboard: write event files too.
         progress: show a progress bar (on a terminal).
@@ -234,20 +249,25 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient is not finite; names epoch, batch, control and the last checkpoint.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tally = _resume(driver, directory)
+    directory, world = Path(directory), plan.world
     settings = settings or {}
-    if not (directory / SCHEDULE).exists():
-        plan.schedule.save(directory / SCHEDULE)
-    writer = _writer(directory) if tensorboard else None
-    with _bar(plan, driver, tally, label, progress) as bar:
+    if world.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / SCHEDULE).exists():
+            plan.schedule.save(directory / SCHEDULE)
+    tally = _resume(driver, directory, world)
+    writer = _writer(directory) if tensorboard and world.first else None
+    with _bar(plan, driver, tally, label, progress and world.first) as bar:
         while tally.epoch < plan.epochs and not driver.stopped:
-            if tally.batch == 0 and at_epoch is not None:
+            if tally.batch == 0 and at_epoch is not None and world.first:
                 at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
             try:
                 _epoch(driver, plan, directory, tally, settings, checkpoint_minutes, bar)
+                world.check(driver.fingerprint())
+                if not world.first:
+                    tally.next_epoch()
+                    continue
                 record = _record(driver, plan, tally, held_out)
             except NonFiniteError as error:
                 kept = directory / LAST
@@ -268,7 +288,7 @@ def fit(
                 _write_scalars(writer, record)
     if writer is not None:
         writer.close()
-    return tally
+    return Tally(**world.tell(asdict(tally)))
 
 
 def _epoch(
@@ -287,7 +307,7 @@ def _epoch(
         now = time.perf_counter()
         tally.add(step, now - began)
         bar.update(step.spent.gradients)
-        if now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
+        if plan.world.first and now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
             _check_parameters(driver, step)
             save_checkpoint(directory / LAST, driver, plan, tally, settings)
             saved = time.perf_counter()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from controlat import rng
 from controlat.data import Split
-from controlat.dynamics import Plan
 from controlat.families import parse_schedule
 from controlat.models import build
+from controlat.plan import Plan
 from controlat.rates import parse_rate
 
 SHAPE = (1, 8, 8)

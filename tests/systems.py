@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from controlat import rng
 from controlat.balls import Ball
 from controlat.control import Control
-from controlat.dynamics import Driver, Plan, SGDSettings
+from controlat.dynamics import Driver, SGDSettings
 from controlat.methods import Batch, Method, build, names
+from controlat.plan import Plan
 
 HEAVY = SGDSettings(momentum=0.9, weight_decay=1e-3)
 
@@ -40,7 +41,7 @@ VARIANTS = {
     "cat curriculum": Case("cat", {"patience": 1, "ready": 0.0, "expected": 0.0}, {"steps": 3}),
     "cat basic": Case("cat", {"curriculum": False, "mixing": False}),
     "dynamic weighted": Case("dynamic", {"outer_weight": "loss", "displacement": "start"}),
-    "fast fixed": Case("fast", {"init": "fixed"}, {"start": 0.5}),
+    "fast fixed": Case("fast", {}, {"start": 0.5, "random": 0.0}),
     "fast previous": Case("fast", {"init": "previous"}),
     "fast wide": Case("fast", {"clamp_start": False}, {"start": 3.0}),
     "fat gaussian": Case("fat", {"start": "gaussian", "omega": 0.0}),

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from controlat.augment import Augment, Placement, parse_augment
 from controlat.balls import Ball
-from controlat.dynamics import Driver, Plan, SGDSettings, Snapshot, Step, rollout
+from controlat.dynamics import Driver, SGDSettings, Step, rollout
 from controlat.families import parse_schedule
 from controlat.methods.pgd_at import PgdAT
+from controlat.plan import Plan
 from controlat.rates import parse_rate
+from controlat.state import Snapshot
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
 

@@ -16,13 +16,15 @@ from controlat.attacks.pgd import ALPHA
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.data import Split
-from controlat.dynamics import Driver, Plan, SGDSettings, Snapshot, Step, rollout
+from controlat.dynamics import Driver, SGDSettings, Step, rollout
 from controlat.families import parse_schedule
 from controlat.losses import cross_entropy
 from controlat.methods import Batch, Context, Update
 from controlat.methods.pgd_at import PgdAT
 from controlat.network import Meter, NonFiniteError
+from controlat.plan import Plan
 from controlat.rates import parse_rate
+from controlat.state import Snapshot
 
 SGD, HEAVY = SGDSettings(momentum=0.0), SGDSettings(momentum=0.9, weight_decay=1e-3)
 BALL = Ball(0.1)

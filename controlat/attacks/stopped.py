@@ -45,7 +45,7 @@ def stopped(
         steps: K.
         goes_on: the rule; returns a mask.
         loss: what is ascended.
-        noise: called with (n, ...) points, what is added to a step before the projection.
+        noise: called with the rows that move, what is added to their step before the projection.
 
     Returns:
         The last point of every sample.
@@ -66,7 +66,7 @@ def stopped(
             break
         point = x[rows] + alpha * ball.direction(gradient)
         if noise is not None:
-            point = point + noise(point)
+            point = point + noise(rows)
         x = x.index_copy(0, rows, ball.project(point, x0[rows]))
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the gradient of the loss with respect to the input is not finite")

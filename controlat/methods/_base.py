@@ -15,6 +15,7 @@ from controlat.augment import Placement
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.network import Meter, View
+from controlat.parallel import Share
 
 __all__ = ["Batch", "Context", "Epoch", "Hooks", "Method", "Prefixes", "Rows", "Update", "Updates"]
 
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
         epoch: epoch, from 0.
         number: position of the batch in its epoch, from 0.
         placement: the augmentation that made x from the stored images, with its inverse; None for none.
+        share: which rows of a larger batch these are, where several processes share it; None if it is whole.
     """
 
     x: Tensor
@@ -37,6 +39,7 @@ class Batch(NamedTuple):
     epoch: int
     number: int
     placement: Placement | None = None
+    share: Share | None = None
 
 
 class Update(NamedTuple):
@@ -47,11 +50,12 @@ class Update(NamedTuple):
         (gradient,) = yield Update(loss, also=lambda: (delta,))
 
     Args:
-        loss: a scalar, differentiable in the parameters, with everything piecewise constant frozen; built
-            from ``Context.logits``.
+        loss: a scalar, a mean over the samples of the batch, differentiable in the parameters, with
+            everything piecewise constant frozen; built from ``Context.logits``.
         dropped: smooth dependences on the state that were detached, by name; results print them.
         also: called after `loss`; further tensors that the loss is differentiated in, by the same backward
-            pass.
+            pass. With several processes gradients in parameters are those of the whole batch, gradients in
+            other tensors those of the loss on this process's rows.
         add: whether the gradient in theta counts for the next move; if not, the request only looks, and
             BatchNorm's running statistics stay as they were.
         move: whether theta moves now, by the sum of the gradients added since it last moved.
@@ -99,6 +103,7 @@ class Context:
             of those that carry anything. What is assigned here is kept for them; part of the state z.
         autocast: dtype of mixed precision, None for none.
         channels_last: run convolutions in NHWC layout.
+        share: the rows of the whole batch that this process works on.
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
             (`controlat.adjoint`); None otherwise.
     """
@@ -114,11 +119,47 @@ class Context:
     rows: dict[str, Rows] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     channels_last: bool = True
+    share: Share = Share(0, 1, 0)  # noqa: RUF009
     theta: dict[str, Tensor] | None = None
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this step for one purpose: the same whichever control is tried."""
         return rng.generator(self.seed, self.epoch, self.batch, purpose, device=device)
+
+    def draw(self, like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
+        """Random numbers for the rows of `like`, one per sample here: `fill` draws those of the whole batch.
+
+        Several processes then use the numbers that one process would.
+        """
+        if self.share.alone:
+            return fill(like)
+        return fill(like.new_empty(self.share.total, *like.shape[1:]))[self.share.rows]
+
+    def noise(self, like: Tensor, radius: float = 1.0, purpose: str = "start") -> Tensor:
+        """A random perturbation of norm at most radius * eps for every row, whatever the pixel box."""
+        generator = self.generator(purpose, like.device)
+        return self.draw(like, lambda whole: self.ball.noise(whole, generator, radius))
+
+    def normal(self, like: Tensor, purpose: str = "start") -> Tensor:
+        """Standard normal numbers for every row."""
+        generator = self.generator(purpose, like.device)
+        return self.draw(like, lambda whole: torch.empty_like(whole).normal_(generator=generator))
+
+    def start(self, x: Tensor) -> Tensor:
+        """A random point of the perturbation set of every row: that of `Ball.start`."""
+        return (x + self.noise(x)).clamp_(0, 1)
+
+    def here(self, carried: Tensor) -> Tensor:
+        """The rows of this process, of a tensor with a row for every place of the whole batch."""
+        return carried[self.share.rows]
+
+    def everyone(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of the whole batch."""
+        return self.share.everyone(rows)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes, of what each found on its rows."""
+        return self.share.sum(value)
 
     def view(self, mode: str = "eval") -> View:
         """The network for an inner solver. Leave it before the next yield: theta may move there."""

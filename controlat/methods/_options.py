@@ -1,15 +1,14 @@
-"""Checks that the options of several methods share, and what they drop."""
+"""Checks that the options of several methods share."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from controlat.control import Control, number
-from controlat.methods._base import Context
+from controlat.control import number
 from controlat.network import MODES
 
-__all__ = ["check_choice", "check_flag", "check_mode", "check_number", "check_whole", "smooth_steps"]
+__all__ = ["check_choice", "check_flag", "check_mode", "check_number", "check_whole"]
 
 
 def check_number(method: Any, name: str, low: float, high: float = math.inf) -> None:
@@ -44,8 +43,3 @@ def check_mode(mode: str) -> None:
     """Raise ValueError unless an attack can run in this mode."""
     if mode not in MODES:
         raise ValueError(f"attack_mode must be one of {', '.join(MODES)}, got {mode!r}")
-
-
-def smooth_steps(ctx: Context, u: Control) -> tuple[str, ...]:
-    """What freezing the adversary drops: signs are piecewise constant in theta, l_2 steps are smooth."""
-    return ("the adversary's (l_2 steps)",) if ctx.ball.norm != "linf" and u.get("steps", 1) > 0 else ()

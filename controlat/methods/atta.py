@@ -12,7 +12,8 @@ from controlat.attacks.pgd import ALPHA, STEPS, ascend
 from controlat.augment import Augment, Placement
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Epoch, Rows, Update, Updates
-from controlat.methods._options import check_choice, check_mode, check_number, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice, check_mode, check_number
 
 __all__ = ["METHOD", "Atta"]
 
@@ -80,11 +81,7 @@ class Atta:
 
     def _carried(self, ctx: Context, like: Tensor) -> Tensor:
         """What the samples carry, drawn for those that carry nothing yet."""
-        generator = ctx.generator("start", like.device)
-        if self.init == "uniform":
-            fresh = ctx.ball.noise(like, generator)
-        else:
-            fresh = 0.001 * torch.empty_like(like).normal_(generator=generator)
+        fresh = ctx.noise(like) if self.init == "uniform" else 0.001 * ctx.normal(like)
         if "delta" not in ctx.rows:
             return fresh
         kept = ctx.rows["delta"]

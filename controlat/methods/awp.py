@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlat.attacks.pgd import ALPHA, STEPS, ascend
+from controlat.attacks.pgd import ALPHA, STEPS
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_flag, check_mode, check_whole, smooth_steps
+from controlat.methods._inner import attacked, smooth_steps
+from controlat.methods._options import check_flag, check_mode, check_whole
 
 __all__ = ["METHOD", "Awp"]
 
@@ -59,17 +60,7 @@ class Awp:
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """A look at the gradient, and one update at the perturbed weights."""
-        with ctx.view(self.attack_mode) as view:
-            x = ascend(
-                view,
-                batch.x,
-                batch.y,
-                ball=ctx.ball,
-                alpha=u["alpha"],
-                steps=int(u["steps"]),
-                random_start=self.random_start,
-                generator=ctx.generator("start", batch.x.device),
-            )
+        x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
 
         def loss() -> Tensor:
             return F.cross_entropy(ctx.logits(x), batch.y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor
 from controlat.attacks.pgd import ascend
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Epoch, Update, Updates
-from controlat.methods._options import check_choice, check_flag, check_number, check_whole, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice, check_flag, check_number, check_whole
 from controlat.network import View
+from controlat.parallel import Share
 
 __all__ = ["METHOD", "Cat"]
 
@@ -77,22 +80,18 @@ class Cat:
         x, y, k = batch.x, batch.y, self._strength(ctx.memory, u)
         draw = ctx.generator("size")
         mode = ("train" if self.mixing else "eval") if self.attack_mode == "auto" else self.attack_mode
-        pieces = self._parts(len(x), k)
+        start = ctx.start(x)
         with ctx.view(mode) as view:
-            start = ctx.ball.start(x, ctx.generator("start", x.device))
-            x_adv = torch.cat(
-                [
-                    self._attack(ctx, view, x[p], start[p], y[p], j, draw)
-                    for j, p in pieces
-                    if p.start < p.stop
-                ]
-            )
+            parts = [
+                self._attack(ctx, view, x[p], start[p], y[p], j, draw) for j, p in self._parts(ctx.share, k)
+            ]
+        x_adv = torch.cat(parts)
 
         def loss() -> Tensor:
             logits = ctx.logits(x_adv)
-            right = (logits.detach().argmax(1) == y).sum()
+            right = ctx.sum((logits.detach().argmax(1) == y).sum())
             ctx.memory["right"] = ctx.memory.get("right", torch.zeros_like(right)) + right
-            ctx.memory["count"] = ctx.memory.get("count", torch.zeros_like(right)) + len(x)
+            ctx.memory["count"] = ctx.memory.get("count", torch.zeros_like(right)) + ctx.share.total
             return F.cross_entropy(logits, y)
 
         yield Update(loss, smooth_steps(ctx, Control(steps=k)))
@@ -100,18 +99,21 @@ class Cat:
     def _strength(self, memory: dict[str, Tensor], u: Control) -> int:
         return min(int(memory.get("strength", 0)), int(u["steps"])) if self.curriculum else int(u["steps"])
 
-    def _parts(self, n: int, k: int) -> list[tuple[int, slice]]:
-        """(strength, where) of each part; the last one takes the remainder."""
+    def _parts(self, share: Share, k: int) -> list[tuple[int, slice]]:
+        """(strength, which rows here) of each part of the whole batch; the last one takes the remainder."""
+        here = share.rows
         if not self.mixing:
-            return [(k, slice(0, n))]
-        size = n // (k + 1)
-        return [(j, slice(j * size, n if j == k else (j + 1) * size)) for j in range(k + 1)]
+            return [(k, slice(0, here.stop - here.start))]
+        size = share.total // (k + 1)
+        edges = [*(j * size for j in range(k + 1)), share.total]
+        inside = [min(max(e, here.start), here.stop) - here.start for e in edges]
+        return [(j, slice(*ends)) for j, ends in enumerate(pairwise(inside))]
 
     def _attack(
         self, ctx: Context, view: View, x: Tensor, start: Tensor, y: Tensor, k: int, draw: torch.Generator
     ) -> Tensor:
         r = float(torch.rand(1, generator=draw))
-        if k == 0:
+        if k == 0 or len(x) == 0:
             return x
         alpha = 2 * ctx.ball.eps / k * (1 + r * (10 / k - 1))
         return ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, start=start)

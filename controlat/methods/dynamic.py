@@ -13,7 +13,8 @@ from controlat.attacks.stopped import fosc, stopped
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_choice, check_flag, check_mode, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice, check_flag, check_mode
 
 __all__ = ["METHOD", "Dynamic"]
 
@@ -65,7 +66,7 @@ class Dynamic:
         x, y = batch.x, batch.y
         start = x
         if self.random_start and u["steps"]:
-            start = ctx.ball.start(x, ctx.generator("start", x.device))
+            start = ctx.start(x)
         centre = x if self.displacement == "clean" else start
 
         def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:

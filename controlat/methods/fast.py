@@ -13,7 +13,8 @@ from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Epoch, Update, Updates
-from controlat.methods._options import check_choice, check_flag, check_mode, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice, check_flag, check_mode
 from controlat.network import View
 
 __all__ = ["METHOD", "Fast"]
@@ -22,6 +23,7 @@ _FALL = 0.2
 
 ONE = Knob("integer", 1, 1, default=1, meaning="number of steps: one")
 START = Knob("real", 0.0, default=1.0, meaning="size of the start, in units of eps")
+RANDOM = Knob("real", 0.0, 1.0, default=1.0, meaning="random part of the start; the rest is one constant")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Fast:
     delta = shrink(delta_0 + alpha direction(grad at x0 + delta_0)), within the pixels. The paper's CIFAR-10
     settings are ``fgsm:alpha=10/255`` at eps 8/255; alpha of 1.25 eps matters with a random start only.
 
+    delta_0 = start * eps * (random * U + (1 - random) * 1), U uniform in the unit ball: random = 1 is the
+    paper's, random = 0 the same in every pixel, with which Amata weakens Fast at first:
+    ``set:alpha=10/255,start=0.5:1@8,random=0:1@8``.
+
     Args:
-        init: ``"random"``: uniform of radius start * eps; ``"fixed"``: start * eps in every pixel (Amata's
-            weaker Fast); ``"zero"``; ``"previous"``: the perturbation that the last batch left in the same
-            place, at first random.
+        init: ``"random"``, as above; ``"zero"``; ``"previous"``: the perturbation that the last batch left in
+            the same place, at first random.
         attack_mode: BatchNorm and dropout in the attack; ``"train"`` in the released code.
         clamp_start: keep the start within the pixels (the CIFAR script does, the MNIST script does not).
         early_stop: after each epoch, attack its first batch with PGD-5 (alpha = eps/4, training mode); if
@@ -44,7 +49,7 @@ class Fast:
         ValueError: an option is not allowed.
 
     Source:
-        Wong et al. (2020), algorithm 3.
+        Wong et al. (2020), algorithm 3; the fixed start: Ye et al. (2021), section 5.
     """
 
     init: str = "random"
@@ -53,27 +58,28 @@ class Fast:
     early_stop: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self, "init", ("random", "fixed", "zero", "previous"))
+        check_choice(self, "init", ("random", "zero", "previous"))
         check_mode(self.attack_mode)
         check_flag(self, "clamp_start")
         check_flag(self, "early_stop")
 
     @property
     def controls(self) -> ControlSpace:
-        """(alpha, start), and one step, at 2 gradient evaluations."""
-        return ControlSpace({"alpha": ALPHA, "steps": ONE, "start": START}, cost=lambda u: 2)
+        """(alpha, start, random), and one step, at 2 gradient evaluations."""
+        knobs = {"alpha": ALPHA, "steps": ONE, "start": START, "random": RANDOM}
+        return ControlSpace(knobs, cost=lambda u: 2)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that one step produced."""
         x, y, ball = batch.x, batch.y, ctx.ball
-        start = x + self._start(ctx, x, u["start"])
+        start = x + self._start(ctx, x, u)
         start = start.clamp(0, 1) if self.clamp_start else start
         with ctx.view(self.attack_mode) as view:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         x_adv = ball.step(start, gradient, u["alpha"], x)
         if self.init == "previous":
             kept = ctx.memory.get("delta", x_adv[:0])
-            ctx.memory["delta"] = torch.cat([(x_adv - x), kept[len(x) :]])
+            ctx.memory["delta"] = torch.cat([ctx.everyone(x_adv - x), kept[ctx.share.total :]])
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
@@ -93,15 +99,15 @@ class Fast:
         ctx.memory["robust"] = accuracy
         ctx.save("previous")
 
-    def _start(self, ctx: Context, x: Tensor, radius: float) -> Tensor:
+    def _start(self, ctx: Context, x: Tensor, u: Control) -> Tensor:
         if self.init == "zero":
             return torch.zeros_like(x)
-        if self.init == "fixed":
-            size = radius * ctx.ball.eps
-            return Ball(size, ctx.ball.norm).shrink(torch.full_like(x, size))
-        kept = ctx.memory.get("delta", x[:0])[: len(x)] if self.init == "previous" else x[:0]
-        drawn = ctx.ball.noise(x, ctx.generator("start", x.device), radius)
-        return torch.cat([kept, drawn[len(kept) :]])
+        fresh = ctx.noise(x, u["start"] * u["random"])
+        if u["random"] < 1:
+            size = u["start"] * (1 - u["random"]) * ctx.ball.eps
+            fresh = fresh + Ball(size, ctx.ball.norm).shrink(torch.full_like(x, size))
+        kept = ctx.here(ctx.memory.get("delta", x[:0])) if self.init == "previous" else x[:0]
+        return torch.cat([kept, fresh[len(kept) :]])
 
 
 METHOD = Fast

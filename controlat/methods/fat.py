@@ -12,7 +12,8 @@ from controlat.attacks.pgd import ALPHA, STEPS
 from controlat.attacks.stopped import stopped
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_choice, check_mode, check_number, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice, check_mode, check_number
 
 __all__ = ["METHOD", "Fat"]
 
@@ -56,7 +57,7 @@ class Fat:
         """One update on friendly adversaries."""
         x, y = batch.x, batch.y
         left = torch.full((len(x),), int(u["tau"]), device=x.device)
-        noise = ctx.generator("noise", x.device)
+        generator = ctx.generator("noise", x.device)
 
         def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
             wrong = logits.argmax(1) != y[rows]
@@ -64,8 +65,9 @@ class Fat:
             left[rows] -= wrong.long()
             return mask
 
-        def shake(points: Tensor) -> Tensor:
-            return self.omega * torch.empty_like(points).normal_(generator=noise)
+        def shake(rows: Tensor) -> Tensor:
+            noise = ctx.draw(x, lambda whole: torch.empty_like(whole).normal_(generator=generator))
+            return self.omega * noise[rows]
 
         with ctx.view(self.attack_mode) as view:
             x_adv = stopped(
@@ -82,10 +84,7 @@ class Fat:
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
     def _start(self, ctx: Context, x: Tensor) -> Tensor:
-        generator = ctx.generator("start", x.device)
-        if self.start == "uniform":
-            return ctx.ball.start(x, generator)
-        return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp(0, 1)
+        return ctx.start(x) if self.start == "uniform" else (x + 0.001 * ctx.normal(x)).clamp(0, 1)
 
 
 METHOD = Fat

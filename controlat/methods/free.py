@@ -40,7 +40,8 @@ class Free:
         """m updates, and the perturbation carried on."""
         x, y, n = batch.x, batch.y, len(batch.x)
         kept = ctx.memory.get("delta", x[:0])
-        delta = torch.cat([kept[:n], torch.zeros_like(x[len(kept[:n]) :])])
+        delta = ctx.here(kept)
+        delta = torch.cat([delta, torch.zeros_like(x[len(delta) :])])
         for _ in range(int(u["steps"])):
             point = ctx.leaf(delta)
             (gradient,) = yield Update(
@@ -49,7 +50,7 @@ class Free:
             )
             alone = n * gradient  # of each sample's own loss, whatever the batch size
             delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(alone))
-        ctx.memory["delta"] = torch.cat([delta, kept[n:]])
+        ctx.memory["delta"] = torch.cat([ctx.everyone(delta), kept[ctx.share.total :]])
 
 
 METHOD = Free

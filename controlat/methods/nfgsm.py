@@ -11,7 +11,8 @@ from controlat.attacks.pgd import ALPHA
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_mode, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_mode
 
 __all__ = ["METHOD", "NFgsm"]
 
@@ -50,8 +51,7 @@ class NFgsm:
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that one step from the noisy one produced."""
         x, y, ball = batch.x, batch.y, ctx.ball
-        noise = ball.noise(x, ctx.generator("start", x.device), u["noise"])
-        start = (x + noise).clamp(0, 1)
+        start = (x + ctx.noise(x, u["noise"])).clamp(0, 1)
         with ctx.view(self.attack_mode) as view:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         delta = start + u["alpha"] * ball.direction(gradient) - x

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlat.attacks.pgd import ALPHA, STEPS, ascend, path
-from controlat.control import Control, ControlSpace, number
+from controlat.attacks.pgd import ALPHA, STEPS, path
+from controlat.control import Control, ControlSpace
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.network import MODES
+from controlat.methods._inner import attacked, smooth_steps
+from controlat.methods._options import check_flag, check_mode, check_number
 
 __all__ = ["METHOD", "PgdAT"]
 
@@ -43,13 +44,9 @@ class PgdAT:
     clean_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.attack_mode not in MODES:
-            raise ValueError(f"attack_mode must be one of {', '.join(MODES)}, got {self.attack_mode!r}")
-        if not isinstance(self.random_start, bool):
-            raise ValueError(f"random_start must be true or false, got {self.random_start!r}")
-        object.__setattr__(self, "clean_weight", number(self.clean_weight, "clean_weight"))
-        if self.clean_weight < 0:
-            raise ValueError(f"clean_weight must be >= 0, got {self.clean_weight:g}")
+        check_mode(self.attack_mode)
+        check_flag(self, "random_start")
+        check_number(self, "clean_weight", 0.0)
 
     @property
     def controls(self) -> ControlSpace:
@@ -59,23 +56,12 @@ class PgdAT:
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that K steps of ascent produced."""
-        with ctx.view(self.attack_mode) as view:
-            x = ascend(
-                view,
-                batch.x,
-                batch.y,
-                ball=ctx.ball,
-                alpha=u["alpha"],
-                steps=int(u["steps"]),
-                random_start=self.random_start,
-                generator=ctx.generator("start", batch.x.device),
-            )
+        x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
         yield self._update(ctx, batch, x, u)
 
     def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
         """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
-        generator = ctx.generator("start", batch.x.device)
-        start = ctx.ball.start(batch.x, generator) if self.random_start else batch.x
+        start = ctx.start(batch.x) if self.random_start else batch.x
         with ctx.view(self.attack_mode) as view:
             steps = path(
                 view,
@@ -99,9 +85,7 @@ class PgdAT:
                 value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
             return value
 
-        # Signs of gradients are piecewise constant in theta; l_2 steps are smooth in it.
-        smooth = ctx.ball.norm != "linf" and u["steps"] > 0
-        return Update(loss, ("the adversary's (l_2 steps)",) if smooth else ())
+        return Update(loss, smooth_steps(ctx, u))
 
 
 METHOD = PgdAT

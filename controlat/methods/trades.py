@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +11,8 @@ from controlat.attacks.pgd import ALPHA, STEPS, ascend
 from controlat.control import Control, ControlSpace
 from controlat.losses import divergence
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_flag, check_mode, check_number, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_flag, check_mode, check_number
 
 __all__ = ["METHOD", "Trades"]
 
@@ -63,7 +63,6 @@ class Trades:
         if k == 0:
             yield Update(lambda: F.cross_entropy(ctx.logits(x), y))
             return
-        noise = torch.empty_like(x).normal_(generator=ctx.generator("start", x.device))
         with ctx.view(self.attack_mode) as view:
             x_adv = ascend(
                 view,
@@ -73,7 +72,7 @@ class Trades:
                 alpha=u["alpha"],
                 steps=k,
                 loss=divergence,
-                start=x + self.start_noise * noise,
+                start=x + self.start_noise * ctx.normal(x),
             )
 
         def loss() -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from controlat.attacks.pgd import ALPHA
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
-from controlat.methods._options import check_choice, smooth_steps
+from controlat.methods._inner import smooth_steps
+from controlat.methods._options import check_choice
 from controlat.network import Tap, first_layer
 
 __all__ = ["METHOD", "Yopo"]
@@ -60,7 +61,7 @@ class Yopo:
         x, y, m = batch.x, batch.y, int(u["steps"])
         layer = first_layer(ctx.model, self.layer)
         weight = 1 / m if self.gradients == "mean" else 1.0
-        eta = ctx.ball.noise(x, ctx.generator("start", x.device))
+        eta = ctx.noise(x)
         cut = self.first_layer_grad == "hamiltonian"
         for j in range(m):
             last = j == m - 1

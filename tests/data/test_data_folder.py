@@ -19,8 +19,8 @@ from torch import Tensor
 import controlat
 from controlat.data import Dataset, Samples, Split, augmentation, load
 from controlat.data._stream import Streamed
-from controlat.dynamics import Plan
 from controlat.families import parse_schedule
+from controlat.plan import Plan
 from controlat.rates import parse_rate
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10_jpeg.tar.gz"

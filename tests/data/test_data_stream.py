@@ -16,8 +16,8 @@ from torch import Tensor
 from controlat.augment import Augment
 from controlat.data import Dataset, Split
 from controlat.data._stream import Streamed, default_workers
-from controlat.dynamics import Plan
 from controlat.families import parse_schedule
+from controlat.plan import Plan
 from controlat.rates import parse_rate
 
 SHAPE = (3, 2, 4)

@@ -17,10 +17,11 @@ from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control
 from controlat.data import Split
-from controlat.dynamics import Driver, Plan, SGDSettings, rollout
+from controlat.dynamics import Driver, SGDSettings, rollout
 from controlat.losses import cross_entropy, divergence
 from controlat.methods import Batch, Update, Updates
 from controlat.network import View
+from controlat.plan import Plan
 
 EPS, RATE, SEED = 0.1, 0.1, 3
 BALL, SGD = Ball(EPS), SGDSettings(momentum=0.0)
@@ -479,7 +480,7 @@ def test_fast_from_zero_is_fgsm_training_whatever_its_step_beyond_eps(norm: str)
         torch.testing.assert_close(
             found, expected, rtol=1e-6, atol=1e-10
         )  # l_2 directions are short by 1e-10
-    fixed = Case("fast", {"init": "fixed"})
+    fixed = Case("fast", {}, {"random": 0.0})
     assert same(
         field(fixed, fixed.control(alpha=EPS, start=0), b, norm=norm),
         field(case, case.control(alpha=EPS), b, norm=norm),
@@ -510,7 +511,7 @@ def test_fast_without_a_step_trains_on_noise_and_with_two_eps_in_the_corners() -
 
 @norms
 def test_fast_from_a_fixed_start_begins_with_the_same_in_every_pixel(norm: str) -> None:
-    case, b, ball = Case("fast", {"init": "fixed"}), batch(margin=EPS), Ball(EPS, norm)
+    case, b, ball = Case("fast", {}, {"random": 0.0}), batch(margin=EPS), Ball(EPS, norm)
     (x,) = seen_by(case, case.control(alpha=0.0, start=0.5), b, norm=norm)
     value = 0.5 * EPS / (1 if norm == "linf" else 4)  # 16 pixels
     torch.testing.assert_close(x - b.x, torch.full_like(x, value), rtol=0, atol=1e-15)
@@ -587,10 +588,10 @@ def test_cat_attacks_each_part_of_the_batch_with_its_own_strength(n: int, k: int
     (x,) = seen_by(case, Control(steps=k), b)
     start, draw, first = BALL.start(b.x, draws(b, "start")), draws(b, "size"), 0
     for j, last in enumerate(ends):
+        r = float(torch.rand(1, generator=draw))
         if last == first:
             continue
         part = b._replace(x=b.x[first:last], y=b.y[first:last])
-        r = float(torch.rand(1, generator=draw))
         expected = part.x
         if j:
             expected = iterates(smooth(), part, start[first:last], 2 * EPS / j * (1 + r * (10 / j - 1)), j)[

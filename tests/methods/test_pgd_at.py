@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from controlat import rng
 from controlat.balls import Ball
 from controlat.control import Control
-from controlat.dynamics import Driver, Plan, SGDSettings, rollout
+from controlat.dynamics import Driver, SGDSettings, rollout
 from controlat.methods import Batch, Prefixes
 from controlat.methods.pgd_at import PgdAT
 from controlat.network import Meter
+from controlat.plan import Plan
 
 SEED = 3
 SETTINGS = {

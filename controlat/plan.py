@@ -1,0 +1,106 @@
+"""What a roll-out is run on: data in batches, schedule, learning rate, seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from controlat import rng
+from controlat.augment import Augment
+from controlat.control import Control
+from controlat.data import Samples
+from controlat.methods import Batch
+from controlat.parallel import World
+from controlat.rates import Rate
+from controlat.schedules import Schedule
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a roll-out is run on: data in batches, learning rate, schedule, seed.
+
+    Args:
+        data: training samples; the order of an epoch is a function of (seed, epoch).
+        batch_size: samples per outer step; the last batch of an epoch may be smaller.
+        epochs: number of epochs T.
+        schedule: t -> u.
+        rate: t -> learning rate.
+        seed: of everything random.
+        augment: random crops and flips, a function of (seed, epoch, batch); None for none.
+        held_out: samples never trained on, for methods that look at them between epochs.
+        world: the processes that share every batch.
+
+    Raises:
+        ValueError: a number below 1, or a last batch with fewer samples than there are processes.
+    """
+
+    data: Samples
+    batch_size: int
+    epochs: int
+    schedule: Schedule
+    rate: Rate
+    seed: int = 0
+    augment: Augment | None = None
+    held_out: Samples | None = None
+    world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        last = (len(self.data) - 1) % self.batch_size + 1
+        if last < self.world.size:
+            raise ValueError(
+                f"the last batch of an epoch has {last} samples for {self.world.size} processes; choose a "
+                "batch_size or train_points that leave more"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Outer steps per epoch."""
+        return -(-len(self.data) // self.batch_size)
+
+    def order(self, epoch: int) -> tuple[Tensor, ...]:
+        """Positions of the samples of every batch of an epoch."""
+        order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
+        return torch.split(order, self.batch_size)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Positions of all samples that the steps start, ..., stop - 1 of the run use."""
+        steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
+        orders = {n // self.batches_per_epoch: self.order(n // self.batches_per_epoch) for n in steps}
+        used = [orders[n // self.batches_per_epoch][n % self.batches_per_epoch] for n in steps]
+        return torch.cat(used).sort().values
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from number `first` on: this process's rows of them."""
+        wholes = self.order(epoch)[first:]
+        shares = [self.world.share(len(index)) for index in wholes]
+        chunks = [index[share.rows] for index, share in zip(wholes, shares, strict=True)]
+        found = zip(chunks, shares, self.data.stream(chunks), strict=True)
+        for number, (index, share, (x, y)) in enumerate(found, first):
+            placement = None
+            if self.augment is not None:
+                draw = rng.generator(self.seed, epoch, number, "augment")
+                placement = self.augment.draw(share.total, draw)[share.rows]
+                x = placement(x)
+            yield Batch(x, y, index, epoch, number, placement, None if share.alone else share)
+
+    def control(self, batch: Batch) -> Control:
+        """u at the start of that batch's step."""
+        return self.schedule(batch.epoch + batch.number / self.batches_per_epoch)
+
+    def learning_rate(self, epoch: int, number: int) -> float:
+        """eta of one step, taken at its middle."""
+        return self.rate(epoch + (number + 0.5) / self.batches_per_epoch, self.epochs)
+
+    def mean_rate(self, epoch: int | None = None) -> float:
+        """Mean learning rate of an epoch, or of the whole run: the unit of time and of cost."""
+        epochs = range(self.epochs) if epoch is None else (epoch,)
+        rates = [self.learning_rate(e, b) for e in epochs for b in range(self.batches_per_epoch)]
+        return sum(rates) / len(rates)

@@ -1,0 +1,113 @@
+"""What `test_parallel` lets several processes do: torchrun starts this file with a task and a folder."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import SHAPE, cnn_bn, split
+from systems import CASES, Case, constant, driver
+from torch import nn
+
+from controlat import rng
+from controlat.augment import Augment
+from controlat.balls import Ball
+from controlat.data import Split
+from controlat.dynamics import Driver, SGDSettings, rollout
+from controlat.parallel import World, current, joined
+
+N, BATCH = 13, 5  # batches of 5, 5, 3: no number of processes divides them
+
+
+def every_case(world: World) -> dict[str, Any]:
+    """All methods for two epochs, augmented, in both norms, on a smooth network in float64."""
+    found = {}
+    for name, case in CASES.items():
+        for norm in ("linf", "l2"):
+            d = driver(case, ball=Ball(0.1, norm))
+            p = constant(case.control(steps=3), N, batch_size=BATCH, epochs=2, world=world)
+            p = replace(p, augment=Augment(1, True), held_out=split(8, (1, 4, 4), seed=5))
+            steps = [step._asdict() for step in rollout(d, p)]
+            found[f"{name}, {norm}"] = plain(d, steps)
+    return found
+
+
+def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run as tensors and numbers."""
+    shown = [(s["samples"], s["loss"], vars(s["spent"]), list(s["dropped"])) for s in steps]
+    meter = [d.meter.gradients, d.meter.forwards, d.meter.layers]
+    return {**d.snapshot()._asdict(), "steps": shown, "meter": meter}
+
+
+def batchnorm(world: World) -> dict[str, Any]:
+    """All methods for two epochs on the package's network with BatchNorm and dropout, in bf16."""
+    found = {}
+    for name, case in CASES.items():
+        data = split(N, SHAPE)
+        d = driver(case, cnn_bn().float(), autocast=torch.bfloat16)
+        p = constant(case.control(), batch_size=BATCH, epochs=2, world=world)
+        p = replace(p, data=Split(data.x.float(), data.y), held_out=Split(data.x.float(), data.y))
+        found[name] = plain(d, [step._asdict() for step in rollout(d, p)])
+    return found
+
+
+def twins(world: World) -> dict[str, Any]:
+    """Two processes that have the same samples: BatchNorm's statistics are those of the whole batch."""
+    with rng.scoped(0, "twins"):
+        first = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()
+        model = nn.Sequential(*first, nn.Flatten(), nn.Linear(48, 3)).double()
+    d = driver(Case("pgd_at", {"random_start": False, "attack_mode": "train"}), model)
+    half = split(4, (1, 4, 4))
+    data = Split(torch.cat([half.x, half.x]), torch.cat([half.y, half.y]))
+    p = constant(d.method.controls.check({"alpha": 0.03, "steps": 3}), batch_size=8, data=data, world=world)
+    object.__setattr__(p, "order", lambda epoch: (torch.arange(8),))
+    return {"twins": plain(d, [step._asdict() for step in rollout(d, p)])}
+
+
+def exchanges(world: World) -> dict[str, Any]:
+    """What the processes tell each other."""
+    share = world.share(7)
+    mine = torch.arange(7.0)[share.rows]
+    found = {
+        "everyone": share.everyone(mine),
+        "mask": share.everyone(mine > 2),
+        "sum": share.sum(torch.tensor(world.rank + 1)),
+        "mean": share.mean([mine.mean(), torch.ones(2, 2, dtype=torch.float64) * mine.mean()]),
+        "told": world.tell({"rank": world.rank, "text": "é"}),
+        "bytes": list(world.tell_bytes(bytes([world.rank, 7]))),
+        "nothing": list(world.tell_bytes(b"")),
+    }
+    world.check([torch.tensor(1.0)])
+    try:
+        world.check([torch.tensor(1.0), torch.tensor(float(world.rank))])
+    except RuntimeError as error:
+        found["checked"] = str(error)
+    return {"exchanges": found}
+
+
+def drifting(world: World) -> dict[str, Any]:
+    """A network that is not the same in all processes, and its fingerprint."""
+    d = driver(CASES["pgd_at"], optimizer=SGDSettings(0.0))
+    world.check(d.fingerprint())
+    with torch.no_grad():
+        d.parameters[0].view(-1)[0].add_(1e-9 * world.rank)
+    try:
+        world.check(d.fingerprint())
+    except RuntimeError as error:
+        return {"drifting": str(error)}
+    return {}
+
+
+TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
+    task.__name__: task for task in (every_case, batchnorm, twins, exchanges, drifting)
+}
+
+
+if __name__ == "__main__":
+    out, *names = sys.argv[1:]
+    with joined("cpu") as world:
+        assert current() == world
+        results = {key: value for name in names for key, value in TASKS[name](world).items()}
+    torch.save(results, Path(out) / f"{world.size}-{world.rank}.pt")
