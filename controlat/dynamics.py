@@ -372,12 +372,14 @@ class Driver:
     def start_epoch(self, plan: Plan, epoch: int) -> None:
         """Let the method do what it does before the first step of an epoch."""
         if hasattr(self.method, "start_epoch"):
-            self.method.start_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
+            with rng.scoped(self.seed, epoch, -1, "start", device=self.device):
+                self.method.start_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
 
     def end_epoch(self, plan: Plan, epoch: int) -> None:
         """Let the method do what it does after the last step of an epoch."""
         if hasattr(self.method, "end_epoch"):
-            self.method.end_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
+            with rng.scoped(self.seed, epoch, -1, "end", device=self.device):
+                self.method.end_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
 
     def _epoch(self, plan: Plan, epoch: int) -> Epoch:
         def save(name: str) -> None:

@@ -114,11 +114,11 @@ class Tap:
         self.output = output.detach().requires_grad_() if self.cut else output
         if self.stop:
             raise _Reached
-        return self.output
+        return self.output.clone()  # an activation in place would overwrite what was caught
 
 
 def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
-    """A module by its dotted name; the first one with parameters of its own by default.
+    """A module by its dotted name; by default the first one with parameters, and none in modules within it.
 
     Raises:
         ValueError: there is none of that name; the message lists the first ones.
@@ -130,7 +130,8 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
             raise ValueError(f"the model has no layer {name!r}; its first ones are: {listed}")
         found: nn.Module = modules[name]
     else:
-        found = next(m for m in modules.values() if any(True for _ in m.parameters(recurse=False)))
+        owners = [m for m in modules.values() if next(m.parameters(recurse=False), None) is not None]
+        found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
     return found
 
 

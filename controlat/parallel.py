@@ -201,5 +201,8 @@ def joined(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
     try:
         yield current()
+        # Gloo's threads may still hold tensors of the last exchange when Python ends, and abort then
+        # (pytorch/pytorch#179291). A barrier has none, and comes after all others.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

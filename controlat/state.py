@@ -46,9 +46,8 @@ def put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
     """A store, grown where it must, in which some samples carry what `rows` say."""
     values = rows.values.detach()
     size = int(index.max()) + 1
-    if store is None or len(store.seen) < size:
-        grown = max(size, 2 * len(store.seen) if store is not None else 0)
-        fresh = Rows(values.new_zeros(grown, *values.shape[1:]), rows.seen.new_zeros(grown))
+    if store is None or len(store.seen) < size:  # seldom: the largest of many positions comes early
+        fresh = Rows(values.new_zeros(size, *values.shape[1:]), rows.seen.new_zeros(size))
         if store is not None:
             fresh.values[: len(store.seen)], fresh.seen[: len(store.seen)] = store
         store = fresh

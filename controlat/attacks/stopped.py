@@ -33,7 +33,8 @@ def stopped(
     """At most `steps` steps of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k)) + noise), per sample.
 
     A rule looks at each point, its logits and its gradient, which one pass gives, and says who goes on.
-    A sample that stopped rests: neither it nor its gradient changes any more.
+    A sample that stopped rests. In mode ``"train"``, where samples meet in BatchNorm, the whole batch is
+    evaluated as long as one of them moves; else those that move, as the gradients of others do not change.
 
     Args:
         view: the network.
@@ -54,13 +55,16 @@ def stopped(
     rows = torch.arange(len(x), device=x.device)
     for k in range(steps):
         seen: list[Tensor] = []
+        asked = torch.arange(len(x), device=x.device) if view.mode == "train" else rows
 
-        def objective(logits: Tensor, seen: list[Tensor] = seen, rows: Tensor = rows) -> Tensor:
+        def objective(logits: Tensor, seen: list[Tensor] = seen, asked: Tensor = asked) -> Tensor:
             seen.append(logits.detach())
-            return loss(logits, y[rows])
+            return loss(logits, y[asked])
 
-        gradient = view.gradient(x[rows], objective)
-        mask = goes_on(k, rows, x[rows], seen[0], gradient)
+        gradient, logits = view.gradient(x[asked], objective), seen[0]
+        if len(asked) > len(rows):
+            gradient, logits = gradient[rows], logits[rows]
+        mask = goes_on(k, rows, x[rows], logits, gradient)
         rows, gradient = rows[mask], gradient[mask]
         if len(rows) == 0:
             break

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
-from controlat.augment import Augment, Placement
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Epoch, Rows, Update, Updates
 from controlat.methods._inner import smooth_steps
@@ -25,10 +24,12 @@ class Atta:
     """ATTA-k: k steps of PGD from the perturbation that the sample carries, and the result is carried on.
 
     Perturbations are kept in the padded frame of the image: the window of this epoch's crop and flip is taken
-    out, moved, and put back, so that what was learnt about a pixel stays with it.
+    out, moved, and put back, so that what was learnt about a pixel stays with it. The start is not clamped to
+    the pixels, the first step is, as released.
 
     Args:
-        init: what a sample carries at first: ``"gaussian"``, 0.001 N(0, 1), or ``"uniform"`` in the ball.
+        init: what a sample carries at first: ``"gaussian"``, 0.001 N(0, 1), or ``"uniform"`` in the ball
+            (around the padded frame: shorter within the window for l_2).
         attack_mode: BatchNorm and dropout during the ascent.
         loss_scale: factor of the loss (the released CIFAR script divides it by the batch size once more).
 
@@ -60,9 +61,9 @@ class Atta:
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch that k more steps produced."""
-        x, y = batch.x, batch.y
-        placement = batch.placement or _whole(x)
-        frame = self._carried(ctx, placement.frame(torch.zeros_like(x)))
+        x, y, placement = batch.x, batch.y, batch.placement
+        clean = torch.zeros_like(x)
+        frame = self._carried(ctx, clean if placement is None else placement.frame(clean))
         x_adv = x
         if u["steps"]:
             with ctx.view(self.attack_mode) as view:
@@ -73,9 +74,10 @@ class Atta:
                     ball=ctx.ball,
                     alpha=u["alpha"],
                     steps=int(u["steps"]),
-                    start=x + placement.apply(frame),
+                    start=x + (frame if placement is None else placement.apply(frame)),
                 )
-            frame = placement.invert(x_adv - x, frame)
+            moved = x_adv - x
+            frame = moved if placement is None else placement.invert(moved, frame)
         ctx.rows["delta"] = Rows(frame, torch.ones(len(x), dtype=torch.bool, device=x.device))
         yield Update(lambda: self.loss_scale * F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
@@ -86,11 +88,6 @@ class Atta:
             return fresh
         kept = ctx.rows["delta"]
         return torch.where(kept.seen.view(-1, *[1] * (like.dim() - 1)), kept.values, fresh)
-
-
-def _whole(x: Tensor) -> Placement:
-    """The placement of images that are not augmented."""
-    return Augment().draw(len(x), torch.Generator())
 
 
 METHOD = Atta

@@ -25,9 +25,10 @@ RADIUS = Knob("real", 0.0, default=0.01, meaning="size of the weight perturbatio
 class Awp:
     """min over theta of E l(h_{theta + Delta}(x_K), y), with Delta = radius ||w|| g / ||g|| in every layer.
 
-    x_K is PGD's, g the gradient of the same loss in the weights; Delta is for weights of two dimensions and
-    more (no biases, no BatchNorm). The gradient is taken, and the optimiser steps, at theta + Delta, then
-    Delta is taken off. The look at g leaves BatchNorm's statistics alone.
+    x_K is PGD's, g the gradient of the same loss in the weights; Delta is for parameters of two dimensions
+    and more whose name says weight, as released (no biases, no BatchNorm). The gradient is taken, and the
+    optimiser steps, at theta + Delta, then Delta is taken off. The look at g leaves BatchNorm's statistics
+    alone.
 
     Args:
         random_start: start the ascent at a random point of the ball.

@@ -26,19 +26,22 @@ STRENGTH = Knob("integer", 0, meaning="strength k that the curriculum may reach,
 class Cat:
     """The batch in k + 1 parts, part j attacked by PGD-j; k grows by one when validation stops improving.
 
-    Step sizes are (2 eps / j) r with r drawn between 1 and 10/j once per part and step. After each epoch the
-    accuracy on held-out samples at strength k is looked at (inputs rounded to 16 levels); if it has not
-    improved for `patience` epochs and training accuracy is above `ready`, the best network at this strength
-    is put back and k grows. Without held-out samples, k grows when training accuracy is above `expected`.
+    Step sizes are (2 eps / j) r with r drawn between 1 and 10/j for every part of every batch; a batch of
+    less than k + 1 samples goes to PGD-k. After each epoch the accuracy on held-out samples under PGD-k of
+    step size 2 eps / k is looked at (with mixing, inputs rounded to 16 levels); if it has not improved for
+    `patience` epochs and training accuracy is above `ready`, the best network at this strength is put back
+    and k grows. At the largest k training goes on. Without held-out samples, k grows when training accuracy
+    is above `expected`.
 
     Args:
         mixing: attack parts of the batch with all strengths up to k, or all of it with k.
         curriculum: grow k from 0; if false, k is the control itself (a schedule can then be given).
         patience: epochs without a better validation accuracy.
-        ready: training accuracy that is needed to move on.
+        ready: training accuracy that is needed to move on (in the released code).
         expected: training accuracy that is enough without held-out samples.
-        levels: to how many levels validation inputs are rounded; 0 for no rounding.
-        attack_mode: ``"auto"``: train with mixing, eval without, as released; or one of the two.
+        levels: to how many levels validation inputs are rounded after the attack; 0 for no rounding.
+        attack_mode: ``"auto"``: train with mixing, eval without, as released; or one of the two. A single
+            sample is always attacked in mode eval.
 
     Raises:
         ValueError: an option is not allowed.
@@ -62,14 +65,16 @@ class Cat:
         check_number(self, "ready", 0.0, 1.0)
         check_number(self, "expected", 0.0, 1.0)
         check_whole(self, "levels", 0)
+        if self.levels == 1:
+            raise ValueError("levels must be at least 2, or 0 for no rounding, got 1")
         check_choice(self, "attack_mode", ("auto", "train", "eval"))
 
     @property
     def controls(self) -> ControlSpace:
         """k, at k/2 + 1 gradient evaluations with mixing, k + 1 without.
 
-        While the curriculum is below k it costs less; where k + 1 does not divide the batch, mixing costs a
-        little more, as the last and strongest part is the largest.
+        While the curriculum is below k it costs less; where k + 1 does not divide the batch, mixing costs
+        more, as the last and strongest part is the largest: up to k + 1.
         """
         return ControlSpace(
             {"steps": STRENGTH}, cost=lambda u: 1 + (u["steps"] / 2 if self.mixing else u["steps"])
@@ -81,11 +86,8 @@ class Cat:
         draw = ctx.generator("size")
         mode = ("train" if self.mixing else "eval") if self.attack_mode == "auto" else self.attack_mode
         start = ctx.start(x)
-        with ctx.view(mode) as view:
-            parts = [
-                self._attack(ctx, view, x[p], start[p], y[p], j, draw) for j, p in self._parts(ctx.share, k)
-            ]
-        x_adv = torch.cat(parts)
+        parts = self._parts(ctx.share, k)
+        x_adv = torch.cat([self._attack(ctx, mode, x[p], start[p], y[p], j, draw) for j, p in parts])
 
         def loss() -> Tensor:
             logits = ctx.logits(x_adv)
@@ -110,13 +112,14 @@ class Cat:
         return [(j, slice(*ends)) for j, ends in enumerate(pairwise(inside))]
 
     def _attack(
-        self, ctx: Context, view: View, x: Tensor, start: Tensor, y: Tensor, k: int, draw: torch.Generator
+        self, ctx: Context, mode: str, x: Tensor, start: Tensor, y: Tensor, k: int, draw: torch.Generator
     ) -> Tensor:
         r = float(torch.rand(1, generator=draw))
         if k == 0 or len(x) == 0:
             return x
         alpha = 2 * ctx.ball.eps / k * (1 + r * (10 / k - 1))
-        return ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, start=start)
+        with ctx.view(mode if len(x) > 1 else "eval") as view:
+            return ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, start=start)
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
         """Look at validation accuracy, and grow k where the network is ready."""
@@ -140,21 +143,21 @@ class Cat:
             grow = waited >= self.patience and accuracy > self.ready
             if grow and k < int(u["steps"]):
                 ctx.reload("best")
-                best, waited = -1, 0
+                best, waited = self._validate(ctx, k + 1), 0
+                ctx.save("best")
             memory["best"], memory["waited"] = torch.tensor(best), torch.tensor(waited)
         if grow and k < int(u["steps"]):
             memory["strength"] = torch.tensor(k + 1)
 
     def _validate(self, ctx: Epoch, k: int) -> int:
         """How many held-out samples are right at strength k, inputs rounded."""
-        right, draw = 0, ctx.generator("validation size")
+        right = 0
         with View(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
             for i, (x, y) in enumerate(ctx.batches()):
                 if k > 0:
-                    alpha = 2 * ctx.ball.eps / k * (1 + float(torch.rand(1, generator=draw)) * (10 / k - 1))
-                    start = ctx.generator(f"validation {i}", x.device)
+                    alpha, start = 2 * ctx.ball.eps / k, ctx.generator(f"validation {i}", x.device)
                     x = ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, generator=start)
-                if self.levels:
+                if k > 0 and self.levels and self.mixing:
                     x = (x * (self.levels - 1)).round() / (self.levels - 1)
                 right += int((view(x).argmax(1) == y).sum())
         return right

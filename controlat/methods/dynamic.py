@@ -26,10 +26,10 @@ class Dynamic:
     """min over theta of E l(h(x_k), y), k the first step >= 1 with FOSC(x_k) <= c, and K at most.
 
     c falls over training: ``pgd:steps=10,alpha=0.075,fosc=0.5..0@40`` are the paper's MNIST settings. c = 0
-    is PGD-K.
+    is PGD-K (measured from the start, where the condition can be negative, it is not).
 
     Args:
-        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"``, the same over the pixels in [0, 1].
+        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"``, the same over the pixels in [0, 1] (l_inf).
         displacement: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released code.
         outer_weight: ``"none"``, or ``"loss"``: from the second epoch on the released code weights each
             sample by its own cross-entropy, held fixed; that is the gradient of half the mean square.

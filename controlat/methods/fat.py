@@ -17,15 +17,15 @@ from controlat.methods._options import check_choice, check_mode, check_number
 
 __all__ = ["METHOD", "Fat"]
 
-TAU = Knob("integer", 0, meaning="steps that a sample still takes after it is misclassified")
+TAU = Knob("integer", 0, meaning="steps that a sample may take while it is misclassified")
 
 
 @dataclass(frozen=True)
 class Fat:
-    """min over theta of E l(h(x~), y), x~ a point of PGD tau steps after a sample is misclassified.
+    """min over theta of E l(h(x~), y), x~ a point of PGD, at most tau steps of which began misclassified.
 
-    A sample that is misclassified has tau more steps; they are not refilled when it is classified correctly
-    again. tau >= K is PGD-K.
+    A sample takes tau steps while it is misclassified, and any number while it is not: tau is not refilled
+    when it is classified correctly again. tau >= K is PGD-K with noise omega, or PGD-K for omega = 0.
 
     Args:
         start: ``"uniform"`` in the ball (FAT) or ``"gaussian"``, x0 + 0.001 N(0, 1) (FAT for TRADES).

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 
 from controlat.attacks.pgd import ALPHA
+from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
@@ -18,7 +18,7 @@ __all__ = ["METHOD", "NFgsm"]
 
 ONE = Knob("integer", 1, 1, default=1, meaning="number of steps: one")
 NOISE = Knob("real", 0.0, default=2.0, meaning="size of the noise, in units of eps")
-CLIP = Knob("real", 0.0, default=1e9, meaning="largest perturbation, in units of eps")
+CLIP = Knob("real", 0.0, default=100.0, meaning="largest perturbation, in units of eps")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class NFgsm:
     """min over theta of E l(h(x0 + eta + alpha direction(grad at x0 + eta)), y), eta of size noise * eps.
 
     The sum stays within the pixels, not within the ball: it may be as long as noise * eps + alpha. alpha is
-    eps in the paper. noise = 0 is FGSM training.
+    eps in the paper. noise = 0 is FGSM training. The default clip is beyond what noise and alpha reach.
 
     Args:
         attack_mode: BatchNorm and dropout in the attack, ``"train"`` in the released code, or ``"eval"``.
@@ -55,9 +55,7 @@ class NFgsm:
         with ctx.view(self.attack_mode) as view:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         delta = start + u["alpha"] * ball.direction(gradient) - x
-        if math.isfinite(u["clip"]) and u["clip"] < 1e6:
-            delta = type(ball)(u["clip"] * ball.eps, ball.norm).shrink(delta)
-        x_adv = (x + delta).clamp(0, 1)
+        x_adv = (x + Ball(u["clip"] * ball.eps, ball.norm).shrink(delta)).clamp(0, 1)
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
 

@@ -23,8 +23,8 @@ class PgdAT:
     """min over theta of E l(h_theta(x_K), y) + c E l(h_theta(x_0), y), x_K after K steps of size alpha.
 
     One update per batch, at a cost of K + 1 gradient evaluations (one more for the clean term). K = 0 trains
-    on the clean batch and is standard training bit for bit; K = 1, alpha = eps without a random start is FGSM
-    training.
+    on the clean batch and is, with c = 0, standard training bit for bit; K = 1, alpha = eps without a random
+    start is FGSM training.
 
     Args:
         random_start: start the ascent at a random point of the ball (Madry et al.) or at x_0 (Amata's

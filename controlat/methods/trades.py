@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
-from controlat.control import Control, ControlSpace
+from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import divergence
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
@@ -16,16 +16,17 @@ from controlat.methods._options import check_flag, check_mode, check_number
 
 __all__ = ["METHOD", "Trades"]
 
+BETA = Knob("real", 0.0, default=6.0, meaning="weight of the divergence")
+
 
 @dataclass(frozen=True)
 class Trades:
     """min over theta of E CE(h(x0), y) + beta E KL(p(x0) || p(x_K)), x_K by K steps of ascent on that KL.
 
     The ascent starts beside x0, at x0 + 0.001 N(0, 1): at x0 the divergence has no gradient. The clean branch
-    is differentiated too. K = 0 is standard training.
+    is differentiated too. K = 0 is standard training. beta is 6 on CIFAR-10, 1 in the released MNIST script.
 
     Args:
-        beta: weight of the divergence (6 on CIFAR-10, 1 in the released MNIST script).
         start_noise: deviation of the start.
         attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
         separate_clean: take the clean logits of the divergence from a forward pass of their own, as the
@@ -38,24 +39,24 @@ class Trades:
         Zhang et al. (2019), equation 5 and algorithm 1.
     """
 
-    beta: float = 6.0
     start_noise: float = 0.001
     attack_mode: str = "eval"
     separate_clean: bool = False
 
     def __post_init__(self) -> None:
-        check_number(self, "beta", 0.0)
         check_number(self, "start_noise", 0.0)
         check_mode(self.attack_mode)
         check_flag(self, "separate_clean")
 
     @property
     def controls(self) -> ControlSpace:
-        """(alpha, K), at K + 2 gradient evaluations, K + 3 with a separate clean pass; 1 for K = 0."""
+        """(alpha, K, beta), at K + 2 gradient evaluations and a forward pass, one more where separate_clean.
+
+        Standard training, at 1, for K = 0.
+        """
         extra = 2 + int(self.separate_clean)
-        return ControlSpace(
-            {"alpha": ALPHA, "steps": STEPS}, cost=lambda u: u["steps"] + extra if u["steps"] else 1
-        )
+        knobs = {"alpha": ALPHA, "steps": STEPS, "beta": BETA}
+        return ControlSpace(knobs, cost=lambda u: u["steps"] + extra if u["steps"] else 1)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the clean batch and the one that moves the prediction most."""
@@ -76,10 +77,10 @@ class Trades:
             )
 
         def loss() -> Tensor:
-            clean = ctx.logits(x)
+            clean, moved = ctx.logits(x), ctx.logits(x_adv)
             reference = ctx.logits(x) if self.separate_clean else clean
-            moved = divergence(ctx.logits(x_adv), reference).mean()
-            return F.cross_entropy(clean, y) + self.beta * moved
+            price: Tensor = u["beta"] * divergence(moved, reference).mean()
+            return F.cross_entropy(clean, y) + price
 
         yield Update(loss, smooth_steps(ctx, u))
 

@@ -30,11 +30,13 @@ class Yopo:
     both.
 
     Args:
-        first_layer_grad: ``"both"`` (the released code), ``"direct"`` or ``"hamiltonian"``.
+        first_layer_grad: ``"both"`` (the released code; the paper does not say), ``"direct"`` or
+            ``"hamiltonian"``.
         gradients: ``"mean"`` of the m passes, so that the learning rate keeps its meaning when m is annealed,
             or ``"sum"``: then divide the learning rate by m as the released configurations do.
         layer: dotted name of the module where f_0 ends; the first one with parameters by default. If f_0 is
-            linear, n steps of size alpha are one step of size n alpha.
+            linear, n steps of size alpha are one step of size n alpha: the paper's MNIST setting ends f_0 at
+            the ReLU after the first convolution.
 
     Raises:
         ValueError: an option is not allowed.

@@ -524,8 +524,7 @@ def test_fast_from_the_previous_perturbation_starts_where_the_last_batch_stopped
     seen, carried = trained_on(d.model), torch.empty(0, 1, 4, 4, dtype=torch.float64)
     for i, n in enumerate((6, 4, 6)):
         b = batch(n, margin=EPS, number=i, seed=i)
-        noise = BALL.noise(b.x, draws(b, "start"))
-        start = b.x + torch.cat([carried[:n], noise[len(carried) :]])
+        start = b.x + torch.cat([carried[:n], torch.zeros_like(b.x[len(carried) :])])
         d.step(b, u, 0.0)
         expected = iterates(smooth(), b, start, 0.03, 1, mode="train")[-1]
         torch.testing.assert_close(seen[i], expected, rtol=0, atol=1e-12)
@@ -692,19 +691,58 @@ def test_cat_can_be_resumed_in_its_curriculum(cut: int) -> None:
     del strengths
 
 
-def test_cat_rounds_what_it_validates_on() -> None:
+def validated(strength: int, **options: Any) -> Tensor:
+    """What the network is asked about when one epoch at some strength is over."""
+    d, p = curriculum(separable(10), **options)
+    d.memory["strength"] = torch.tensor(strength)
+    asked: list[Tensor] = []
+    d.model.register_forward_pre_hook(
+        lambda m, x: None if m.training or torch.is_grad_enabled() else asked.append(x[0].clone())
+    )
+    next(epochs(d, p))
+    return asked[0]
+
+
+def test_cat_rounds_what_it_validates_on_after_an_attack() -> None:
     """With two levels, 0.3 and 0.7 become black and white."""
-    seen = []
-    for levels in (0, 2, 16):
-        d, p = curriculum(separable(10), levels=levels)
-        handle = d.model.register_forward_pre_hook(
-            lambda m, arguments: None if m.training else seen.append(arguments[0].unique())
-        )
-        next(epochs(d, p))
-        handle.remove()
-    assert len(seen[0]) == 40
-    assert same(seen[1], torch.tensor([0.0, 1.0]).double())
-    assert same(seen[2], (seen[2] * 15).round() / 15)
+    clean = separable(10).x
+    assert same(validated(0), clean)
+    assert same(validated(2, levels=2), clean.round())
+    fine = validated(2, levels=16)
+    assert same(fine, (fine * 15).round() / 15)
+    for options in ({"levels": 0}, {"mixing": False}):
+        found = validated(2, **options)
+        assert not same(found, (found * 15).round() / 15)
+        assert BALL.distance(found, clean).max() <= EPS + 1e-12
+
+
+def test_cat_validates_with_steps_of_two_eps_over_k() -> None:
+    d, p = curriculum(separable(10))
+    d.memory["strength"] = torch.tensor(2)
+    held_out, network = separable(10), mlp(classes=2)
+    next(epochs(d, p))
+    network.load_state_dict(d.model.state_dict())
+    start = BALL.start(held_out.x, rng.generator(3, 0, -1, "validation 0"))
+    b = Batch(held_out.x, held_out.y, torch.arange(10), 0, 0)
+    x = iterates(network, b, start, EPS, 2)[-1]
+    right = (network((x * 15).round() / 15).argmax(1) == held_out.y).sum()
+    assert int(d.memory["best"]) == int(right)
+
+
+def test_cat_looks_at_the_best_network_anew_when_it_grows() -> None:
+    d, p = curriculum(separable(10), patience=2)
+    last = 0
+    for k in epochs(d, p):
+        if k > last:
+            assert d.memory["best"] >= 0
+            assert same(d.model.state_dict(), d.kept["best"]["model"])
+        last = k
+    assert last == 3
+
+
+def test_cat_refuses_one_level() -> None:
+    with pytest.raises(ValueError, match="levels must be at least 2"):
+        Case("cat", {"levels": 1}).method()
 
 
 # ----------------------------------------------------------------------------------------- 12. TRADES and AWP
@@ -712,7 +750,7 @@ def test_cat_rounds_what_it_validates_on() -> None:
 
 @norms
 def test_trades_with_beta_zero_is_standard_training(norm: str) -> None:
-    case, b = Case("trades", {"beta": 0.0}), batch()
+    case, b = Case("trades", {}, {"beta": 0.0}), batch()
     found = field(case, case.control(), b, norm=norm)
     torch.testing.assert_close(found, field(PGD, CLEAN, b), rtol=1e-12, atol=1e-15)
     assert same(field(Case("trades"), CLEAN, b), field(PGD, CLEAN, b))
@@ -743,7 +781,7 @@ def view_logits(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("separate", [False, True])
 def test_trades_equals_the_loop_written_by_hand(norm: str, separate: bool) -> None:
     case, b, model, ball = (
-        Case("trades", {"beta": 2.5, "separate_clean": separate}),
+        Case("trades", {"separate_clean": separate}, {"beta": 2.5}),
         batch(),
         smooth(),
         Ball(EPS, norm),
