@@ -84,7 +84,7 @@ def describe() -> list[dict[str, Any]]:
                 "name": name,
                 "what": text.partition("\n\n")[0].replace("\n", " "),
                 "controls": ", ".join(knobs),
-                "cost": " ".join(cost.split()).rstrip("."),
+                "cost": " ".join(cost.split()).partition(". ")[0].rstrip("."),
                 "sweep": isinstance(method, Prefixes),
                 "source": text.partition("Source:\n")[2].strip().partition("\n")[0].strip().rstrip("."),
             }

@@ -39,7 +39,7 @@ class Awp:
         ValueError: an option is not allowed.
 
     Source:
-        Wu et al. (2020), equations 8-11.
+        Wu et al. (2020), adversarial weight perturbation.
     """
 
     random_start: bool = True

@@ -47,7 +47,7 @@ class Cat:
         ValueError: an option is not allowed.
 
     Source:
-        Cai et al. (2018), algorithm 1 and section 4.
+        Cai et al. (2018), with batch mixing and quantization.
     """
 
     mixing: bool = True

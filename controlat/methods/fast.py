@@ -50,7 +50,7 @@ class Fast:
         ValueError: an option is not allowed.
 
     Source:
-        Wong et al. (2020), algorithm 3; the fixed start: Ye et al. (2021), section 5.
+        Wong et al. (2020), algorithm 3; the fixed start: Ye et al. (2021), Amata+Fast.
     """
 
     init: str = "random"
