@@ -465,7 +465,7 @@ def rollout(
     """
     for e in range(epoch, plan.epochs if until is None else until):
         first = batch if e == epoch else 0
-        if driver.stopped:
+        if driver.stopped and first == 0:
             return
         if first == 0:
             driver.start_epoch(plan, e)

@@ -65,18 +65,21 @@ class Tally:
     best_epoch: int = -1
     dropped: list[str] = field(default_factory=list)
 
-    def add(self, step: Step, seconds: float) -> None:
+    def add(self, step: Step) -> None:
         """Count one outer step."""
         self.batch = step.batch + 1
-        self.gradients += step.spent.gradients
-        self.forwards += step.spent.forwards
-        self.layers += step.spent.layers
-        self.seconds += seconds
         self.loss += step.loss * step.samples
         self.samples += step.samples
-        self.epoch_gradients += step.spent.gradients
-        self.epoch_seconds += seconds
         self.dropped = sorted({*self.dropped, *step.dropped})
+
+    def spend(self, spent: Meter, seconds: float) -> None:
+        """Count evaluations and time, of steps or of hooks."""
+        self.gradients += spent.gradients
+        self.forwards += spent.forwards
+        self.layers += spent.layers
+        self.seconds += seconds
+        self.epoch_gradients += spent.gradients
+        self.epoch_seconds += seconds
 
     def next_epoch(self) -> None:
         """Begin a new epoch."""
@@ -162,10 +165,10 @@ def _reason(error: Exception) -> str:
 def _resume(driver: Driver, directory: Path, world: World) -> Tally:
     """Put the driver where the last checkpoint left it, and the log with it: the first process reads."""
     last = directory / LAST
-    content = world.tell_bytes(last.read_bytes() if world.first and last.exists() else b"")
-    if not content:
+    if not world.tell(last.exists()):
         tally = Tally()
     else:
+        content = world.tell_bytes(last.read_bytes() if world.first else b"")
         found = load_checkpoint(last, driver.device, content)
         driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
         tally = Tally(**found["tally"])
@@ -258,7 +261,7 @@ def fit(
     tally = _resume(driver, directory, world)
     writer = _writer(directory) if tensorboard and world.first else None
     with _bar(plan, driver, tally, label, progress and world.first) as bar:
-        while tally.epoch < plan.epochs and not driver.stopped:
+        while tally.epoch < plan.epochs and not (driver.stopped and tally.batch == 0):
             if tally.batch == 0 and at_epoch is not None and world.first:
                 at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
@@ -301,11 +304,12 @@ def _epoch(
     bar: Any,
 ) -> None:
     began = saved = time.perf_counter()
-    before, counted = driver.meter.copy(), Meter(tally.gradients, tally.forwards)
-    steps = rollout(driver, plan, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1)
-    for step in steps:
+    before = driver.meter.copy()
+    for step in rollout(driver, plan, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1):
         now = time.perf_counter()
-        tally.add(step, now - began)
+        tally.add(step)
+        tally.spend(driver.meter.since(before), now - began)
+        before = driver.meter.copy()
         bar.update(step.spent.gradients)
         if plan.world.first and now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
             _check_parameters(driver, step)
@@ -313,15 +317,7 @@ def _epoch(
             saved = time.perf_counter()
         began = time.perf_counter()
     _check_parameters(driver, step)
-    # What the method's hooks spent between epochs counts as training too.
-    spent = driver.meter.since(before)
-    extra = spent.gradients - (tally.gradients - counted.gradients)
-    tally.gradients += extra
-    tally.epoch_gradients += extra
-    tally.forwards += spent.forwards - (tally.forwards - counted.forwards)
-    took = time.perf_counter() - began
-    tally.seconds += took
-    tally.epoch_seconds += took
+    tally.spend(driver.meter.since(before), time.perf_counter() - began)
 
 
 def _check_parameters(driver: Driver, step: Step) -> None:

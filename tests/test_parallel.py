@@ -91,10 +91,13 @@ def test_several_processes_take_the_steps_of_one_on_whole_batches(
         for mine, theirs in zip(tensors(found[name]), tensors(expected[name]), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
     assert found["stopped"] == expected["stopped"]
-    assert found["meter"] == expected["meter"]
+    # In training mode a process attacks its rows no longer than one of its own still moves.
+    counted = not case.startswith("fat train")
+    assert found["meter"] == expected["meter"] or (not counted and found["meter"][0] < expected["meter"][0])
     for mine, theirs in zip(found["steps"], expected["steps"], strict=True):
         assert mine[1] == pytest.approx(theirs[1], rel=1e-9)
-        assert (mine[0], *mine[2:]) == (theirs[0], *theirs[2:])
+        assert (mine[0], mine[3]) == (theirs[0], theirs[3])
+        assert mine[2] == theirs[2] or not counted
     first = torch.cat([t.flatten() for t in driver(CASES[case.partition(",")[0]]).parameters])
     assert (torch.cat([t.flatten() for t in found["model"].values()]) - first).norm() > 1e-3
 
@@ -272,7 +275,8 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_two_processes_end_with_the
     folder: Path,
 ) -> None:
     words = ["-m", "controlat", "train", "--out", "killed", "--resume", *flags(SETTINGS)]
-    for kill in ("0 6", "1 7"):  # a process, and its pass in training mode, in the second epoch
+    # A process, and its pass in training mode since it started: both in the second epoch.
+    for kill in ("0 6", "1 2"):
         done = torchrun(2, *words, "--checkpoint_minutes", "1e-9", cwd=folder, KILL=kill)
         assert done.returncode != 0
         assert f"Signal {int(signal.SIGKILL)}" in done.stderr
