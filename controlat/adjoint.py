@@ -9,7 +9,7 @@ finite differences of the step itself, for any method, and shows how much was dr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,13 +146,31 @@ def pullback(
     >>> [t.shape for t in found.costate.parameters]
     [torch.Size([3, 4]), torch.Size([3])]
     """
+    found, dropped = pullbacks(driver, batch, u, rate, [costate], meter)
+    return Pulled(found[0], dropped)
+
+
+def pullbacks(
+    driver: Driver,
+    batch: Batch,
+    u: Control,
+    rate: float,
+    costates: Sequence[State],
+    meter: Meter | None = None,
+) -> tuple[list[State], tuple[str, ...]]:
+    """`pullback` of several costates at once: the step runs once, and each takes one pass backward.
+
+    Beside the step itself, each costate is counted as two gradient evaluations for every sample that the loss
+    was taken of: it differentiates a forward and a backward pass.
+    """
+    meter = Meter() if meter is None else meter
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
     names = [name for name, p in driver.model.named_parameters() if p.requires_grad]
     dropped: set[str] = set()
     with driver._scoring(), torch.enable_grad():
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
-        ctx = driver._context(batch, rate, Meter() if meter is None else meter, memory)
+        ctx = driver._context(batch, rate, meter, memory)
         ctx.rows = {name: Rows(leaves.rows[name], rows.seen) for name, rows in ctx.rows.items()}
         theta, momentum = leaves.parameters, leaves.momentum
         ctx.theta = dict(zip(names, theta, strict=True))
@@ -169,7 +187,12 @@ def pullback(
         {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
         {name: rows.values for name, rows in ctx.rows.items()},
     )
-    return Pulled(leaves.like(_pull(after, costate, leaves)), tuple(sorted(dropped)))
+    found = [
+        leaves.like(_pull(after, costate, leaves, keep=i + 1 < len(costates)))
+        for i, costate in enumerate(costates)
+    ]
+    meter.gradients += 2 * len(costates) * ctx.passes
+    return found, tuple(sorted(dropped))
 
 
 def _sgd(
@@ -190,8 +213,8 @@ def _sgd(
     return [t - rate * g for t, g in zip(theta, moved, strict=True)], momentum
 
 
-def _pull(after: State, costate: State, leaves: State) -> list[Tensor]:
-    """Gradients of <costate, after> in the leaves."""
+def _pull(after: State, costate: State, leaves: State, keep: bool = False) -> list[Tensor]:
+    """Gradients of <costate, after> in the leaves; the graph is kept for another costate where asked."""
     outputs: list[Tensor] = []
     weights: list[Tensor] = []
     for mine, theirs in ((after.memory, costate.memory), (after.rows, costate.rows)):
@@ -202,7 +225,7 @@ def _pull(after: State, costate: State, leaves: State) -> list[Tensor]:
     outputs += [*after.parameters, *after.momentum]
     weights += [*costate.parameters, *costate.momentum]
     inputs = leaves.tensors()
-    found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+    found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=keep)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 

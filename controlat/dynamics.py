@@ -79,6 +79,7 @@ class Driver:
         rows: what training samples carry, by name, a row for each; part of the state.
         kept: copies of network and optimiser that the method put aside; part of the state.
         stopped: why the method ended training; empty while it goes on.
+        notice: called with ``"save"`` or ``"reload"`` and a name when a method does that between epochs.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class Driver:
     rows: dict[str, Rows] = field(default_factory=dict)
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: str = ""
+    notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
@@ -139,8 +141,9 @@ class Driver:
         self._scatter(batch, ctx)
         ctx.share.agree(self.model)
         mean = sum(losses) / len(losses)
-        spent = self._summed(self.meter.since(before), ctx.share)
-        self.meter = before.plus(spent)
+        mine = self.meter.since(before)
+        spent = self._summed(mine, ctx.share)
+        self.meter.add(spent.since(mine))
         names = tuple(sorted(dropped))
         return Step(batch.epoch, batch.number, u, rate, ctx.share.total, mean, spent, names)
 
@@ -385,10 +388,14 @@ class Driver:
         def save(name: str) -> None:
             found = self.snapshot()
             self.kept[name] = {"model": found.model, "optimizer": found.optimizer}
+            if self.notice is not None:
+                self.notice("save", name)
 
         def reload(name: str) -> None:
             self.model.load_state_dict(self.kept[name]["model"])
             self.sgd.load_state_dict(copied(self.kept[name]["optimizer"]))
+            if self.notice is not None:
+                self.notice("reload", name)
 
         def stop(reason: str) -> None:
             self.stopped = reason
@@ -451,6 +458,7 @@ def rollout(
     until: int | None = None,
     record: Callable[[int, Snapshot], None] | None = None,
     stride: int = 1,
+    begun: bool = False,
 ) -> Iterator[Step]:
     """Run the system under the plan's schedule, one `Step` at a time.
 
@@ -460,18 +468,21 @@ def rollout(
         epoch: where to start.
         batch: where to start in that epoch.
         until: epoch to stop before; the plan's end by default.
-        record: called with (step number, snapshot of the state BEFORE that step) at every `stride`-th step.
+        record: called with (step number, snapshot of the state BEFORE that step) at every `stride`-th step
+            from the first on; a snapshot has the rows that the steps up to the next one touch.
         stride: see `record`.
+        begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
     """
+    origin = epoch * plan.batches_per_epoch + batch
     for e in range(epoch, plan.epochs if until is None else until):
         first = batch if e == epoch else 0
-        if driver.stopped and first == 0:
+        if driver.stopped and first == 0 and not (begun and e == epoch):
             return
-        if first == 0:
+        if first == 0 and not (begun and e == epoch):
             driver.start_epoch(plan, e)
         for b in plan.batches(e, first):
             number = e * plan.batches_per_epoch + b.number
-            if record is not None and number % stride == 0:
+            if record is not None and (number - origin) % stride == 0:
                 touched = plan.indices(number, number + stride) if driver.rows and stride > 0 else None
                 record(number, driver.snapshot(touched))
             yield driver.step(b, plan.control(b), plan.learning_rate(e, b.number))

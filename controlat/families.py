@@ -150,7 +150,12 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     resolution = number(found.pop("resolution", "1"), "resolution")
     own = {*entry.required, *entry.optional}
     free = set(found) - own if family == "set" else (set(found) & set(knobs or ())) - own
-    only(found, entry.required, {*entry.optional, *free}, f"schedule {family!r} (such as {entry.example})")
+    only(
+        found,
+        entry.required,
+        {*entry.optional, *free, *(knobs or ())},
+        f"schedule {family!r} (such as {entry.example})",
+    )
     whole = {"steps": Knob("integer", 0)} if knobs is None else knobs
     try:
         curves = entry.build({k: v for k, v in found.items() if k not in free}, family)

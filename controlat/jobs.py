@@ -221,6 +221,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
+    stored |= {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     model.load_state_dict(found["model"])

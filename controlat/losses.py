@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Loss", "cross_entropy", "divergence", "margin"]
+__all__ = ["LOSSES", "Loss", "cross_entropy", "divergence", "lead", "margin"]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,8 +37,18 @@ def margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
     >>> margin(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 0]))
     tensor([-2., -0.])
     """
+    return -F.relu(kappa - lead(logits, y))
+
+
+def lead(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y, per sample: negative where the label wins.
+
+    >>> import torch
+    >>> lead(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 0]))
+    tensor([-2.,  2.])
+    """
     other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return -F.relu(logits.gather(1, y[:, None]).squeeze(1) - other + kappa)
+    return other - logits.gather(1, y[:, None]).squeeze(1)
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -58,3 +69,6 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(
         F.log_softmax(logits, 1), F.log_softmax(target, 1), reduction="none", log_target=True
     ).sum(1)
+
+
+LOSSES: Mapping[str, Loss] = MappingProxyType({"cross_entropy": cross_entropy, "margin": lead})

@@ -55,10 +55,11 @@ class Meter:
         gone = self.gradients - earlier.gradients, self.forwards - earlier.forwards
         return Meter(*gone, self.layers - earlier.layers)
 
-    def plus(self, more: Meter) -> Meter:
-        """Both together."""
-        both = self.gradients + more.gradients, self.forwards + more.forwards
-        return Meter(*both, self.layers + more.layers)
+    def add(self, more: Meter) -> None:
+        """Count more, in place."""
+        self.gradients += more.gradients
+        self.forwards += more.forwards
+        self.layers += more.layers
 
     def copy(self) -> Meter:
         """The present counts."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -201,8 +202,8 @@ def joined(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
     try:
         yield current()
-        # Gloo's threads may still hold tensors of the last exchange when Python ends, and abort then
-        # (pytorch/pytorch#179291). A barrier has none, and comes after all others.
-        dist.barrier()
     finally:
+        # A thread of Gloo's needs the interpreter's lock to let go of the last exchange's tensors; where
+        # Python ends before it got that, the process aborts (pytorch/pytorch#179291). A pause gives it.
+        time.sleep(0.1)
         dist.destroy_process_group()

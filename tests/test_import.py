@@ -40,6 +40,7 @@ ORDER = (
     "state",
     "dynamics",
     "adjoint",
+    "recording",
     "runs",
     "pmp",
     "training",

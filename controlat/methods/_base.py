@@ -106,6 +106,7 @@ class Context:
         share: the rows of the whole batch that this process works on.
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
             (`controlat.adjoint`); None otherwise.
+        passes: samples that `logits` has been asked about.
     """
 
     model: nn.Module
@@ -121,6 +122,7 @@ class Context:
     channels_last: bool = True
     share: Share = Share(0, 1, 0)  # noqa: RUF009
     theta: dict[str, Tensor] | None = None
+    passes: int = 0
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this step for one purpose: the same whichever control is tried."""
@@ -170,6 +172,7 @@ class Context:
     def logits(self, x: Tensor) -> Tensor:
         """Differentiable logits of the model as it is trained; one gradient evaluation per sample."""
         self.meter.gradients += len(x)
+        self.passes += len(x)
         return self._forward(x)
 
     def layer(self, x: Tensor, layer: nn.Module) -> Tensor:

@@ -1,0 +1,209 @@
+"""The costate of a recorded roll-out: p_t = (dS_t/dz)^T p_{t+1}, backward from the terminal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from controlat.adjoint import State, pullbacks
+from controlat.dynamics import Driver
+from controlat.methods import Rows
+from controlat.network import Meter, NonFiniteError
+from controlat.pmp.terminal import Terminal
+from controlat.recording import Recording, Visit
+from controlat.state import gather, put
+
+__all__ = ["Costate", "Swept", "sweep"]
+
+
+@dataclass
+class Costate:
+    """p, in the structure of the state z, with a row for every sample that carries something.
+
+    Args:
+        parameters: of theta.
+        momentum: of the optimiser's buffers; empty without momentum.
+        memory: of what the method carries.
+        rows: of what samples carry.
+        held: of networks that the method keeps to put them back.
+    """
+
+    parameters: list[Tensor]
+    momentum: list[Tensor]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    held: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+
+    @classmethod
+    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], rate: float | None) -> Costate:
+        """p at the end of a window: -grad Phi, and what the buffer will still do after it.
+
+        At the end of training (rate None) the buffer is worth nothing. Before it, it goes on to act: a buffer
+        v moves theta by -rate v mu/(1 - mu) in all (Nesterov: mu^2/(1 - mu)), so its costate is that times p.
+        """
+        o = driver.optimizer
+        parameters = [-g for g in gradient]
+        if o.momentum == 0:
+            return cls(parameters, [])
+        to_come = 0.0 if rate is None else rate * o.momentum / (1 - o.momentum)
+        to_come *= o.momentum if o.nesterov else 1.0
+        return cls(parameters, [-to_come * p for p in parameters])
+
+    def seen(self, driver: Driver, visit: Visit) -> State:
+        """The part that a step acts on: rows of the samples of its batch only."""
+        rows = {name: gather(store, visit.batch.indices).values for name, store in self.rows.items()}
+        return State(self.parameters, self.momentum, self.memory, rows)
+
+    def pulled(self, visit: Visit, before: State) -> Costate:
+        """The costate before a step, of which `before` is the part that the step acted on."""
+        index, rows = visit.batch.indices, dict(self.rows)
+        for name in {*rows, *before.rows}:
+            values = before.rows.get(name)
+            if values is None:  # nothing was carried before this step
+                values = torch.zeros_like(gather(rows[name], index).values)
+            mask = torch.ones(len(index), dtype=torch.bool, device=values.device)
+            rows[name] = put(rows.get(name), index, Rows(values, mask))
+        return Costate(before.parameters, before.momentum, before.memory, rows, self.held)
+
+    def through(self, what: str, name: str) -> None:
+        """Pass what a hook did with a network that it keeps: theta and v came from where it was saved."""
+        if what == "reload":
+            theirs = self.held.get(name)
+            mine = (self.parameters, self.momentum)
+            self.held[name] = mine if theirs is None else _sum(mine, theirs)
+            self.parameters, self.momentum = (list(map(torch.zeros_like, part)) for part in mine)
+        elif name in self.held:
+            self.parameters, self.momentum = _sum((self.parameters, self.momentum), self.held.pop(name))
+
+    def norm(self) -> float:
+        """||p||, over everything."""
+        rows = [store.values for store in self.rows.values()]
+        held = [t for pair in self.held.values() for part in pair for t in part]
+        every = [*self.parameters, *self.momentum, *self.memory.values(), *rows, *held]
+        return float(torch.stack([t.detach().double().norm() for t in every]).norm())
+
+
+def _sum(
+    a: tuple[list[Tensor], list[Tensor]], b: tuple[list[Tensor], list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    parameters, momentum = ([s + t for s, t in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True))
+    return parameters, momentum
+
+
+class Swept(NamedTuple):
+    """One step of a sweep; the driver is at the state before it.
+
+    Args:
+        visit: the step.
+        costates: p_{t+1} by horizon, as far as the step acts on it.
+        norms: ||p_{t+1}|| by horizon.
+        dropped: what the costates leave out so far.
+    """
+
+    visit: Visit
+    costates: dict[int, State]
+    norms: dict[int, float]
+    dropped: tuple[str, ...]
+
+
+def sweep(
+    recording: Recording,
+    terminal: Terminal,
+    horizons: Sequence[int] | None = None,
+    *,
+    looked: Sequence[int] | None = None,
+    meter: Meter | None = None,
+) -> Iterator[Swept]:
+    """Run costates backward through a recorded roll-out, from the last step to the first.
+
+    For a horizon of h steps the roll-out is cut into windows of h steps, and at the end of each the costate
+    is that of Phi there (with the buffer's costate where training goes on). h = 1 is the greedy form, h = the
+    length of the roll-out is Amata's (13).
+
+    Args:
+        recording: of the roll-out; its driver moves.
+        terminal: Phi.
+        horizons: numbers of steps h; the whole roll-out alone by default.
+        looked: numbers of the steps that are looked at; all by default. Costates that no such step needs are
+            not computed.
+        meter: where evaluations of the sweep are counted; taking steps again is counted in
+            ``recording.spent``.
+
+    Yields:
+        One `Swept` for every step that has a costate. The consumer may move the driver.
+
+    Raises:
+        ValueError: a horizon below 1.
+        NonFiniteError: a costate is not finite; the message names the step and the horizon.
+
+    Source:
+        Ye et al. (2021), equations 8-9, in discrete time.
+    """
+    driver, meter = recording.driver, Meter() if meter is None else meter
+    whole = recording.last - recording.first
+    wanted = sorted({min(h, whole) for h in (horizons or [whole])})
+    if wanted[0] < 1:
+        raise ValueError(f"a horizon must be at least one step, got {wanted[0]}")
+    every = range(recording.first, recording.last) if looked is None else sorted(looked)
+    events: dict[int, list[tuple[str, str]]] = {}
+    for number, what, name in recording.events:
+        events.setdefault(number, []).append((what, name))
+    costates: dict[int, Costate] = {}
+    dropped: set[str] = set(terminal.dropped(driver))
+
+    def begin(number: int) -> None:
+        """Start the windows that end before step `number`, with the driver at the state there."""
+        ending = [h for h in wanted if number == recording.last or (number - recording.first) % h == 0]
+        windows = {h: _begins(recording.first, number, h) for h in ending}
+        needed = [h for h, start in windows.items() if any(start <= n < number for n in every)]
+        for h in ending:
+            costates.pop(h, None)
+        if not needed:
+            return
+        gradient, rate = terminal.gradient(driver, meter), _rate_after(recording, number)
+        for h in needed:
+            costates[h] = Costate.terminal(driver, gradient, rate)
+
+    driver.restore(recording.end)
+    begin(recording.last)
+    for visit in recording.backward():
+        for what, name in reversed(events.get(visit.number + 1, [])):
+            for p in costates.values():
+                p.through(what, name)
+        norms = {h: p.norm() for h, p in costates.items()}
+        for h, norm in norms.items():
+            if not torch.isfinite(torch.tensor(norm)):
+                raise NonFiniteError(
+                    f"the costate after step {visit.number} (horizon {h}) is not finite: it grows backward "
+                    "from the terminal cost; look at shorter windows"
+                )
+        if costates:
+            seen = {h: p.seen(driver, visit) for h, p in costates.items()}
+            before = driver.snapshot(visit.batch.indices) if driver.rows else driver.snapshot()
+            yield Swept(visit, seen, norms, tuple(sorted(dropped)))
+            driver.restore(before)
+            start = {h: _begins(recording.first, visit.number + 1, h) for h in costates}
+            costates = {h: p for h, p in costates.items() if any(start[h] <= n < visit.number for n in every)}
+        if costates:
+            arguments = (driver, visit.batch, visit.control, visit.rate)
+            found, names = pullbacks(*arguments, [seen[h] for h in costates], meter)
+            dropped.update(names)
+            costates = {h: p.pulled(visit, q) for (h, p), q in zip(costates.items(), found, strict=True)}
+        begin(visit.number)
+
+
+def _begins(first: int, number: int, h: int) -> int:
+    """The first step of the window of h steps that contains the step before `number`."""
+    return first + (number - first - 1) // h * h
+
+
+def _rate_after(recording: Recording, number: int) -> float | None:
+    """The learning rate of a step; None at the end of training."""
+    plan = recording.plan
+    epoch, batch = divmod(number, plan.batches_per_epoch)
+    ended = epoch >= plan.epochs or (number == recording.last and bool(recording.end.stopped))
+    return None if ended else plan.learning_rate(epoch, batch)

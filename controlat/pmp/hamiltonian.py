@@ -1,0 +1,201 @@
+"""The Hamiltonian over one outer step: what a change of the control of that step alone is worth.
+
+H_t(v) = p_{t+1} . S_t(z_t, v) - gamma eta n(v), with p = -grad Phi at the end, so that, to first order in the
+state, changing u_t to v lowers J = Phi + gamma eta sum n by
+
+    DeltaH_t(v) = p_{t+1} . (S_t(z_t, v) - S_t(z_t, u_t)) - gamma eta (n(v) - n(u_t)).
+
+The whole step counts: all its updates, the optimiser's buffers, and what the method carries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlat.adjoint import State, state
+from controlat.control import Control
+from controlat.dynamics import Driver
+from controlat.methods import Prefixes
+from controlat.network import Meter
+from controlat.pmp.maximise import Grid, rerun, sweep
+from controlat.pmp.surface import Array
+from controlat.recording import Visit
+
+__all__ = ["Gains", "gains"]
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What every candidate would have done at one step, beside its control u_t, which comes first.
+
+    Args:
+        number: of the step.
+        epoch: of the step.
+        controls: the V candidates.
+        evaluations: (V,) n(v), gradient evaluations per sample.
+        rewards: by horizon, (V,) p_{t+1} . (S(z, v) - S(z, u)).
+        sizes: (V,) ||S(z, v) - S(z, u)||^2.
+        norms: by horizon, ||p_{t+1}||.
+    """
+
+    number: int
+    epoch: int
+    controls: tuple[Control, ...]
+    evaluations: Array
+    rewards: Mapping[int, Array]
+    sizes: Array
+    norms: Mapping[int, float]
+
+    def value(self, horizon: int, price: float) -> Array:
+        """DeltaH(v) for every candidate, (V,), at a price of gamma eta per evaluation; 0 for u_t."""
+        return np.asarray(self.rewards[horizon] - price * (self.evaluations - self.evaluations[0]))
+
+    def cosine(self, horizon: int) -> Array:
+        """Cosine between p_{t+1} and S(z, v) - S(z, u), (V,); 0 where nothing changes."""
+        length = np.sqrt(self.sizes) * self.norms[horizon]
+        return np.divide(self.rewards[horizon], length, out=np.zeros_like(length), where=length > 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "number": self.number,
+            "epoch": self.epoch,
+            "controls": [dict(v) for v in self.controls],
+            "evaluations": self.evaluations.tolist(),
+            "rewards": {str(h): r.tolist() for h, r in self.rewards.items()},
+            "sizes": self.sizes.tolist(),
+            "norms": {str(h): float(n) for h, n in self.norms.items()},
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Gains:
+        """The gains that `to_json` described."""
+        return cls(
+            found["number"],
+            found["epoch"],
+            tuple(Control(**v) for v in found["controls"]),
+            np.array(found["evaluations"], dtype=np.float64),
+            {int(h): np.array(r, dtype=np.float64) for h, r in found["rewards"].items()},
+            np.array(found["sizes"], dtype=np.float64),
+            {int(h): float(n) for h, n in found["norms"].items()},
+        )
+
+
+def gains(
+    driver: Driver,
+    visit: Visit,
+    costates: Mapping[int, State],
+    norms: Mapping[int, float],
+    grid: Grid,
+    meter: Meter | None = None,
+) -> Gains:
+    """Score the candidates of G around u_t at one step of a recorded roll-out, under common random numbers.
+
+    Where the method offers the exact sweep over K, and so makes one update whose gradient alone depends on
+    u, one trajectory for each step size scores every K, and the difference of two steps is that of their
+    gradients: -eta (g_v - g_u) in theta, g_v - g_u in the buffer. Otherwise each candidate takes the step.
+
+    Args:
+        driver: at the state before the step; it stays there.
+        visit: the step.
+        costates: p_{t+1} by horizon.
+        norms: their lengths.
+        grid: what is searched.
+        meter: where evaluations are counted.
+    """
+    meter = Meter() if meter is None else meter
+    score = _by_gradients if isinstance(driver.method, Prefixes) else _by_steps
+    found = score(driver, visit, costates, grid, meter)
+    n, rewards, sizes = zip(*found.values(), strict=True)
+    table = np.array(rewards, dtype=np.float64).reshape(len(found), len(costates))
+    return Gains(
+        visit.number,
+        visit.batch.epoch,
+        tuple(found),
+        np.array(n, dtype=np.float64),
+        {h: table[:, i] for i, h in enumerate(costates)},
+        np.array(sizes, dtype=np.float64),
+        dict(norms),
+    )
+
+
+# By candidate: n(v), p . DeltaS for each costate, ||DeltaS||^2.
+_Scores = dict[Control, tuple[float, list[float], float]]
+
+
+def _by_gradients(
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+) -> _Scores:
+    """From gradients, as S is affine in the gradient of its only update."""
+    o, batches, u = driver.optimizer, [visit.batch], visit.control
+    # Nesterov looks ahead by the buffer, into which the gradient has gone already.
+    rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
+    weights = [_weights(p, rate) for p in costates.values()]
+    first = rerun(driver, batches, u, visit.rate, meter)
+    found: _Scores = {}
+    for v, n, (gradient,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
+        moved = torch._foreach_sub(gradient, first[2][0])
+        size = (rate**2 + (o.momentum > 0)) * _dot(moved, moved)
+        found.setdefault(v, (n, [_dot(w, moved) for w in weights], size))
+    return found
+
+
+def _weights(p: State, rate: float) -> list[Tensor]:
+    """dS/dg, transposed, applied to p."""
+    if not p.momentum:
+        return [-rate * q for q in p.parameters]
+    return [m - rate * q for m, q in zip(p.momentum, p.parameters, strict=True)]
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
+
+
+def _by_steps(
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+) -> _Scores:
+    """By taking the step under every candidate from the same state."""
+    batch, training = visit.batch, driver.meter
+    before = driver.snapshot(batch.indices if driver.rows else None)
+    found: _Scores = {}
+    base: State | None = None
+    driver.meter = meter
+    try:
+        for v in dict.fromkeys([visit.control, *grid.candidates(driver.method, visit.control)]):
+            counted = meter.gradients
+            driver.step(batch, v, visit.rate)
+            after = state(driver, batch)
+            driver.restore(before)
+            base = after if base is None else base
+            moved = _difference(after, base)
+            rewards = [_common(p, moved) for p in costates.values()]
+            found[v] = (meter.gradients - counted) / len(batch.x), rewards, _common(moved, moved)
+    finally:
+        driver.restore(before)
+        driver.meter = training
+    return found
+
+
+def _difference(a: State, b: State) -> State:
+    return State(
+        [s - t for s, t in zip(a.parameters, b.parameters, strict=True)],
+        [s - t for s, t in zip(a.momentum, b.momentum, strict=True)],
+        {name: a.memory[name] - b.memory[name] for name in a.memory},
+        {name: a.rows[name] - b.rows[name] for name in a.rows},
+    )
+
+
+def _common(a: State, b: State) -> float:
+    """The inner product; names that one of them lacks count as 0."""
+    total = _dot(a.parameters, b.parameters) + _dot(a.momentum, b.momentum)
+    for mine, theirs in ((a.memory, b.memory), (a.rows, b.rows)):
+        names = [name for name in mine if name in theirs]
+        total += _dot([mine[n] for n in names], [theirs[n] for n in names])
+    return total

@@ -1,0 +1,118 @@
+"""Relaxed controls: a step that goes a part lambda of the way from what u_t does to what v_t would do.
+
+    S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t),    n_lambda = (1 - lambda) n(u_t) + lambda n(v_t)
+
+For a method of one update this is the step with the mixed gradient. dJ/dlambda at 0 is exactly
+-G = -sum_t DeltaH_t(v_t): G is the Frank-Wolfe gap of the relaxed problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from controlat.control import Control
+from controlat.dynamics import Driver, Step
+from controlat.methods import Batch, Rows
+from controlat.network import Meter
+from controlat.pmp.terminal import Terminal
+from controlat.recording import Recording
+from controlat.state import Snapshot, gather, put
+
+__all__ = ["Outcome", "relaxed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a roll-out ended.
+
+    Args:
+        phi: the terminal cost.
+        evaluations: sum over steps of n, gradient evaluations per sample.
+        spent: gradient evaluations that it took, in samples.
+    """
+
+    phi: float
+    evaluations: float
+    spent: int
+
+    def objective(self, price: float) -> float:
+        """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation."""
+        return self.phi + price * self.evaluations
+
+
+@dataclass
+class _Mixing(Driver):
+    """A driver whose steps go a part of the way to what other controls would do."""
+
+    part: float = 0.0
+    others: Mapping[int, Control] | None = None
+    per_epoch: int = 1
+    evaluations: float = 0.0
+
+    def step(self, batch: Batch, u: Control, rate: float) -> Step:
+        """S_lambda where another control is given, else S."""
+        v = (self.others or {}).get(batch.epoch * self.per_epoch + batch.number)
+        if v is None or v == u or self.part == 0:
+            done = super().step(batch, u, rate)
+            self.evaluations += done.spent.gradients / done.samples
+            return done
+        before = self.snapshot(batch.indices if self.rows else None)
+        other = super().step(batch, v, rate)
+        theirs = self.snapshot(batch.indices if self.rows else None)
+        self.restore(before)
+        done = super().step(batch, u, rate)
+        self._towards(theirs, batch)
+        n = [s.spent.gradients / s.samples for s in (done, other)]
+        self.evaluations += (1 - self.part) * n[0] + self.part * n[1]
+        return done
+
+    @torch.no_grad()
+    def _towards(self, theirs: Snapshot, batch: Batch) -> None:
+        """Move the state a part of the way to another one; whole numbers stay as they are."""
+        for name, t in self.model.state_dict().items():
+            if isinstance(t, Tensor) and t.is_floating_point():
+                t.lerp_(theirs.model[name], self.part)
+        for i, p in enumerate(self.parameters):
+            for name, t in self.sgd.state.get(p, {}).items():
+                if isinstance(t, Tensor):
+                    t.lerp_(theirs.optimizer["state"][i][name], self.part)
+        for name, t in self.memory.items():
+            if t.is_floating_point():
+                self.memory[name] = t.lerp(theirs.memory[name], self.part)
+        for name, store in self.rows.items():
+            found = theirs.rows[name]
+            other = Rows(found["values"], found["seen"])
+            other = other if "index" in found else gather(other, batch.indices)
+            mine = gather(store, batch.indices)
+            mixed = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
+            self.rows[name] = put(store, batch.indices, mixed)
+
+
+def relaxed(recording: Recording, others: Mapping[int, Control], part: float, terminal: Terminal) -> Outcome:
+    """Roll out a recorded plan anew, with relaxed controls.
+
+    Args:
+        recording: of the roll-out under u; its driver is left at its end.
+        others: v_t by the number of the step; steps without one keep u_t.
+        part: lambda; 0 is the recorded roll-out, 1 takes the steps under v.
+        terminal: Phi.
+
+    Raises:
+        NonFiniteError: training diverged.
+
+    Source:
+        Frank & Wolfe (1956), for the gap; relaxed controls: Warga (1962).
+    """
+    driver = recording.driver
+    given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
+    mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.plan.batches_per_epoch)
+    with recording.put_back():
+        mixing.restore(recording.stored[recording.first])
+        for _ in recording.again(mixing):
+            pass
+        phi = terminal.value(mixing)
+    return Outcome(phi, mixing.evaluations, mixing.meter.gradients)
