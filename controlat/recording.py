@@ -122,12 +122,17 @@ class Recording:
         last = first + len(made)  # fewer where the method ended training
         return cls(driver, plan, first, last, stride, stored, driver.snapshot(), made, events)
 
-    def visit(self, number: int) -> Visit:
-        """What the step of that number is, wherever the driver is."""
-        batch = next(self.plan.batches(*divmod(number, self.plan.batches_per_epoch)))
-        return self._visit(number, batch)
+    def at(self, number: int) -> Visit:
+        """Put the driver at the state before one step."""
+        if not self.first <= number < self.last:
+            raise ValueError(f"the roll-out has the steps {self.first}..{self.last - 1}, not {number}")
+        start = number - (number - self.first) % self.stride
+        state = self._states(start, number + 1)[number]
+        self.driver.restore(state)
+        return self._visit(number)
 
-    def _visit(self, number: int, batch: Batch) -> Visit:
+    def _visit(self, number: int) -> Visit:
+        batch = next(self.plan.batches(*divmod(number, self.plan.batches_per_epoch)))
         rate = self.plan.learning_rate(batch.epoch, batch.number)
         return Visit(number, batch, self.plan.control(batch), rate)
 
@@ -137,7 +142,7 @@ class Recording:
             states = self._states(start, stop)
             for number in range(start, stop):
                 self.driver.restore(states[number])
-                yield self.visit(number)
+                yield self._visit(number)
 
     def backward(self) -> Iterator[Visit]:
         """Every step from the last to the first, with the driver at the state before it."""
@@ -145,7 +150,7 @@ class Recording:
             states = self._states(start, stop)
             for number in reversed(range(start, stop)):
                 self.driver.restore(states.pop(number))
-                yield self.visit(number)
+                yield self._visit(number)
 
     def again(self, driver: Driver) -> Iterator[Step]:
         """The steps of the roll-out once more by a driver that is at its first state, nothing recorded."""

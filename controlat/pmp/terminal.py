@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Terminal(Protocol):
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """What the gradient leaves out, by name; results print it."""
 
+    @property
+    def lower(self) -> float:
+        """A lower bound of Phi, -inf if there is none."""
+
 
 @dataclass(frozen=True)
 class AdversarialLoss:
@@ -65,6 +70,11 @@ class AdversarialLoss:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+
+    @property
+    def lower(self) -> float:
+        """A lower bound of Phi: 0 for the cross-entropy, none for the margin."""
+        return 0.0 if self.loss == "cross_entropy" else -math.inf
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
         """Phi at the driver's present parameters, with one forward pass beside the attack.
@@ -141,6 +151,13 @@ class Weighted:
     """
 
     parts: tuple[tuple[float, Terminal], ...]
+
+    @property
+    def lower(self) -> float:
+        """The sum of the parts' lower bounds, if no weight is negative."""
+        if any(weight < 0 for weight, _ in self.parts):
+            return -math.inf
+        return sum(weight * part.lower for weight, part in self.parts if weight > 0)
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
         """The sum of weight * Phi."""

@@ -1,0 +1,381 @@
+"""Amata's criterion (13) over any horizon, from exact costates, and what its size means.
+
+With DeltaH_t(v) of `controlat.pmp.hamiltonian`, in units of the objective J = Phi + gamma eta sum n:
+
+    G = sum_t max_v DeltaH_t(v),        C = G / (eta T),
+
+eta the mean learning rate and T the number of steps. Where a control is held over a block of steps (an
+epoch), DeltaH is summed over the block before the maximum is taken: a schedule cannot change more often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from controlat.control import Control, number
+from controlat.network import Meter
+from controlat.pmp.costate import sweep
+from controlat.pmp.hamiltonian import Gains, gains
+from controlat.pmp.maximise import Grid
+from controlat.pmp.relaxed import relaxed
+from controlat.pmp.surface import Array
+from controlat.pmp.terminal import Terminal
+from controlat.recording import Recording
+
+__all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
+
+LAMBDAS = (0.5, 0.25)
+RELIABLE = 0.25
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps that share one control: what each candidate would be worth in all of them.
+
+    Args:
+        index: number of the block.
+        control: u in the block.
+        maximiser: the best candidate v.
+        gain: sum over the block of DeltaH(v), >= 0.
+        size: sum over the block of ||S(z, v) - S(z, u)||^2.
+        looked: number of steps that were looked at.
+        steps: number of steps.
+    """
+
+    index: int
+    control: Control
+    maximiser: Control
+    gain: float
+    size: float
+    looked: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """C over several horizons, of one roll-out.
+
+    Args:
+        looked: what was learnt at every step that was looked at, in order.
+        blocks: number of the block that each step of the roll-out belongs to.
+        first: number of the first step.
+        rate: eta, the mean learning rate: the unit of time and of cost.
+        gamma: price of one evaluation per sample.
+        phi: terminal cost at the end.
+        evaluations: sum over steps of n(u_t).
+        lower: a lower bound of the terminal cost.
+        norms: (step, ||p||) of the longest horizon along the run.
+        dropped: what the costates leave out.
+        spent: gradient evaluations of costates and scoring, in samples.
+        replayed: gradient evaluations of taking steps again, in samples.
+    """
+
+    looked: tuple[Gains, ...]
+    blocks: tuple[int, ...]
+    first: int
+    rate: float
+    gamma: float
+    phi: float
+    evaluations: float
+    lower: float
+    norms: tuple[tuple[int, float], ...]
+    dropped: tuple[str, ...]
+    spent: int
+    replayed: int
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """The horizons, in steps; the last one is the longest."""
+        return tuple(sorted(self.looked[0].rewards))
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps of the roll-out."""
+        return len(self.blocks)
+
+    @property
+    def price(self) -> float:
+        """gamma eta, the price of one evaluation per sample in units of J."""
+        return self.gamma * self.rate
+
+    @property
+    def objective(self) -> float:
+        """J = Phi + gamma eta sum n."""
+        return self.phi + self.price * self.evaluations
+
+    def best(self, horizon: int | None = None, rho: float = 0.0) -> list[Block]:
+        """For every block the candidate with the largest gain, less (rho/2) ||DeltaS||^2.
+
+        Sums over the steps that were looked at stand for those over all steps of the block.
+        """
+        h = self.horizons[-1] if horizon is None else horizon
+        return [self._best(index, h, rho) for index in dict.fromkeys(self.blocks)]
+
+    def _best(self, index: int, h: int, rho: float) -> Block:
+        members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
+        total = self.blocks.count(index)
+        if not members:
+            raise ValueError(f"no step of block {index} was looked at; look at more steps")
+        names, value, size = self._table(members, h)
+        scale = total / len(members)
+        worth = scale * (value - rho / 2 * size).sum(0)
+        i = int(np.argmax(worth)) if worth.max() > 0 else 0
+        u = members[0].controls[0]
+        best = names[i] if i else u
+        return Block(index, u, best, float(worth[i]), float(scale * size[:, i].sum()), len(members), total)
+
+    def _table(self, members: Sequence[Gains], h: int) -> tuple[list[Control], Array, Array]:
+        """Candidates that all members have, u_t of each step as the first, and their values and sizes."""
+        common = [v for v in members[0].controls[1:] if all(v in g.controls for g in members)]
+        where = [[0, *(g.controls.index(v) for v in common)] for g in members]
+        value = np.stack([g.value(h, self.price)[w] for g, w in zip(members, where, strict=True)])
+        size = np.stack([g.sizes[w] for g, w in zip(members, where, strict=True)])
+        return [members[0].controls[0], *common], value, size
+
+    def total(self, horizon: int | None = None, rho: float = 0.0) -> float:
+        """G, the sum over blocks, in units of J."""
+        return sum(b.gain for b in self.best(horizon, rho))
+
+    def value(self, horizon: int | None = None, rho: float = 0.0) -> float:
+        """C = G / (eta T)."""
+        return self.total(horizon, rho) / (self.rate * self.steps)
+
+    def per_step(self, horizon: int | None = None) -> Array:
+        """max_v DeltaH_t(v) / eta at every step that was looked at: C if u could change at every step."""
+        h = self.horizons[-1] if horizon is None else horizon
+        return np.array([g.value(h, self.price).max() / self.rate for g in self.looked])
+
+    def per_block(self, horizon: int | None = None) -> list[float]:
+        """C of every block."""
+        return [b.gain / (self.rate * b.steps) for b in self.best(horizon)]
+
+    def interval(self, horizon: int | None = None) -> tuple[float, float] | None:
+        """95 % interval of C over the steps that were looked at (Student t), maximisers held fixed.
+
+        Blocks are strata: the variance of a sum is the sum of variances. None where a block has one step.
+        """
+        h = self.horizons[-1] if horizon is None else horizon
+        variance, degrees, total = 0.0, 0, 0.0
+        for block in self.best(h):
+            members = [g for g in self.looked if self.blocks[g.number - self.first] == block.index]
+            if len(members) < 2:
+                return None
+            worth = np.array([g.value(h, self.price)[_index(g, block.maximiser)] for g in members])
+            variance += block.steps**2 * float(worth.var(ddof=1)) / len(worth)
+            degrees += len(worth) - 1
+            total += block.gain
+        half = float(stdtrit(degrees, 0.975)) * variance**0.5
+        unit = self.rate * self.steps
+        return (total - half) / unit, (total + half) / unit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "looked"}
+        return plain | {"looked": [g.to_json() for g in self.looked]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Criterion:
+        """The criterion that `to_json` described."""
+        looked = tuple(Gains.from_json(g) for g in found["looked"])
+        norms = tuple((int(n), float(p)) for n, p in found["norms"])
+        others = {"blocks": tuple(found["blocks"]), "dropped": tuple(found["dropped"]), "norms": norms}
+        return cls(**{**found, **others, "lower": float(found["lower"]), "looked": looked})
+
+
+def _index(g: Gains, v: Control) -> int:
+    return g.controls.index(v) if v in g.controls else 0
+
+
+def examine(
+    recording: Recording,
+    terminal: Terminal,
+    grid: Grid,
+    *,
+    gamma: float | str,
+    horizons: Sequence[int] | None = None,
+    every: int = 1,
+    progress: Callable[[], object] | None = None,
+) -> Criterion:
+    """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
+
+    Args:
+        recording: of the roll-out under u; its driver is left at its end.
+        terminal: Phi.
+        grid: what is searched, around u_t.
+        gamma: price of one gradient evaluation per sample.
+        horizons: numbers of steps; the whole roll-out is always among them.
+        every: look at every so many steps (the middle one of each stretch).
+        progress: called after every step of the sweep.
+
+    Returns:
+        The criterion over all horizons.
+
+    Raises:
+        ValueError: a number is out of range.
+        NonFiniteError: a costate is not finite.
+
+    Source:
+        Ye et al. (2021), equation 13.
+    """
+    gamma = number(gamma, "gamma")
+    if gamma < 0:
+        raise ValueError(f"gamma must be >= 0, got {gamma:g}")
+    if every < 1:
+        raise ValueError(f"every must be >= 1, got {every}")
+    plan, driver, whole = recording.plan, recording.driver, recording.last - recording.first
+    numbers = range(recording.first + min(every, whole) // 2, recording.last, every)
+    meter, replayed = Meter(), recording.spent.gradients
+    found, norms = [], []
+    with recording.put_back():
+        driver.restore(recording.end)
+        phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
+        for swept in sweep(recording, terminal, [*(horizons or []), whole], looked=numbers, meter=meter):
+            visit, costates, of, dropped = swept
+            norms.append((visit.number, of[whole]))
+            if visit.number in numbers:
+                found.append(gains(driver, visit, costates, of, grid, meter))
+            if progress is not None:
+                progress()
+    return Criterion(
+        tuple(reversed(found)),
+        _blocks(recording),
+        recording.first,
+        plan.mean_rate(),
+        gamma,
+        phi,
+        sum(step.spent.gradients / step.samples for step in recording.steps),
+        terminal.lower,
+        tuple(reversed(norms)),
+        dropped,
+        meter.gradients,
+        recording.spent.gradients - replayed,
+    )
+
+
+def _blocks(recording: Recording) -> tuple[int, ...]:
+    """The block of every step: epochs, cut where the control changes within one."""
+    found: list[int] = []
+    last = None
+    for step in recording.steps:
+        if last is not None:
+            found.append(found[-1] + ((step.epoch, step.control) != last))
+        else:
+            found.append(0)
+        last = (step.epoch, step.control)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the size of G means, from relaxed roll-outs towards its maximisers.
+
+    Args:
+        gain: G.
+        objective: J of the roll-out.
+        outcomes: J(lambda) of the relaxed roll-outs.
+        sizes: sum over all steps of ||S(z, v) - S(z, u)||^2.
+        bound: a lower bound of J.
+        spent: gradient evaluations that it took, in samples.
+    """
+
+    gain: float
+    objective: float
+    outcomes: Mapping[float, float]
+    sizes: float
+    bound: float
+    spent: int
+
+    @property
+    def certificate(self) -> float:
+        """D = max over lambda of [J - J(lambda)]_+: a decrease that relaxed controls really reached."""
+        return max(0.0, *(self.objective - j for j in self.outcomes.values()))
+
+    def reliability(self, part: float) -> float:
+        """r(lambda) = (J - J(lambda)) / (lambda G): near 1 where first order rules; NaN where G is 0."""
+        if self.gain <= 0:
+            return math.nan
+        return (self.objective - self.outcomes[part]) / (part * self.gain)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a quarter of what G promises came true at the smallest lambda; also where G is 0."""
+        return self.gain <= 0 or self.reliability(min(self.outcomes)) >= RELIABLE
+
+    @property
+    def kappa(self) -> float:
+        """G / (J - its lower bound): above 1, G cannot be a decrease. NaN without a bound."""
+        room = self.objective - self.bound
+        return self.gain / room if 0 < room < math.inf else math.nan
+
+    @property
+    def curvature(self) -> float:
+        """M = 2 [J(lambda) - J + lambda G] / lambda^2, at the largest lambda."""
+        part = max(self.outcomes)
+        return 2 * (self.outcomes[part] - self.objective + part * self.gain) / part**2
+
+    @property
+    def model_gain(self) -> float:
+        """The largest decrease of J - lambda G + lambda^2 M / 2 over lambda in [0, 1]: an estimate."""
+        m = self.curvature
+        return self.gain**2 / (2 * m) if m > self.gain else self.gain - m / 2
+
+    @property
+    def rho(self) -> float:
+        """[M]_+ / sum ||DeltaS||^2: the trust region's price of leaving the roll-out."""
+        return max(0.0, self.curvature) / self.sizes if self.sizes > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and what follows from them, as plain data."""
+        names = ("gain", "objective", "sizes", "bound", "spent", "certificate", "calibrated")
+        more = ("kappa", "curvature", "model_gain", "rho")
+        return {
+            **{name: getattr(self, name) for name in (*names, *more)},
+            "outcomes": {str(k): v for k, v in self.outcomes.items()},
+            "reliability": {str(k): self.reliability(k) for k in self.outcomes},
+        }
+
+
+def calibrate(
+    recording: Recording,
+    criterion: Criterion,
+    terminal: Terminal,
+    *,
+    horizon: int | None = None,
+    lambdas: Sequence[float] = LAMBDAS,
+) -> Calibration:
+    """Roll out relaxed controls towards the maximisers of a criterion, one roll-out for each lambda.
+
+    Args:
+        recording: of the roll-out that `criterion` is of.
+        criterion: what `examine` found.
+        terminal: Phi.
+        horizon: whose maximisers; the longest by default.
+        lambdas: parts of the way, in (0, 1].
+
+    Raises:
+        ValueError: a lambda is out of range.
+    """
+    if not lambdas or not all(0 < part <= 1 for part in lambdas):
+        raise ValueError(f"lambdas must be in (0, 1], got {list(lambdas)}")
+    best = {b.index: b for b in criterion.best(horizon)}
+    others = {
+        criterion.first + i: best[index].maximiser
+        for i, index in enumerate(criterion.blocks)
+        if best[index].gain > 0
+    }
+    found = {part: relaxed(recording, others, part, terminal) for part in lambdas}
+    cheapest = min(float(g.evaluations.min()) for g in criterion.looked)
+    return Calibration(
+        sum(b.gain for b in best.values()),
+        criterion.objective,
+        {part: outcome.objective(criterion.price) for part, outcome in found.items()},
+        sum(b.size for b in best.values() if b.gain > 0),
+        criterion.lower + criterion.price * criterion.steps * cheapest,
+        sum(outcome.spent for outcome in found.values()),
+    )

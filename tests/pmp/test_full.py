@@ -1,0 +1,228 @@
+"""The criterion over any horizon, and the meaning of its size, on small systems in float64."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import flat, same, split
+from systems import CASES, PLAIN, Case, constant, driver
+
+from controlat.balls import Ball
+from controlat.control import Control
+from controlat.dynamics import SGDSettings
+from controlat.families import parse_schedule
+from controlat.files import read_json, write_json
+from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine
+from controlat.pmp.relaxed import relaxed
+from controlat.recording import Recording
+
+GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
+SETTINGS = {
+    "plain": SGDSettings(0.0),
+    "momentum": SGDSettings(0.9, weight_decay=1e-3),
+    "Nesterov": SGDSettings(0.9, nesterov=True),
+}
+every = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+
+
+def phi(seed: int = 9) -> AdversarialLoss:
+    return AdversarialLoss(*split(8, (1, 4, 4), seed=seed).take(torch.arange(8)), Ball(0.1), steps=3)
+
+
+def recorded(case: Case, o: SGDSettings = SETTINGS["momentum"], **plan: Any) -> Recording:
+    p = constant(case.control(), n=10, epochs=2, held_out=split(8, (1, 4, 4), seed=5))
+    return Recording.of(driver(case, optimizer=o, channels_last=False), replace(p, **plan))
+
+
+@every
+@optimizers
+def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: SGDSettings) -> None:
+    """One control per epoch: the whole block switches, and dJ/dlambda at 0 is -G."""
+    r, terminal = recorded(case, o), phi()
+    found = examine(r, terminal, GRID, gamma=GAMMA)
+    best = {b.index: b.maximiser for b in found.best()}
+    others = {i: best[index] for i, index in enumerate(found.blocks)}
+    h = 1e-5
+    j = [relaxed(r, others, part, terminal).objective(found.price) for part in (h, -h)]
+    assert found.total() > 0
+    # Where perturbations are carried a pixel may meet the edge of the ball, where clamp has two slopes.
+    tolerance = 1e-3 if case.name in ("free", "atta") else 1e-6
+    assert (j[1] - j[0]) / (2 * h) == pytest.approx(found.total(), rel=tolerance)
+    assert found.value() == pytest.approx(found.total() / (r.plan.mean_rate() * 6))
+
+
+@every
+def test_a_schedule_that_maximises_has_c_zero_and_more_candidates_never_lower_it(case: Case) -> None:
+    r, terminal = recorded(case), phi()
+    small = examine(r, terminal, Grid((0.02,), 1), gamma=GAMMA)
+    large = examine(r, terminal, GRID, gamma=GAMMA)
+    for h in small.horizons:
+        assert 0 <= small.value(h) <= large.value(h) + 1e-15
+    for g in large.looked:
+        assert g.value(6, large.price)[0] == 0
+        assert g.controls[0] == case.control()
+
+
+@optimizers
+def test_blocks_are_summed_before_the_maximum_is_taken(o: SGDSettings) -> None:
+    found = examine(recorded(PLAIN["pgd_at"], o), phi(), GRID, gamma=GAMMA, horizons=[1, 3])
+    assert found.horizons == (1, 3, 6)
+    assert found.blocks == (0, 0, 0, 1, 1, 1)
+    for h in found.horizons:
+        steps = [g.value(h, found.price) for g in found.looked]
+        assert all(g.controls == found.looked[0].controls for g in found.looked)
+        blocks = [max(0.0, float(sum(steps[i : i + 3]).max())) for i in (0, 3)]
+        assert found.total(h) == pytest.approx(sum(blocks), rel=1e-12)
+        assert found.per_block(h) == pytest.approx([b / found.rate / 3 for b in blocks])
+        assert found.per_step(h) == pytest.approx([s.max() / found.rate for s in steps])
+        assert found.per_step(h).mean() >= found.value(h) - 1e-15
+
+
+def test_blocks_follow_the_schedule_and_end_with_the_epoch() -> None:
+    schedule = parse_schedule("table:steps=0:1:2:3,alpha=0.05,resolution=0.5", 2)
+    r = recorded(PLAIN["pgd_at"], schedule=schedule, batch_size=3)  # 4 steps for an epoch
+    found = examine(r, phi(), GRID, gamma=GAMMA)
+    assert found.blocks == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert [b.control["steps"] for b in found.best()] == [0, 1, 2, 3]
+
+
+def test_some_steps_stand_for_all_of_their_block() -> None:
+    r, terminal = recorded(PLAIN["pgd_at"], batch_size=1), phi()  # 10 steps for an epoch
+    all_, some = (examine(r, terminal, GRID, gamma=GAMMA, every=n) for n in (1, 2))
+    assert [g.number for g in some.looked] == list(range(1, 20, 2))
+    for g in some.looked:
+        assert np.array_equal(g.rewards[20], all_.looked[g.number].rewards[20])
+    for b in some.best():
+        index = some.looked[0].controls.index(b.maximiser)
+        members = [g for g in some.looked if some.blocks[g.number] == b.index]
+        assert b.gain == pytest.approx(2 * sum(g.value(20, some.price)[index] for g in members))
+        assert (b.looked, b.steps) == (5, 10)
+    low, high = some.interval() or (math.nan, math.nan)
+    assert low < some.value() < high
+    with pytest.raises(ValueError, match="look at more steps"):
+        examine(r, terminal, GRID, gamma=GAMMA, every=19).best()
+
+
+def test_the_interval_is_students_over_the_steps_of_each_block() -> None:
+    found = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA)
+    low, high = found.interval() or (math.nan, math.nan)
+    parts = []
+    for b in found.best():
+        members = [g for g in found.looked if found.blocks[g.number] == b.index]
+        parts.append(np.array([g.value(6, found.price)[g.controls.index(b.maximiser)] for g in members]))
+    spread = math.sqrt(sum(9 * p.var(ddof=1) / 3 for p in parts)) / (6 * found.rate)
+    assert (high - low) / 2 == pytest.approx(2.7764451 * spread, rel=1e-6)  # t of 4 degrees of freedom
+    assert (high + low) / 2 == pytest.approx(found.value())
+
+
+def test_gamma_enters_by_the_cost_alone() -> None:
+    r, terminal = recorded(PLAIN["pgd_at"]), phi()
+    cheap, dear = (examine(r, terminal, GRID, gamma=gamma) for gamma in (0.0, "1000"))
+    assert cheap.objective == cheap.phi
+    assert dear.objective == pytest.approx(dear.phi + 1000 * dear.rate * 6 * 3)
+    assert replace(cheap, gamma=1000.0).total() == pytest.approx(dear.total())
+    assert {b.maximiser["steps"] for b in dear.best()} == {0}
+
+
+def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
+    found = examine(recorded(PLAIN["free"]), phi(), GRID, gamma=GAMMA, horizons=[2])
+    write_json(tmp_path / "c.json", found.to_json())
+    again = Criterion.from_json(read_json(tmp_path / "c.json"))
+    assert again.value() == found.value()
+    assert again.interval(2) == found.interval(2)
+    assert again.norms == found.norms
+    assert again.dropped == found.dropped == ()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_recorded_run_is_left_at_its_end(case: Case) -> None:
+    r, terminal = recorded(case), phi()
+    meter, end = r.driver.meter.copy(), r.driver.snapshot()
+    found = examine(r, terminal, GRID, gamma=GAMMA, horizons=[2])
+    calibrate(r, found, terminal)
+    assert same(r.driver.snapshot(), end)
+    assert r.driver.meter == meter
+    assert found.evaluations * 10 / 3 == pytest.approx(meter.gradients, rel=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+
+def model(outcomes: dict[float, float], gain: float = 2.0, **more: float) -> Calibration:
+    given: dict[str, Any] = {"objective": 3.0, "sizes": 4.0, "bound": 1.0, "spent": 0} | more
+    return Calibration(gain, outcomes=outcomes, **given)
+
+
+def test_a_parabola_is_read_off_exactly() -> None:
+    """J(lambda) = 3 - 2 lambda + 5 lambda^2 / 2."""
+    c = model({part: 3 - 2 * part + 2.5 * part**2 for part in (0.5, 0.25)})
+    assert c.curvature == pytest.approx(5)
+    assert c.model_gain == pytest.approx(4 / 10)
+    assert c.rho == pytest.approx(5 / 4)
+    assert c.certificate == pytest.approx(max(1 - 0.625, 0.5 - 0.15625))
+    assert c.reliability(0.25) == pytest.approx(0.34375 / 0.5)
+    assert c.calibrated
+    assert c.kappa == pytest.approx(1.0)
+    flat_ = model({0.5: 2.1, 0.25: 2.51})  # M = 0.8 < G: the whole way
+    assert flat_.model_gain == pytest.approx(2 - flat_.curvature / 2)
+
+
+def test_what_is_not_calibrated_says_so() -> None:
+    assert not model({0.5: 4.0, 0.25: 2.9}).calibrated
+    assert model({0.5: 4.0, 0.25: 2.9}).certificate == pytest.approx(0.1)
+    assert model({0.5: 4.0, 0.25: 3.5}).certificate == 0
+    nothing = model({0.5: 3.0, 0.25: 3.0}, gain=0.0)
+    assert nothing.calibrated
+    assert math.isnan(nothing.reliability(0.5))
+    assert math.isnan(model({0.5: 3.0}, bound=-math.inf).kappa)
+    assert model({0.5: 3.0}, sizes=0.0).rho == 0
+
+
+@optimizers
+def test_relaxed_roll_outs_are_what_calibration_reports(o: SGDSettings) -> None:
+    r, terminal = recorded(PLAIN["pgd_at"], o), phi()
+    found = examine(r, terminal, GRID, gamma=GAMMA)
+    c = calibrate(r, found, terminal, lambdas=(0.5, 1e-4))
+    best = {b.index: b.maximiser for b in found.best()}
+    others = {i: best[index] for i, index in enumerate(found.blocks)}
+    assert c.outcomes[0.5] == relaxed(r, others, 0.5, terminal).objective(found.price)
+    assert c.objective == found.objective == relaxed(r, others, 0.0, terminal).objective(found.price)
+    assert c.reliability(1e-4) == pytest.approx(1, abs=2e-3)
+    assert c.bound == pytest.approx(found.price * 6)
+    assert c.spent > 0
+    with pytest.raises(ValueError, match=r"lambdas must be in \(0, 1\]"):
+        calibrate(r, found, terminal, lambdas=(0.0,))
+
+
+def test_a_trust_region_lowers_the_gap_and_a_huge_one_leaves_nothing() -> None:
+    found = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA)
+    values = [found.value(rho=rho) for rho in (0.0, 1.0, 100.0, 1e9)]
+    assert values == sorted(values, reverse=True)
+    cheaper = [v for g in found.looked for v, s in zip(g.controls, g.sizes, strict=True) if s == 0]
+    assert values[-1] == 0 or cheaper
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    r = recorded(PLAIN["pgd_at"])
+    with pytest.raises(ValueError, match="gamma must be >= 0"):
+        examine(r, phi(), GRID, gamma=-1)
+    with pytest.raises(ValueError, match="every must be >= 1"):
+        examine(r, phi(), GRID, gamma=1, every=0)
+    with pytest.raises(ValueError, match="at least one step"):
+        examine(r, phi(), GRID, gamma=1, horizons=[0])
+
+
+def test_at_puts_the_driver_before_any_step() -> None:
+    r = recorded(PLAIN["free"])
+    states = {v.number: flat(r.driver.parameters) for v in r.forward()}
+    for number in (4, 0, 5):
+        visit = r.at(number)
+        assert visit.number == number
+        assert same(flat(r.driver.parameters), states[number])
+        assert visit.control == Control(**PLAIN["free"].control())
+    with pytest.raises(ValueError, match=r"has the steps 0\.\.5, not 6"):
+        r.at(6)
