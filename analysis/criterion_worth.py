@@ -70,7 +70,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "most": 10,
         "grid": ((0.0375, 0.075, 0.15), 10),
         "gamma": 1e-3,
-        "dynamics": [(0.0, 0.2), (0.0, 0.1), (0.9, 0.05), (0.9, 0.02)],  # momentum, learning rate
+        "dynamics": [(0.0, 0.2), (0.0, 0.5), (0.9, 0.02), (0.9, 0.05)],  # momentum, learning rate
         "seeds": [0, 1, 2, 3, 4],
         "horizons": [1, 7, 14, 28, 70],
         "every": 7,

@@ -14,7 +14,13 @@ from controlat.texts import count, duration
 
 __all__ = ["main"]
 
-_LISTS: dict[str, Any] = {"schedules": str, "seeds": int, "attacks": str, "alphas": str | float}
+_LISTS: dict[str, Any] = {
+    "schedules": str,
+    "seeds": int,
+    "attacks": str,
+    "alphas": str | float,
+    "horizons": int,
+}
 
 
 class Parser(ArgumentParser):
@@ -108,7 +114,7 @@ def _evaluate(found: Namespace) -> None:
     if found.dry_run:
         cost = jobs.estimate(**settings)
         for part, value in cost["gradients"].items():
-            print(f"{part:>10}  {count(value):>8} gradient evaluations")
+            print(f"{part:>14}  {count(value):>8} gradient evaluations")
         seconds = cost["seconds"]
         readable = f" ({duration(seconds)})" if seconds >= 90 else ""
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")

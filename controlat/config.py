@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from controlat.augment import Augment, parse_augment
@@ -16,6 +17,7 @@ from controlat.evaluation import parse_attack
 from controlat.evaluation.auto import require as require_autoattack
 from controlat.evaluation.masking import CHECKS
 from controlat.families import parse_schedule
+from controlat.files import read_json, read_json_lines
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.rates import Rate, parse_rate
@@ -43,7 +45,7 @@ DEMO_SCHEDULES = (
 ATTACKS = ("fgsm", "pgd-20", "pgd-50-5", "cw-30", "cw-30-k50")
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
-_RUNTIME = ("device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+_RUNTIME = ("memory", "device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
 
 
 def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = None) -> Schedule:
@@ -225,6 +227,12 @@ class EvaluateSettings(Problem):
         surrogate: Checkpoint of a network trained independently, for transfer attacks.
         sweeps: Sweep over eps and over steps too, with a figure.
         checks: Points that every evaluation checks for gradient masking.
+        full: Compute the full criterion too, over several horizons and calibrated; rolls every run out again.
+        horizons: Horizons of the full criterion in steps; 1, an epoch and the whole run if left out.
+        looks: Steps of every epoch that the full criterion looks at.
+        memory: GiB that the states of a recorded roll-out may take.
+        run: Directory of a finished controlat train: its problem, schedule and seed are evaluated, and the
+            network is compared with its own. Takes the place of the settings that are named there.
     """
 
     schedules: Sequence[str] = ()
@@ -240,8 +248,15 @@ class EvaluateSettings(Problem):
     surrogate: str | None = None
     sweeps: bool = False
     checks: int = CHECKS
+    full: bool = True
+    horizons: Sequence[int] | None = None
+    looks: int = 2
+    memory: float = 2.0
+    run: str | None = None
 
     def __post_init__(self) -> None:
+        if self.run is not None:
+            self._take(Path(self.run))
         super().__post_init__()
         if not self.schedules:
             if self.data != "digits":
@@ -267,8 +282,28 @@ class EvaluateSettings(Problem):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
+        for h in self.horizons or ():
+            if h != int(h) or h < 1:
+                raise ValueError(f"horizons must be whole numbers of steps >= 1, got {h}")
+        if self.looks < 1:
+            raise ValueError(f"looks must be >= 1, got {self.looks}")
+        if not self.memory > 0:
+            raise ValueError(f"memory must be > 0 (GiB), got {self.memory}")
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
+
+    def _take(self, run: Path) -> None:
+        """The problem, schedule and seed of a finished run."""
+        found = read_json(run / "settings.json")
+        if found.get("command") != "train":
+            raise ValueError(f"{run} is not the directory of a controlat train")
+        done = read_json_lines(run / "log.jsonl")
+        if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
+            raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
+        for f in fields(Problem):
+            if f.name in found:
+                setattr(self, f.name, found[f.name])
+        self.schedules, self.seeds = [str(run / "schedule.json")], [found["seed"]]
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; schedules in full."""

@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from controlat import plots, report
+from controlat.candidate import Candidate, candidates
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
 from controlat.evaluation import Extras
 from controlat.files import read_json, read_json_lines, write_json
-from controlat.methods import Prefixes, build
+from controlat.hindsight import most_evaluations
+from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
 from controlat.runs import claimed, environment
-from controlat.setting import TERMINAL_POINTS, Candidate, Setting, candidates, pick_device
+from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.training import deterministic, fit, load_checkpoint
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
@@ -135,6 +138,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                     },
                     grid={"alphas": list(every[0].grid.alphas), "max_steps": every[0].grid.max_steps},
                     schedules=schedules,
+                    reproduced=_reproduced(chosen.run, every[0].directory),
                 )
                 write_json(out / "result.json", result)
         result = world.tell(read_json(out / "result.json") if world.first else None)
@@ -143,20 +147,30 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     return dict(result)
 
 
+def _reproduced(run: str | None, directory: Path) -> bool | None:
+    """Whether training ended with the bits of a finished run; None where none was given."""
+    if run is None:
+        return None
+    theirs, ours = (load_checkpoint(d / "last.pt")["model"] for d in (Path(run), directory))
+    return all(torch.equal(t, ours[name]) for name, t in theirs.items() if isinstance(t, torch.Tensor))
+
+
 def estimate(**settings: Any) -> dict[str, Any]:
     """What `evaluate` would cost: gradient evaluations by part, and seconds from a few timed steps.
 
-    The evaluation's count is an upper bound: survivors alone are attacked again. Three forward passes count
-    as one gradient evaluation there.
+    The counts of the evaluation and of the full criterion are upper bounds: survivors alone are attacked
+    again, and all states of a roll-out may fit in memory. Three forward passes count as one gradient
+    evaluation there.
 
     Returns:
-        ``{"gradients": {"training", "validation", "criterion", "evaluation", "total"}, "seconds"}``.
+        ``{"gradients": {"training", "validation", "criterion", "full criterion", "evaluation", "total"},
+        "seconds"}``.
     """
     chosen = EvaluateSettings(**settings)
     setting = Setting.of(chosen)
     every = list(candidates(setting, chosen, Path("unused")))
     method = build(chosen.method, chosen.method_options)
-    count = dict.fromkeys(("training", "validation", "criterion", "evaluation"), 0.0)
+    count = dict.fromkeys(("training", "validation", "criterion", "full criterion", "evaluation"), 0.0)
     extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
     phi = min(TERMINAL_POINTS, len(setting.held_out))
     for c in every:
@@ -164,13 +178,12 @@ def estimate(**settings: Any) -> dict[str, Any]:
         for epoch in range(chosen.epochs):
             u = [c.schedule(epoch + b / plan.batches_per_epoch) for b in range(plan.batches_per_epoch)]
             count["training"] += sum(map(method.controls.cost, u)) * len(setting.training) / len(u)
-            now, k = method.controls.cost(u[0]), c.grid.max_steps
-            tried = chosen.trials * (k / 2 + 1)
-            if chosen.maximiser == "sweep":
-                grid = c.grid.candidates(method, u[0])
-                exact = isinstance(method, Prefixes)
-                tried = len(c.grid.alphas) * 2 * k + 1 if exact else sum(map(method.controls.cost, grid))
-            count["criterion"] += (tried + now) * min(chosen.probe, len(setting.training)) + 21 * phi
+            tried = c.grid.cost(method, u[0])
+            if chosen.maximiser == "tpe":
+                tried = chosen.trials * (c.grid.max_steps / 2 + 1) + method.controls.cost(u[0])
+            count["criterion"] += tried * min(chosen.probe, len(setting.training)) + 21 * phi
+        if chosen.full:
+            count["full criterion"] += most_evaluations(chosen, plan, method, c.grid, phi)
         count["validation"] += 10 * chosen.epochs * len(setting.held_out)
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
         count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)

@@ -17,7 +17,7 @@ from controlat.control import number
 from controlat.files import write
 from controlat.pmp import FORMS
 
-__all__ = ["FIGURES", "criterion", "schedules", "sweeps", "tradeoff"]
+__all__ = ["FIGURES", "costates", "criterion", "horizons", "schedules", "surfaces", "sweeps", "tradeoff"]
 
 # Okabe and Ito's palette, readable with colour-vision deficiency, doubled by line styles.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -183,6 +183,105 @@ def _sweeps(result: Mapping[str, Any], path: Path) -> None:
     sweeps(networks, {"norm": settings["norm"], "eps": number(settings["eps"], "eps")}, path)
 
 
+def horizons(result: Mapping[str, Any], path: Path) -> None:
+    """C per block by horizon: means over seeds."""
+    entries = result["schedules"]
+    steps = [h["steps"] for h in entries[0]["runs"][0]["full"]["horizons"]]
+    figure, axes = _figure(4.2 * len(steps), 3.9, len(steps))
+    for k, (axis, h) in enumerate(zip(axes, steps, strict=True)):
+        for i, entry in enumerate(entries):
+            rows = [run["full"]["horizons"][k]["blocks"] for run in entry["runs"]]
+            shortest = min(map(len, rows))
+            t = [block["t"] for block in entry["runs"][0]["full"]["blocks"]][:shortest]
+            values = np.mean([row[:shortest] for row in rows], axis=0)
+            axis.plot(t, values, marker=_MARKERS[i % 8], markersize=4, label=entry["text"], **_style(i))
+        whole = h == entries[0]["runs"][0]["full"]["steps"]
+        axis.set_title(f"horizon {h} steps" + (", the whole run" if whole else ""), fontsize=10)
+        axis.set_xlabel("t (epochs)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_yscale("symlog", linthresh=_smallest(result, k))
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("C of the epoch   (0 is best)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def _smallest(result: Mapping[str, Any], k: int) -> float:
+    found = [v for e in result["schedules"] for r in e["runs"] for v in r["full"]["horizons"][k]["blocks"]]
+    positive = [v for v in found if v > 0]
+    return float(np.quantile(positive, 0.1)) if positive else 1.0
+
+
+def costates(result: Mapping[str, Any], path: Path) -> None:
+    """Length of the costate along the run, and what C predicted beside what relaxed controls reached."""
+    figure, axes = _figure(9, 4.1, 2)
+    for i, entry in enumerate(result["schedules"]):
+        first = entry["runs"][0]["full"]
+        t = np.array([n for n, _ in first["norms"]]) * len(entry["runs"][0]["epochs"]) / first["steps"]
+        axes[0].plot(t, [p for _, p in first["norms"]], label=entry["text"], **_style(i))
+        for run in entry["runs"]:
+            c = run["full"]["calibration"]
+            points = [(float(p) * c["gain"], c["objective"] - j) for p, j in c["outcomes"].items()]
+            axes[1].plot(*zip(*points, strict=True), _MARKERS[i % 8], color=_style(i)["color"], alpha=0.7)
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("t (epochs)")
+    axes[0].set_ylabel("length of the costate p")
+    low, high = axes[1].get_xlim()
+    axes[1].plot([0, high], [0, high], color="grey", lw=0.8)
+    axes[1].axhline(0, color="grey", lw=0.8)
+    axes[1].set_xlim(left=min(low, 0))
+    axes[1].set_xlabel("decrease of J predicted, λ G")
+    axes[1].set_ylabel("decrease of J reached, J − J(λ)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def surfaces(result: Mapping[str, Any], path: Path) -> None:
+    """What every (alpha, K) would be worth in an early, a middle and a late epoch, for the first seed."""
+    entries = result["schedules"]
+    columns = max(len(entry["runs"][0]["full"]["surfaces"]) for entry in entries)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * len(entries)), dpi=110, layout="constrained")
+    grid = figure.subplots(len(entries), columns, squeeze=False)
+    for row, entry in zip(grid, entries, strict=True):
+        for axis in row:
+            axis.set_visible(False)
+        for axis, found in zip(row, entry["runs"][0]["full"]["surfaces"], strict=False):
+            axis.set_visible(True)
+            _surface(figure, axis, found)
+            axis.set_title(f"{entry['text']}, t = {found['t']:g}", fontsize=7)
+    _save(figure, path)
+
+
+def _surface(figure: Figure, axis: Any, found: Mapping[str, Any]) -> None:
+    """One block: colours are sum DeltaH, a ring is u, a star the maximiser."""
+    points = [
+        (c["control"].get("alpha", 0.0), c["control"].get("steps", 0), c["gain"]) for c in found["candidates"]
+    ]
+    alpha, steps, gain = (np.array(v) for v in zip(*points, strict=True))
+    limit = max(float(np.abs(gain).max()), 1e-12)
+    drawn = axis.scatter(alpha, steps, c=gain, cmap="RdBu", vmin=-limit, vmax=limit, s=45, marker="s")
+    for marker, size, v in (("o", 110, found["control"]), ("*", 60, found["maximiser"])):
+        x, y = v.get("alpha", 0.0), v.get("steps", 0)
+        face = "none" if marker == "o" else "black"
+        axis.scatter([x], [y], marker=marker, s=size, facecolors=face, edgecolors="black")
+    positive = alpha[alpha > 0]
+    if len(positive) and positive.max() > 3 * positive.min():
+        axis.set_xscale("symlog", linthresh=float(positive.min()))
+    axis.set_xlabel("step size α", fontsize=7)
+    axis.set_ylabel("steps K", fontsize=7)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.tick_params(labelsize=6)
+    figure.colorbar(drawn, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
+
+
 FIGURES: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = MappingProxyType(
-    {"schedules.png": schedules, "criterion.png": criterion, "tradeoff.png": tradeoff, "sweeps.png": _sweeps}
+    {
+        "schedules.png": schedules,
+        "criterion.png": criterion,
+        "tradeoff.png": tradeoff,
+        "sweeps.png": _sweeps,
+        "horizons.png": horizons,
+        "costates.png": costates,
+        "surfaces.png": surfaces,
+    }
 )

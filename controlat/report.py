@@ -70,10 +70,44 @@ def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gradients": _spread([run["gradients"] for run in runs]),
         "seconds": _spread([run["seconds"] for run in runs]),
         **_extras(runs),
+        **({"full": _full([run["full"] for run in runs])} if "full" in runs[0] else {}),
         "criterion_gradients": sum(e["gradients"] for run in runs for e in run["criterion"]),
         "evaluation_gradients": sum(e["gradients"] for e in evaluations),
         "dropped": sorted({d for run in runs for e in run["epochs"] for d in e["dropped"]}),
     }
+
+
+def _full(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The full criterion by horizon, and its calibration, over seeds."""
+    calibrations = [run["calibration"] for run in runs]
+    horizons = [
+        _spread([h["value"] for h in found])
+        | {"steps": found[0]["steps"], "interval": _together([h["interval"] for h in found])}
+        for found in zip(*(run["horizons"] for run in runs), strict=True)
+    ]
+    parts = calibrations[0]["reliability"]
+    return {
+        "horizons": horizons,
+        "objective": _spread([c["objective"] for c in calibrations]),
+        "certificate": _spread([c["certificate"] for c in calibrations]),
+        "kappa": _spread([float(c["kappa"]) for c in calibrations]),
+        "reliability": {p: _spread([float(c["reliability"][p]) for c in calibrations]) for p in parts},
+        "uncalibrated": sum(not c["calibrated"] for c in calibrations),
+        "same": all(run["same"] is not False for run in runs),
+        "dropped": sorted({name for run in runs for name in run["dropped"]}),
+        "gradients": sum(sum(run["gradients"].values()) for run in runs),
+        "seconds": sum(run["seconds"] for run in runs),
+    }
+
+
+def _together(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
+    """The interval of a mean of independent values, from an interval of each."""
+    known = [i for i in intervals if i is not None]
+    if len(known) < len(intervals):
+        return None
+    centre = statistics.fmean((low + high) / 2 for low, high in known)
+    half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(known)
+    return [centre - half, centre + half]
 
 
 def _extras(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,6 +136,13 @@ def _percent(found: Mapping[str, Any]) -> str:
     return text + (f" ±{100 * found['sd_over_seeds']:.1f}" if found["sd_over_seeds"] is not None else "")
 
 
+def _full_cells(found: Mapping[str, Any]) -> list[str]:
+    """J, C over the whole run, and the certificate."""
+    doubt = " uncalibrated" if found["uncalibrated"] else ""
+    plain = [f"{found[name]['mean']:.3g}" for name in ("objective", "certificate")]
+    return [plain[0], _c(found["horizons"][-1]) + doubt, plain[1]]
+
+
 _TITLES = {"autoattack": "AutoAttack", "transfer": "transfer"}
 
 
@@ -112,8 +153,10 @@ def _shown(result: Mapping[str, Any]) -> list[str]:
 
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the table."""
+    full = "full" in result["schedules"][0]["summary"]
     heads = [
         "schedule",
+        *(["J", "C full", "D"] if full else []),
         "C norm",
         "C costate",
         "clean %",
@@ -128,6 +171,7 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append(
             [
                 schedule["text"],
+                *(_full_cells(s["full"]) if full else []),
                 *(_c(s["criterion"][form]) for form in FORMS),
                 f"{100 * s['clean']['mean']:.1f}",
                 _percent(s["robust"]),
@@ -175,9 +219,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
         f"points), {s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
-        "C: mean over epochs (at the start of each) of max over (alpha, K) of [s q - gamma n] minus its "
-        "value at the schedule's own control; 0 is a schedule that the greedy maximum principle cannot "
-        f"improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
+        *_run_note(result),
+        *_full_notes(result),
+        "C norm, C costate: mean over epochs (at the start of each) of max over (alpha, K) of "
+        "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
+        f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
         "norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi the adversarial "
         "loss on held-out data (eval mode; the dependence of BatchNorm statistics on theta is dropped). "
@@ -196,6 +242,37 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     ]
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+def _run_note(result: Mapping[str, Any]) -> list[str]:
+    """Whether a finished run was met again."""
+    if result.get("reproduced") is None:
+        return []
+    how = "bit for bit" if result["reproduced"] else "but not bit for bit (another device or thread count?)"
+    return [f"Training was repeated from {result['settings']['run']}, {how}."]
+
+
+def _full_notes(result: Mapping[str, Any]) -> list[str]:
+    summaries, s = [schedule["summary"] for schedule in result["schedules"]], result["settings"]
+    if "full" not in summaries[0]:
+        return []
+    lines = [
+        "J = Phi + gamma eta sum n, with Phi the adversarial loss on held-out data and eta the mean learning "
+        "rate. C full: Amata's (13) over the whole run, from exact costates: the sum over epochs of max over "
+        "(alpha, K) of the sum of H(v) - H(u) over the steps, divided by eta T; 95 % interval over "
+        f"{s['looks']} steps looked at in each epoch. D: the largest decrease of J that relaxed controls, a "
+        "quarter or half of the way to the maximisers, really reached.",
+    ]
+    doubtful = [e["text"] for e in result["schedules"] if e["summary"]["full"]["uncalibrated"]]
+    if doubtful:
+        lines.append(
+            f"uncalibrated ({', '.join(doubtful)}): a quarter of the way reached less than a quarter of what "
+            "C promises, for one seed at least; go by D there."
+        )
+    if not all(e["full"]["same"] for e in summaries):
+        lines.append("The recorded roll-out of some run did not end with the bits of its training (bf16?).")
+    dropped = sorted({name for e in summaries for name in e["full"]["dropped"]})
+    return lines + [f"Costates leave out: {'; '.join(dropped)}."] * bool(dropped)
 
 
 def _extra_notes(result: Mapping[str, Any]) -> list[str]:
@@ -268,11 +345,17 @@ FIGURES = {
 
 
 SWEEPS = {"sweeps.png": "accuracy against radius and steps"}
+FULL = {
+    "horizons.png": "C by horizon",
+    "costates.png": "costates, and what C promised beside what was reached",
+    "surfaces.png": "the Hamiltonian over step size and steps (ring: u, star: the maximiser)",
+}
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, str]:
     """The figures of a result, by file name, with their titles."""
-    return FIGURES | (SWEEPS if result["settings"]["sweeps"] else {})
+    full = "full" in result["schedules"][0]["summary"]
+    return FIGURES | (FULL if full else {}) | (SWEEPS if result["settings"]["sweeps"] else {})
 
 
 def _best(result: Mapping[str, Any]) -> str:

@@ -48,6 +48,8 @@ ORDER = (
     "plots",
     "config",
     "setting",
+    "hindsight",
+    "candidate",
     "jobs",
     "cli",
     "__main__",

@@ -138,6 +138,14 @@ class Criterion:
         size = np.stack([g.sizes[w] for g, w in zip(members, where, strict=True)])
         return [members[0].controls[0], *common], value, size
 
+    def surface(self, index: int, horizon: int | None = None) -> list[tuple[Control, float]]:
+        """(v, sum of DeltaH(v) over the block) for every candidate of a block, u first."""
+        h = self.horizons[-1] if horizon is None else horizon
+        members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
+        names, value, _ = self._table(members, h)
+        worth = value.sum(0) * self.blocks.count(index) / len(members)
+        return list(zip(names, map(float, worth), strict=True))
+
     def total(self, horizon: int | None = None, rho: float = 0.0) -> float:
         """G, the sum over blocks, in units of J."""
         return sum(b.gain for b in self.best(horizon, rho))

@@ -73,6 +73,13 @@ class Grid:
         found = (self.control(u, a, k) for a in alphas for k in counts)
         return list(dict.fromkeys(found))
 
+    def cost(self, method: Method, u: Control) -> float:
+        """Gradient evaluations per sample of scoring u and all candidates around it, by a sweep."""
+        price = method.controls.cost
+        if isinstance(method, Prefixes):
+            return len(self.alphas) * 2 * self._range(method.controls)[1] + 1 + price(u)
+        return sum(map(price, self.candidates(method, u))) + price(u)
+
     def control(self, u: Control, alpha: float | None, steps: int) -> Control:
         """u with another step size and another K, where it has them."""
         other = {"alpha": alpha, "steps": steps}

@@ -1,0 +1,170 @@
+"""One run of an evaluation: a schedule under a seed, trained, scored, attacked, and looked back upon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from controlat import rng
+from controlat.config import EvaluateSettings
+from controlat.control import number
+from controlat.dynamics import Driver
+from controlat.files import append_json_line, read_json, read_json_lines, write_json
+from controlat.hindsight import looked_back, shown
+from controlat.methods import Batch
+from controlat.plan import Plan
+from controlat.pmp import FORMS, Gap, Grid, Surface, measure, probe_batches
+from controlat.runs import slug
+from controlat.schedules import Schedule
+from controlat.setting import Setting, progress_bar
+from controlat.training import fit
+
+__all__ = ["Candidate", "candidates"]
+
+_MAX_PROBE_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run of an evaluation: a schedule under a seed, in its directory."""
+
+    setting: Setting
+    settings: EvaluateSettings
+    schedule: Schedule
+    seed: int
+    directory: Path
+    grid: Grid
+
+    def probe(self, epoch: int) -> list[Batch]:
+        """The probe at one epoch: fixed training samples, in batches of the training batch size."""
+        data, size = self.setting.training, self.settings.batch_size
+        order = torch.randperm(len(data), generator=rng.generator(0, "probe"))[: self.settings.probe]
+        count = min(max(len(order) // size, 2), _MAX_PROBE_BATCHES)
+        augment = self.settings.augmentation
+        return probe_batches(*data.take(order), count, epoch, order, augment)
+
+    def measure(self, driver: Driver, plan: Plan, epoch: int) -> None:
+        """Score the candidates of G at the start of an epoch; one line of criterion.jsonl."""
+        began, s, u = time.perf_counter(), self.settings, plan.schedule(epoch)
+        analysis = Driver(
+            driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
+        )
+        analysis.memory, analysis.rows = driver.memory, driver.rows
+        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
+            surface = measure(
+                analysis,
+                self.probe(epoch),
+                u,
+                self.grid,
+                terminal=self.setting.terminal(self.seed),
+                scale=plan.mean_rate(epoch) / plan.mean_rate() / (1 - s.momentum),
+                rate=plan.mean_rate(epoch),
+                maximiser=s.maximiser,
+                gamma=number(s.gamma, "gamma"),
+                trials=s.trials,
+                progress=bar.update,
+            )
+        line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
+        append_json_line(self.directory / "criterion.jsonl", line | {"seconds": time.perf_counter() - began})
+
+    def look_back(self, trained: nn.Module) -> dict[str, Any]:
+        """The full criterion of the run, with progress bars."""
+        bar: Any = None
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None or done == 1:
+                if bar is not None:
+                    bar.close()
+                bar = progress_bar(total, " steps", self.settings.progress, what)
+            bar.update()
+
+        arguments = (self.setting, self.settings, self.schedule, self.seed, self.grid, trained)
+        try:
+            return looked_back(*arguments, progress=progress)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def run(self, label: str) -> dict[str, Any]:
+        """Train, score and attack; what is already there is read, not made again.
+
+        Several processes train together; the first of them scores, attacks and returns what was found.
+        """
+        s, file = self.settings, self.directory / "evaluation.json"
+        driver, plan = self.setting.driver(self.seed), self.setting.plan(self.schedule, self.seed)
+        scored = {line["epoch"] for line in read_json_lines(self.directory / "criterion.jsonl")}
+        tally = fit(
+            driver,
+            plan,
+            self.directory,
+            held_out=self.setting.held_out,
+            settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
+            at_epoch=lambda epoch: None if epoch in scored else self.measure(driver, plan, epoch),
+            progress=s.progress,
+            label=label,
+        )
+        if not plan.world.first:
+            return {}
+        if not file.exists():
+            found = self.setting.evaluate(driver.model, s, self.seed)
+            write_json(file, found.to_json())
+        full = self.directory / "full.json"
+        if s.full and not full.exists():
+            write_json(full, self.look_back(driver.model))
+        return {
+            "seed": self.seed,
+            "directory": self.directory.name,
+            "epochs": read_json_lines(self.directory / "log.jsonl"),
+            "criterion": self.criterion(),
+            "evaluation": read_json(file),
+            **({"full": shown(read_json(full))} if s.full else {}),
+            "gradients": tally.gradients,
+            "forwards": tally.forwards,
+            "seconds": tally.seconds,
+        }
+
+    def criterion(self) -> list[dict[str, Any]]:
+        """The gaps of every epoch in both forms, from the stored surfaces."""
+        found = []
+        for line in read_json_lines(self.directory / "criterion.jsonl"):
+            surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
+            gaps: dict[str, Gap] = {
+                form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
+            }
+            found.append(
+                {
+                    "epoch": line["epoch"],
+                    **{form: gap.to_json() for form, gap in gaps.items()},
+                    "prices": [
+                        {"gamma": g}
+                        | {form: surface.gap(gaps[form].control, g, form).value for form in FORMS}
+                        for g in (gamma / 4, 4 * gamma)
+                    ],
+                    "scale": surface.scale,
+                    "candidates": len(surface.controls),
+                    "gradients": surface.spent,
+                    "seconds": line["seconds"],
+                }
+            )
+        return found
+
+
+def candidates(setting: Setting, settings: EvaluateSettings, out: Path) -> Iterator[Candidate]:
+    """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
+    schedules = [settings.schedule_of(text) for text in settings.schedules]
+    every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]
+    largest = max(int(u.get("steps", 1)) for u in every)
+    eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
+    grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
+    for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
+        for seed in settings.seeds:
+            directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"
+            yield Candidate(setting, settings, schedule, seed, directory, grid)

@@ -1,0 +1,175 @@
+"""The full criterion of a run that is over: roll it out again, recorded, and look back along its costates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from controlat.config import EvaluateSettings
+from controlat.control import number
+from controlat.methods import Method
+from controlat.parallel import World
+from controlat.plan import Plan
+from controlat.pmp import LAMBDAS, Criterion, Grid, calibrate, examine
+from controlat.recording import GIBI, Recording
+from controlat.schedules import Schedule
+from controlat.setting import Setting
+
+__all__ = ["looked_back", "most_evaluations", "shown", "steps_looked_at"]
+
+
+def steps_looked_at(plan_steps: int, per_epoch: int, looks: int) -> int:
+    """Look at every so many steps: `looks` of them in an epoch, all if it has fewer."""
+    return max(1, min(per_epoch // max(looks, 1), plan_steps))
+
+
+def looked_back(
+    setting: Setting,
+    settings: EvaluateSettings,
+    schedule: Schedule,
+    seed: int,
+    grid: Grid,
+    trained: nn.Module | None = None,
+    progress: Callable[[str, int, int], object] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """The criterion over all horizons, and its calibration, for one schedule under one seed.
+
+    Args:
+        setting: the problem with its data.
+        settings: gamma, horizons, looks, memory.
+        schedule: t -> u.
+        seed: of the run.
+        grid: what is searched.
+        trained: the network at the end of the run, to see whether the recorded roll-out ends there.
+        progress: called with what is done, how many steps of it, and of how many.
+
+    Returns:
+        Plain data: ``criterion``, ``calibration``, ``same`` (whether the roll-out ended with the bits of
+        `trained`; None without it), ``stride``, ``gradients`` by part, ``seconds``.
+    """
+    began = time.perf_counter()
+    driver, plan = setting.driver(seed), replace(setting.plan(schedule, seed), world=World())
+    driver.autocast = None  # analysis runs in full precision
+    terminal = setting.terminal(seed)
+    total = plan.epochs * plan.batches_per_epoch
+    done = iter(range(1, 3 * total))
+    recording = Recording.of(
+        driver,
+        plan,
+        limit=settings.memory * GIBI,
+        progress=lambda step: progress("roll-out", next(done), total),
+    )
+    same = None if trained is None else _same(driver.model, trained)
+    swept = iter(range(1, total + 1))
+    found = examine(
+        recording,
+        terminal,
+        grid,
+        gamma=settings.gamma,
+        horizons=settings.horizons or [1, plan.batches_per_epoch],
+        every=steps_looked_at(total, plan.batches_per_epoch, settings.looks),
+        progress=lambda: progress("costates", next(swept), total),
+    )
+    calibration = calibrate(recording, found, terminal)
+    return {
+        "criterion": found.to_json(),
+        "calibration": calibration.to_json(),
+        "same": same,
+        "stride": recording.stride,
+        "gradients": {
+            "roll-out": sum(step.spent.gradients for step in recording.steps),
+            "steps again": found.replayed,
+            "costates and scores": found.spent,
+            "calibration": calibration.spent,
+        },
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, grid: Grid, phi: int) -> float:
+    """An upper bound of the gradient evaluations of `looked_back`, in samples, for planning.
+
+    Args:
+        settings: horizons and looks.
+        plan: of the run.
+        method: its method; a loss of up to three passes is reckoned with.
+        grid: what is searched.
+        phi: samples of the terminal cost.
+    """
+    per_epoch, n = plan.batches_per_epoch, len(plan.data)
+    steps = plan.epochs * per_epoch
+    controls = [plan.schedule(step / per_epoch) for step in range(steps)]
+    rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
+    every = steps_looked_at(steps, per_epoch, settings.looks)
+    looked = range(min(every, steps) // 2, steps, every)
+    horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
+    windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
+    pulled = rolled + 2 * 3 * len(horizons) * plan.epochs * n
+    scored = sum(grid.cost(method, controls[number]) for number in looked) * plan.batch_size
+    dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
+    relaxed = len(LAMBDAS) * (rolled + dearest * plan.epochs * n + 20 * phi)
+    return 2 * rolled + pulled + scored + (21 * windows + 20) * phi + relaxed
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks hold the same bits."""
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(s, t) for s, t in pairs if isinstance(s, torch.Tensor))
+
+
+def shown(found: Mapping[str, Any], prices: Sequence[float] = ()) -> dict[str, Any]:
+    """What a report needs of `looked_back`'s data: C by horizon and block, G, J, and its calibration."""
+    criterion = Criterion.from_json(found["criterion"])
+    gamma = number(criterion.gamma, "gamma")
+    horizons = [
+        {
+            "steps": h,
+            "value": criterion.value(h),
+            "interval": criterion.interval(h),
+            "per_step": float(criterion.per_step(h).mean()),
+            "blocks": criterion.per_block(h),
+        }
+        for h in criterion.horizons
+    ]
+    best = criterion.best()
+    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
+    blocks = [
+        {
+            "t": criterion.blocks.index(b.index) / per_epoch,
+            "control": dict(b.control),
+            "maximiser": dict(b.maximiser),
+            "gain": b.gain,
+        }
+        for b in best
+    ]
+    chosen = sorted({0, len(best) // 2, len(best) - 1})
+    surfaces = [
+        blocks[i]
+        | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
+        for i in chosen
+    ]
+    return {
+        "horizons": horizons,
+        "blocks": blocks,
+        "surfaces": surfaces,
+        "prices": [
+            {"gamma": g, "value": _at_price(criterion, g).value()} for g in prices or (gamma / 4, 4 * gamma)
+        ],
+        "steps": criterion.steps,
+        "looked": len(criterion.looked),
+        "phi": criterion.phi,
+        "evaluations": criterion.evaluations,
+        "norms": [list(pair) for pair in criterion.norms],
+        "dropped": list(criterion.dropped),
+        **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
+    }
+
+
+def _at_price(criterion: Criterion, gamma: float) -> Criterion:
+    """The criterion at another price: nothing has to be run again."""
+    return replace(criterion, gamma=gamma)
