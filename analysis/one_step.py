@@ -31,7 +31,7 @@ from controlat.runs import environment
 
 EPS = {"linf": 0.1, "l2": 0.5}
 # alpha is in units of eps. Whatever else a method has keeps its default.
-KNOBS = {"alpha": 0.23, "steps": 3, "inner": 2, "fosc": 0.01, "tau": 1}
+KNOBS = {"alpha": 0.23, "steps": 3, "inner": 2, "fosc": 0.01, "slack": 1}
 # Options beside the defaults: those that carry something, or drop something.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "cat": [{"curriculum": False}],  # else it attacks only when it has learnt a lot

@@ -93,7 +93,8 @@ def _parser() -> Parser:
     data.add_argument("--data_dir", type=str, default=None, help="Where to; the cache if left out.")
     commands.add_subcommand("data", data, help="list the data sets, download one")
 
-    systems = Parser(description="List the training systems.", default_env=False)
+    systems = Parser(description="List the training systems, or describe one.", default_env=False)
+    systems.add_argument("name", nargs="?", default=None, help="Describe this one: options and controls.")
     commands.add_subcommand("methods", systems, help="list the training systems with their controls")
 
     networks = Parser(description="List the networks.", default_env=False)
@@ -128,7 +129,7 @@ def _evaluate(found: Namespace) -> None:
         print(f"- {line}")
     names = ", ".join(report.figures(result))
     print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
-    if found.data == "digits" and found.model == "mlp":
+    if (found.data, found.model, found.method) == ("digits", "mlp", "pgd_at"):
         print(_NEXT)
 
 
@@ -145,12 +146,21 @@ def _train(found: Namespace) -> None:
     result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
     if _which():
         return
-    heads = ["epoch", "K", "alpha", "loss", "clean %", "robust %", "gradient evals", "seconds"]
+    epochs = result["epochs"]
+    # Every control that changes, and the two that all readers look for.
+    knobs = [
+        name
+        for name in epochs[0]["control"]
+        if name in ("steps", "alpha") or len({e["control"][name] for e in epochs}) > 1
+    ]
+    carried = [name for name in ("strength",) if name in epochs[-1]["carried"]]
+    heads = ["epoch", *("K" if name == "steps" else name for name in knobs), *carried]
+    heads += ["loss", "clean %", "robust %", "gradient evals", "seconds"]
     cells = [
         [
             str(e["epoch"]),
-            f"{e['control'].get('steps', '')}",
-            f"{e['control'].get('alpha', 0):.4g}",
+            *(f"{e['control'][name]:.4g}" for name in knobs),
+            *(f"{e['carried'].get(name, 0):g}" for name in carried),
             f"{e['loss']:.4f}",
             f"{100 * e['clean']:.1f}",
             f"{100 * e['robust']:.1f}",
@@ -161,6 +171,8 @@ def _train(found: Namespace) -> None:
     ]
     print(report.table(heads, cells))
     spent = f"{count(result['gradients'])} gradient evaluations, {duration(result['seconds'])}"
+    layers = epochs[-1]["layers"]
+    spent += f" and {count(layers)} passes of the first layer" * bool(layers)
     again = " (finished before)" if result["finished_before"] else ""
     print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
     print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
@@ -199,8 +211,12 @@ def _data(found: Namespace) -> None:
 def _methods(found: Namespace) -> None:
     from controlat import methods, report
 
-    print(report.methods_table(methods.describe()))
-    print("\nAny control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
+    if found.name is not None:
+        print(methods.manual(found.name))
+        return
+    print(report.methods_table(methods.describe()).replace("\\|", "|"))
+    print("\ncontrolat methods NAME describes one, with its options.")
+    print("Any control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
 
 
 def _models(found: Namespace) -> None:

@@ -77,6 +77,8 @@ class Control(Mapping[str, Any]):
         self._knobs = dict(sorted(values.items()))
 
     def __getitem__(self, name: str) -> Any:  # int or float: `**u` must fit any signature
+        if name not in self._knobs:
+            raise KeyError(f"{name!r} is no control; there are {', '.join(self._knobs) or 'none'}")
         return self._knobs[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -154,11 +156,14 @@ class ControlSpace(Mapping[str, Knob]):
             ValueError: a knob is unknown, missing without a default, of the wrong kind or out of bounds.
         """
         known = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
-        control = known | dict(control)
+        given, control = sorted(control), known | dict(control)
         if set(control) != set(self.knobs):
+            unknown, missing = sorted(set(control) - set(self.knobs)), sorted(set(self.knobs) - set(control))
+            wrong = [f"not {', '.join(unknown)}"] * bool(unknown)
+            wrong += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
             raise ValueError(
                 f"a control of this method has {', '.join(sorted(self.knobs))}; "
-                f"got {', '.join(sorted(control)) or 'nothing'}"
+                f"got {', '.join(given) or 'nothing'} ({'; '.join(wrong)})"
             )
         for name, knob in self.knobs.items():
             knob.check(name, number(control[name], name))

@@ -271,12 +271,19 @@ class Driver:
     @staticmethod
     def _next(updates: Any, reply: Sequence[Tensor] | None) -> Update | None:
         """The next request of a method: a generator takes the reply to the last one."""
+        if not hasattr(updates, "__next__"):
+            raise TypeError(
+                f"`updates` of a method must be a generator: yield each Update; got {type(updates).__name__}"
+            )
         if reply is None or not hasattr(updates, "send"):
-            return next(updates, None)
-        try:
-            found: Update = updates.send(reply)
-        except StopIteration:
-            return None
+            found = next(updates, None)
+        else:
+            try:
+                found = updates.send(reply)
+            except StopIteration:
+                return None
+        if found is not None and not isinstance(found, Update):
+            raise TypeError(f"a method must yield Update(loss), got {type(found).__name__}")
         return found
 
     def _differentiate(
@@ -299,6 +306,10 @@ class Driver:
         with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(shift):
             with cast:
                 loss = update.loss()
+            if loss.dim():
+                raise ValueError(
+                    f"the loss of an Update must be one number, got shape {tuple(loss.shape)}: take the mean"
+                )
             wanted = [*parameters, *([] if update.also is None else update.also())]
             found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
         ctx.theta = before

@@ -21,6 +21,7 @@ from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
+from controlat.pmp import Grid
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.training import deterministic, fit, load_checkpoint
@@ -136,7 +137,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                         "held_out": len(setting.held_out),
                         "test": len(setting.data.test),
                     },
-                    grid={"alphas": list(every[0].grid.alphas), "max_steps": every[0].grid.max_steps},
+                    grid=_searched(every[0].grid, chosen),
                     schedules=schedules,
                     reproduced=_reproduced(chosen.run, every[0].directory),
                 )
@@ -145,6 +146,18 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if world.first:
             report.write(result, out)
     return dict(result)
+
+
+def _searched(grid: Grid, chosen: EvaluateSettings) -> dict[str, Any]:
+    """What the maximum is over: as far as the method has these controls."""
+    knobs = build(chosen.method, chosen.method_options).controls
+    least, most = grid.bounds(knobs)
+    return {
+        "alphas": list(grid.alphas) if "alpha" in knobs else [],
+        "least": least,
+        "max_steps": most,
+        "others": [n for n, k in knobs.items() if n not in ("alpha", "steps") and k.low < k.high],
+    }
 
 
 def _reproduced(run: str | None, directory: Path) -> bool | None:

@@ -197,7 +197,8 @@ def joined(device: str = "auto") -> Iterator[World]:
                 f"with several processes give --device cuda, not {device}: each takes its own GPU"
             )
         if local >= there:
-            raise ValueError(f"process {local} finds {there} GPUs; give torchrun --nproc-per-node {there}")
+            cure = f"give torchrun --nproc-per-node {there}" if there else "give --device cpu"
+            raise ValueError(f"process {local} finds {there} GPUs; {cure}")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
     try:

@@ -209,7 +209,13 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     alphas = ", ".join(f"{a:.3g}" for a in g["alphas"])
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
     seeds = ", ".join(map(str, s["seeds"]))
-    searched = f"K = 0..{g['max_steps']}, alpha in {{{alphas}}}, and the schedule's own control"
+    least, others = g.get("least", 0), g.get("others", [])
+    searched = f"K = {least}..{g['max_steps']}" + f", alpha in {{{alphas}}}" * bool(g["alphas"])
+    searched += ", and the schedule's own control"
+    if others:
+        searched += (
+            f"; {', '.join(others)} as in the schedule, so that rows which differ there have other maxima"
+        )
     if s["maximiser"] == "tpe":
         searched = (
             f"K = 0..{g['max_steps']}, alpha from {g['alphas'][0]:.3g} to {g['alphas'][-1]:.3g}, by "
@@ -218,7 +224,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     several = len(s["seeds"]) > 1
     lines = [
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
-        f"points), {s['model']}, {s['norm']} eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
+        f"points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, {s['epochs']} "
+        f"epochs, seeds {seeds}.",
         *_run_note(result),
         *_full_notes(result),
         "C norm, C costate: mean over epochs (at the start of each) of max over (alpha, K) of "
@@ -242,6 +249,12 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     ]
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    """Options of the method, where some were given."""
+    given = settings.get("method_options") or {}
+    return f" ({', '.join(f'{name}={value}' for name, value in given.items())})" if given else ""
 
 
 def _run_note(result: Mapping[str, Any]) -> list[str]:

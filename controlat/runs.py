@@ -109,36 +109,48 @@ def claimed(directory: str | Path, settings: Mapping[str, Any], world: World = W
         ValueError: the directory holds something else, or other settings, or another process works in it.
     """
     if not world.first:
-        yield bool(world.tell(None))
+        told = world.tell(None)
+        if isinstance(told, str):
+            raise ValueError(told)
+        yield bool(told)
         return
     directory = Path(directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            known = _claim(stack, directory, settings)
+        except ValueError as error:
+            world.tell(str(error))  # the others wait for an answer
+            raise
+        try:
+            yield bool(world.tell(known))
+        except BaseException:
+            there = {p.name for p in directory.iterdir()}
+            if not known and there <= {".lock", SETTINGS, "schedule.json"}:
+                for name in there - {".lock"}:  # nothing was made: other settings may be tried here
+                    (directory / name).unlink()
+            raise
+
+
+def _claim(stack: contextlib.ExitStack, directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Hold the directory until the stack is closed; whether it was a run of these settings before."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give the name of a directory")
     known = (directory / SETTINGS).exists()
     if not known and directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
         raise ValueError(f"{directory} holds other files and no {SETTINGS}; give a new directory")
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another process is working in {directory}; wait for it or give another"
-            ) from None
-        for left in directory.rglob(".*.tmp"):  # half-written files of a process that was killed
-            left.unlink()
-        if known:
-            different = _differences(read_json(directory / SETTINGS), settings)
-            if different:
-                listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
-                raise ValueError(
-                    f"{directory} was made with other settings ({listed}); give another directory"
-                )
-        else:
-            write_json(directory / SETTINGS, dict(settings))
-        try:
-            yield bool(world.tell(known))
-        except BaseException:
-            if not known and {p.name for p in directory.iterdir()} == {".lock", SETTINGS}:
-                (directory / SETTINGS).unlink()  # nothing was made: other settings may be tried here
-            raise
+    lock = stack.enter_context((directory / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is working in {directory}; wait for it or give another") from None
+    for left in directory.rglob(".*.tmp"):  # half-written files of a process that was killed
+        left.unlink()
+    if not known:
+        write_json(directory / SETTINGS, dict(settings))
+        return False
+    different = _differences(read_json(directory / SETTINGS), settings)
+    if different:
+        listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
+        raise ValueError(f"{directory} was made with other settings ({listed}); give another directory")
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -170,6 +171,10 @@ def _resume(driver: Driver, directory: Path, world: World) -> Tally:
     else:
         content = world.tell_bytes(last.read_bytes() if world.first else b"")
         found = load_checkpoint(last, driver.device, content)
+        before = found["environment"].get("processes", 1)
+        if before != world.size and world.first:
+            told = f"this run was begun by {before} processes; with {world.size} it ends with other bits"
+            tqdm.write(f"controlat: warning: {told}", file=sys.stderr)
         driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
         tally = Tally(**found["tally"])
     if world.first:
@@ -334,6 +339,8 @@ def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Samples | None) 
         "lr": plan.mean_rate(tally.epoch),
         "loss": tally.loss / tally.samples,
         "gradients": tally.epoch_gradients,
+        "layers": tally.layers,
+        "carried": _numbers(driver),
         "seconds": tally.epoch_seconds,
         "total_gradients": tally.gradients,
         "total_seconds": tally.seconds,
@@ -341,6 +348,11 @@ def _record(driver: Driver, plan: Plan, tally: Tally, held_out: Samples | None) 
         "stopped": driver.stopped,
         **_validate(driver, held_out),
     }
+
+
+def _numbers(driver: Driver) -> dict[str, float]:
+    """Single numbers that the method carries, such as the strength of CAT."""
+    return {name: float(t) for name, t in driver.memory.items() if t.dim() == 0}
 
 
 def _writer(directory: Path) -> Any:

@@ -45,7 +45,7 @@ VARIANTS = {
     "fast fixed": Case("fast", {}, {"start": 0.5, "random": 0.0}),
     "fast previous": Case("fast", {"init": "previous"}),
     "fast wide": Case("fast", {"clamp_start": False}, {"start": 3.0}),
-    "fat train": Case("fat", {"attack_mode": "train"}, {"tau": 0}),
+    "fat train": Case("fat", {"attack_mode": "train"}, {"slack": 0}),
     "fat gaussian": Case("fat", {"start": "gaussian", "omega": 0.0}),
     "nfgsm clipped": Case("nfgsm", {}, {"clip": 1.0}),
     "pgd_at clean": Case("pgd_at", {"random_start": False, "clean_weight": 0.5}),

@@ -195,7 +195,8 @@ def _sentences(
     if survivors >= _FEW and blackbox > few:
         found.append(
             f"random search without gradients broke {blackbox} of {survivors - restarts} points that "
-            "survived the evaluation and those restarts: its gradients are masked, use --autoattack"
+            "survived the evaluation and those restarts: its gradients are masked, or the attacks were too "
+            "weak (add cw-30); use --autoattack"
         )
     return found
 

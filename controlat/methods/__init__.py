@@ -7,10 +7,12 @@ its options.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from controlat import registry
+from controlat.control import ControlSpace
 from controlat.methods._base import Batch, Context, Epoch, Hooks, Method, Prefixes, Rows, Update, Updates
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Updates",
     "build",
     "describe",
+    "manual",
     "names",
 ]
 
@@ -53,10 +56,38 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
     try:
         method = found(**(options or {}))
     except TypeError as error:
-        raise ValueError(f"method {name!r}: {error}") from None
-    if not hasattr(method, "updates") or not hasattr(method, "controls"):
-        raise ValueError(f"method {name!r} must have `controls` and `updates`, got {type(method).__name__}")
+        takes = ", ".join(inspect.signature(found).parameters) or "none"
+        raise ValueError(f"method {name!r}: {error}; its options: {takes}{_meant(found, options)}") from None
+    if not hasattr(method, "updates") or not isinstance(getattr(method, "controls", None), ControlSpace):
+        raise ValueError(
+            f"method {name!r} must have `updates` and a ControlSpace `controls`; see controlat.methods.Method"
+        )
     return method  # type: ignore[no-any-return]
+
+
+def _meant(kind: Any, options: Mapping[str, Any] | None) -> str:
+    """Where an option that there is not is a control: how it is given."""
+    try:
+        controls = kind().controls
+    except Exception:  # anybody's class
+        return ""
+    found = [name for name in options or {} if name in controls]
+    return "".join(f"; {name} is a control: give it in the schedule, such as {name}=1..6" for name in found)
+
+
+def manual(name: str) -> str:
+    """What a method does, its options, and its controls with their bounds and defaults.
+
+    >>> print(manual("fast").splitlines()[-1])
+      start: size of the start, in units of eps (>= 0; default 1)
+    """
+    kind = registry.import_path(name) if ":" in name else registry.member(__name__, name).METHOD
+    lines = [inspect.getdoc(kind) or name, "", "Controls, for schedules:"]
+    for key, knob in build(name).controls.items():
+        bounds = f">= {knob.low:g}" if math.isinf(knob.high) else f"{knob.low:g} to {knob.high:g}"
+        default = "" if knob.default is None else f"; default {knob.default:g}"
+        lines.append(f"  {key}: {knob.meaning} ({bounds}{default})")
+    return "\n".join(lines)
 
 
 def describe() -> list[dict[str, Any]]:

@@ -17,15 +17,16 @@ from controlat.methods._options import check_choice, check_mode, check_number
 
 __all__ = ["METHOD", "Fat"]
 
-TAU = Knob("integer", 0, meaning="steps that a sample may take while it is misclassified")
+SLACK = Knob("integer", 0, meaning="steps that a sample may take while it is misclassified")
 
 
 @dataclass(frozen=True)
 class Fat:
-    """min over theta of E l(h(x~), y), x~ a point of PGD, at most tau steps of which began misclassified.
+    """min over theta of E l(h(x~), y), x~ a point of PGD, at most `slack` steps of which began misclassified.
 
-    A sample takes tau steps while it is misclassified, and any number while it is not: tau is not refilled
-    when it is classified correctly again. tau >= K is PGD-K with noise omega, or PGD-K for omega = 0.
+    A sample takes `slack` steps (the paper's tau) while it is misclassified, and any number while it is not:
+    they are not refilled when it is classified correctly again. slack >= K is PGD-K with noise omega, or
+    PGD-K for omega = 0.
 
     Args:
         start: ``"uniform"`` in the ball (FAT) or ``"gaussian"``, x0 + 0.001 N(0, 1) (FAT for TRADES).
@@ -50,13 +51,13 @@ class Fat:
 
     @property
     def controls(self) -> ControlSpace:
-        """(alpha, K, tau), at K + 1 gradient evaluations at most."""
-        return ControlSpace({"alpha": ALPHA, "steps": STEPS, "tau": TAU}, cost=lambda u: u["steps"] + 1)
+        """(alpha, K, slack), at K + 1 gradient evaluations at most."""
+        return ControlSpace({"alpha": ALPHA, "steps": STEPS, "slack": SLACK}, cost=lambda u: u["steps"] + 1)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on friendly adversaries."""
         x, y = batch.x, batch.y
-        left = torch.full((len(x),), int(u["tau"]), device=x.device)
+        left = torch.full((len(x),), int(u["slack"]), device=x.device)
         generator = ctx.generator("noise", x.device)
 
         def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:

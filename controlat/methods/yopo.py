@@ -52,6 +52,8 @@ class Yopo:
     def __post_init__(self) -> None:
         check_choice(self, "first_layer_grad", ("both", "direct", "hamiltonian"))
         check_choice(self, "gradients", ("mean", "sum"))
+        if self.layer is not None:
+            object.__setattr__(self, "layer", str(self.layer))  # names may be numbers, such as 0
 
     @property
     def controls(self) -> ControlSpace:

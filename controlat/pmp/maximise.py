@@ -66,7 +66,7 @@ class Grid:
         """
         knobs = method.controls
         alphas: Sequence[float | None] = self.alphas if "alpha" in knobs else (None,)
-        low, high = self._range(knobs)
+        low, high = self.bounds(knobs)
         every = isinstance(method, Prefixes)
         coarse = (k <= 8 or k == high or k % (2 ** (k.bit_length() - 3)) == 0 for k in range(low, high + 1))
         counts = [k for k, kept in zip(range(low, high + 1), coarse, strict=True) if every or kept]
@@ -77,7 +77,7 @@ class Grid:
         """Gradient evaluations per sample of scoring u and all candidates around it, by a sweep."""
         price = method.controls.cost
         if isinstance(method, Prefixes):
-            return len(self.alphas) * 2 * self._range(method.controls)[1] + 1 + price(u)
+            return len(self.alphas) * 2 * self.bounds(method.controls)[1] + 1 + price(u)
         return sum(map(price, self.candidates(method, u))) + price(u)
 
     def control(self, u: Control, alpha: float | None, steps: int) -> Control:
@@ -85,7 +85,7 @@ class Grid:
         other = {"alpha": alpha, "steps": steps}
         return Control(**{name: other.get(name, value) for name, value in u.items()})
 
-    def _range(self, knobs: Mapping[str, Knob]) -> tuple[int, int]:
+    def bounds(self, knobs: Mapping[str, Knob]) -> tuple[int, int]:
         """Smallest and largest K: those of the grid within the method's."""
         if "steps" not in knobs:
             return 0, 0
@@ -158,7 +158,7 @@ def tpe(
     from hyperopt.fmin import generate_trials_to_calculate
 
     low, high = math.log(grid.alphas[0]), math.log(grid.alphas[-1])
-    least, most = grid._range(knobs)
+    least, most = grid.bounds(knobs)
     base = first[0] if first else Control(**{name: knob.default or 1 for name, knob in knobs.items()})
     space = {
         "alpha": hp.loguniform("alpha", low, max(high, low + 1e-9)),

@@ -81,8 +81,8 @@ REACHES: dict[str, tuple[Reach, ...]] = {
         Reach({"init": "previous"}, {"alpha": EPS}),
     ),
     "fat": (
-        *both({"omega": 0.0}, lengths(5, tau=5)),
-        *both({"omega": 0.0, "start": "gaussian"}, lengths(5, tau=5)),
+        *both({"omega": 0.0}, lengths(5, slack=5)),
+        *both({"omega": 0.0, "start": "gaussian"}, lengths(5, slack=5)),
     ),
     "free": (
         Reach({}, {"alpha": EPS, "steps": 4}, ("clean", *["worst"] * 3), (0.25,) * 4),

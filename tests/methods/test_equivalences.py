@@ -304,7 +304,7 @@ def test_atta_multiplies_the_loss_by_its_scale() -> None:
 @pytest.mark.parametrize("network", [smooth, cnn_bn])
 def test_fat_that_never_stops_is_pgd_bit_for_bit(norm: str, network: Any) -> None:
     b = batch(shape=SHAPE if network is cnn_bn else (1, 4, 4))
-    found = field(FRIENDLY, FRIENDLY.control(steps=4, tau=4), b, network(), norm)
+    found = field(FRIENDLY, FRIENDLY.control(steps=4, slack=4), b, network(), norm)
     assert same(found, field(PGD, PGD.control(steps=4), b, network(), norm))
 
 
@@ -314,7 +314,7 @@ def test_fat_stops_at_the_first_point_of_the_path_that_is_misclassified() -> Non
         model[5].bias.sub_(model(b.x).mean(0))  # so that no class leads by much
         predicted = model(b.x).argmax(1)
     b = b._replace(y=torch.where(torch.arange(12) < 3, (predicted + 1) % 3, predicted))
-    u = FRIENDLY.control(alpha=0.04, steps=5, tau=0)
+    u = FRIENDLY.control(alpha=0.04, steps=5, slack=0)
     d = driver(FRIENDLY, model, optimizer=SGD)
     seen = trained_on(model)
     step = d.step(b, u, 0.0)
@@ -328,7 +328,7 @@ def test_fat_stops_at_the_first_point_of_the_path_that_is_misclassified() -> Non
     for tau in (1, 2):
         d = driver(FRIENDLY, model, optimizer=SGD)
         seen.clear()
-        d.step(b, FRIENDLY.control(alpha=0.04, steps=5, tau=tau), 0.0)
+        d.step(b, FRIENDLY.control(alpha=0.04, steps=5, slack=tau), 0.0)
         late = [stop_after(w, tau) for w in wrong.T]
         expected = torch.stack([walk[k, i] for i, k in enumerate(late)])
         torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-12)
@@ -352,15 +352,15 @@ def test_fat_trains_on_the_start_where_that_is_misclassified(start: str) -> None
     expected = BALL.start(b.x, draws(b, "start")) if start == "uniform" else (b.x + 0.001 * noise).clamp(0, 1)
     wrong = smooth()(expected).argmax(1) != b.y
     assert wrong.any()
-    (x,) = seen_by(case, case.control(tau=0), b)
+    (x,) = seen_by(case, case.control(slack=0), b)
     torch.testing.assert_close(x[wrong], expected[wrong], rtol=0, atol=1e-15)
-    (clean,) = seen_by(case, case.control(steps=0, tau=0), b)
+    (clean,) = seen_by(case, case.control(steps=0, slack=0), b)
     assert same(clean, b.x)
 
 
 def test_fat_adds_noise_to_every_step_and_stays_in_the_ball() -> None:
     case, b = Case("fat", {"omega": 0.01}), batch()
-    u = case.control(steps=3, tau=3)
+    u = case.control(steps=3, slack=3)
     (x,) = seen_by(case, u, b)
     (bare,) = seen_by(FRIENDLY, u, b)
     assert (x - bare).abs().max() > 1e-4

@@ -166,7 +166,7 @@ def test_lower_bounds_are_below_the_value() -> None:
     assert Weighted(((0.0, phi(loss="margin")), (1.0, phi()))).lower == 0
 
 
-# --------------------------------------------------------------------------------------- what they leave alone
+# -------------------------------------------------------------------------------------- what they leave alone
 
 
 @costs
@@ -209,7 +209,7 @@ def test_parameters_that_are_not_trained_have_no_gradient() -> None:
     assert len(d.parameters) == 4
 
 
-# ------------------------------------------------------------------------------------------------ names, counts
+# ---------------------------------------------------------------------------------------------- names, counts
 
 
 def test_what_is_left_out_is_named() -> None:
