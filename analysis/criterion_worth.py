@@ -73,7 +73,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "dynamics": [(0.0, 0.2), (0.0, 0.5), (0.9, 0.02), (0.9, 0.05)],  # momentum, learning rate
         "seeds": [0, 1, 2, 3, 4],
         "horizons": [1, 7, 14, 28, 70],
-        "every": 7,
+        "looks": 2,
         "test": ["pgd-20"],
     },
     "mnist": {
@@ -93,7 +93,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "dynamics": [(0.9, 0.02)],
         "seeds": [0, 1],
         "horizons": [1, 30, 100],
-        "every": 15,
+        "looks": 2,
         "test": ["pgd-20"],
     },
 }
@@ -121,7 +121,7 @@ def roll_out(setting: Setting, text: str, seed: int, part: Mapping[str, Any]) ->
     trained = time.perf_counter() - began
     grid, scale = Grid(*part["grid"]), 1 / (1 - problem.momentum)
     found = examine(
-        recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], every=part["every"]
+        recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], looks=part["looks"]
     )
     calibration = calibrate(recording, found, terminal, lambdas=LAMBDAS)
     chosen = torch.randperm(len(setting.training), generator=rng.generator(0, "probe"))[:256]

@@ -171,6 +171,7 @@ def pullbacks(
     with driver._scoring(), torch.enable_grad():
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
         ctx = driver._context(batch, rate, meter, memory)
+        start = ctx.rows
         ctx.rows = {name: Rows(leaves.rows[name], rows.seen) for name, rows in ctx.rows.items()}
         theta, momentum = leaves.parameters, leaves.momentum
         ctx.theta = dict(zip(names, theta, strict=True))
@@ -191,6 +192,9 @@ def pullbacks(
         leaves.like(_pull(after, costate, leaves, keep=i + 1 < len(costates)))
         for i, costate in enumerate(costates)
     ]
+    for q in found:  # samples that carried nothing have no state there
+        for name, (_, seen) in start.items():
+            q.rows[name][~seen] = 0
     meter.gradients += 2 * len(costates) * ctx.passes
     return found, tuple(sorted(dropped))
 

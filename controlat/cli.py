@@ -150,7 +150,7 @@ def _train(found: Namespace) -> None:
     # Every control that changes, and the two that all readers look for.
     knobs = [
         name
-        for name in epochs[0]["control"]
+        for name in sorted(epochs[0]["control"], key=lambda name: name != "steps")
         if name in ("steps", "alpha") or len({e["control"][name] for e in epochs}) > 1
     ]
     carried = [name for name in ("strength",) if name in epochs[-1]["carried"]]

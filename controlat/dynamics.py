@@ -386,14 +386,23 @@ class Driver:
     def start_epoch(self, plan: Plan, epoch: int) -> None:
         """Let the method do what it does before the first step of an epoch."""
         if hasattr(self.method, "start_epoch"):
-            with rng.scoped(self.seed, epoch, -1, "start", device=self.device):
+            with rng.scoped(self.seed, epoch, -1, "start", device=self.device), self._watched():
                 self.method.start_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
 
     def end_epoch(self, plan: Plan, epoch: int) -> None:
         """Let the method do what it does after the last step of an epoch."""
         if hasattr(self.method, "end_epoch"):
-            with rng.scoped(self.seed, epoch, -1, "end", device=self.device):
+            with rng.scoped(self.seed, epoch, -1, "end", device=self.device), self._watched():
                 self.method.end_epoch(self._epoch(plan, epoch), plan.schedule(epoch))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notice what memory a hook sets anew or removes."""
+        before = dict(self.memory)
+        yield
+        for name, t in before.items():
+            if self.notice is not None and t.is_floating_point() and self.memory.get(name) is not t:
+                self.notice("set", name)
 
     def _epoch(self, plan: Plan, epoch: int) -> Epoch:
         def save(name: str) -> None:

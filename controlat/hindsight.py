@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,16 +17,12 @@ from controlat.methods import Method
 from controlat.parallel import World
 from controlat.plan import Plan
 from controlat.pmp import LAMBDAS, Criterion, Grid, calibrate, examine
+from controlat.pmp.full import looked_at
 from controlat.recording import GIBI, Recording
 from controlat.schedules import Schedule
 from controlat.setting import Setting
 
-__all__ = ["looked_back", "most_evaluations", "shown", "steps_looked_at"]
-
-
-def steps_looked_at(plan_steps: int, per_epoch: int, looks: int) -> int:
-    """Look at every so many steps: `looks` of them in an epoch, all if it has fewer."""
-    return max(1, min(per_epoch // max(looks, 1), plan_steps))
+__all__ = ["looked_back", "most_evaluations", "shown"]
 
 
 def looked_back(
@@ -72,7 +69,7 @@ def looked_back(
         grid,
         gamma=settings.gamma,
         horizons=settings.horizons or [1, plan.batches_per_epoch],
-        every=steps_looked_at(total, plan.batches_per_epoch, settings.looks),
+        looks=settings.looks,
         progress=lambda: progress("costates", next(swept), total),
     )
     calibration = calibrate(recording, found, terminal)
@@ -105,8 +102,8 @@ def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, gri
     steps = plan.epochs * per_epoch
     controls = [plan.schedule(step / per_epoch) for step in range(steps)]
     rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
-    every = steps_looked_at(steps, per_epoch, settings.looks)
-    looked = range(min(every, steps) // 2, steps, every)
+    changes = [i == 0 or i % per_epoch == 0 or controls[i] != controls[i - 1] for i in range(steps)]
+    looked = looked_at(list(itertools.accumulate(changes)), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * plan.epochs * n

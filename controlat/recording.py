@@ -104,21 +104,30 @@ class Recording:
             raise ValueError(f"steps must be within 0..{total}, first below last, got {first} and {last}")
         if plan.world.size > 1:
             raise ValueError("a roll-out is recorded by one process; start it without torchrun")
-        stride = _stride(driver.snapshot(), last - first, limit) if stride is None else stride
+        if driver.stopped and first % plan.batches_per_epoch == 0:
+            raise ValueError(f"the method has ended training ({driver.stopped}): there is nothing to record")
+        stride = _stride(_size(driver, plan, first), last - first, limit) if stride is None else stride
         if stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
         stored: dict[int, Snapshot] = {}
 
         made: list[Step] = []
         events: list[tuple[int, str, str]] = []
-        driver.notice = lambda what, name: events.append((first + len(made), what, name))
+        before = driver.notice
+
+        def notice(what: str, name: str) -> None:
+            events.append((first + len(made), what, name))
+            if before is not None:
+                before(what, name)
+
+        driver.notice = notice
         try:
             for step in _steps(driver, plan, first, last, stored, stride=stride):
                 made.append(step)
                 if progress is not None:
                     progress(step)
         finally:
-            driver.notice = None
+            driver.notice = before
         last = first + len(made)  # fewer where the method ended training
         return cls(driver, plan, first, last, stride, stored, driver.snapshot(), made, events)
 
@@ -154,7 +163,7 @@ class Recording:
 
     def again(self, driver: Driver) -> Iterator[Step]:
         """The steps of the roll-out once more by a driver that is at its first state, nothing recorded."""
-        return _steps(driver, self.plan, self.first, self.last, begun=True)
+        return _steps(driver, self.plan, self.first, self.last, begun=True, ended=bool(self.end.stopped))
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
@@ -194,17 +203,36 @@ def _steps(
     *,
     stride: int = 1,
     begun: bool = False,
+    ended: bool = False,
 ) -> Iterator[Step]:
-    """Steps first, ..., last - 1; hooks after the last one only at the end of the plan."""
+    """Steps first, ..., last - 1; hooks after the last one only where training ends."""
     epoch, batch = divmod(first, plan.batches_per_epoch)
     record = None if states is None else states.__setitem__
-    steps = rollout(driver, plan, epoch=epoch, batch=batch, record=record, stride=stride, begun=begun)
-    return steps if last == plan.epochs * plan.batches_per_epoch else islice(steps, last - first)
+    ended = ended or last == plan.epochs * plan.batches_per_epoch
+    until = last // plan.batches_per_epoch if ended else None
+    steps = rollout(
+        driver, plan, epoch=epoch, batch=batch, until=until, record=record, stride=stride, begun=begun
+    )
+    return steps if ended else islice(steps, last - first)
 
 
-def _stride(snapshot: Snapshot, steps: int, limit: float) -> int:
+def _size(driver: Driver, plan: Plan, first: int) -> int:
+    """Bytes of a state once a step has been taken: with momentum buffers, and rows for all samples."""
+    before, meter = driver.snapshot(), driver.meter
+    driver.meter = Meter()
+    try:
+        for _ in _steps(driver, plan, first, first + 1):
+            pass
+        after = driver.snapshot()
+    finally:
+        driver.restore(before)
+        driver.meter = meter
+    rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(plan.data)
+    return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
+
+
+def _stride(size: int, steps: int, limit: float) -> int:
     """The smallest stride with which stored states and those of one stretch fit."""
-    size = _bytes(snapshot)
     fits = int(limit // size)
     for stride in range(1, math.isqrt(steps) + 2):
         held = -(-steps // stride) + (stride if stride > 1 else 0)
@@ -213,7 +241,7 @@ def _stride(snapshot: Snapshot, steps: int, limit: float) -> int:
     least = (2 * math.isqrt(steps) + 3) * size
     raise ValueError(
         f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
-        f"stretches taken again; allow {least / GIBI:.2g} GiB, or look at a shorter window"
+        f"stretches taken again; allow {1.05 * least / GIBI:.2g} GiB, or look at a shorter window"
     )
 
 

@@ -90,14 +90,20 @@ def _full(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "horizons": horizons,
         "objective": _spread([c["objective"] for c in calibrations]),
         "certificate": _spread([c["certificate"] for c in calibrations]),
-        "kappa": _spread([float(c["kappa"]) for c in calibrations]),
-        "reliability": {p: _spread([float(c["reliability"][p]) for c in calibrations]) for p in parts},
+        "kappa": _known([c["kappa"] for c in calibrations]),
+        "reliability": {p: _known([c["reliability"][p] for c in calibrations]) for p in parts},
         "uncalibrated": sum(not c["calibrated"] for c in calibrations),
         "same": all(run["same"] is not False for run in runs),
         "dropped": sorted({name for run in runs for name in run["dropped"]}),
         "gradients": sum(sum(run["gradients"].values()) for run in runs),
         "seconds": sum(run["seconds"] for run in runs),
     }
+
+
+def _known(values: Sequence[Any]) -> dict[str, Any] | None:
+    """Mean and spread of the values that are numbers; None without any (G may be 0)."""
+    numbers = [float(v) for v in values if v is not None]
+    return _spread(numbers) if numbers else None
 
 
 def _together(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:

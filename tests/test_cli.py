@@ -610,7 +610,8 @@ def test_evaluate_shows_everything_that_was_asked_for(
     output, error = capsys.readouterr()
     assert error.index("AutoAttack on 4 points: at most") < error.index("it starts")
     heads = [head.strip() for head in output.splitlines()[0].split("|")]
-    assert heads[4:8] == ["clean %", "robust %", "AutoAttack %", "transfer %"]
+    assert heads[2:5] == ["J", "C full", "D"]
+    assert heads[7:11] == ["clean %", "robust %", "AutoAttack %", "transfer %"]
     assert "sweeps.png" in output
     assert (tmp_path / "out" / "sweeps.png").is_file()
     assert "AutoAttack (standard version, Croce and Hein 2020): on 4 of the test points." in output

@@ -253,7 +253,8 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
     assert "02-pgd-steps=3-alpha=0.06-seed1" in names
     for schedule, run in _runs(result):
         folder = out / "runs" / run["directory"]
-        wanted = {"criterion.jsonl", "evaluation.json", "last.pt", "best.pt", "log.jsonl", "schedule.json"}
+        wanted = {"criterion.jsonl", "full.json", "evaluation.json", "last.pt", "best.pt"}
+        wanted |= {"log.jsonl", "schedule.json"}
         assert {p.name for p in folder.iterdir()} == wanted
         assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
         assert read_json_lines(folder / "log.jsonl") == run["epochs"]
@@ -282,7 +283,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
         (20, 0, 0),  # in the criterion of epoch 0
         (36, 1, 0),  # in the training of epoch 0
         (10, 1, 1),  # in the criterion of epoch 1
-        (90, 3, 2),  # in the criterion of epoch 1 of the second run
+        (90, 2, 1),  # in the full criterion of the first run
+        (160, 3, 2),  # in the second run
     ]
     for passes, instants, checkpoints in moments:
         assert _killed(tmp_path, passes) == -signal.SIGKILL, passes
@@ -521,7 +523,7 @@ def test_every_part_of_an_evaluation_is_stored_and_shown(downhill: Path) -> None
                 downhill / "out", schedule["text"]
             )
     heads = next(line for line in summary.splitlines() if line.startswith("| schedule "))
-    assert [head.strip() for head in heads.split("|")][5:8] == ["robust %", "AutoAttack %", "transfer %"]
+    assert [head.strip() for head in heads.split("|")][8:11] == ["robust %", "AutoAttack %", "transfer %"]
     assert "on 30 of the test points" in summary
     assert "made on the surrogate honest/last.pt" in summary
     assert summary.count("WARNING, none, seed ") >= len(SENTENCES)
@@ -625,7 +627,7 @@ def test_mnist_end_to_end_with_lenet(tmp_path: Path) -> None:
     settings |= {"schedules": ["none", "amata:min=1,max=3,tau=0.6"], "seeds": [0], "test_points": 50}
     found = jobs.evaluate(tmp_path / "mnist", **settings | {"alphas": ["0.1", 0.3], "probe": 64})
     none, amata = found["schedules"]
-    assert found["grid"] == {"alphas": [0.1, 0.3], "max_steps": 2}
+    assert found["grid"] == {"alphas": [0.1, 0.3], "least": 0, "max_steps": 2, "others": []}
     assert none["runs"][0]["gradients"] == 2 * 180
     assert amata["runs"][0]["gradients"] == (2 + 3) * 180
     for schedule, run in _runs(found):

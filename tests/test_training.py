@@ -310,7 +310,16 @@ def test_divergence_on_the_command_line_is_one_line_and_code_1(
 def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
     log = read_json_lines(fitted / "log.jsonl")
     fields = {"epoch", "control", "lr", "loss", "gradients", "seconds", "total_gradients", "total_seconds"}
-    fields |= {"dropped", "stopped", "clean", "robust", "validation_gradients", "validation_seconds"}
+    fields |= {
+        "layers",
+        "carried",
+        "dropped",
+        "stopped",
+        "clean",
+        "robust",
+        "validation_gradients",
+        "validation_seconds",
+    }
     assert [line["epoch"] for line in log] == [0, 1, 2]
     for i, line in enumerate(log):
         assert set(line) == fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -76,6 +77,8 @@ class Costate:
             mine = (self.parameters, self.momentum)
             self.held[name] = mine if theirs is None else _sum(mine, theirs)
             self.parameters, self.momentum = (list(map(torch.zeros_like, part)) for part in mine)
+        elif what == "set":
+            self.memory = {n: t for n, t in self.memory.items() if n != name}
         elif name in self.held:
             self.parameters, self.momentum = _sum((self.parameters, self.momentum), self.held.pop(name))
 
@@ -176,7 +179,7 @@ def sweep(
                 p.through(what, name)
         norms = {h: p.norm() for h, p in costates.items()}
         for h, norm in norms.items():
-            if not torch.isfinite(torch.tensor(norm)):
+            if not math.isfinite(norm):
                 raise NonFiniteError(
                     f"the costate after step {visit.number} (horizon {h}) is not finite: it grows backward "
                     "from the terminal cost; look at shorter windows"

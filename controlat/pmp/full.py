@@ -120,8 +120,6 @@ class Criterion:
     def _best(self, index: int, h: int, rho: float) -> Block:
         members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
         total = self.blocks.count(index)
-        if not members:
-            raise ValueError(f"no step of block {index} was looked at; look at more steps")
         names, value, size = self._table(members, h)
         scale = total / len(members)
         worth = scale * (value - rho / 2 * size).sum(0)
@@ -207,7 +205,7 @@ def examine(
     *,
     gamma: float | str,
     horizons: Sequence[int] | None = None,
-    every: int = 1,
+    looks: int | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Criterion:
     """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
@@ -218,7 +216,7 @@ def examine(
         grid: what is searched, around u_t.
         gamma: price of one gradient evaluation per sample.
         horizons: numbers of steps; the whole roll-out is always among them.
-        every: look at every so many steps (the middle one of each stretch).
+        looks: number of steps of each block that are looked at, spread evenly; all of them by default.
         progress: called after every step of the sweep.
 
     Returns:
@@ -234,16 +232,19 @@ def examine(
     gamma = number(gamma, "gamma")
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma:g}")
-    if every < 1:
-        raise ValueError(f"every must be >= 1, got {every}")
+    if looks is not None and looks < 1:
+        raise ValueError(f"looks must be >= 1, got {looks}")
     plan, driver, whole = recording.plan, recording.driver, recording.last - recording.first
-    numbers = range(recording.first + min(every, whole) // 2, recording.last, every)
+    blocks = _blocks(recording)
+    numbers = {recording.first + n for n in looked_at(blocks, looks)}
     meter, replayed = Meter(), recording.spent.gradients
     found, norms = [], []
     with recording.put_back():
         driver.restore(recording.end)
         phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
-        for swept in sweep(recording, terminal, [*(horizons or []), whole], looked=numbers, meter=meter):
+        for swept in sweep(
+            recording, terminal, [*(horizons or []), whole], looked=sorted(numbers), meter=meter
+        ):
             visit, costates, of, dropped = swept
             norms.append((visit.number, of[whole]))
             if visit.number in numbers:
@@ -252,7 +253,7 @@ def examine(
                 progress()
     return Criterion(
         tuple(reversed(found)),
-        _blocks(recording),
+        blocks,
         recording.first,
         plan.mean_rate(),
         gamma,
@@ -277,6 +278,20 @@ def _blocks(recording: Recording) -> tuple[int, ...]:
             found.append(0)
         last = (step.epoch, step.control)
     return tuple(found)
+
+
+def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
+    """Positions of some steps of each block, spread evenly.
+
+    >>> looked_at([0, 0, 0, 0, 1], 2)
+    [1, 3, 4]
+    """
+    found: set[int] = set()
+    for index in dict.fromkeys(blocks):
+        first, n = blocks.index(index), blocks.count(index)
+        k = n if looks is None else min(looks, n)
+        found |= {first + (2 * i + 1) * n // (2 * k) for i in range(k)}
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -343,10 +358,15 @@ class Calibration:
         names = ("gain", "objective", "sizes", "bound", "spent", "certificate", "calibrated")
         more = ("kappa", "curvature", "model_gain", "rho")
         return {
-            **{name: getattr(self, name) for name in (*names, *more)},
+            **{name: _finite(getattr(self, name)) for name in (*names, *more)},
             "outcomes": {str(k): v for k, v in self.outcomes.items()},
-            "reliability": {str(k): self.reliability(k) for k in self.outcomes},
+            "reliability": {str(k): _finite(self.reliability(k)) for k in self.outcomes},
         }
+
+
+def _finite(value: float) -> float | None:
+    """A number, or None where it means nothing."""
+    return value if math.isfinite(value) else None
 
 
 def calibrate(

@@ -111,7 +111,8 @@ def relaxed(recording: Recording, others: Mapping[int, Control], part: float, te
     given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
     mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.plan.batches_per_epoch)
     with recording.put_back():
-        mixing.restore(recording.stored[recording.first])
+        for number in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
+            mixing.restore(recording.stored[number])
         for _ in recording.again(mixing):
             pass
         phi = terminal.value(mixing)

@@ -136,7 +136,8 @@ class AdversarialLoss:
         """Training flags as they were, afterwards."""
         flags = [(m, m.training) for m in driver.model.modules()]
         try:
-            yield
+            with driver._buffers_kept():
+                yield
         finally:
             for module, training in flags:
                 module.training = training
