@@ -203,7 +203,7 @@ SETTINGS: dict[str, Any] = {
     "held_out": 40,
     "batch_size": 32,
     "threads": 1,
-    "model": "killable:net",
+    "model": "killable_net:net",
     "method": "atta",
     "device": "cpu",
 }
@@ -242,7 +242,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two processes: one undisturbed, and its output."""
     found = tmp_path_factory.mktemp("torchrun")
-    (found / "killable.py").write_text(KILLABLE)
+    (found / "killable_net.py").write_text(KILLABLE)
     done = torchrun(2, "-m", "controlat", "train", "--out", "two", *flags(SETTINGS), cwd=found)
     assert done.returncode == 0, done.stderr
     (found / "output.txt").write_text(done.stdout)

@@ -78,7 +78,7 @@ def _meant(kind: Any, options: Mapping[str, Any] | None) -> str:
 def manual(name: str) -> str:
     """What a method does, its options, and its controls with their bounds and defaults.
 
-    >>> print(manual("fast").splitlines()[-1])
+    >>> print(manual("fast").splitlines()[-2])
       start: size of the start, in units of eps (>= 0; default 1)
     """
     kind = registry.import_path(name) if ":" in name else registry.member(__name__, name).METHOD
