@@ -10,7 +10,7 @@ JOBS ?= 2
 
 .PHONY: demo test lint bench clean help
 help:
-	@echo "make demo   install, then compare six schedules on the bundled digits (about 2 minutes)"
+	@echo "make demo   install, then compare six schedules on the bundled digits (about 5 minutes)"
 	@echo "make test   install with the test extra, then run ruff, mypy, doctests and all tests"
 	@echo "make bench  the benchmarks (an idle machine, about 10 minutes)"
 	@echo "make clean  remove the virtual environment and caches (never results)"

@@ -12,24 +12,33 @@ Roll-outs are kept in --work; results go to analysis/criterion_worth/PART: resul
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from controlat import rng
+from controlat import Control, Surface, report, rng
 from controlat.config import TrainSettings
 from controlat.evaluation.robust import measure as attacked
-from controlat.files import write_json
+from controlat.files import read_json, write, write_json, write_text
 from controlat.network import NonFiniteError
-from controlat.pmp import AdversarialLoss, Grid, calibrate, examine, measure, probe_batches
+from controlat.pmp import AdversarialLoss, Criterion, Grid, calibrate, examine, measure, probe_batches
 from controlat.recording import Recording
 from controlat.runs import environment, slug
 from controlat.setting import Setting
+from controlat.texts import duration
 from controlat.training import deterministic
 
 HERE = Path(__file__).resolve().parent
@@ -177,6 +186,190 @@ def everything(args: argparse.Namespace) -> None:
             write_json(file, result | more)
 
 
+# ---- what came out
+
+
+def estimates(run: Mapping[str, Any], gamma: float | None = None) -> dict[str, float]:
+    """Everything that may stand for J, of one roll-out; relaxed roll-outs at the studied gamma only."""
+    c = Criterion.from_json(run["criterion"])
+    here = gamma is None or gamma == c.gamma
+    c = c if gamma is None else replace(c, gamma=gamma)
+    found: dict[str, float] = {"J": c.objective}
+    for form, name in (("norm", "greedy norm (14)"), ("costate", "greedy costate")):
+        gaps = [
+            Surface.from_json(e["surface"]).gap(Control(**e["control"]), c.gamma, form).value
+            for e in run["greedy"]
+        ]
+        found[name] = float(np.mean(gaps))
+    for h in c.horizons:
+        found[f"C, h = {h}" if h < c.steps else "C, whole run (13)"] = c.value(h)
+    if here:
+        j = {float(part): value for part, value in run["calibration"]["outcomes"].items()}
+        found["D"] = max(0.0, c.objective - j[0.5], c.objective - j[0.25])
+        found |= {f"J - J({name})": c.objective - j[part] for part, name in _PARTS.items()}
+        gain, sizes = run["calibration"]["gain"], run["calibration"]["sizes"]
+        curvature = 2 * (j[0.5] - c.objective + 0.5 * gain) / 0.25
+        found["C_rho"] = c.value(rho=max(0.0, curvature) / sizes if sizes > 0 else 0.0)
+    return found
+
+
+_PARTS = {0.5: "1/2", 0.25: "1/4", 1.0: "1"}
+
+
+def correlations(
+    runs_: Sequence[Sequence[Mapping[str, float]]], draws: int = 2000
+) -> dict[str, dict[str, Any]]:
+    """Spearman's rank correlation with J over schedules, for every estimator.
+
+    Args:
+        runs_: for every seed the estimates of all schedules, in one order.
+        draws: of the bootstrap over schedules (the same for all seeds).
+
+    Returns:
+        By name: mean over seeds, value of every seed, 95 % interval of the mean, and the correlation of the
+        means over seeds.
+    """
+    generator = np.random.default_rng(0)
+    n = len(runs_[0])
+    picks = generator.integers(n, size=(draws, n))
+    found = {}
+    for name in runs_[0][0]:
+        if name == "J":
+            continue
+        pairs = [(np.array([r["J"] for r in seed]), np.array([r[name] for r in seed])) for seed in runs_]
+        drawn = []
+        for pick in picks:
+            values = [_spearman(j[pick], e[pick]) for j, e in pairs]
+            if all(math.isfinite(v) for v in values):
+                drawn.append(float(np.mean(values)))
+        values = [_spearman(j, e) for j, e in pairs]
+        means = [np.mean([pair[i] for pair in pairs], axis=0) for i in (0, 1)]
+        found[name] = {
+            "mean": float(np.mean(values)),
+            "per_seed": values,
+            "interval": [float(v) for v in np.quantile(drawn, (0.025, 0.975))],
+            "of_means": _spearman(*means),
+        }
+    return found
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
+
+
+GAMMAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def digest(args: argparse.Namespace) -> dict[str, Any]:
+    """All correlations of the roll-outs that are there: dynamics with all schedules of a seed."""
+    part, work = PARTS[args.part], Path(args.work) / args.part
+    names = list(schedules(part["problem"]["eps"], part["most"]))
+    found: dict[str, Any] = {"part": args.part, "gamma": part["gamma"], "schedules": {}, "dynamics": []}
+    for momentum, rate in part["dynamics"]:
+        complete = []
+        for seed in part["seeds"]:
+            folder = work / f"momentum{momentum:g}-lr{rate:g}-seed{seed}"
+            files = [folder / f"{slug(name)}.json" for name in names]
+            runs_ = [read_json(file) for file in files if file.exists()]
+            if len(runs_) == len(names) and not any("failed" in r for r in runs_):
+                complete.append((seed, runs_))
+        if not complete:
+            continue
+        found["environment"] = complete[0][1][0]["environment"]
+        found["schedules"] = {r["name"]: r["schedule"] for r in complete[0][1]}
+        every = [[estimates(r) for r in runs_] for _, runs_ in complete]
+        rows = [
+            {
+                "name": name,
+                **{key: [seed[i][key] for seed in every] for key in every[0][0]},
+                "phi": [runs_[i]["criterion"]["phi"] for _, runs_ in complete],
+                "robust": [runs_[i]["test"]["robust"] for _, runs_ in complete],
+                "reliability": [runs_[i]["calibration"]["reliability"]["0.25"] for _, runs_ in complete],
+                "gradients": [runs_[i]["training_gradients"] for _, runs_ in complete],
+            }
+            for i, name in enumerate(names)
+        ]
+        prices = {
+            f"{g:g}": correlations([[estimates(r, g) for r in runs_] for _, runs_ in complete], 200)
+            for g in GAMMAS
+        }
+        found["dynamics"].append(
+            {
+                "momentum": momentum,
+                "rate": rate,
+                "seeds": [seed for seed, _ in complete],
+                "steps": len(complete[0][1][0]["criterion"]["blocks"]),
+                "correlations": correlations(every),
+                "at other gammas": prices,
+                "rows": rows,
+                "seconds": sum(r["seconds"] for _, runs_ in complete for r in runs_),
+            }
+        )
+    return found
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The result in Markdown."""
+    heads = ["estimator"]
+    for d in found["dynamics"]:
+        what = "plain SGD" if d["momentum"] == 0 else f"momentum {d['momentum']:g}"
+        heads.append(f"{what}, rate {d['rate']:g} ({len(d['seeds'])} seeds)")
+    names = list(found["dynamics"][0]["correlations"])
+    cells = []
+    for name in names:
+        row = [name]
+        for d in found["dynamics"]:
+            c = d["correlations"][name]
+            row.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(c["mean"], *c["interval"]))
+        cells.append(row)
+    prices = [
+        [
+            f"{name}, gamma {g}",
+            *(
+                f"{d['at other gammas'][g][name]['mean']:+.2f}" if name in d["at other gammas"][g] else ""
+                for d in found["dynamics"]
+            ),
+        ]
+        for name in ("greedy norm (14)", "greedy costate", "C, whole run (13)")
+        for g in found["dynamics"][0]["at other gammas"]
+    ]
+    parts = [
+        f"# What C is worth: {found['part']}",
+        f"Spearman's rank correlation with J over {len(found['schedules'])} schedules, gamma "
+        f"{found['gamma']:g}: mean over seeds, 95 % bootstrap interval over schedules.",
+        report.table(heads, cells),
+        "At other prices, from the same roll-outs:",
+        report.table(heads, prices),
+        "Schedules: " + "; ".join(f"{name}: `{text}`" for name, text in found["schedules"].items()) + ".",
+        f"Made on {found['environment']['hardware']}, {found['environment']['threads']} thread, torch "
+        f"{found['environment']['torch']}; "
+        f"{duration(sum(d['seconds'] for d in found['dynamics']))} for all roll-outs.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(found: Mapping[str, Any], path: Path) -> None:
+    """J against three estimators, a colour for every dynamics, means over seeds."""
+    chosen = ("greedy norm (14)", "C, whole run (13)", "D")
+    drawn = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    for axis, name in zip(drawn.subplots(1, len(chosen)), chosen, strict=True):
+        for i, d in enumerate(found["dynamics"]):
+            j, e = ([float(np.mean(row[key])) for row in d["rows"]] for key in ("J", name))
+            label = f"momentum {d['momentum']:g}, rate {d['rate']:g}"
+            axis.plot(e, j, "osD^"[i % 4], label=label, alpha=0.8)
+        axis.set_xscale("symlog", linthresh=1e-2)
+        axis.set_xlabel(name)
+        axis.set_ylabel("J")
+        axis.grid(alpha=0.25)
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png")
+    write(path, lambda file: file.write(buffer.getvalue()))
+
+
 def main() -> int:
     """Run what is missing, then write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -184,8 +377,15 @@ def main() -> int:
     parser.add_argument("--data-dir", default=None, help="folder of the MNIST files")
     parser.add_argument("--work", default="criterion-worth", help="where roll-outs are kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="some of the seeds")
+    parser.add_argument("--digest", action="store_true", help="only write the results of what is there")
     args = parser.parse_args()
-    everything(args)
+    if not args.digest:
+        everything(args)
+    found, out = digest(args), HERE / "criterion_worth" / args.part
+    write_json(out / "result.json", found)
+    write_text(out / "table.md", tables(found))
+    figure(found, out / "worth.png")
+    print(tables(found))
     return 0
 
 
