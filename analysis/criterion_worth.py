@@ -310,12 +310,16 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """The result in Markdown."""
+def _heads(found: Mapping[str, Any]) -> list[str]:
     heads = ["estimator"]
     for d in found["dynamics"]:
         what = "plain SGD" if d["momentum"] == 0 else f"momentum {d['momentum']:g}"
         heads.append(f"{what}, rate {d['rate']:g} ({len(d['seeds'])} seeds)")
+    return heads
+
+
+def ranking(found: Mapping[str, Any]) -> str:
+    """Rank correlations with J, a column for every dynamics."""
     names = list(found["dynamics"][0]["correlations"])
     cells = []
     for name in names:
@@ -324,6 +328,11 @@ def tables(found: Mapping[str, Any]) -> str:
             c = d["correlations"][name]
             row.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(c["mean"], *c["interval"]))
         cells.append(row)
+    return report.table(_heads(found), cells)
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The result in Markdown."""
     prices = [
         [
             f"{name}, gamma {g}",
@@ -339,9 +348,9 @@ def tables(found: Mapping[str, Any]) -> str:
         f"# What C is worth: {found['part']}",
         f"Spearman's rank correlation with J over {len(found['schedules'])} schedules, gamma "
         f"{found['gamma']:g}: mean over seeds, 95 % bootstrap interval over schedules.",
-        report.table(heads, cells),
+        ranking(found),
         "At other prices, from the same roll-outs:",
-        report.table(heads, prices),
+        report.table(_heads(found), prices),
         "Schedules: " + "; ".join(f"{name}: `{text}`" for name, text in found["schedules"].items()) + ".",
         f"Made on {found['environment']['hardware']}, {found['environment']['threads']} thread, torch "
         f"{found['environment']['torch']}; "

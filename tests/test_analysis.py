@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import controlat
 from controlat.files import read_json
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
@@ -62,3 +63,30 @@ def test_the_readme_shows_the_reduced_table() -> None:
     shown = (HERE.parent / "README.md").read_text()
     assert SCRIPT["strategies"](found) in shown
     assert SCRIPT["orders"](found) in shown
+
+
+WORTH: dict[str, Any] = runpy.run_path(str(HERE / "criterion_worth.py"))
+PARTS = sorted(path.parent for path in (HERE / "criterion_worth").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("folder", PARTS, ids=lambda path: path.name)
+def test_the_worth_of_c_is_shown_as_it_was_found(folder: Path) -> None:
+    found = read_json(folder / "result.json")
+    assert WORTH["tables"](found) == (folder / "table.md").read_text()
+    assert WORTH["ranking"](found) in (HERE.parent / "README.md").read_text()
+
+
+def test_rank_correlations_by_hand() -> None:
+    runs = [[{"J": j, "good": 2 * j, "bad": -j} for j in (1.0, 2.0, 4.0, 3.0)] for _ in range(2)]
+    found = WORTH["correlations"](runs, draws=50)
+    assert found["good"]["mean"] == found["good"]["of_means"] == pytest.approx(1)
+    assert found["bad"]["interval"] == pytest.approx([-1, -1])
+
+
+def test_there_are_fourteen_schedules_and_all_are_admissible() -> None:
+    for part in WORTH["PARTS"].values():
+        every = list(WORTH["runs"](part))
+        assert len({name for _, _, name, _ in every}) == 14
+        assert len(every) == 14 * len(part["seeds"]) * len(part["dynamics"])
+        for _, _, _, text in every[:14]:
+            controlat.parse_schedule(text, part["problem"]["epochs"])
