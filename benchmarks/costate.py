@@ -37,8 +37,8 @@ def images(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def system(steps: int, k: int, seed: int) -> tuple[Driver, Plan]:
-    """LeNet under PGD-K with momentum, for so many steps."""
-    epochs = steps // EPOCH
+    """LeNet under PGD-K with momentum, for at least so many steps, in whole epochs."""
+    epochs = -(-steps // EPOCH)
     model = place(initial_model(lambda: build("lenet", (1, SIDE, SIDE), CLASSES), seed), "cpu")
     driver = Driver(model, build_method("pgd_at"), Ball(EPS), SGDSettings(0.9), seed)
     schedule = parse_schedule(f"pgd:steps={k},alpha={EPS / 4}", epochs)
@@ -49,6 +49,7 @@ def system(steps: int, k: int, seed: int) -> tuple[Driver, Plan]:
 def measured(steps: int, k: int, limit: float, seed: int) -> dict[str, Any]:
     """One run: recorded, and swept from its end to its beginning."""
     driver, plan = system(steps, k, seed)
+    steps = plan.epochs * EPOCH
     began = time.perf_counter()
     recording = Recording.of(driver, plan, limit=limit)
     trained = time.perf_counter() - began
@@ -130,7 +131,7 @@ def arguments() -> argparse.ArgumentParser:
         "--steps", metavar="T", nargs="+", type=positive, default=lengths, help="lengths of runs"
     )
     made.add_argument("--inner", metavar="K", type=positive, default=5, help="steps of the attack")
-    made.add_argument("--megabytes", metavar="N", type=positive, default=256, help="states of the second run")
+    made.add_argument("--megabytes", metavar="N", type=positive, default=256, help="of states in the second run")
     return made
 
 
