@@ -131,7 +131,9 @@ def arguments() -> argparse.ArgumentParser:
         "--steps", metavar="T", nargs="+", type=positive, default=lengths, help="lengths of runs"
     )
     made.add_argument("--inner", metavar="K", type=positive, default=5, help="steps of the attack")
-    made.add_argument("--megabytes", metavar="N", type=positive, default=256, help="of states in the second run")
+    made.add_argument(
+        "--megabytes", metavar="N", type=positive, default=256, help="of states in the second run"
+    )
     return made
 
 
