@@ -125,7 +125,7 @@ class Candidate:
             "epochs": read_json_lines(self.directory / "log.jsonl"),
             "criterion": self.criterion(),
             "evaluation": read_json(file),
-            **({"full": shown(read_json(full))} if s.full else {}),
+            **({"full": shown(read_json(full), self.seed == s.seeds[0])} if s.full else {}),
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,

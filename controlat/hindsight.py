@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -119,8 +119,13 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(s, t) for s, t in pairs if isinstance(s, torch.Tensor))
 
 
-def shown(found: Mapping[str, Any], prices: Sequence[float] = ()) -> dict[str, Any]:
-    """What a report needs of `looked_back`'s data: C by horizon and block, G, J, and its calibration."""
+def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
+    """What a report needs of `looked_back`'s data: C by horizon and block, G, J, and its calibration.
+
+    Args:
+        found: that data.
+        surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
+    """
     criterion = Criterion.from_json(found["criterion"])
     gamma = number(criterion.gamma, "gamma")
     horizons = [
@@ -145,23 +150,22 @@ def shown(found: Mapping[str, Any], prices: Sequence[float] = ()) -> dict[str, A
         for b in best
     ]
     chosen = sorted({0, len(best) // 2, len(best) - 1})
-    surfaces = [
+    drawn = [
         blocks[i]
         | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
         for i in chosen
+        if surfaces
     ]
     return {
         "horizons": horizons,
         "blocks": blocks,
-        "surfaces": surfaces,
-        "prices": [
-            {"gamma": g, "value": _at_price(criterion, g).value()} for g in prices or (gamma / 4, 4 * gamma)
-        ],
+        "surfaces": drawn,
+        "prices": [{"gamma": g, "value": _at_price(criterion, g).value()} for g in (gamma / 4, 4 * gamma)],
         "steps": criterion.steps,
         "looked": len(criterion.looked),
         "phi": criterion.phi,
         "evaluations": criterion.evaluations,
-        "norms": [list(pair) for pair in criterion.norms],
+        "norms": [list(pair) for pair in criterion.norms[:: max(1, len(criterion.norms) // 100)]],
         "dropped": list(criterion.dropped),
         **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
     }
