@@ -102,11 +102,11 @@ PARTS: dict[str, dict[str, Any]] = {
         "dynamics": [(0.9, 0.02)],
         "seeds": [0, 1],
         "horizons": [1, 30, 100],
-        "looks": 2,
+        "looks": 5,
         "test": ["pgd-20"],
     },
 }
-LAMBDAS = (0.5, 0.25, 1.0)
+LAMBDAS = (0.5, 0.25, 0.125, 1.0)
 
 
 def runs(part: Mapping[str, Any]) -> Iterator[tuple[tuple[float, float], int, str, str]]:

@@ -406,7 +406,7 @@ def _signs(driver: Driver) -> Iterator[list[Tensor]]:
     plain = driver.ball
     kind: Any = type(plain)
 
-    class Recording(kind):  # type: ignore[misc]
+    class Noting(kind):  # type: ignore[misc]
         def direction(self, gradient: Tensor) -> Tensor:
             seen = (
                 gradient.detach().sign()
@@ -414,7 +414,7 @@ def _signs(driver: Driver) -> Iterator[list[Tensor]]:
             found.append(seen if self.norm == "linf" else torch.zeros_like(seen))
             return super().direction(gradient)  # type: ignore[no-any-return]
 
-    driver.ball = Recording(plain.eps, plain.norm)
+    driver.ball = Noting(plain.eps, plain.norm)
     try:
         yield found
     finally:

@@ -25,7 +25,7 @@ from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
 
-__all__ = ["Driver", "SGDSettings", "Step", "rollout"]
+__all__ = ["Driver", "SGDSettings", "Step", "arrivals", "rollout"]
 
 
 @dataclass(frozen=True)
@@ -493,17 +493,35 @@ def rollout(
         stride: see `record`.
         begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
     """
-    origin = epoch * plan.batches_per_epoch + batch
+    first = epoch * plan.batches_per_epoch + batch
+    for number, b in arrivals(driver, plan, first, until=until, begun=begun):
+        if record is not None and (number - first) % stride == 0:
+            touched = plan.indices(number, number + stride) if driver.rows else None
+            record(number, driver.snapshot(touched))
+        yield driver.step(b, plan.control(b), plan.learning_rate(b.epoch, b.number))
+
+
+def arrivals(
+    driver: Driver, plan: Plan, first: int, *, until: int | None = None, begun: bool = False
+) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) of every step from `first` on, with the driver at the state before it.
+
+    The consumer takes the step; hooks between epochs are called here.
+
+    Args:
+        driver: holds the state.
+        plan: data and number of epochs.
+        first: number of the first step.
+        until: epoch to stop before; the plan's end by default.
+        begun: the first epoch has begun already.
+    """
+    epoch, batch = divmod(first, plan.batches_per_epoch)
     for e in range(epoch, plan.epochs if until is None else until):
-        first = batch if e == epoch else 0
-        if driver.stopped and first == 0 and not (begun and e == epoch):
-            return
-        if first == 0 and not (begun and e == epoch):
+        start = batch if e == epoch else 0
+        if start == 0 and not (begun and e == epoch):
+            if driver.stopped:
+                return
             driver.start_epoch(plan, e)
-        for b in plan.batches(e, first):
-            number = e * plan.batches_per_epoch + b.number
-            if record is not None and (number - origin) % stride == 0:
-                touched = plan.indices(number, number + stride) if driver.rows and stride > 0 else None
-                record(number, driver.snapshot(touched))
-            yield driver.step(b, plan.control(b), plan.learning_rate(e, b.number))
+        for b in plan.batches(e, start):
+            yield e * plan.batches_per_epoch + b.number, b
         driver.end_epoch(plan, e)

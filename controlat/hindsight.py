@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
 from controlat.config import EvaluateSettings
@@ -16,11 +17,11 @@ from controlat.control import number
 from controlat.methods import Method
 from controlat.parallel import World
 from controlat.plan import Plan
-from controlat.pmp import LAMBDAS, Criterion, Grid, calibrate, examine
-from controlat.pmp.full import looked_at
+from controlat.pmp import HALVINGS, LAMBDAS, Criterion, Grid, calibrate, examine, looked_at
 from controlat.recording import GIBI, Recording
 from controlat.schedules import Schedule
 from controlat.setting import Setting
+from controlat.state import same_bits
 
 __all__ = ["looked_back", "most_evaluations", "shown"]
 
@@ -32,7 +33,7 @@ def looked_back(
     seed: int,
     grid: Grid,
     trained: nn.Module | None = None,
-    progress: Callable[[str, int, int], object] = lambda what, done, total: None,
+    bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
     """The criterion over all horizons, and its calibration, for one schedule under one seed.
 
@@ -43,7 +44,7 @@ def looked_back(
         seed: of the run.
         grid: what is searched.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
-        progress: called with what is done, how many steps of it, and of how many.
+        bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
 
     Returns:
         Plain data: ``criterion``, ``calibration``, ``same`` (whether the roll-out ended with the bits of
@@ -54,25 +55,22 @@ def looked_back(
     driver.autocast = None  # analysis runs in full precision
     terminal = setting.terminal(seed)
     total = plan.epochs * plan.batches_per_epoch
-    done = iter(range(1, 3 * total))
-    recording = Recording.of(
-        driver,
-        plan,
-        limit=settings.memory * GIBI,
-        progress=lambda step: progress("roll-out", next(done), total),
-    )
-    same = None if trained is None else _same(driver.model, trained)
-    swept = iter(range(1, total + 1))
-    found = examine(
-        recording,
-        terminal,
-        grid,
-        gamma=settings.gamma,
-        horizons=settings.horizons or [1, plan.batches_per_epoch],
-        looks=settings.looks,
-        progress=lambda: progress("costates", next(swept), total),
-    )
-    calibration = calibrate(recording, found, terminal)
+    with bar("roll-out", total) as b:
+        recording = Recording.of(driver, plan, limit=settings.memory * GIBI, progress=_told(b))
+    same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
+    steps = recording.last - recording.first
+    with bar("costates", steps) as b:
+        found = examine(
+            recording,
+            terminal,
+            grid,
+            gamma=settings.gamma,
+            horizons=settings.horizons or [1, plan.batches_per_epoch],
+            looks=settings.looks,
+            progress=_told(b),
+        )
+    with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
+        calibration = calibrate(recording, found, terminal, progress=_told(b))
     return {
         "criterion": found.to_json(),
         "calibration": calibration.to_json(),
@@ -102,25 +100,23 @@ def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, gri
     steps = plan.epochs * per_epoch
     controls = [plan.schedule(step / per_epoch) for step in range(steps)]
     rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
-    changes = [i == 0 or i % per_epoch == 0 or controls[i] != controls[i - 1] for i in range(steps)]
-    looked = looked_at(list(itertools.accumulate(changes)), settings.looks)
+    looked = looked_at(plan.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * plan.epochs * n
     scored = sum(grid.cost(method, controls[number]) for number in looked) * plan.batch_size
     dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
-    relaxed = len(LAMBDAS) * (rolled + dearest * plan.epochs * n + 20 * phi)
+    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * plan.epochs * n + 20 * phi)
     return 2 * rolled + pulled + scored + (21 * windows + 20) * phi + relaxed
 
 
-def _same(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two networks hold the same bits."""
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(s, t) for s, t in pairs if isinstance(s, torch.Tensor))
+def _told(bar: Any) -> Callable[..., object] | None:
+    """What moves a progress bar by one, whatever it is called with."""
+    return None if bar is None else lambda *_: bar.update()
 
 
 def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
-    """What a report needs of `looked_back`'s data: C by horizon and block, G, J, and its calibration.
+    """What a report needs of `looked_back`'s data: C by horizon, block and price, costates, calibration.
 
     Args:
         found: that data.
@@ -146,8 +142,9 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
             "control": dict(b.control),
             "maximiser": dict(b.maximiser),
             "gain": b.gain,
+            "cosine": cosine,
         }
-        for b in best
+        for b, cosine in zip(best, criterion.cosines(), strict=True)
     ]
     chosen = sorted({0, len(best) // 2, len(best) - 1})
     drawn = [
@@ -160,7 +157,12 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
         "horizons": horizons,
         "blocks": blocks,
         "surfaces": drawn,
-        "prices": [{"gamma": g, "value": _at_price(criterion, g).value()} for g in (gamma / 4, 4 * gamma)],
+        "cosine": float(np.mean(criterion.cosines())),
+        "growth": criterion.growth if math.isfinite(criterion.growth) else None,
+        "C_rho": criterion.value(rho=found["calibration"]["rho"]),
+        "prices": [
+            {"gamma": g, "value": replace(criterion, gamma=g).value()} for g in (gamma / 4, 4 * gamma)
+        ],
         "steps": criterion.steps,
         "looked": len(criterion.looked),
         "phi": criterion.phi,
@@ -169,8 +171,3 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
         "dropped": list(criterion.dropped),
         **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
     }
-
-
-def _at_price(criterion: Criterion, gamma: float) -> Criterion:
-    """The criterion at another price: nothing has to be run again."""
-    return replace(criterion, gamma=gamma)

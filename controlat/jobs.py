@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from controlat import plots, report
@@ -24,6 +23,7 @@ from controlat.parallel import World, joined
 from controlat.pmp import Grid
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
+from controlat.state import same_bits
 from controlat.training import deterministic, fit, load_checkpoint
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
@@ -165,7 +165,7 @@ def _reproduced(run: str | None, directory: Path) -> bool | None:
     if run is None:
         return None
     theirs, ours = (load_checkpoint(d / "last.pt")["model"] for d in (Path(run), directory))
-    return all(torch.equal(t, ours[name]) for name, t in theirs.items() if isinstance(t, torch.Tensor))
+    return same_bits(theirs, ours)
 
 
 def estimate(**settings: Any) -> dict[str, Any]:

@@ -91,6 +91,17 @@ class Plan:
                 x = placement(x)
             yield Batch(x, y, index, epoch, number, placement, None if share.alone else share)
 
+    def blocks(self, first: int, last: int) -> tuple[int, ...]:
+        """The block of every step first, ..., last - 1: epochs, cut where the control changes in one."""
+        found: list[int] = []
+        before = None
+        for number in range(first, last):
+            epoch, batch = divmod(number, self.batches_per_epoch)
+            here = epoch, self.schedule(epoch + batch / self.batches_per_epoch)
+            found.append(found[-1] + (here != before) if found else 0)
+            before = here
+        return tuple(found)
+
     def control(self, batch: Batch) -> Control:
         """u at the start of that batch's step."""
         return self.schedule(batch.epoch + batch.number / self.batches_per_epoch)

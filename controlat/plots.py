@@ -78,33 +78,39 @@ def criterion(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = _figure(9, 3.9, len(FORMS))
     for axis, form in zip(axes, FORMS, strict=True):
         for i, entry in enumerate(result["schedules"]):
+            t = [e["epoch"] for e in entry["runs"][0]["criterion"]]
             rows = [[e[form]["value"] for e in run["criterion"]] for run in entry["runs"]]
-            shortest = min(map(len, rows))  # a method may end training early
-            values = np.array([row[:shortest] for row in rows])
-            t = [e["epoch"] for e in entry["runs"][0]["criterion"]][:shortest]
-            axis.plot(
-                t, values.mean(0), marker=_MARKERS[i % 8], markersize=4, label=entry["text"], **_style(i)
-            )
-            if len(values) > 1:
-                axis.fill_between(t, values.min(0), values.max(0), color=_style(i)["color"], alpha=0.15, lw=0)
-        seeds = len(result["settings"]["seeds"])
-        axis.set_title(
-            f"C, {form} form" + (f" (mean and range of {seeds} seeds)" if seeds > 1 else ""), fontsize=10
-        )
-        axis.set_xlabel("t (epochs)")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_yscale("symlog", linthresh=_threshold(result, form))
-        axis.set_ylim(bottom=0)
+            _over_time(axis, i, entry["text"], t, rows)
+        _finished(axis, f"C, {form} form{_seeds(result)}")
     axes[0].set_ylabel("max H − H(u)   (0 is best)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
 
 
-def _threshold(result: Mapping[str, Any], form: str) -> float:
-    """Where a symmetric logarithmic axis turns linear: the smaller values that occur."""
-    found = [e[form]["value"] for s in result["schedules"] for run in s["runs"] for e in run["criterion"]]
-    positive = [v for v in found if v > 0]
-    return float(np.quantile(positive, 0.1)) if positive else 1.0
+def _over_time(axis: Any, i: int, label: str, t: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
+    """Mean over seeds of something in the course of training, and a band of its range."""
+    shortest = min(map(len, rows))  # a method may end training early
+    values = np.array([row[:shortest] for row in rows])
+    t = t[:shortest]
+    axis.plot(t, values.mean(0), marker=_MARKERS[i % 8], markersize=4, label=label, **_style(i))
+    if len(values) > 1:
+        axis.fill_between(t, values.min(0), values.max(0), color=_style(i)["color"], alpha=0.15, lw=0)
+
+
+def _finished(axis: Any, title: str) -> None:
+    """Epochs across; a symmetric logarithmic axis of C that turns linear at the smaller means that occur."""
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("t (epochs)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    found = np.concatenate([line.get_ydata() for line in axis.get_lines()])
+    threshold = float(np.quantile(found[found > 0], 0.1)) if (found > 0).any() else 1.0
+    axis.set_yscale("symlog", linthresh=threshold)
+    axis.set_ylim(bottom=0)
+
+
+def _seeds(result: Mapping[str, Any]) -> str:
+    n = len(result["settings"]["seeds"])
+    return f" (mean and range of {n} seeds)" if n > 1 else ""
 
 
 def tradeoff(result: Mapping[str, Any], path: Path) -> None:
@@ -184,32 +190,21 @@ def _sweeps(result: Mapping[str, Any], path: Path) -> None:
 
 
 def horizons(result: Mapping[str, Any], path: Path) -> None:
-    """C per block by horizon: means over seeds."""
+    """C per block by horizon; bands are the range over seeds."""
     entries = result["schedules"]
     steps = [h["steps"] for h in entries[0]["runs"][0]["full"]["horizons"]]
     figure, axes = _figure(4.2 * len(steps), 3.9, len(steps))
     for k, (axis, h) in enumerate(zip(axes, steps, strict=True)):
         for i, entry in enumerate(entries):
+            t = [block["t"] for block in entry["runs"][0]["full"]["blocks"]]
             rows = [run["full"]["horizons"][k]["blocks"] for run in entry["runs"]]
-            shortest = min(map(len, rows))
-            t = [block["t"] for block in entry["runs"][0]["full"]["blocks"]][:shortest]
-            values = np.mean([row[:shortest] for row in rows], axis=0)
-            axis.plot(t, values, marker=_MARKERS[i % 8], markersize=4, label=entry["text"], **_style(i))
+            _over_time(axis, i, entry["text"], t, rows)
         whole = h == entries[0]["runs"][0]["full"]["steps"]
-        axis.set_title(f"horizon {h} step{'s' * (h > 1)}" + (", the whole run" if whole else ""), fontsize=10)
-        axis.set_xlabel("t (epochs)")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_yscale("symlog", linthresh=_smallest(result, k))
-        axis.set_ylim(bottom=0)
+        name = "the whole run" if whole else f"{h} step{'s' * (h > 1)}"
+        _finished(axis, f"horizon: {name}{_seeds(result)}")
     axes[0].set_ylabel("C of the epoch   (0 is best)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
-
-
-def _smallest(result: Mapping[str, Any], k: int) -> float:
-    found = [v for e in result["schedules"] for r in e["runs"] for v in r["full"]["horizons"][k]["blocks"]]
-    positive = [v for v in found if v > 0]
-    return float(np.quantile(positive, 0.1)) if positive else 1.0
 
 
 def costates(result: Mapping[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from controlat.control import Control
-from controlat.dynamics import Driver, Step, rollout
+from controlat.dynamics import Driver, Step, arrivals, rollout
 from controlat.methods import Batch
 from controlat.network import Meter
 from controlat.plan import Plan
@@ -153,11 +153,12 @@ class Recording:
                 self.driver.restore(states[number])
                 yield self._visit(number)
 
-    def backward(self) -> Iterator[Visit]:
-        """Every step from the last to the first, with the driver at the state before it."""
-        for start, stop in reversed(list(self._stretches())):
+    def backward(self, until: int | None = None) -> Iterator[Visit]:
+        """Every step from the last back to `until` (by default the first), with the driver before it."""
+        least = self.first if until is None else until
+        for start, stop in reversed([s for s in self._stretches() if s[1] > least]):
             states = self._states(start, stop)
-            for number in reversed(range(start, stop)):
+            for number in reversed(range(max(start, least), stop)):
                 self.driver.restore(states.pop(number))
                 yield self._visit(number)
 
@@ -180,17 +181,22 @@ class Recording:
             yield start, min(start + self.stride, self.last)
 
     def _states(self, start: int, stop: int) -> dict[int, Snapshot]:
-        """The states before the steps start, ..., stop - 1."""
+        """The states before the steps start, ..., stop - 1, made by taking the steps between them again."""
+        states, plan, driver = {start: self.stored[start]}, self.plan, self.driver
         if stop - start == 1:
-            return {start: self.stored[start]}
-        states: dict[int, Snapshot] = {}
-        self.driver.restore(self.stored[start])
-        meter, self.driver.meter = self.driver.meter, self.spent
+            return states
+        driver.restore(states[start])
+        meter, driver.meter = driver.meter, self.spent
         try:
-            for _ in _steps(self.driver, self.plan, start, stop, states, begun=True):
-                pass
+            for number, b in arrivals(driver, plan, start, begun=True):
+                if number > start:
+                    touched = plan.indices(number, number + 1) if driver.rows else None
+                    states[number] = driver.snapshot(touched)
+                if number == stop - 1:
+                    break
+                driver.step(b, plan.control(b), plan.learning_rate(b.epoch, b.number))
         finally:
-            self.spent, self.driver.meter = self.driver.meter, meter
+            driver.meter = meter
         return states
 
 

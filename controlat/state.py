@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from controlat.methods import Rows
 
-__all__ = ["Snapshot", "copied", "gather", "put"]
+__all__ = ["Snapshot", "copied", "gather", "put", "same_bits"]
 
 
 class Snapshot(NamedTuple):
@@ -54,6 +55,11 @@ def put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
     index = index.to(values.device)
     store.values[index], store.seen[index] = values, rows.seen
     return store
+
+
+def same_bits(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two state dicts of a network hold the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items() if isinstance(t, Tensor))
 
 
 def copied(optimizer: dict[str, Any]) -> dict[str, Any]:

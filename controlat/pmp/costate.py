@@ -173,7 +173,7 @@ def sweep(
 
     driver.restore(recording.end)
     begin(recording.last)
-    for visit in recording.backward():
+    for visit in recording.backward(min(every, default=recording.last)):
         for what, name in reversed(events.get(visit.number + 1, [])):
             for p in costates.values():
                 p.through(what, name)

@@ -10,6 +10,7 @@ epoch), DeltaH is summed over the block before the maximum is taken: a schedule 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from controlat.network import Meter
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.maximise import Grid
-from controlat.pmp.relaxed import relaxed
+from controlat.pmp.relaxed import Outcome, relaxed
 from controlat.pmp.surface import Array
 from controlat.pmp.terminal import Terminal
 from controlat.recording import Recording
@@ -31,6 +32,7 @@ from controlat.recording import Recording
 __all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
 
 LAMBDAS = (0.5, 0.25)
+HALVINGS = 2
 RELIABLE = 0.25
 
 
@@ -152,6 +154,23 @@ class Criterion:
         """C = G / (eta T)."""
         return self.total(horizon, rho) / (self.rate * self.steps)
 
+    def cosines(self, horizon: int | None = None) -> list[float]:
+        """Cosine between p_{t+1} and S(z, v) - S(z, u), v the maximiser of the block: mean for every block.
+
+        Near 0 the costate hardly sees what the maximiser does, and noise decides.
+        """
+        h = self.horizons[-1] if horizon is None else horizon
+        found = []
+        for block in self.best(h):
+            members = [g for g in self.looked if self.blocks[g.number - self.first] == block.index]
+            found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
+        return found
+
+    @property
+    def growth(self) -> float:
+        """||p|| after the first step that was looked at over ||p|| at the end, for the longest horizon."""
+        return self.norms[0][1] / self.norms[-1][1] if self.norms[-1][1] > 0 else math.nan
+
     def per_step(self, horizon: int | None = None) -> Array:
         """max_v DeltaH_t(v) / eta at every step that was looked at: C if u could change at every step."""
         h = self.horizons[-1] if horizon is None else horizon
@@ -235,7 +254,7 @@ def examine(
     if looks is not None and looks < 1:
         raise ValueError(f"looks must be >= 1, got {looks}")
     plan, driver, whole = recording.plan, recording.driver, recording.last - recording.first
-    blocks = _blocks(recording)
+    blocks = plan.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
     meter, replayed = Meter(), recording.spent.gradients
     found, norms = [], []
@@ -267,19 +286,6 @@ def examine(
     )
 
 
-def _blocks(recording: Recording) -> tuple[int, ...]:
-    """The block of every step: epochs, cut where the control changes within one."""
-    found: list[int] = []
-    last = None
-    for step in recording.steps:
-        if last is not None:
-            found.append(found[-1] + ((step.epoch, step.control) != last))
-        else:
-            found.append(0)
-        last = (step.epoch, step.control)
-    return tuple(found)
-
-
 def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
     """Positions of some steps of each block, spread evenly.
 
@@ -297,6 +303,9 @@ def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
 @dataclass(frozen=True)
 class Calibration:
     """What the size of G means, from relaxed roll-outs towards its maximisers.
+
+    The roll-outs go a part lambda of the way. Where a quarter of the way reaches less than a quarter of what
+    G promises for it, lambda is halved until it does (Armijo's rule), or a few times in vain.
 
     Args:
         gain: G.
@@ -316,7 +325,7 @@ class Calibration:
 
     @property
     def certificate(self) -> float:
-        """D = max over lambda of [J - J(lambda)]_+: a decrease that relaxed controls really reached."""
+        """D = max over lambda of [J - J(lambda)]_+: the largest decrease that was really reached."""
         return max(0.0, *(self.objective - j for j in self.outcomes.values()))
 
     def reliability(self, part: float) -> float:
@@ -327,8 +336,15 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Whether a quarter of what G promises came true at the smallest lambda; also where G is 0."""
-        return self.gain <= 0 or self.reliability(min(self.outcomes)) >= RELIABLE
+        """Whether r(1/4) >= 1/4, or that at the lambda nearest below (else the smallest); also if G is 0."""
+        parts = [part for part in self.outcomes if part <= 0.25]
+        return self.gain <= 0 or self.reliability(max(parts, default=min(self.outcomes))) >= RELIABLE
+
+    @property
+    def reach(self) -> float | None:
+        """The largest lambda with r >= 1/4: how far first order reaches. None without one, or if G is 0."""
+        parts = [part for part in self.outcomes if self.gain > 0 and self.reliability(part) >= RELIABLE]
+        return max(parts, default=None)
 
     @property
     def kappa(self) -> float:
@@ -359,6 +375,7 @@ class Calibration:
         more = ("kappa", "curvature", "model_gain", "rho")
         return {
             **{name: _finite(getattr(self, name)) for name in (*names, *more)},
+            "reach": self.reach,
             "outcomes": {str(k): v for k, v in self.outcomes.items()},
             "reliability": {str(k): _finite(self.reliability(k)) for k in self.outcomes},
         }
@@ -376,8 +393,13 @@ def calibrate(
     *,
     horizon: int | None = None,
     lambdas: Sequence[float] = LAMBDAS,
+    halvings: int = HALVINGS,
+    progress: Callable[[float], object] | None = None,
 ) -> Calibration:
     """Roll out relaxed controls towards the maximisers of a criterion, one roll-out for each lambda.
+
+    From the smallest lambda on it is halved while r < 1/4 (Armijo's rule): a decrease of that size is certain
+    for lambda -> 0 where G is exact, and how small lambda has to be says how far first order reaches.
 
     Args:
         recording: of the roll-out that `criterion` is of.
@@ -385,9 +407,15 @@ def calibrate(
         terminal: Phi.
         horizon: whose maximisers; the longest by default.
         lambdas: parts of the way, in (0, 1].
+        halvings: how often the smallest of them is halved at most. Far below 0.1 rounding to float32 and
+            changes of sign rule.
+        progress: called with lambda after every step.
 
     Raises:
         ValueError: a lambda is out of range.
+
+    Source:
+        Armijo (1966), for the rule; `relaxed` for the gap.
     """
     if not lambdas or not all(0 < part <= 1 for part in lambdas):
         raise ValueError(f"lambdas must be in (0, 1], got {list(lambdas)}")
@@ -397,10 +425,26 @@ def calibrate(
         for i, index in enumerate(criterion.blocks)
         if best[index].gain > 0
     }
-    found = {part: relaxed(recording, others, part, terminal) for part in lambdas}
+    found: dict[float, Outcome] = {}
+
+    def roll_out(part: float) -> float:
+        """r(lambda)."""
+        if not others:  # G = 0: nothing to go towards
+            found[part] = Outcome(criterion.phi, criterion.evaluations, 0)
+            return 1.0
+        tell = None if progress is None else functools.partial(progress, part)
+        found[part] = relaxed(recording, others, part, terminal, progress=tell)
+        return (criterion.objective - found[part].objective(criterion.price)) / (part * gain)
+
+    gain, part = sum(b.gain for b in best.values()), min(lambdas)
+    trusted = [roll_out(part) for part in sorted(lambdas, reverse=True)][-1] >= RELIABLE
+    for _ in range(halvings):
+        if not trusted:
+            part /= 2
+            trusted = roll_out(part) >= RELIABLE
     cheapest = min(float(g.evaluations.min()) for g in criterion.looked)
     return Calibration(
-        sum(b.gain for b in best.values()),
+        gain,
         criterion.objective,
         {part: outcome.objective(criterion.price) for part, outcome in found.items()},
         sum(b.size for b in best.values() if b.gain > 0),

@@ -8,7 +8,7 @@ For a method of one update this is the step with the mixed gradient. dJ/dlambda 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -92,7 +92,14 @@ class _Mixing(Driver):
             self.rows[name] = put(store, batch.indices, mixed)
 
 
-def relaxed(recording: Recording, others: Mapping[int, Control], part: float, terminal: Terminal) -> Outcome:
+def relaxed(
+    recording: Recording,
+    others: Mapping[int, Control],
+    part: float,
+    terminal: Terminal,
+    *,
+    progress: Callable[[], object] | None = None,
+) -> Outcome:
     """Roll out a recorded plan anew, with relaxed controls.
 
     Args:
@@ -100,6 +107,7 @@ def relaxed(recording: Recording, others: Mapping[int, Control], part: float, te
         others: v_t by the number of the step; steps without one keep u_t.
         part: lambda; 0 is the recorded roll-out, 1 takes the steps under v.
         terminal: Phi.
+        progress: called after every step.
 
     Raises:
         NonFiniteError: training diverged.
@@ -114,6 +122,7 @@ def relaxed(recording: Recording, others: Mapping[int, Control], part: float, te
         for number in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
             mixing.restore(recording.stored[number])
         for _ in recording.again(mixing):
-            pass
+            if progress is not None:
+                progress()
         phi = terminal.value(mixing)
     return Outcome(phi, mixing.evaluations, mixing.meter.gradients)
