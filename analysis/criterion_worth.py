@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 from controlat import Control, Surface, report, rng
@@ -34,7 +33,17 @@ from controlat.config import TrainSettings
 from controlat.evaluation.robust import measure as attacked
 from controlat.files import read_json, write, write_json, write_text
 from controlat.network import NonFiniteError
-from controlat.pmp import AdversarialLoss, Criterion, Grid, calibrate, examine, measure, probe_batches
+from controlat.pmp import (
+    AdversarialLoss,
+    Calibration,
+    Criterion,
+    Grid,
+    calibrate,
+    examine,
+    measure,
+    probe_batches,
+)
+from controlat.pmp.hamiltonian import Gains
 from controlat.recording import Recording
 from controlat.runs import environment, slug
 from controlat.setting import Setting
@@ -106,7 +115,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "test": ["pgd-20"],
     },
 }
-LAMBDAS = (0.5, 0.25, 0.125, 1.0)
+LAMBDAS = (1.0, 0.5, 0.25)
 
 
 def runs(part: Mapping[str, Any]) -> Iterator[tuple[tuple[float, float], int, str, str]]:
@@ -202,61 +211,107 @@ def estimates(run: Mapping[str, Any], gamma: float | None = None) -> dict[str, f
         ]
         found[name] = float(np.mean(gaps))
     for h in c.horizons:
-        found[f"C, h = {h}" if h < c.steps else "C, whole run (13)"] = c.value(h)
+        found[f"C, h = {h}" if h < c.steps else WHOLE] = c.value(h)
+    found["C, one step an epoch looked at"] = replace(c, looked=middle(c)).value()
+    found["C, smoothed over three epochs"] = smoothed(c)
     if here:
+        calibration = shipped(c, run["calibration"])
+        found["C_rho"] = c.value(rho=calibration.rho)
+        found["model gain"] = calibration.model_gain
+        found["D"] = calibration.certificate
         j = {float(part): value for part, value in run["calibration"]["outcomes"].items()}
-        found["D"] = max(0.0, c.objective - j[0.5], c.objective - j[0.25])
         found |= {f"J - J({name})": c.objective - j[part] for part, name in _PARTS.items()}
-        gain, sizes = run["calibration"]["gain"], run["calibration"]["sizes"]
-        curvature = 2 * (j[0.5] - c.objective + 0.5 * gain) / 0.25
-        found["C_rho"] = c.value(rho=max(0.0, curvature) / sizes if sizes > 0 else 0.0)
     return found
 
 
-_PARTS = {0.5: "1/2", 0.25: "1/4", 1.0: "1"}
+WHOLE = "C, whole run (13)"
+_PARTS = {0.25: "1/4", 0.5: "1/2", 1.0: "1"}
 
 
-def correlations(
-    runs_: Sequence[Sequence[Mapping[str, float]]], draws: int = 2000
-) -> dict[str, dict[str, Any]]:
+def shipped(c: Criterion, found: Mapping[str, Any]) -> Calibration:
+    """The calibration that `evaluate` makes by itself, of the outcomes that are there."""
+    j = {float(part): value for part, value in found["outcomes"].items()}
+    parts = {part: j[part] for part in (0.5, 0.25)}
+    known = Calibration(found["gain"], c.objective, parts, found["sizes"], found["bound"], found["spent"])
+    if known.calibrated or 0.125 not in j:
+        return known
+    return replace(known, outcomes=parts | {0.125: j[0.125]})
+
+
+def middle(c: Criterion) -> tuple[Gains, ...]:
+    """Of the steps that were looked at, the middle one of every block."""
+    by_block: dict[int, list[Gains]] = {}
+    for g in c.looked:
+        by_block.setdefault(c.blocks[g.number - c.first], []).append(g)
+    return tuple(members[len(members) // 2] for members in by_block.values())
+
+
+def smoothed(c: Criterion) -> float:
+    """C with the gain of every candidate averaged over a block and its neighbours, as far as they have it."""
+    tables = [dict(c.surface(b.index)[1:]) for b in c.best()]
+    total = 0.0
+    for i, here in enumerate(tables):
+        near = tables[max(0, i - 1) : i + 2]
+        total += max(0.0, *(float(np.mean([t[v] for t in near if v in t])) for v in here))
+    return total / (c.rate * c.steps)
+
+
+def together(criteria: Sequence[Criterion]) -> float:
+    """C with the gain of every candidate averaged over seeds before the maximum is taken."""
+    total = 0.0
+    for found in zip(*([dict(c.surface(b.index)[1:]) for b in c.best()] for c in criteria), strict=True):
+        common = [v for v in found[0] if all(v in other for other in found)]
+        total += max(0.0, *(float(np.mean([other[v] for other in found])) for v in common))
+    return total / (criteria[0].rate * criteria[0].steps)
+
+
+def correlations(runs_: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
     """Spearman's rank correlation with J over schedules, for every estimator.
 
     Args:
         runs_: for every seed the estimates of all schedules, in one order.
-        draws: of the bootstrap over schedules (the same for all seeds).
 
     Returns:
-        By name: mean over seeds, value of every seed, 95 % interval of the mean, and the correlation of the
-        means over seeds.
+        By name: value of every seed, their mean with a 95 % bootstrap interval over schedules (the same ones
+        for all seeds), and the same of the means over seeds.
     """
-    generator = np.random.default_rng(0)
-    n = len(runs_[0])
-    picks = generator.integers(n, size=(draws, n))
+    picks = resamples(len(runs_[0]))
     found = {}
     for name in runs_[0][0]:
-        if name == "J":
-            continue
-        pairs = [(np.array([r["J"] for r in seed]), np.array([r[name] for r in seed])) for seed in runs_]
-        drawn = []
-        for pick in picks:
-            values = [_spearman(j[pick], e[pick]) for j, e in pairs]
-            if all(math.isfinite(v) for v in values):
-                drawn.append(float(np.mean(values)))
-        values = [_spearman(j, e) for j, e in pairs]
-        means = [np.mean([pair[i] for pair in pairs], axis=0) for i in (0, 1)]
-        found[name] = {
-            "mean": float(np.mean(values)),
-            "per_seed": values,
-            "interval": [float(v) for v in np.quantile(drawn, (0.025, 0.975))],
-            "of_means": _spearman(*means),
-        }
+        if name != "J":
+            j, e = (np.array([[r[key] for r in seed] for seed in runs_]) for key in ("J", name))
+            values = [float(v) for v in spearman(j, e)]
+            found[name] = {
+                "per_seed": values,
+                "mean": float(np.mean(values)),
+                "interval": between(spearman(j[:, picks], e[:, picks]).mean(0)),
+                **of_means(j, e),
+            }
     return found
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    return float(spearmanr(a, b).statistic)
+def of_means(j: NDArray[np.float64], e: NDArray[np.float64]) -> dict[str, Any]:
+    """Rank correlation of what was averaged over seeds first, (seeds, schedules), with its interval."""
+    j, e = j.mean(0), e.mean(0)
+    picks = resamples(len(j))
+    return {"of_means": float(spearman(j, e)), "of_means_interval": between(spearman(j[picks], e[picks]))}
+
+
+def resamples(n: int, draws: int = 2000) -> NDArray[np.int64]:
+    """Positions of the bootstrap, (draws, n)."""
+    return np.random.default_rng(0).integers(n, size=(draws, n))
+
+
+def between(drawn: NDArray[np.float64]) -> list[float]:
+    """The 95 % interval of what was drawn; draws of one schedule only have no correlation."""
+    return [float(v) for v in np.nanquantile(drawn, (0.025, 0.975))]
+
+
+def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's rank correlation over the last axis; NaN where one side is constant."""
+    a, b = (rankdata(v, axis=-1) - (v.shape[-1] + 1) / 2 for v in (a, b))
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.asarray(np.divide((a * b).sum(-1), scale, out=np.full_like(scale, np.nan), where=scale > 0))
 
 
 GAMMAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -292,9 +347,12 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
             for i, name in enumerate(names)
         ]
         prices = {
-            f"{g:g}": correlations([[estimates(r, g) for r in runs_] for _, runs_ in complete], 200)
+            f"{g:g}": correlations([[estimates(r, g) for r in runs_] for _, runs_ in complete])
             for g in GAMMAS
         }
+        criteria = [[Criterion.from_json(r["criterion"]) for r in runs_] for _, runs_ in complete]
+        joint = np.array([[together(cs) for cs in zip(*criteria, strict=True)]])
+        j = np.array([[c.objective for c in cs] for cs in criteria])
         found["dynamics"].append(
             {
                 "momentum": momentum,
@@ -302,6 +360,7 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
                 "seeds": [seed for seed, _ in complete],
                 "steps": len(complete[0][1][0]["criterion"]["blocks"]),
                 "correlations": correlations(every),
+                "seeds averaged": of_means(j, joint),
                 "at other gammas": prices,
                 "rows": rows,
                 "seconds": sum(r["seconds"] for _, runs_ in complete for r in runs_),
@@ -318,16 +377,22 @@ def _heads(found: Mapping[str, Any]) -> list[str]:
     return heads
 
 
-def ranking(found: Mapping[str, Any]) -> str:
-    """Rank correlations with J, a column for every dynamics."""
+def ranking(found: Mapping[str, Any], kind: str = "mean") -> str:
+    """Rank correlations with J, a column for every dynamics.
+
+    Args:
+        found: the digest.
+        kind: ``"mean"`` over seeds, or ``"of_means"``: of what was averaged over seeds first.
+    """
     names = list(found["dynamics"][0]["correlations"])
-    cells = []
-    for name in names:
-        row = [name]
-        for d in found["dynamics"]:
-            c = d["correlations"][name]
-            row.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(c["mean"], *c["interval"]))
-        cells.append(row)
+    rows = {name: [d["correlations"][name] for d in found["dynamics"]] for name in names}
+    if kind == "of_means":
+        rows["C, gains averaged over seeds"] = [d["seeds averaged"] for d in found["dynamics"]]
+    interval = {"mean": "interval", "of_means": "of_means_interval"}[kind]
+    cells = [
+        [name, *("{:+.2f} [{:+.2f}, {:+.2f}]".format(c[kind], *c[interval]) for c in row)]
+        for name, row in rows.items()
+    ]
     return report.table(_heads(found), cells)
 
 
@@ -341,7 +406,7 @@ def tables(found: Mapping[str, Any]) -> str:
                 for d in found["dynamics"]
             ),
         ]
-        for name in ("greedy norm (14)", "greedy costate", "C, whole run (13)")
+        for name in ("greedy norm (14)", "greedy costate", WHOLE)
         for g in found["dynamics"][0]["at other gammas"]
     ]
     parts = [
@@ -349,6 +414,8 @@ def tables(found: Mapping[str, Any]) -> str:
         f"Spearman's rank correlation with J over {len(found['schedules'])} schedules, gamma "
         f"{found['gamma']:g}: mean over seeds, 95 % bootstrap interval over schedules.",
         ranking(found),
+        "The same of J and estimators that were averaged over seeds first:",
+        ranking(found, "of_means"),
         "At other prices, from the same roll-outs:",
         report.table(_heads(found), prices),
         "Schedules: " + "; ".join(f"{name}: `{text}`" for name, text in found["schedules"].items()) + ".",
@@ -361,7 +428,7 @@ def tables(found: Mapping[str, Any]) -> str:
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
     """J against three estimators, a colour for every dynamics, means over seeds."""
-    chosen = ("greedy norm (14)", "C, whole run (13)", "D")
+    chosen = ("greedy norm (14)", WHOLE, "D")
     drawn = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     for axis, name in zip(drawn.subplots(1, len(chosen)), chosen, strict=True):

@@ -289,8 +289,8 @@ def _full_notes(result: Mapping[str, Any]) -> list[str]:
         "rate. C full: Amata's (13) over the whole run, from exact costates: the sum over epochs of max over "
         "(alpha, K) of the sum of H(v) - H(u) over the steps, divided by eta T; 95 % interval over "
         f"{s['looks']} steps looked at in each epoch. D: the largest decrease of J that relaxed controls "
-        "really reached, half or a quarter of the way to the maximisers (an eighth, a sixteenth where first "
-        "order does not reach so far).",
+        "really reached, half or a quarter of the way to the maximisers, or an eighth where first order does "
+        "not reach so far.",
     ]
     doubtful = [e["text"] for e in result["schedules"] if e["summary"]["full"]["uncalibrated"]]
     if doubtful:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from controlat import Surface, jobs, load_schedule, parse_schedule
 from controlat.evaluation import wilson
 from controlat.files import read_json, read_json_lines
-from controlat.pmp import FORMS
+from controlat.pmp import FORMS, Criterion
 from controlat.training import load_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -230,13 +231,51 @@ def test_the_summary_names_every_schedule_attack_and_figure(out: Path) -> None:
     assert len({line.count("|") for line in tables[:4]}) == 1
 
 
-@pytest.mark.parametrize("name", ["schedules.png", "criterion.png", "tradeoff.png"])
+def _section(text: str, title: str) -> list[dict[str, str]]:
+    """The table of a section, a dict for each row."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    heads, _, *cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    return [dict(zip(heads, row, strict=True)) for row in cells]
+
+
+def test_the_summary_shows_the_full_criterion_and_what_its_size_means(out: Path) -> None:
+    text = (out / "summary.md").read_text()
+    by_horizon, trust = _section(text, "The full criterion"), _section(text, "What its size means")
+    changes = _section(text, "What the full maximum principle would change")
+    for i, schedule in enumerate(SMALL["schedules"]):
+        files = sorted((out / "runs").glob(f"{i + 1:02d}-*/full.json"))
+        found = [read_json(file) for file in files]
+        criteria = [Criterion.from_json(f["criterion"]) for f in found]
+        c = [f["calibration"] for f in found]
+        assert by_horizon[i]["schedule"] == trust[i]["schedule"] == schedule
+        for h, head in zip(criteria[0].horizons, list(by_horizon[i])[1:], strict=False):
+            assert head in (f"h = {h}", "whole run")
+            assert by_horizon[i][head].startswith(f"{np.mean([k.value(h) for k in criteria]):.3g}")
+        dear = [replace(k, gamma=4 * k.gamma).value() for k in criteria]
+        assert by_horizon[i][list(by_horizon[i])[-1]] == f"{np.mean(dear):.3g}"
+        for head, key in (("J", "objective"), ("G", "gain"), ("D", "certificate"), ("model", "model_gain")):
+            assert trust[i][head] == f"{np.mean([k[key] for k in c]):.3g}"
+        assert trust[i]["cosine"] == f"{np.mean([np.mean(k.cosines()) for k in criteria]):.3g}"
+        assert trust[i]["growth"] == f"{np.mean([k.growth for k in criteria]):.3g}"
+        rho = [k.value(rho=f["rho"]) for k, f in zip(criteria, c, strict=True)]
+        assert trust[i]["C_rho"] == f"{np.mean(rho):.3g}"
+        reached = [k["reliability"]["0.25"] for k in c if k["gain"] > 0]
+        assert trust[i]["r(1/4)"] == (f"{np.mean(reached):.3g}" if reached else "-")
+        gains = [float(row[schedule].split("+")[1]) for row in changes if "+" in row[schedule]]
+        assert sum(gains) == pytest.approx(c[0]["gain"], rel=1e-2)
+    assert len(changes) == SMALL["epochs"]
+
+
+FIGURES = ["schedules.png", "criterion.png", "tradeoff.png", "horizons.png", "costates.png", "surfaces.png"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_figures_open_and_show_something(out: Path, name: str) -> None:
     with Image.open(out / name) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB"))
     height, width, _ = pixels.shape
-    assert width > 800
+    assert width > 700
     assert height > 300
     inked = (pixels < 250).any(axis=2)
     assert 0.005 < inked.mean() < 0.7

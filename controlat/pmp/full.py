@@ -32,7 +32,7 @@ from controlat.recording import Recording
 __all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
 
 LAMBDAS = (0.5, 0.25)
-HALVINGS = 2
+HALVINGS = 1
 RELIABLE = 0.25
 
 
@@ -305,7 +305,7 @@ class Calibration:
     """What the size of G means, from relaxed roll-outs towards its maximisers.
 
     The roll-outs go a part lambda of the way. Where a quarter of the way reaches less than a quarter of what
-    G promises for it, lambda is halved until it does (Armijo's rule), or a few times in vain.
+    G promises for it, lambda is halved (Armijo's rule).
 
     Args:
         gain: G.
@@ -407,8 +407,8 @@ def calibrate(
         terminal: Phi.
         horizon: whose maximisers; the longest by default.
         lambdas: parts of the way, in (0, 1].
-        halvings: how often the smallest of them is halved at most. Far below 0.1 rounding to float32 and
-            changes of sign rule.
+        halvings: how often the smallest of them is halved at most. Below about 0.1 rounding to float32 and
+            signs that change rule.
         progress: called with lambda after every step.
 
     Raises:

@@ -15,7 +15,7 @@ from controlat.control import Control
 from controlat.dynamics import SGDSettings
 from controlat.families import parse_schedule
 from controlat.files import read_json, write_json
-from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine
+from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, sweep
 from controlat.pmp.relaxed import relaxed
 from controlat.recording import Recording
 
@@ -194,6 +194,83 @@ def test_relaxed_roll_outs_are_what_calibration_reports(o: SGDSettings) -> None:
     assert c.spent > 0
     with pytest.raises(ValueError, match=r"lambdas must be in \(0, 1\]"):
         calibrate(r, found, terminal, lambdas=(0.0,))
+
+
+def test_reach_is_the_largest_part_that_keeps_a_quarter_of_its_promise() -> None:
+    """J(lambda) = 3 - 2 lambda + M lambda^2 / 2 keeps r = 1 - M lambda / 4: r >= 1/4 up to lambda = 3/M."""
+    parts = (0.5, 0.25, 0.125, 0.0625)
+    for m, reach in ((2.0, 0.5), (6.0, 0.5), (6.1, 0.25), (20.0, 0.125), (40.0, 0.0625), (50.0, None)):
+        c = model({part: 3 - 2 * part + m / 2 * part**2 for part in parts})
+        assert c.reach == reach
+        assert c.calibrated == (m <= 12)
+        assert c.certificate == pytest.approx(max(0, *(2 * part - m / 2 * part**2 for part in parts)))
+    assert model(dict.fromkeys(parts, 3.0), gain=0.0).reach is None
+
+
+def test_lambda_is_halved_until_a_quarter_of_the_promise_is_kept() -> None:
+    """Armijo's rule on a run whose costate is made to promise more than there is."""
+    r, terminal = recorded(PLAIN["pgd_at"]), phi()
+    honest = examine(r, terminal, GRID, gamma=GAMMA)
+    kept = calibrate(r, honest, terminal)
+    assert sorted(kept.outcomes) == [0.25, 0.5]
+    looked = tuple(replace(g, rewards={h: 1e3 * v for h, v in g.rewards.items()}) for g in honest.looked)
+    boastful = replace(honest, looked=looked)
+    told: list[float] = []
+    c = calibrate(r, boastful, terminal, halvings=3, progress=told.append)
+    assert sorted(c.outcomes) == [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert told == [part for part in sorted(c.outcomes, reverse=True) for _ in r.steps]
+    assert not c.calibrated
+    assert c.reach is None
+    assert sorted(calibrate(r, boastful, terminal, halvings=0).outcomes) == [0.25, 0.5]
+    best = {b.index: b.maximiser for b in boastful.best()}
+    others = {i: best[index] for i, index in enumerate(boastful.blocks)}
+    again = relaxed(r, others, 1 / 16, terminal).objective(boastful.price)
+    assert c.outcomes[1 / 16] == again
+
+
+def test_nothing_is_rolled_out_where_nothing_is_to_be_gained() -> None:
+    r, terminal = recorded(PLAIN["pgd_at"]), phi()
+    found = examine(r, terminal, GRID, gamma=GAMMA)
+    looked = tuple(
+        replace(g, rewards={h: 0 * v - 1e9 * (v != 0) for h, v in g.rewards.items()}) for g in found.looked
+    )
+    flat_ = replace(found, looked=looked, gamma=0.0)
+    c = calibrate(r, flat_, terminal)
+    assert (c.gain, c.spent, c.certificate, c.reach) == (0, 0, 0, None)
+    assert c.calibrated
+
+
+@optimizers
+def test_cosines_and_growth_are_those_of_the_costates(o: SGDSettings) -> None:
+    """All steps looked at: the cosine by two steps taken by hand, ||p|| from the sweep itself."""
+    r, terminal = recorded(PLAIN["free"], o), phi()
+    found = examine(r, terminal, GRID, gamma=GAMMA)
+    norms = {s.visit.number: s.norms[6] for s in sweep(r, terminal)}
+    assert found.growth == pytest.approx(norms[0] / norms[5])
+    for block, cosine in zip(found.best(), found.cosines(), strict=True):
+        members = [g for g in found.looked if found.blocks[g.number] == block.index]
+        where = [g.controls.index(block.maximiser) for g in members]
+        by_hand = [
+            g.rewards[6][i] / (norms[g.number] * g.sizes[i] ** 0.5) if g.sizes[i] else 0.0
+            for g, i in zip(members, where, strict=True)
+        ]
+        assert cosine == pytest.approx(np.mean(by_hand))
+        assert -1 <= cosine <= 1
+
+
+def test_a_sweep_takes_no_step_again_before_the_first_that_is_looked_at() -> None:
+    r = recorded(PLAIN["pgd_at"])
+    few = Recording.of(*system_of(r), stride=3)
+    before = few.spent.gradients
+    swept = list(sweep(few, phi(), looked=[4]))
+    assert [s.visit.number for s in swept] == [5, 4]
+    per_step = sum(step.spent.gradients for step in r.steps) / 6
+    assert few.spent.gradients - before == pytest.approx(2 * per_step, rel=0.5)  # steps 3 and 4, to be at 5
+    assert list(sweep(few, phi(), looked=[])) == []
+
+
+def system_of(r: Recording) -> tuple[Any, Any]:
+    return driver(PLAIN["pgd_at"], optimizer=r.driver.optimizer, channels_last=False), r.plan
 
 
 def test_a_trust_region_lowers_the_gap_and_a_huge_one_leaves_nothing() -> None:
