@@ -100,18 +100,21 @@ class Verified(NamedTuple):
 
 def state(driver: Driver, batch: Batch) -> State:
     """A copy of the driver's present state, as far as a step on that batch sees it."""
-    buffers = [driver.sgd.state.get(p, {}).get("momentum_buffer") for p in driver.parameters]
-    momentum = [
-        torch.zeros_like(p) if b is None else b.clone()
-        for p, b in zip(driver.parameters, buffers, strict=True)
-    ]
     context = driver._context(batch, 0.0, Meter(), driver.memory)
     return State(
         [p.detach().clone() for p in driver.parameters],
-        momentum if driver.optimizer.momentum > 0 else [],
+        buffers(driver) if driver.optimizer.momentum > 0 else [],
         {name: t.clone() for name, t in driver.memory.items() if t.is_floating_point()},
         {name: rows.values.clone() for name, rows in context.rows.items()},
     )
+
+
+def buffers(driver: Driver) -> list[Tensor]:
+    """Copies of the optimiser's momentum buffers, one for each parameter; 0 before the first step."""
+    found = [driver.sgd.state.get(p, {}).get("momentum_buffer") for p in driver.parameters]
+    return [
+        torch.zeros_like(p) if b is None else b.clone() for p, b in zip(driver.parameters, found, strict=True)
+    ]
 
 
 def pullback(

@@ -18,7 +18,6 @@ from controlat.dynamics import Driver
 from controlat.files import append_json_line, read_json, read_json_lines, write_json
 from controlat.hindsight import looked_back, shown
 from controlat.methods import Batch
-from controlat.network import NonFiniteError
 from controlat.plan import Plan
 from controlat.pmp import FORMS, Gap, Grid, Surface, measure, probe_batches
 from controlat.runs import slug
@@ -78,21 +77,15 @@ class Candidate:
     def look_back(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
         s = self.settings
-        try:
-            return looked_back(
-                self.setting,
-                s,
-                self.schedule,
-                self.seed,
-                self.grid,
-                trained,
-                lambda what, total: progress_bar(total, " steps", s.progress, what),
-            )
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"full criterion of {self.schedule.text}, seed {self.seed}: {error}. What was trained is "
-                "kept; evaluate with --full false in another directory to do without the full criterion"
-            ) from None
+        return looked_back(
+            self.setting,
+            s,
+            self.schedule,
+            self.seed,
+            self.grid,
+            trained,
+            lambda what, total: progress_bar(total, " steps", s.progress, what),
+        )
 
     def run(self, label: str) -> dict[str, Any]:
         """Train, score and attack; what is already there is read, not made again.

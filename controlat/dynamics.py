@@ -50,7 +50,7 @@ class SGDSettings:
 
 
 class Step(NamedTuple):
-    """What happened in one outer step: where, under which control, and what it cost."""
+    """What happened in one outer step: where, under which control, its cost, how often theta moved."""
 
     epoch: int
     batch: int
@@ -60,6 +60,7 @@ class Step(NamedTuple):
     loss: float
     spent: Meter
     dropped: tuple[str, ...]
+    moves: int
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Driver:
         rows: what training samples carry, by name, a row for each; part of the state.
         kept: copies of network and optimiser that the method put aside; part of the state.
         stopped: why the method ended training; empty while it goes on.
-        notice: called with ``"save"`` or ``"reload"`` and a name when a method does that between epochs.
+        notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and a name,
+            ``"set"`` and the name of memory that is new, ``"moved"`` and what it wrote to in place.
     """
 
     model: nn.Module
@@ -145,7 +147,7 @@ class Driver:
         spent = self._summed(mine, ctx.share)
         self.meter.add(spent.since(mine))
         names = tuple(sorted(dropped))
-        return Step(batch.epoch, batch.number, u, rate, ctx.share.total, mean, spent, names)
+        return Step(batch.epoch, batch.number, u, rate, ctx.share.total, mean, spent, names, len(losses))
 
     def _summed(self, spent: Meter, share: Share) -> Meter:
         """What all processes spent."""
@@ -397,12 +399,20 @@ class Driver:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Notice what memory a hook sets anew or removes."""
-        before = dict(self.memory)
+        """Notice what memory a hook sets anew or removes, and what it writes to in place."""
+        before, theta = dict(self.memory), {id(p): p._version for p in self.parameters}
+        versions = {name: t._version for name, t in before.items()}
+        self._reloaded = False
         yield
+        if self.notice is None:
+            return
+        if not self._reloaded and theta != {id(p): p._version for p in self.parameters}:
+            self.notice("moved", "theta")
         for name, t in before.items():
-            if self.notice is not None and t.is_floating_point() and self.memory.get(name) is not t:
+            if t.is_floating_point() and self.memory.get(name) is not t:
                 self.notice("set", name)
+            elif t.is_floating_point() and t._version != versions[name]:
+                self.notice("moved", name)
 
     def _epoch(self, plan: Plan, epoch: int) -> Epoch:
         def save(name: str) -> None:
@@ -414,6 +424,7 @@ class Driver:
         def reload(name: str) -> None:
             self.model.load_state_dict(self.kept[name]["model"])
             self.sgd.load_state_dict(copied(self.kept[name]["optimizer"]))
+            self._reloaded = True
             if self.notice is not None:
                 self.notice("reload", name)
 

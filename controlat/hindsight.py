@@ -15,6 +15,7 @@ from torch import nn
 from controlat.config import EvaluateSettings
 from controlat.control import number
 from controlat.methods import Method
+from controlat.network import NonFiniteError
 from controlat.parallel import World
 from controlat.plan import Plan
 from controlat.pmp import HALVINGS, LAMBDAS, Criterion, Grid, calibrate, examine, looked_at
@@ -48,27 +49,30 @@ def looked_back(
 
     Returns:
         Plain data: ``criterion``, ``calibration``, ``same`` (whether the roll-out ended with the bits of
-        `trained`; None without it), ``stride``, ``gradients`` by part, ``seconds``.
+        `trained`; None without it), ``stride``, ``gradients`` by part, ``seconds``. Where a costate is not
+        finite, ``failed`` alone, which says at which step.
     """
     began = time.perf_counter()
     driver, plan = setting.driver(seed), replace(setting.plan(schedule, seed), world=World())
-    driver.autocast = None  # analysis runs in full precision
     terminal = setting.terminal(seed)
     total = plan.epochs * plan.batches_per_epoch
     with bar("roll-out", total) as b:
         recording = Recording.of(driver, plan, limit=settings.memory * GIBI, progress=_told(b))
     same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
     steps = recording.last - recording.first
-    with bar("costates", steps) as b:
-        found = examine(
-            recording,
-            terminal,
-            grid,
-            gamma=settings.gamma,
-            horizons=settings.horizons or [1, plan.batches_per_epoch],
-            looks=settings.looks,
-            progress=_told(b),
-        )
+    try:
+        with bar("costates", steps) as b:
+            found = examine(
+                recording,
+                terminal,
+                grid,
+                gamma=settings.gamma,
+                horizons=settings.horizons or [1, plan.batches_per_epoch],
+                looks=settings.looks,
+                progress=_told(b),
+            )
+    except NonFiniteError as error:
+        return {"failed": str(error)}
     with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
         calibration = calibrate(recording, found, terminal, progress=_told(b))
     return {
@@ -122,7 +126,9 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
         found: that data.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
-    criterion = Criterion.from_json(found["criterion"])
+    if "failed" in found:
+        return dict(found)
+    criterion, rho = Criterion.from_json(found["criterion"]), found["calibration"]["rho"]
     gamma = number(criterion.gamma, "gamma")
     horizons = [
         {
@@ -159,7 +165,7 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
         "surfaces": drawn,
         "cosine": float(np.mean(criterion.cosines())),
         "growth": criterion.growth if math.isfinite(criterion.growth) else None,
-        "C_rho": criterion.value(rho=found["calibration"]["rho"]),
+        "C_rho": None if rho is None else criterion.value(rho=rho),
         "prices": [
             {"gamma": g, "value": replace(criterion, gamma=g).value()} for g in (gamma / 4, 4 * gamma)
         ],

@@ -17,7 +17,17 @@ from controlat.control import number
 from controlat.files import write
 from controlat.pmp import FORMS
 
-__all__ = ["FIGURES", "costates", "criterion", "horizons", "schedules", "surfaces", "sweeps", "tradeoff"]
+__all__ = [
+    "FIGURES",
+    "costates",
+    "criterion",
+    "examined",
+    "horizons",
+    "schedules",
+    "surfaces",
+    "sweeps",
+    "tradeoff",
+]
 
 # Okabe and Ito's palette, readable with colour-vision deficiency, doubled by line styles.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -189,17 +199,23 @@ def _sweeps(result: Mapping[str, Any], path: Path) -> None:
     sweeps(networks, {"norm": settings["norm"], "eps": number(settings["eps"], "eps")}, path)
 
 
+def examined(result: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """(place, schedule) of those that have the full criterion: it may be left out, or not be finite."""
+    every = enumerate(result["schedules"])
+    return [(i, e) for i, e in every if "failed" not in e["summary"].get("full", {"failed": ""})]
+
+
 def horizons(result: Mapping[str, Any], path: Path) -> None:
     """C per block by horizon; bands are the range over seeds."""
-    entries = result["schedules"]
-    steps = [h["steps"] for h in entries[0]["runs"][0]["full"]["horizons"]]
+    entries = examined(result)
+    steps = [h["steps"] for h in entries[0][1]["runs"][0]["full"]["horizons"]]
     figure, axes = _figure(4.2 * len(steps), 3.9, len(steps))
     for k, (axis, h) in enumerate(zip(axes, steps, strict=True)):
-        for i, entry in enumerate(entries):
+        for i, entry in entries:
             t = [block["t"] for block in entry["runs"][0]["full"]["blocks"]]
             rows = [run["full"]["horizons"][k]["blocks"] for run in entry["runs"]]
             _over_time(axis, i, entry["text"], t, rows)
-        whole = h == entries[0]["runs"][0]["full"]["steps"]
+        whole = h == entries[0][1]["runs"][0]["full"]["steps"]
         name = "the whole run" if whole else f"{h} step{'s' * (h > 1)}"
         _finished(axis, f"horizon: {name}{_seeds(result)}")
     axes[0].set_ylabel("C of the epoch   (0 is best)")
@@ -210,13 +226,14 @@ def horizons(result: Mapping[str, Any], path: Path) -> None:
 def costates(result: Mapping[str, Any], path: Path) -> None:
     """Length of the costate along the run, and what C predicted beside what relaxed controls reached."""
     figure, axes = _figure(9, 4.1, 2)
-    for i, entry in enumerate(result["schedules"]):
+    for i, entry in examined(result):
         first = entry["runs"][0]["full"]
         t = np.array([n for n, _ in first["norms"]]) * len(entry["runs"][0]["epochs"]) / first["steps"]
         axes[0].plot(t, [p for _, p in first["norms"]], label=entry["text"], **_style(i))
         for run in entry["runs"]:
             c = run["full"]["calibration"]
-            points = [(float(p) * c["gain"], c["objective"] - j) for p, j in c["outcomes"].items()]
+            reached = {float(part): j for part, j in c["outcomes"].items() if j is not None}
+            points = [(part * c["gain"], c["objective"] - j) for part, j in reached.items()] or [(0, 0)]
             axes[1].plot(*zip(*points, strict=True), _MARKERS[i % 8], color=_style(i)["color"], alpha=0.7)
     axes[0].set_yscale("log")
     axes[0].set_xlabel("t (epochs)")
@@ -238,7 +255,7 @@ def costates(result: Mapping[str, Any], path: Path) -> None:
 
 def surfaces(result: Mapping[str, Any], path: Path) -> None:
     """What every (alpha, K) would be worth in an early, a middle and a late epoch, for the first seed."""
-    entries = result["schedules"]
+    entries = [entry for _, entry in examined(result)]
     columns = max(len(entry["runs"][0]["full"]["surfaces"]) for entry in entries)
     figure = Figure(figsize=(3.6 * columns, 2.6 * len(entries)), dpi=110, layout="constrained")
     grid = figure.subplots(len(entries), columns, squeeze=False)

@@ -71,15 +71,19 @@ def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gradients": _spread([run["gradients"] for run in runs]),
         "seconds": _spread([run["seconds"] for run in runs]),
         **_extras(runs),
-        **({"full": _full([run["full"] for run in runs])} if "full" in runs[0] else {}),
+        **({"full": _full(runs)} if "full" in runs[0] else {}),
         "criterion_gradients": sum(e["gradients"] for run in runs for e in run["criterion"]),
         "evaluation_gradients": sum(e["gradients"] for e in evaluations),
         "dropped": sorted({d for run in runs for e in run["epochs"] for d in e["dropped"]}),
     }
 
 
-def _full(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The full criterion by horizon, and its calibration, over seeds."""
+def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The full criterion by horizon, and its calibration, over seeds; what failed where it is not finite."""
+    failed = [f"seed {run['seed']}: {run['full']['failed']}" for run in every if "failed" in run["full"]]
+    if failed:
+        return {"failed": "; ".join(failed)}
+    runs = [run["full"] for run in every]
     calibrations = [run["calibration"] for run in runs]
     horizons = [
         _spread([h["value"] for h in found])
@@ -153,6 +157,8 @@ def _percent(found: Mapping[str, Any]) -> str:
 
 def _full_cells(found: Mapping[str, Any]) -> list[str]:
     """J, C over the whole run, and the certificate."""
+    if "failed" in found:
+        return ["-", "not finite", "-"]
     doubt = " uncalibrated" if found["uncalibrated"] else ""
     plain = [f"{found[name]['mean']:.3g}" for name in ("objective", "certificate")]
     return [plain[0], _c(found["horizons"][-1]) + doubt, plain[1]]
@@ -292,15 +298,20 @@ def _full_notes(result: Mapping[str, Any]) -> list[str]:
         "really reached, half or a quarter of the way to the maximisers, or an eighth where first order does "
         "not reach so far.",
     ]
-    doubtful = [e["text"] for e in result["schedules"] if e["summary"]["full"]["uncalibrated"]]
+    doubtful = [e["text"] for e in result["schedules"] if e["summary"]["full"].get("uncalibrated")]
     if doubtful:
         lines.append(
             f"uncalibrated ({', '.join(doubtful)}): a quarter of the way reached less than a quarter of what "
             "C promises, for one seed at least; go by D there."
         )
-    if not all(e["full"]["same"] for e in summaries):
-        lines.append("The recorded roll-out of some run did not end with the bits of its training (bf16?).")
-    dropped = sorted({name for e in summaries for name in e["full"]["dropped"]})
+    lines += [
+        f"WARNING, {e['text']}: no C full, {e['summary']['full']['failed']}."
+        for e in result["schedules"]
+        if "failed" in e["summary"]["full"]
+    ]
+    if not all(e["full"].get("same", True) for e in summaries):
+        lines.append("The recorded roll-out of some run did not end with the bits of its training.")
+    dropped = sorted({name for e in summaries for name in e["full"].get("dropped", [])})
     return lines + [f"Costates leave out: {'; '.join(dropped)}."] * bool(dropped)
 
 
@@ -383,7 +394,9 @@ FULL = {
 
 def figures(result: Mapping[str, Any]) -> dict[str, str]:
     """The figures of a result, by file name, with their titles."""
-    full = "full" in result["schedules"][0]["summary"]
+    from controlat.plots import examined
+
+    full = bool(examined(result))
     return FIGURES | (FULL if full else {}) | (SWEEPS if result["settings"]["sweeps"] else {})
 
 
@@ -408,10 +421,12 @@ def _best(result: Mapping[str, Any]) -> str:
 
 def _full_parts(result: Mapping[str, Any]) -> list[str]:
     """The full criterion: by horizon and price, its calibration, and what it would change in every block."""
-    entries = result["schedules"]
-    if "full" not in entries[0]["summary"]:
+    from controlat.plots import examined
+
+    entries = examined(result)
+    if not entries:
         return []
-    every = [(e["text"], e["summary"]["full"]) for e in entries]
+    every = [(e["text"], e["summary"]["full"]) for _, e in entries]
     first = every[0][1]
     last = len(first["horizons"]) - 1
     heads = [
@@ -434,7 +449,7 @@ def _full_parts(result: Mapping[str, Any]) -> list[str]:
         ]
         for text, full in every
     ]
-    seed, looks = entries[0]["runs"][0]["seed"], result["settings"]["looks"]
+    seed, looks = entries[0][1]["runs"][0]["seed"], result["settings"]["looks"]
     return [
         "## The full criterion\n\nFrom costates that start at the end of windows of h steps: h = 1 looks one "
         f"step ahead, the whole run is (13). {looks} steps of each epoch were looked at; mean over seeds, "
@@ -452,7 +467,7 @@ def _full_parts(result: Mapping[str, Any]) -> list[str]:
         ),
         "## What the full maximum principle would change\n\nControl of the schedule → maximiser over the "
         f"block, and what it would gain in units of J; seed {seed}.",
-        _changes(result),
+        _changes([e for _, e in entries]),
     ]
 
 
@@ -460,9 +475,9 @@ def _mean(found: Mapping[str, Any] | None) -> str:
     return "-" if found is None else f"{found['mean']:.3g}"
 
 
-def _changes(result: Mapping[str, Any]) -> str:
+def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
     """Per epoch, under the first seed: what each block of it would change."""
-    runs = [schedule["runs"][0] for schedule in result["schedules"]]
+    runs = [schedule["runs"][0] for schedule in entries]
 
     def cell(run: Mapping[str, Any], epoch: int) -> str:
         parts = []
@@ -475,7 +490,7 @@ def _changes(result: Mapping[str, Any]) -> str:
             parts.append(_knobs(u, names) + better)
         return "; ".join(parts) or "-"
 
-    heads = ["epoch", *(schedule["text"] for schedule in result["schedules"])]
+    heads = ["epoch", *(schedule["text"] for schedule in entries)]
     epochs = range(max(len(run["criterion"]) for run in runs))
     return table(heads, [[str(e), *(cell(run, e) for run in runs)] for e in epochs])
 

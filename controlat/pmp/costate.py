@@ -18,7 +18,7 @@ from controlat.pmp.terminal import Terminal
 from controlat.recording import Recording, Visit
 from controlat.state import gather, put
 
-__all__ = ["Costate", "Swept", "sweep"]
+__all__ = ["Costate", "Swept", "sweep", "to_come"]
 
 
 @dataclass
@@ -40,19 +40,16 @@ class Costate:
     held: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], rate: float | None) -> Costate:
+    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], to_come: float) -> Costate:
         """p at the end of a window: -grad Phi, and what the buffer will still do after it.
 
-        At the end of training (rate None) the buffer is worth nothing. Before it, it goes on to act: a buffer
-        v moves theta by -rate v mu/(1 - mu) in all (Nesterov: mu^2/(1 - mu)), so its costate is that times p.
+        Args:
+            driver: at the end of the window.
+            gradient: grad Phi there.
+            to_come: by how much a unit of the buffer will still move theta against it, as `to_come` says.
         """
-        o = driver.optimizer
         parameters = [-g for g in gradient]
-        if o.momentum == 0:
-            return cls(parameters, [])
-        to_come = 0.0 if rate is None else rate * o.momentum / (1 - o.momentum)
-        to_come *= o.momentum if o.nesterov else 1.0
-        return cls(parameters, [-to_come * p for p in parameters])
+        return cls(parameters, [-to_come * p for p in parameters] if driver.optimizer.momentum > 0 else [])
 
     def seen(self, driver: Driver, visit: Visit) -> State:
         """The part that a step acts on: rows of the samples of its batch only."""
@@ -79,7 +76,7 @@ class Costate:
             self.parameters, self.momentum = (list(map(torch.zeros_like, part)) for part in mine)
         elif what == "set":
             self.memory = {n: t for n, t in self.memory.items() if n != name}
-        elif name in self.held:
+        elif what == "save" and name in self.held:
             self.parameters, self.momentum = _sum((self.parameters, self.momentum), self.held.pop(name))
 
     def norm(self) -> float:
@@ -87,7 +84,7 @@ class Costate:
         rows = [store.values for store in self.rows.values()]
         held = [t for pair in self.held.values() for part in pair for t in part]
         every = [*self.parameters, *self.momentum, *self.memory.values(), *rows, *held]
-        return float(torch.stack([t.detach().double().norm() for t in every]).norm())
+        return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in every]).norm())
 
 
 def _sum(
@@ -130,7 +127,7 @@ def sweep(
     Args:
         recording: of the roll-out; its driver moves.
         terminal: Phi.
-        horizons: numbers of steps h; the whole roll-out alone by default.
+        horizons: numbers of steps h; the whole roll-out alone by default, and instead of longer ones.
         looked: numbers of the steps that are looked at; all by default. Costates that no such step needs are
             not computed.
         meter: where evaluations of the sweep are counted; taking steps again is counted in
@@ -140,7 +137,7 @@ def sweep(
         One `Swept` for every step that has a costate. The consumer may move the driver.
 
     Raises:
-        ValueError: a horizon below 1.
+        ValueError: a horizon below 1, or a step that the roll-out does not have.
         NonFiniteError: a costate is not finite; the message names the step and the horizon.
 
     Source:
@@ -148,15 +145,21 @@ def sweep(
     """
     driver, meter = recording.driver, Meter() if meter is None else meter
     whole = recording.last - recording.first
+    for h in horizons or []:
+        if not isinstance(h, int) or h < 1:
+            raise ValueError(f"a horizon must be a whole number of at least one step, got {h!r}")
     wanted = sorted({min(h, whole) for h in (horizons or [whole])})
-    if wanted[0] < 1:
-        raise ValueError(f"a horizon must be at least one step, got {wanted[0]}")
     every = range(recording.first, recording.last) if looked is None else sorted(looked)
+    for n in {*every[:1], *every[-1:]}:
+        if not recording.first <= n < recording.last:
+            raise ValueError(f"the roll-out has the steps {recording.first}..{recording.last - 1}, not {n}")
     events: dict[int, list[tuple[str, str]]] = {}
     for number, what, name in recording.events:
         events.setdefault(number, []).append((what, name))
     costates: dict[int, Costate] = {}
     dropped: set[str] = set(terminal.dropped(driver))
+    if driver.autocast is not None:
+        dropped.add(f"rounding to {str(driver.autocast).removeprefix('torch.')}")
 
     def begin(number: int) -> None:
         """Start the windows that end before step `number`, with the driver at the state there."""
@@ -167,14 +170,19 @@ def sweep(
             costates.pop(h, None)
         if not needed:
             return
-        gradient, rate = terminal.gradient(driver, meter), _rate_after(recording, number)
+        gradient, left = terminal.gradient(driver, meter), to_come(recording, number)
         for h in needed:
-            costates[h] = Costate.terminal(driver, gradient, rate)
+            costates[h] = Costate.terminal(driver, gradient, left)
+        carries = driver.rows or any(t.is_floating_point() for t in driver.memory.values())
+        if carries and number < _ends(recording):
+            dropped.add("what the method carries beyond the end of a window")
 
     driver.restore(recording.end)
     begin(recording.last)
     for visit in recording.backward(min(every, default=recording.last)):
         for what, name in reversed(events.get(visit.number + 1, [])):
+            if costates and what == "moved":
+                dropped.add(f"what the method did to {name} between epochs")
             for p in costates.values():
                 p.through(what, name)
         norms = {h: p.norm() for h, p in costates.items()}
@@ -204,9 +212,29 @@ def _begins(first: int, number: int, h: int) -> int:
     return first + (number - first - 1) // h * h
 
 
-def _rate_after(recording: Recording, number: int) -> float | None:
-    """The learning rate of a step; None at the end of training."""
+def to_come(recording: Recording, number: int) -> float:
+    """By how much a unit of the optimiser's buffer before step `number` still moves theta, without gradients.
+
+    Heavy ball: sum of eta_k mu^k over the updates k = 1, 2, ... to the end of training, which is
+    eta mu/(1 - mu) far from it; Nesterov: mu times that. 0 at the end of training.
+
+    Args:
+        recording: of a roll-out. An outer step after its end counts as one update.
+        number: of the step, up to the one before which the roll-out ends.
+    """
+    o, plan = recording.driver.optimizer, recording.plan
+    total, weight = 0.0, o.momentum if o.nesterov else 1.0
+    for n in range(number, _ends(recording)):
+        rate = plan.learning_rate(*divmod(n, plan.batches_per_epoch))
+        for _ in range(recording.steps[n - recording.first].moves if n < recording.last else 1):
+            weight *= o.momentum
+            total += rate * weight
+        if weight < 1e-15:
+            break
+    return total
+
+
+def _ends(recording: Recording) -> int:
+    """The step before which training ends."""
     plan = recording.plan
-    epoch, batch = divmod(number, plan.batches_per_epoch)
-    ended = epoch >= plan.epochs or (number == recording.last and bool(recording.end.stopped))
-    return None if ended else plan.learning_rate(epoch, batch)
+    return recording.last if recording.end.stopped else plan.epochs * plan.batches_per_epoch

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from controlat.control import Control, number
-from controlat.network import Meter
+from controlat.network import Meter, NonFiniteError
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.maximise import Grid
@@ -96,6 +96,12 @@ class Criterion:
         """The horizons, in steps; the last one is the longest."""
         return tuple(sorted(self.looked[0].rewards))
 
+    def _known(self, horizon: int | None) -> int:
+        """A horizon that was examined; the whole roll-out where none is given."""
+        if horizon is not None and horizon not in self.horizons:
+            raise ValueError(f"horizon {horizon} was not examined; there are {self.horizons}")
+        return self.horizons[-1] if horizon is None else horizon
+
     @property
     def steps(self) -> int:
         """T, the number of steps of the roll-out."""
@@ -116,12 +122,11 @@ class Criterion:
 
         Sums over the steps that were looked at stand for those over all steps of the block.
         """
-        h = self.horizons[-1] if horizon is None else horizon
+        h = self._known(horizon)
         return [self._best(index, h, rho) for index in dict.fromkeys(self.blocks)]
 
     def _best(self, index: int, h: int, rho: float) -> Block:
-        members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
-        total = self.blocks.count(index)
+        members, total = self._members(index), self.blocks.count(index)
         names, value, size = self._table(members, h)
         scale = total / len(members)
         worth = scale * (value - rho / 2 * size).sum(0)
@@ -129,6 +134,10 @@ class Criterion:
         u = members[0].controls[0]
         best = names[i] if i else u
         return Block(index, u, best, float(worth[i]), float(scale * size[:, i].sum()), len(members), total)
+
+    def _members(self, index: int) -> list[Gains]:
+        """What was looked at in a block."""
+        return [g for g in self.looked if self.blocks[g.number - self.first] == index]
 
     def _table(self, members: Sequence[Gains], h: int) -> tuple[list[Control], Array, Array]:
         """Candidates that all members have, u_t of each step as the first, and their values and sizes."""
@@ -140,8 +149,8 @@ class Criterion:
 
     def surface(self, index: int, horizon: int | None = None) -> list[tuple[Control, float]]:
         """(v, sum of DeltaH(v) over the block) for every candidate of a block, u first."""
-        h = self.horizons[-1] if horizon is None else horizon
-        members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
+        h = self._known(horizon)
+        members = self._members(index)
         names, value, _ = self._table(members, h)
         worth = value.sum(0) * self.blocks.count(index) / len(members)
         return list(zip(names, map(float, worth), strict=True))
@@ -159,10 +168,10 @@ class Criterion:
 
         Near 0 the costate hardly sees what the maximiser does, and noise decides.
         """
-        h = self.horizons[-1] if horizon is None else horizon
+        h = self._known(horizon)
         found = []
         for block in self.best(h):
-            members = [g for g in self.looked if self.blocks[g.number - self.first] == block.index]
+            members = self._members(block.index)
             found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
         return found
 
@@ -173,7 +182,7 @@ class Criterion:
 
     def per_step(self, horizon: int | None = None) -> Array:
         """max_v DeltaH_t(v) / eta at every step that was looked at: C if u could change at every step."""
-        h = self.horizons[-1] if horizon is None else horizon
+        h = self._known(horizon)
         return np.array([g.value(h, self.price).max() / self.rate for g in self.looked])
 
     def per_block(self, horizon: int | None = None) -> list[float]:
@@ -181,23 +190,35 @@ class Criterion:
         return [b.gain / (self.rate * b.steps) for b in self.best(horizon)]
 
     def interval(self, horizon: int | None = None) -> tuple[float, float] | None:
-        """95 % interval of C over the steps that were looked at (Student t), maximisers held fixed.
+        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t).
 
-        Blocks are strata: the variance of a sum is the sum of variances. None where a block has one step.
+        Blocks are strata of a finite population: the variance of a sum is the sum of their variances, and a
+        block whose steps were all looked at has none. Maximisers are held fixed; where u is the best, the
+        upper end has what the best other candidate might gain. None where one step stands for several.
+
+        Source:
+            Cochran (1977), equation 5.14, for strata.
         """
-        h = self.horizons[-1] if horizon is None else horizon
-        variance, degrees, total = 0.0, 0, 0.0
+        h = self._known(horizon)
+        total, variance, degrees, more = 0.0, 0.0, 0, 0.0
         for block in self.best(h):
-            members = [g for g in self.looked if self.blocks[g.number - self.first] == block.index]
-            if len(members) < 2:
+            members, n, left = self._members(block.index), block.looked, 1 - block.looked / block.steps
+            if left == 0:
+                total += block.gain
+                continue
+            if n < 2:
                 return None
-            worth = np.array([g.value(h, self.price)[_index(g, block.maximiser)] for g in members])
-            variance += block.steps**2 * float(worth.var(ddof=1)) / len(worth)
-            degrees += len(worth) - 1
-            total += block.gain
-        half = float(stdtrit(degrees, 0.975)) * variance**0.5
+            _, value, _ = self._table(members, h)
+            mean, spread = block.steps * value.mean(0), block.steps * value.std(0, ddof=1) * (left / n) ** 0.5
+            if block.gain > 0:
+                i = int(np.argmax(mean))
+                total, variance = total + block.gain, variance + float(spread[i]) ** 2
+                degrees += n - 1
+            elif len(mean) > 1:
+                more += max(0.0, float((mean + stdtrit(n - 1, 0.975) * spread)[1:].max()))
+        half = float(stdtrit(degrees, 0.975)) * variance**0.5 if degrees else 0.0
         unit = self.rate * self.steps
-        return (total - half) / unit, (total + half) / unit
+        return max(0.0, total - half) / unit, (total + half + more) / unit
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -251,8 +272,8 @@ def examine(
     gamma = number(gamma, "gamma")
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma:g}")
-    if looks is not None and looks < 1:
-        raise ValueError(f"looks must be >= 1, got {looks}")
+    if looks is not None and (not isinstance(looks, int) or looks < 1):
+        raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
     plan, driver, whole = recording.plan, recording.driver, recording.last - recording.first
     blocks = plan.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
@@ -261,6 +282,8 @@ def examine(
     with recording.put_back():
         driver.restore(recording.end)
         phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
+        if not math.isfinite(phi):
+            raise NonFiniteError(f"the terminal cost is {phi}")
         for swept in sweep(
             recording, terminal, [*(horizons or []), whole], looked=sorted(numbers), meter=meter
         ):
@@ -310,7 +333,7 @@ class Calibration:
     Args:
         gain: G.
         objective: J of the roll-out.
-        outcomes: J(lambda) of the relaxed roll-outs.
+        outcomes: J(lambda) of the relaxed roll-outs; inf where training diverged.
         sizes: sum over all steps of ||S(z, v) - S(z, u)||^2.
         bound: a lower bound of J.
         spent: gradient evaluations that it took, in samples.
@@ -326,7 +349,7 @@ class Calibration:
     @property
     def certificate(self) -> float:
         """D = max over lambda of [J - J(lambda)]_+: the largest decrease that was really reached."""
-        return max(0.0, *(self.objective - j for j in self.outcomes.values()))
+        return max(0.0, *(self.objective - j for j in self.outcomes.values()))  # inf where one diverged
 
     def reliability(self, part: float) -> float:
         """r(lambda) = (J - J(lambda)) / (lambda G): near 1 where first order rules; NaN where G is 0."""
@@ -354,7 +377,7 @@ class Calibration:
 
     @property
     def curvature(self) -> float:
-        """M = 2 [J(lambda) - J + lambda G] / lambda^2, at the largest lambda."""
+        """M = 2 [J(lambda) - J + lambda G] / lambda^2, at the largest lambda; inf where that diverged."""
         part = max(self.outcomes)
         return 2 * (self.outcomes[part] - self.objective + part * self.gain) / part**2
 
@@ -376,7 +399,7 @@ class Calibration:
         return {
             **{name: _finite(getattr(self, name)) for name in (*names, *more)},
             "reach": self.reach,
-            "outcomes": {str(k): v for k, v in self.outcomes.items()},
+            "outcomes": {str(k): _finite(v) for k, v in self.outcomes.items()},
             "reliability": {str(k): _finite(self.reliability(k)) for k in self.outcomes},
         }
 
@@ -391,7 +414,6 @@ def calibrate(
     criterion: Criterion,
     terminal: Terminal,
     *,
-    horizon: int | None = None,
     lambdas: Sequence[float] = LAMBDAS,
     halvings: int = HALVINGS,
     progress: Callable[[float], object] | None = None,
@@ -403,9 +425,8 @@ def calibrate(
 
     Args:
         recording: of the roll-out that `criterion` is of.
-        criterion: what `examine` found.
+        criterion: what `examine` found; its maximisers over the whole roll-out are gone towards.
         terminal: Phi.
-        horizon: whose maximisers; the longest by default.
         lambdas: parts of the way, in (0, 1].
         halvings: how often the smallest of them is halved at most. Below about 0.1 rounding to float32 and
             signs that change rule.
@@ -417,9 +438,14 @@ def calibrate(
     Source:
         Armijo (1966), for the rule; `relaxed` for the gap.
     """
+    if criterion.first != recording.first or criterion.steps != recording.last - recording.first:
+        raise ValueError(
+            f"the criterion is of steps {criterion.first}..{criterion.first + criterion.steps - 1}, the "
+            f"roll-out has {recording.first}..{recording.last - 1}: they do not belong together"
+        )
     if not lambdas or not all(0 < part <= 1 for part in lambdas):
         raise ValueError(f"lambdas must be in (0, 1], got {list(lambdas)}")
-    best = {b.index: b for b in criterion.best(horizon)}
+    best = {b.index: b for b in criterion.best()}
     others = {
         criterion.first + i: best[index].maximiser
         for i, index in enumerate(criterion.blocks)
@@ -433,7 +459,10 @@ def calibrate(
             found[part] = Outcome(criterion.phi, criterion.evaluations, 0)
             return 1.0
         tell = None if progress is None else functools.partial(progress, part)
-        found[part] = relaxed(recording, others, part, terminal, progress=tell)
+        try:
+            found[part] = relaxed(recording, others, part, terminal, progress=tell)
+        except NonFiniteError:  # the maximisers promise what training does not survive: that is an answer
+            found[part] = Outcome(math.inf, 0.0, 0)
         return (criterion.objective - found[part].objective(criterion.price)) / (part * gain)
 
     gain, part = sum(b.gain for b in best.values()), min(lambdas)

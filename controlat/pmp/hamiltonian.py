@@ -23,7 +23,7 @@ from controlat.adjoint import State, state
 from controlat.control import Control
 from controlat.dynamics import Driver
 from controlat.methods import Prefixes
-from controlat.network import Meter
+from controlat.network import Meter, NonFiniteError
 from controlat.pmp.maximise import Grid, rerun, sweep
 from controlat.pmp.surface import Array
 from controlat.recording import Visit
@@ -109,10 +109,16 @@ def gains(
         norms: their lengths.
         grid: what is searched.
         meter: where evaluations are counted.
+
+    Raises:
+        NonFiniteError: what a candidate would do is not finite.
     """
     meter = Meter() if meter is None else meter
     score = _by_gradients if isinstance(driver.method, Prefixes) else _by_steps
     found = score(driver, visit, costates, grid, meter)
+    for v, (_, rewards_, size) in found.items():
+        if not np.isfinite([*rewards_, size]).all():
+            raise NonFiniteError(f"what {v} would do in step {visit.number} is not finite: narrow the grid")
     n, rewards, sizes = zip(*found.values(), strict=True)
     table = np.array(rewards, dtype=np.float64).reshape(len(found), len(costates))
     return Gains(
@@ -155,7 +161,8 @@ def _weights(p: State, rate: float) -> list[Tensor]:
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
+    parts = [(s * t).sum() for s, t in zip(a, b, strict=True)]
+    return float(torch.stack(parts).double().sum()) if parts else 0.0  # one transfer from the device
 
 
 def _by_steps(

@@ -14,10 +14,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from controlat.adjoint import buffers
 from controlat.control import Control
 from controlat.dynamics import Driver, Step
 from controlat.methods import Batch, Rows
 from controlat.network import Meter
+from controlat.pmp.costate import to_come
 from controlat.pmp.terminal import Terminal
 from controlat.recording import Recording
 from controlat.state import Snapshot, gather, put
@@ -30,7 +32,8 @@ class Outcome:
     """Where a roll-out ended.
 
     Args:
-        phi: the terminal cost.
+        phi: the terminal cost; where the roll-out ends before training, with what the optimiser's buffer will
+            still do, to first order around the recorded end: there the slope of J is -G, too.
         evaluations: sum over steps of n, gradient evaluations per sample.
         spent: gradient evaluations that it took, in samples.
     """
@@ -73,8 +76,10 @@ class _Mixing(Driver):
     @torch.no_grad()
     def _towards(self, theirs: Snapshot, batch: Batch) -> None:
         """Move the state a part of the way to another one; whole numbers stay as they are."""
+        mixed: set[int] = set()
         for name, t in self.model.state_dict().items():
-            if isinstance(t, Tensor) and t.is_floating_point():
+            if isinstance(t, Tensor) and t.is_floating_point() and t.data_ptr() not in mixed:
+                mixed.add(t.data_ptr())  # weights that are tied have several names
                 t.lerp_(theirs.model[name], self.part)
         for i, p in enumerate(self.parameters):
             for name, t in self.sgd.state.get(p, {}).items():
@@ -88,8 +93,8 @@ class _Mixing(Driver):
             other = Rows(found["values"], found["seen"])
             other = other if "index" in found else gather(other, batch.indices)
             mine = gather(store, batch.indices)
-            mixed = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
-            self.rows[name] = put(store, batch.indices, mixed)
+            between = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
+            self.rows[name] = put(store, batch.indices, between)
 
 
 def relaxed(
@@ -125,4 +130,11 @@ def relaxed(
             if progress is not None:
                 progress()
         phi = terminal.value(mixing)
+        left = to_come(recording, recording.last)
+        if left:
+            after = buffers(mixing)
+            driver.restore(recording.end)
+            gradient = terminal.gradient(driver)
+            parts = zip(gradient, after, buffers(driver), strict=True)
+            phi -= left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
     return Outcome(phi, mixing.evaluations, mixing.meter.gradients)

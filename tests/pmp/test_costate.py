@@ -21,9 +21,10 @@ from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
 from controlat.dynamics import Driver, SGDSettings, rollout
 from controlat.methods import Batch, Context, Epoch, Rows, Update
+from controlat.methods.pgd_at import PgdAT
 from controlat.network import Meter, NonFiniteError
 from controlat.plan import Plan
-from controlat.pmp.costate import Costate, Swept, sweep
+from controlat.pmp.costate import Costate, Swept, sweep, to_come
 from controlat.pmp.hamiltonian import Gains, _by_gradients, _by_steps, gains
 from controlat.pmp.maximise import Grid
 from controlat.pmp.terminal import AdversarialLoss
@@ -199,14 +200,13 @@ def stepper(o: SGDSettings, hessian: Tensor, rate: float) -> Tensor:
     return torch.cat([top, torch.cat([a, o.momentum * one], 1)])
 
 
-def worth_of_the_buffer(o: SGDSettings, rate: float) -> float:
-    """By how much a unit buffer moves theta once gradients are 0: torch's optimiser, run on."""
+def worth_of_the_buffer(o: SGDSettings, rates: Sequence[float]) -> float:
+    """By how much a unit buffer moves theta in the updates to come, without gradients: torch's optimiser."""
     theta = torch.zeros(1, dtype=torch.float64)
-    settings = {"lr": rate, "momentum": o.momentum, "nesterov": o.nesterov}
-    sgd = torch.optim.SGD([theta], **settings)
+    sgd = torch.optim.SGD([theta], lr=0.0, momentum=o.momentum, nesterov=o.nesterov)
     sgd.state[theta]["momentum_buffer"] = torch.ones_like(theta)
-    for _ in range(2000):
-        theta.grad = torch.zeros_like(theta)
+    for rate in rates:
+        theta.grad, sgd.param_groups[0]["lr"] = torch.zeros_like(theta), rate
         sgd.step()
     return float(theta)
 
@@ -218,9 +218,9 @@ def test_a_quadratic_has_costates_in_closed_form(o: SGDSettings, stop: int | Non
     rec, phi, hessian = quadratic(o, last=stop)
     m, end = stepper(o, hessian, RATE), rec.last
     assert end == (stop or 24)
-    to_come = worth_of_the_buffer(o, RATE) if stop and o.momentum else 0.0
-    assert (to_come < 0) == bool(stop and o.momentum)
-    last = torch.cat([-phi.c, -to_come * phi.c], 1)
+    left = worth_of_the_buffer(o, [RATE] * (24 - end)) if o.momentum else 0.0
+    assert (left < 0) == bool(stop and o.momentum)
+    last = torch.cat([-phi.c, -left * phi.c], 1)
     found = swept(rec, phi)
     assert sorted(found) == list(range(end))
     for number, s in found.items():
@@ -236,41 +236,75 @@ def test_a_quadratic_has_costates_in_closed_form(o: SGDSettings, stop: int | Non
 def test_windows_end_with_what_the_buffer_will_do_and_begin_anew(o: SGDSettings, first: int) -> None:
     """Windows are counted from the first step; the last one may be shorter, and ends with training."""
     rec, phi, hessian = quadratic(o, first=first)
-    m, to_come = stepper(o, hessian, RATE), worth_of_the_buffer(o, RATE) if o.momentum else 0.0
+    m = stepper(o, hessian, RATE)
     horizons = (1, 5, 9)
     for number, s in swept(rec, phi, horizons).items():
         assert sorted(s.costates) == list(horizons)
         for h, q in s.costates.items():
             end = min(first + ((number - first) // h + 1) * h, 24)
-            last = torch.cat([-phi.c, -(to_come if end < 24 else 0) * phi.c], 1)
+            left = worth_of_the_buffer(o, [RATE] * (24 - end)) if o.momentum else 0.0
+            last = torch.cat([-phi.c, -left * phi.c], 1)
             p = torch.cat([q.parameters[0], *q.momentum], 1)
             expected = last @ torch.linalg.matrix_power(m, end - number - 1)
             torch.testing.assert_close(p, expected[:, : p.shape[1]], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("o", [SETTINGS["heavy ball"], SETTINGS["Nesterov"], SGDSettings(0.3)], ids=str)
-@pytest.mark.parametrize("rate", [0.1, 0.03])
-def test_the_buffers_costate_is_that_of_the_free_buffer(o: SGDSettings, rate: float) -> None:
-    d = driver(PLAIN["pgd_at"], optimizer=o)
-    gradient = [torch.randn_like(p) for p in d.parameters]
-    p = Costate.terminal(d, gradient, rate)
-    assert same(p.parameters, [-g for g in gradient])
-    worth = worth_of_the_buffer(o, rate)
-    torch.testing.assert_close(flat(p.momentum), -worth * flat(gradient), rtol=1e-10, atol=0)
-    over = Costate.terminal(d, gradient, None)
-    assert not flat(over.momentum).any()
-    assert len(over.momentum) == len(d.parameters)
-    assert (
-        Costate.terminal(driver(PLAIN["pgd_at"], optimizer=SETTINGS["plain"]), gradient, rate).momentum == []
-    )
+@pytest.mark.parametrize("name", ["pgd_at", "free"])
+def test_the_buffers_costate_is_that_of_the_free_buffer(o: SGDSettings, name: str) -> None:
+    """At every window's end: with the rates to come, and as many updates for a step as the method makes."""
+    u = CASES[name].control()
+    plan = planned(u, epochs=40)  # 120 steps, the rate changes with every one
+    d = driver(CASES[name], optimizer=o, channels_last=False)
+    rec = Recording.of(d, plan, last=118)
+    moves = {"pgd_at": 1, "free": int(u["steps"])}[name]
+    for number in (1, 50, 100, 115, 118):
+        updates = [n for n in range(number, 120) for _ in range(moves if n < 118 else 1)]
+        rates = [plan.learning_rate(*divmod(n, 3)) for n in updates]
+        assert len(set(rates)) > 1
+        assert to_come(rec, number) == pytest.approx(-worth_of_the_buffer(o, rates), rel=1e-12)
 
 
-def test_the_rate_after_a_window_is_that_of_the_next_step() -> None:
-    rec = recorded(PLAIN["pgd_at"], SETTINGS["heavy ball"], last=4)
-    last = swept(rec, PHI)[3].costates[4]
-    rate = rec.plan.learning_rate(1, 1)
-    assert rate != rec.steps[-1].rate
-    torch.testing.assert_close(flat(last.momentum), -9 * rate * flat(last.parameters), rtol=1e-12, atol=0)
+def test_at_the_end_of_training_the_buffer_is_worth_nothing() -> None:
+    for o in (SETTINGS["heavy ball"], SETTINGS["Nesterov"], SETTINGS["plain"]):
+        rec = recorded(PLAIN["pgd_at"], o)
+        assert to_come(rec, rec.last) == 0
+        gradient = PHI.gradient(rec.driver)
+        p = Costate.terminal(rec.driver, gradient, 0.0)
+        assert same(p.parameters, [-g for g in gradient])
+        assert len(p.momentum) == (len(gradient) if o.momentum else 0)
+        assert not any(t.any() for t in p.momentum)
+
+
+def test_far_from_the_end_the_buffer_is_worth_the_geometric_series() -> None:
+    plan = constant(PLAIN["pgd_at"].control(), 10, epochs=300, rate=0.1)
+    for o, factor in ((SETTINGS["heavy ball"], 9.0), (SETTINGS["Nesterov"], 8.1)):
+        d = driver(PLAIN["pgd_at"], optimizer=o, channels_last=False)
+        rec = Recording.of(d, plan, last=2)
+        assert to_come(rec, 2) == pytest.approx(0.1 * factor, rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Halving(PgdAT):
+    """PGD training that halves theta in place between epochs, or what it carries."""
+
+    memory: bool = False
+
+    def end_epoch(self, ctx: Epoch, u: Control) -> None:
+        with torch.no_grad():
+            if self.memory:
+                ctx.memory.setdefault("mean", torch.ones(3, dtype=torch.float64)).mul_(0.5)
+            else:
+                for p in ctx.model.parameters():
+                    p.mul_(0.5)
+
+
+@pytest.mark.parametrize(("memory", "name"), [(False, "theta"), (True, "mean")])
+def test_what_a_hook_does_in_place_is_named(memory: bool, name: str) -> None:
+    d = driver(Halving(memory=memory), linear(), channels_last=False)
+    rec = Recording.of(d, planned(Control(alpha=0.05, steps=2), epochs=3))
+    last = list(sweep(rec, PHI))[-1]
+    assert last.dropped == (f"what the method did to {name} between epochs",)
 
 
 # ----------------------------------------------------------------------------------------------------- sweeps
@@ -339,8 +373,9 @@ def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: st
         assert not p.memory
         assert not p.rows
         if o.momentum:
-            to_come = worth_of_the_buffer(o, rates[number + 1]) if number < 5 else 0.0
-            torch.testing.assert_close(flat(p.momentum), -to_come * gradient, rtol=1e-9, atol=1e-14)
+            m = int(visit.control["steps"]) if name == "free" else 1
+            left = worth_of_the_buffer(o, [r for r in rates[number + 1 :] for _ in range(m)])
+            torch.testing.assert_close(flat(p.momentum), -left * gradient, rtol=1e-9, atol=1e-14)
 
 
 def test_a_costate_that_is_not_finite_is_an_error_with_step_and_horizon() -> None:
@@ -359,10 +394,16 @@ def test_a_costate_that_is_not_finite_is_an_error_with_step_and_horizon() -> Non
         next(sweep(rec, Linear(torch.full((CLASSES, 16), torch.nan).double()), (1, 2)))
 
 
-@pytest.mark.parametrize("h", [0, -3])
-def test_horizons_below_one_step_are_refused(h: int) -> None:
-    with pytest.raises(ValueError, match=f"a horizon must be at least one step, got {h}"):
+@pytest.mark.parametrize("h", [0, -3, 2.5, "3"])
+def test_horizons_below_one_step_are_refused(h: Any) -> None:
+    with pytest.raises(ValueError, match=f"a horizon must be a whole number of at least one step, got {h!r}"):
         next(sweep(recorded(PLAIN["pgd_at"]), PHI, (2, h)))
+
+
+@pytest.mark.parametrize("looked", [(99,), (-1, 2)])
+def test_steps_that_the_roll_out_does_not_have_are_refused(looked: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"the roll-out has the steps 0\.\.5, not"):
+        next(sweep(recorded(PLAIN["pgd_at"]), PHI, looked=looked))
 
 
 def test_a_horizon_beyond_the_roll_out_is_the_roll_out() -> None:

@@ -1,7 +1,7 @@
 """The criterion over any horizon, and the meaning of its size, on small systems in float64."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from controlat.control import Control
 from controlat.dynamics import SGDSettings
 from controlat.families import parse_schedule
 from controlat.files import read_json, write_json
-from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, sweep
+from controlat.network import NonFiniteError
+from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, full, sweep
 from controlat.pmp.relaxed import relaxed
 from controlat.recording import Recording
 
@@ -106,15 +107,45 @@ def test_some_steps_stand_for_all_of_their_block() -> None:
 
 
 def test_the_interval_is_students_over_the_steps_of_each_block() -> None:
-    found = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA)
+    """Of a finite population: three of five steps were looked at in each block."""
+    found = examine(recorded(PLAIN["pgd_at"], batch_size=2), phi(), GRID, gamma=GAMMA, looks=3)
     low, high = found.interval() or (math.nan, math.nan)
     parts = []
     for b in found.best():
         members = [g for g in found.looked if found.blocks[g.number] == b.index]
-        parts.append(np.array([g.value(6, found.price)[g.controls.index(b.maximiser)] for g in members]))
-    spread = math.sqrt(sum(9 * p.var(ddof=1) / 3 for p in parts)) / (6 * found.rate)
+        parts.append(np.array([g.value(10, found.price)[g.controls.index(b.maximiser)] for g in members]))
+    spread = math.sqrt(sum(25 * p.var(ddof=1) / 3 * (1 - 3 / 5) for p in parts)) / (10 * found.rate)
     assert (high - low) / 2 == pytest.approx(2.7764451 * spread, rel=1e-6)  # t of 4 degrees of freedom
     assert (high + low) / 2 == pytest.approx(found.value())
+
+
+def test_what_was_looked_at_entirely_has_no_interval_left() -> None:
+    every_ = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA)
+    assert every_.interval() == (every_.value(), every_.value())
+    single = examine(recorded(PLAIN["pgd_at"], batch_size=10), phi(), GRID, gamma=GAMMA)
+    assert single.interval() == (single.value(), single.value())
+    one = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA, looks=1)
+    assert one.interval() is None
+
+
+def test_where_u_is_the_best_of_a_few_steps_another_may_be_better_in_all() -> None:
+    found = examine(recorded(PLAIN["pgd_at"], batch_size=2), phi(), GRID, gamma=GAMMA, looks=3)
+    u = found.looked[0].controls[0]
+
+    def gains_of(g: Any, worth: float) -> Any:
+        """Every candidate loses 1, but for noise in the first steps of the blocks."""
+        value = np.where([v == u for v in g.controls], 0.0, worth)
+        free = found.price * (g.evaluations - g.evaluations[0])
+        return replace(g, rewards=dict.fromkeys(g.rewards, value + free))
+
+    noisy = tuple(gains_of(g, -1.0 if i % 3 else 0.5) for i, g in enumerate(found.looked))
+    low, high = replace(found, looked=noisy).interval() or (math.nan, math.nan)
+    assert low == 0
+    mean, spread = 5 * np.mean([0.5, -1, -1]), 5 * np.std([0.5, -1, -1], ddof=1) * math.sqrt(0.4 / 3)
+    unit = 10 * found.rate
+    assert high == pytest.approx(2 * (mean + 4.3026527 * spread) / unit, rel=1e-6)
+    sure = tuple(gains_of(g, -1.0) for g in found.looked)
+    assert replace(found, looked=sure).interval() == (0, 0)
 
 
 def test_gamma_enters_by_the_cost_alone() -> None:
@@ -133,7 +164,7 @@ def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
     assert again.value() == found.value()
     assert again.interval(2) == found.interval(2)
     assert again.norms == found.norms
-    assert again.dropped == found.dropped == ()
+    assert again.dropped == found.dropped == ("what the method carries beyond the end of a window",)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -277,16 +308,77 @@ def test_a_trust_region_lowers_the_gap_and_a_huge_one_leaves_nothing() -> None:
     found = examine(recorded(PLAIN["pgd_at"]), phi(), GRID, gamma=GAMMA)
     values = [found.value(rho=rho) for rho in (0.0, 1.0, 100.0, 1e9)]
     assert values == sorted(values, reverse=True)
-    cheaper = [v for g in found.looked for v, s in zip(g.controls, g.sizes, strict=True) if s == 0]
-    assert values[-1] == 0 or cheaper
+    cheaper = [
+        v
+        for g in found.looked
+        for v, s, n in zip(g.controls, g.sizes, g.evaluations, strict=True)
+        if s == 0 and n < g.evaluations[0]
+    ]
+    assert (values[-1] > 0) == bool(cheaper)
 
 
 def test_numbers_out_of_range_are_refused() -> None:
     r = recorded(PLAIN["pgd_at"])
     with pytest.raises(ValueError, match="gamma must be >= 0"):
         examine(r, phi(), GRID, gamma=-1)
-    with pytest.raises(ValueError, match="looks must be >= 1"):
+    with pytest.raises(ValueError, match="looks must be a whole number >= 1, got 0"):
         examine(r, phi(), GRID, gamma=1, looks=0)
+    with pytest.raises(ValueError, match=r"looks must be a whole number >= 1, got 2\.0"):
+        examine(r, phi(), GRID, gamma=1, looks=2.0)  # type: ignore[arg-type]
+    found = examine(r, phi(), GRID, gamma=1, horizons=[3])
+    for ask in (found.value, found.interval, found.per_block, found.cosines):
+        with pytest.raises(ValueError, match=r"horizon 7 was not examined; there are \(3, 6\)"):
+            ask(7)
+    other = Recording.of(driver(PLAIN["pgd_at"], optimizer=SETTINGS["momentum"]), r.plan, last=4)
+    with pytest.raises(ValueError, match=r"steps 0\.\.5, the roll-out has 0\.\.3"):
+        calibrate(other, found, phi())
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A user's terminal cost that is not a number, or a gradient that is not."""
+
+    bad_value: bool
+    lower = 0.0
+
+    def value(self, driver: Any, meter: Any = None) -> float:
+        return math.nan if self.bad_value else 1.0
+
+    def gradient(self, driver: Any, meter: Any = None) -> list[torch.Tensor]:
+        return [torch.full_like(p, math.inf) for p in driver.parameters]
+
+    def dropped(self, driver: Any) -> tuple[str, ...]:
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("bad_value", "text"), [(True, "terminal cost is nan"), (False, "costate after step 5")]
+)
+def test_numbers_that_are_not_finite_stop_the_examination(bad_value: bool, text: str) -> None:
+    with pytest.raises(NonFiniteError, match=text):
+        examine(recorded(PLAIN["pgd_at"]), Fails(bad_value), GRID, gamma=1)
+
+
+def test_a_relaxed_roll_out_that_diverges_keeps_nothing_of_its_promise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    r, terminal = recorded(PLAIN["pgd_at"]), phi()
+    found = examine(r, terminal, GRID, gamma=GAMMA)
+
+    def diverges(recording: Any, others: Any, part: float, *rest: Any, **more: Any) -> Any:
+        if part >= 0.5:
+            raise NonFiniteError("training loss inf")
+        return relaxed(recording, others, part, *rest, **more)
+
+    monkeypatch.setattr(full, "relaxed", diverges)
+    c = calibrate(r, found, terminal)
+    assert c.outcomes[0.5] == math.inf
+    assert c.reliability(0.5) == -math.inf
+    assert c.certificate == pytest.approx(max(0, c.objective - c.outcomes[0.25]))
+    plain = c.to_json()
+    assert plain["outcomes"]["0.5"] is None
+    assert plain["rho"] is plain["reliability"]["0.5"] is None
+    assert c.model_gain == 0
     with pytest.raises(ValueError, match="at least one step"):
         examine(r, phi(), GRID, gamma=1, horizons=[0])
 
