@@ -63,7 +63,7 @@ class Candidate:
                 self.probe(epoch),
                 u,
                 self.grid,
-                terminal=self.setting.terminal(self.seed),
+                terminal=self.setting.terminal(self.seed, s.terminal),
                 scale=plan.mean_rate(epoch) / plan.mean_rate() / (1 - s.momentum),
                 rate=plan.mean_rate(epoch),
                 maximiser=s.maximiser,

@@ -20,6 +20,7 @@ from controlat.families import parse_schedule
 from controlat.files import read_json, read_json_lines
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
+from controlat.pmp.terminal import parse_terminal
 from controlat.rates import Rate, parse_rate
 from controlat.schedules import Schedule, load_schedule
 
@@ -222,6 +223,9 @@ class EvaluateSettings(Problem):
         probe: Training samples that the criterion is computed on.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
+        terminal: Terminal cost Phi on held-out samples: adversarial, margin, clean, a sum such as
+            adversarial+0.1*clean, or your own package.module:factory of (x, y, ball, seed) returning a
+            controlat.pmp.Terminal.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
         autoattack: AutoAttack on this many test points too; 0 for none (pyautoattack; its cost is printed).
         surrogate: Checkpoint of a network trained independently, for transfer attacks.
@@ -243,6 +247,7 @@ class EvaluateSettings(Problem):
     probe: int = 512
     alphas: Sequence[str | float] | None = None
     max_steps: int | None = None
+    terminal: str = "adversarial"
     attacks: Sequence[str] = ATTACKS
     autoattack: int = 0
     surrogate: str | None = None
@@ -285,6 +290,7 @@ class EvaluateSettings(Problem):
         for h in self.horizons or ():
             if h != int(h) or h < 1:
                 raise ValueError(f"horizons must be whole numbers of steps >= 1, got {h}")
+        parse_terminal(self.terminal)
         if self.looks < 1:
             raise ValueError(f"looks must be >= 1, got {self.looks}")
         if not self.memory > 0:

@@ -18,7 +18,7 @@ from controlat.methods import Method
 from controlat.network import NonFiniteError
 from controlat.parallel import World
 from controlat.plan import Plan
-from controlat.pmp import HALVINGS, LAMBDAS, Criterion, Grid, calibrate, examine, looked_at
+from controlat.pmp import HALVINGS, LAMBDAS, Criterion, Grid, calibrate, described, examine, looked_at
 from controlat.recording import GIBI, Recording
 from controlat.schedules import Schedule
 from controlat.setting import Setting
@@ -48,13 +48,13 @@ def looked_back(
         bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
 
     Returns:
-        Plain data: ``criterion``, ``calibration``, ``same`` (whether the roll-out ended with the bits of
-        `trained`; None without it), ``stride``, ``gradients`` by part, ``seconds``. Where a costate is not
-        finite, ``failed`` alone, which says at which step.
+        Plain data: ``criterion``, ``calibration``, ``terminal`` (Phi in words), ``same`` (whether the
+        roll-out ended with the bits of `trained`; None without it), ``stride``, ``gradients`` by part,
+        ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
     began = time.perf_counter()
     driver, plan = setting.driver(seed), replace(setting.plan(schedule, seed), world=World())
-    terminal = setting.terminal(seed)
+    terminal = setting.terminal(seed, settings.terminal)
     total = plan.epochs * plan.batches_per_epoch
     with bar("roll-out", total) as b:
         recording = Recording.of(driver, plan, limit=settings.memory * GIBI, progress=_told(b))
@@ -78,6 +78,7 @@ def looked_back(
     return {
         "criterion": found.to_json(),
         "calibration": calibration.to_json(),
+        "terminal": described(terminal),
         "same": same,
         "stride": recording.stride,
         "gradients": {
@@ -90,7 +91,9 @@ def looked_back(
     }
 
 
-def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, grid: Grid, phi: int) -> float:
+def most_evaluations(
+    settings: EvaluateSettings, plan: Plan, method: Method, grid: Grid, phi: int, replays: int
+) -> float:
     """An upper bound of the gradient evaluations of `looked_back`, in samples, for planning.
 
     Args:
@@ -99,6 +102,7 @@ def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, gri
         method: its method; a loss of up to three passes is reckoned with.
         grid: what is searched.
         phi: samples of the terminal cost.
+        replays: how often steps are taken again at most.
     """
     per_epoch, n = plan.batches_per_epoch, len(plan.data)
     steps = plan.epochs * per_epoch
@@ -111,7 +115,7 @@ def most_evaluations(settings: EvaluateSettings, plan: Plan, method: Method, gri
     scored = sum(grid.cost(method, controls[number]) for number in looked) * plan.batch_size
     dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
     relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * plan.epochs * n + 20 * phi)
-    return 2 * rolled + pulled + scored + (21 * windows + 20) * phi + relaxed
+    return (1 + replays) * rolled + pulled + scored + (21 * windows + 20) * phi + relaxed
 
 
 def _told(bar: Any) -> Callable[..., object] | None:

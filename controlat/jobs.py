@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
-from controlat.pmp import Grid
+from controlat.pmp import Grid, described, parse_terminal
+from controlat.recording import GIBI, Recording
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.state import same_bits
@@ -114,9 +116,12 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     with _together(out, {"command": "evaluate"} | chosen.to_json(), chosen) as (world, _):
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
-            setting.surrogate(chosen.surrogate)  # a bad one is refused before anything is trained
-            runs: dict[int, list[dict[str, Any]]] = {}
             every = list(candidates(setting, chosen, out))
+            setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
+            phi = described(setting.terminal(chosen.seeds[0], chosen.terminal))
+            if chosen.full:
+                _strides(setting, chosen, every[0])
+            runs: dict[int, list[dict[str, Any]]] = {}
             for i, candidate in enumerate(every):
                 which, label = i // len(chosen.seeds), f"[{i + 1}/{len(every)}] {candidate.schedule.text}"
                 found = candidate.run(f"{label}, seed {candidate.seed}")
@@ -138,6 +143,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                         "test": len(setting.data.test),
                     },
                     grid=_searched(every[0].grid, chosen),
+                    terminal=phi,
                     schedules=schedules,
                     reproduced=_reproduced(chosen.run, every[0].directory),
                 )
@@ -146,6 +152,15 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if world.first:
             report.write(result, out)
     return dict(result)
+
+
+def _strides(setting: Setting, chosen: EvaluateSettings, candidate: Candidate) -> tuple[int, ...]:
+    """How the full criterion records a run; an error where it does not fit in memory."""
+    plan = replace(setting.plan(candidate.schedule, candidate.seed), world=World())
+    try:
+        return Recording.check(setting.driver(candidate.seed), plan, limit=chosen.memory * GIBI)
+    except ValueError as error:
+        raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
 
 def _searched(grid: Grid, chosen: EvaluateSettings) -> dict[str, Any]:
@@ -185,7 +200,8 @@ def estimate(**settings: Any) -> dict[str, Any]:
     method = build(chosen.method, chosen.method_options)
     count = dict.fromkeys(("training", "validation", "criterion", "full criterion", "evaluation"), 0.0)
     extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
-    phi = min(TERMINAL_POINTS, len(setting.held_out))
+    phi = len(parse_terminal(chosen.terminal)) * min(TERMINAL_POINTS, len(setting.held_out))
+    replays = len(_strides(setting, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:
         plan = setting.plan(c.schedule, c.seed)
         for epoch in range(chosen.epochs):
@@ -196,7 +212,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
                 tried = chosen.trials * (c.grid.max_steps / 2 + 1) + method.controls.cost(u[0])
             count["criterion"] += tried * min(chosen.probe, len(setting.training)) + 21 * phi
         if chosen.full:
-            count["full criterion"] += most_evaluations(chosen, plan, method, c.grid, phi)
+            count["full criterion"] += most_evaluations(chosen, plan, method, c.grid, phi, replays)
         count["validation"] += 10 * chosen.epochs * len(setting.held_out)
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
         count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,19 +68,21 @@ class Plan:
 
     def order(self, epoch: int) -> tuple[Tensor, ...]:
         """Positions of the samples of every batch of an epoch."""
-        order = torch.randperm(len(self.data), generator=rng.generator(self.seed, epoch, "order"))
-        return torch.split(order, self.batch_size)
+        return _order(len(self.data), self.batch_size, self.seed, epoch)
 
     def indices(self, start: int, stop: int) -> Tensor:
-        """Positions of all samples that the steps start, ..., stop - 1 of the run use."""
+        """Positions of all samples that the steps start, ..., stop - 1 of the run use, each once."""
         steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
-        orders = {n // self.batches_per_epoch: self.order(n // self.batches_per_epoch) for n in steps}
-        used = [orders[n // self.batches_per_epoch][n % self.batches_per_epoch] for n in steps]
-        return torch.cat(used).sort().values
+        used = [self.order(epoch)[i] for epoch, i in (divmod(n, self.batches_per_epoch) for n in steps)]
+        found: Tensor = torch.cat(used).unique()
+        return found
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from number `first` on: this process's rows of them."""
-        wholes = self.order(epoch)[first:]
+    def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
+        """The batches first, ..., last - 1 of one epoch, by default all: this process's rows of them.
+
+        Data that is decoded as it is needed is decoded some batches ahead, but none from `last` on.
+        """
+        wholes = self.order(epoch)[first:last]
         shares = [self.world.share(len(index)) for index in wholes]
         chunks = [index[share.rows] for index, share in zip(wholes, shares, strict=True)]
         found = zip(chunks, shares, self.data.stream(chunks), strict=True)
@@ -115,3 +118,10 @@ class Plan:
         epochs = range(self.epochs) if epoch is None else (epoch,)
         rates = [self.learning_rate(e, b) for e in epochs for b in range(self.batches_per_epoch)]
         return sum(rates) / len(rates)
+
+
+@lru_cache(maxsize=2)  # consecutive steps are looked at one by one, also around the end of an epoch
+def _order(samples: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Positions of the samples of every batch of an epoch; shared, hence never to be changed."""
+    order = torch.randperm(samples, generator=rng.generator(seed, epoch, "order"))
+    return torch.split(order, batch_size)

@@ -232,8 +232,8 @@ def costates(result: Mapping[str, Any], path: Path) -> None:
         axes[0].plot(t, [p for _, p in first["norms"]], label=entry["text"], **_style(i))
         for run in entry["runs"]:
             c = run["full"]["calibration"]
-            reached = {float(part): j for part, j in c["outcomes"].items() if j is not None}
-            points = [(part * c["gain"], c["objective"] - j) for part, j in reached.items()] or [(0, 0)]
+            known = {float(part): j for part, j in c["outcomes"].items() if j is not None}
+            points = [(part * c["gain"], c["objective"] - j) for part, j in known.items()] or [(0, 0)]
             axes[1].plot(*zip(*points, strict=True), _MARKERS[i % 8], color=_style(i)["color"], alpha=0.7)
     axes[0].set_yscale("log")
     axes[0].set_xlabel("t (epochs)")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -43,8 +42,9 @@ class Visit(NamedTuple):
 class Recording:
     """A roll-out of steps first, ..., last - 1 with the state before every `stride`-th of them.
 
-    Between stored states the steps are taken again, which gives the same bits; at most one stretch of states
-    is held beside the stored ones. Of what samples carry, only the rows that are touched are stored.
+    Between stored states the steps are taken again, which gives the same bits. Of the stretch in question,
+    states at the next finer stride are held; of one of its parts, those at the stride after that; and so on.
+    Of what samples carry, only the rows that are touched are stored.
 
     Args:
         driver: runs the system; visits move it, and `put_back` leaves it at the end of the roll-out.
@@ -55,9 +55,10 @@ class Recording:
         stored: states by the number of the step that they precede.
         end: the state after the last step.
         steps: what happened in every step.
-        events: what the method did with networks that it keeps, in order: (number of the step that follows,
-            ``"save"`` or ``"reload"``, name).
+        events: what the method did between epochs, in order: (number of the step that follows, what, name),
+            as the driver's `notice` is told.
         spent: what taking steps again has cost so far.
+        finer: steps from one state to the next where steps are taken again: ever fewer, 1 at last.
     """
 
     driver: Driver
@@ -70,6 +71,7 @@ class Recording:
     steps: list[Step]
     events: list[tuple[int, str, str]] = field(default_factory=list)
     spent: Meter = field(default_factory=Meter)
+    finer: tuple[int, ...] = (1,)
 
     @classmethod
     def of(
@@ -90,25 +92,17 @@ class Recording:
             plan: data, schedule, rates.
             first: number of the first step.
             last: stop before this step; the end of the plan by default, after its last hook.
-            stride: states are stored at every `stride`-th step; as often as `limit` allows by default.
-            limit: bytes that states may take.
+            stride: states are stored at every `stride`-th step, and all states of one stretch are held at
+                once, whatever the limit. By default strides are nested as little as `limit` allows.
+            limit: bytes that states may take; networks that the method puts aside from now on come on top.
             progress: called after every step.
 
         Raises:
             ValueError: not a window of the plan, or states that do not fit within `limit`.
             NonFiniteError: training diverged.
         """
-        total = plan.epochs * plan.batches_per_epoch
-        last = total if last is None else last
-        if not 0 <= first < last <= total:
-            raise ValueError(f"steps must be within 0..{total}, first below last, got {first} and {last}")
-        if plan.world.size > 1:
-            raise ValueError("a roll-out is recorded by one process; start it without torchrun")
-        if driver.stopped and first % plan.batches_per_epoch == 0:
-            raise ValueError(f"the method has ended training ({driver.stopped}): there is nothing to record")
-        stride = _stride(_size(driver, plan, first), last - first, limit) if stride is None else stride
-        if stride < 1:
-            raise ValueError(f"stride must be >= 1, got {stride}")
+        strides = cls.check(driver, plan, first=first, last=last, stride=stride, limit=limit)
+        last = plan.epochs * plan.batches_per_epoch if last is None else last
         stored: dict[int, Snapshot] = {}
 
         made: list[Step] = []
@@ -122,45 +116,75 @@ class Recording:
 
         driver.notice = notice
         try:
-            for step in _steps(driver, plan, first, last, stored, stride=stride):
+            for step in _steps(driver, plan, first, last, stored, stride=strides[0]):
                 made.append(step)
                 if progress is not None:
                     progress(step)
         finally:
             driver.notice = before
         last = first + len(made)  # fewer where the method ended training
-        return cls(driver, plan, first, last, stride, stored, driver.snapshot(), made, events)
+        end = driver.snapshot()
+        return cls(driver, plan, first, last, strides[0], stored, end, made, events, finer=strides[1:])
+
+    @staticmethod
+    def check(
+        driver: Driver,
+        plan: Plan,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        stride: int | None = None,
+        limit: float = 2 * GIBI,
+    ) -> tuple[int, ...]:
+        """The strides with which `of` would record, or its ValueError, without running the plan.
+
+        One step is taken to see how large a state is; the driver is put back. The steps of the roll-out are
+        taken again less than once for every stride after the first.
+
+        Args:
+            driver: as in `of`, like all the others.
+            plan: data, schedule, rates.
+            first: number of the first step.
+            last: stop before this step.
+            stride: of stored states.
+            limit: bytes that states may take.
+
+        Raises:
+            ValueError: not a window of the plan, or states that do not fit within `limit`.
+            NonFiniteError: the first step diverges.
+        """
+        total = plan.epochs * plan.batches_per_epoch
+        last = total if last is None else last
+        for name, value in {"first": first, "last": last, "stride": 1 if stride is None else stride}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise ValueError(f"limit must be a positive number of bytes, got {limit!r}")
+        if not 0 <= first < last <= total:
+            raise ValueError(f"steps must be within 0..{total}, first below last, got {first} and {last}")
+        if plan.world.size > 1:
+            raise ValueError("a roll-out is recorded by one process; start it without torchrun")
+        if driver.stopped and first % plan.batches_per_epoch == 0:
+            raise ValueError(f"the method has ended training ({driver.stopped}): there is nothing to record")
+        if stride is None:
+            return _fitting(_size(driver, plan, first), last - first, limit)
+        if stride < 1:
+            raise ValueError(f"stride must be >= 1, got {stride}")
+        return stride, 1
 
     def at(self, number: int) -> Visit:
         """Put the driver at the state before one step."""
         if not self.first <= number < self.last:
             raise ValueError(f"the roll-out has the steps {self.first}..{self.last - 1}, not {number}")
-        start = number - (number - self.first) % self.stride
-        state = self._states(start, number + 1)[number]
-        self.driver.restore(state)
-        return self._visit(number)
-
-    def _visit(self, number: int) -> Visit:
-        batch = next(self.plan.batches(*divmod(number, self.plan.batches_per_epoch)))
-        rate = self.plan.learning_rate(batch.epoch, batch.number)
-        return Visit(number, batch, self.plan.control(batch), rate)
+        return next(self._walk(number, number + 1))
 
     def forward(self) -> Iterator[Visit]:
         """Every step in order, with the driver at the state before it."""
-        for start, stop in self._stretches():
-            states = self._states(start, stop)
-            for number in range(start, stop):
-                self.driver.restore(states[number])
-                yield self._visit(number)
+        return self._walk(self.first, self.last)
 
     def backward(self, until: int | None = None) -> Iterator[Visit]:
         """Every step from the last back to `until` (by default the first), with the driver before it."""
-        least = self.first if until is None else until
-        for start, stop in reversed([s for s in self._stretches() if s[1] > least]):
-            states = self._states(start, stop)
-            for number in reversed(range(max(start, least), stop)):
-                self.driver.restore(states.pop(number))
-                yield self._visit(number)
+        return self._walk(self.first if until is None else until, self.last, backward=True)
 
     def again(self, driver: Driver) -> Iterator[Step]:
         """The steps of the roll-out once more by a driver that is at its first state, nothing recorded."""
@@ -176,28 +200,52 @@ class Recording:
             self.driver.restore(self.end)
             self.driver.meter = meter
 
-    def _stretches(self) -> Iterator[tuple[int, int]]:
-        for start in range(self.first, self.last, self.stride):
-            yield start, min(start + self.stride, self.last)
+    def _walk(self, first: int, last: int, *, backward: bool = False) -> Iterator[Visit]:
+        """The steps first, ..., last - 1 in order, or backward, with the driver at the state before each.
 
-    def _states(self, start: int, stop: int) -> dict[int, Snapshot]:
-        """The states before the steps start, ..., stop - 1, made by taking the steps between them again."""
-        states, plan, driver = {start: self.stored[start]}, self.plan, self.driver
-        if stop - start == 1:
-            return states
+        A stretch is cut at the next finer stride, and each part, when its turn comes, at the one after that.
+        """
+        strides, states = (self.stride, *self.finer), dict(self.stored)
+        stretches = [(self.first, self.last, 0)] if first < last else []
+        while stretches:
+            start, stop, level = stretches.pop()
+            if stop - start == 1:
+                self.driver.restore(states.pop(start))  # a state is given up as soon as it is visited
+                yield self._visit(start)
+                continue
+            stride = strides[level]
+            parts = [(n, min(n + stride, stop), level + 1) for n in range(start, stop, stride)]
+            parts = [(n, end, below) for n, end, below in parts if n < last and end > first]
+            self._make(states, start, {n: end for n, end, _ in parts if n not in states})
+            stretches += parts if backward else reversed(parts)
+
+    def _make(self, states: dict[int, Snapshot], start: int, wanted: dict[int, int]) -> None:
+        """Take the steps from `start` on again, and add the states that are wanted.
+
+        Args:
+            states: by the number of the step that they precede.
+            start: number of a step whose state is there.
+            wanted: by the number of the step that a state precedes, the number of the step up to which it
+                serves: it has the rows that the steps between touch.
+        """
+        if not wanted:
+            return
+        plan, driver = self.plan, self.driver
         driver.restore(states[start])
-        meter, driver.meter = driver.meter, self.spent
-        try:
+        with _aside(driver, self.spent):
             for number, b in arrivals(driver, plan, start, begun=True):
-                if number > start:
-                    touched = plan.indices(number, number + 1) if driver.rows else None
-                    states[number] = driver.snapshot(touched)
-                if number == stop - 1:
-                    break
+                if number in wanted:
+                    end = wanted.pop(number)
+                    states[number] = driver.snapshot(plan.indices(number, end) if driver.rows else None)
+                    if not wanted:
+                        return
                 driver.step(b, plan.control(b), plan.learning_rate(b.epoch, b.number))
-        finally:
-            driver.meter = meter
-        return states
+
+    def _visit(self, number: int) -> Visit:
+        epoch, i = divmod(number, self.plan.batches_per_epoch)
+        batch = next(self.plan.batches(epoch, i, i + 1))
+        rate = self.plan.learning_rate(batch.epoch, batch.number)
+        return Visit(number, batch, self.plan.control(batch), rate)
 
 
 def _steps(
@@ -222,33 +270,73 @@ def _steps(
     return steps if ended else islice(steps, last - first)
 
 
+@contextmanager
+def _aside(driver: Driver, meter: Meter) -> Iterator[None]:
+    """Count on another meter, and let nobody notice what the method does, inside the block."""
+    before = driver.meter, driver.notice
+    driver.meter, driver.notice = meter, None
+    try:
+        yield
+    finally:
+        driver.meter, driver.notice = before
+
+
 def _size(driver: Driver, plan: Plan, first: int) -> int:
     """Bytes of a state once a step has been taken: with momentum buffers, and rows for all samples."""
-    before, meter = driver.snapshot(), driver.meter
-    driver.meter = Meter()
+    before = driver.snapshot()
     try:
-        for _ in _steps(driver, plan, first, first + 1):
-            pass
-        after = driver.snapshot()
+        with _aside(driver, Meter()):
+            for _ in _steps(driver, plan, first, first + 1):
+                pass
+        after = driver.snapshot(plan.indices(first, first + 1))
     finally:
         driver.restore(before)
-        driver.meter = meter
     rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(plan.data)
     return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
 
 
-def _stride(size: int, steps: int, limit: float) -> int:
-    """The smallest stride with which stored states and those of one stretch fit."""
-    fits = int(limit // size)
-    for stride in range(1, math.isqrt(steps) + 2):
-        held = -(-steps // stride) + (stride if stride > 1 else 0)
-        if held + 1 <= fits:
-            return stride
-    least = (2 * math.isqrt(steps) + 3) * size
+def _fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
+    """The strides with which all states that are held at once fit."""
+    strides = _strides(steps, int(min(limit / size, steps + 2)))
+    if strides:
+        return strides
+    least = next(n for n in count() if _strides(steps, n)) * size
     raise ValueError(
         f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
         f"stretches taken again; allow {1.05 * least / GIBI:.2g} GiB, or look at a shorter window"
     )
+
+
+def _strides(steps: int, states: int) -> tuple[int, ...]:
+    """The fewest strides with which `states` are enough, the first of them as small as it may be, and so on.
+
+    None where no number of strides is enough.
+    """
+    for levels in range(1, steps.bit_length() + 1):
+        free = states - (1 if levels == 1 else 2)  # the end; and a visitor's own where steps are taken again
+        if _reach(free, levels) >= steps:
+            break
+    else:
+        return ()
+    strides = []
+    for below in range(levels - 1, 0, -1):
+        most = range(min(free, steps), 0, -1)
+        held = next(n for n in most if -(-steps // n) <= _reach(free - n + 1, below))
+        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is there already
+        strides.append(steps)
+    return *strides, 1
+
+
+def _reach(states: int, levels: int) -> int:
+    """The most steps that so many states serve: the product of the numbers held at each level.
+
+    As the first state of a stretch is there already, these numbers add up to states + levels - 1.
+    """
+    if states < 1:
+        return 0
+    each, more = divmod(states - 1, levels)
+    steps: int = (each + 1) ** (levels - more) * (each + 2) ** more
+    return steps
 
 
 def _bytes(value: Any) -> int:

@@ -253,8 +253,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
         f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
-        "norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi the adversarial "
-        "loss on held-out data (eval mode; the dependence of BatchNorm statistics on theta is dropped). "
+        f"norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi {_phi(result)} "
+        "(eval mode; the dependence of BatchNorm statistics on theta is dropped). "
         f"Searched: {searched}. Intervals: 95 % over probe batches"
         + (", ± standard deviation over seeds." if several else "."),
         f"robust: survives {', '.join(s['attacks'])}; 95 % Wilson interval for {sizes['test']} points"
@@ -270,6 +270,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     ]
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+def _phi(result: Mapping[str, Any]) -> str:
+    """The terminal cost in words; results of before it could be chosen do not have them."""
+    return str(result.get("terminal", "the adversarial loss on held-out data"))
 
 
 def _options(settings: Mapping[str, Any]) -> str:
@@ -291,9 +296,10 @@ def _full_notes(result: Mapping[str, Any]) -> list[str]:
     if "full" not in summaries[0]:
         return []
     lines = [
-        "J = Phi + gamma eta sum n, with Phi the adversarial loss on held-out data and eta the mean learning "
-        "rate. C full: Amata's (13) over the whole run, from exact costates: the sum over epochs of max over "
-        "(alpha, K) of the sum of H(v) - H(u) over the steps, divided by eta T; 95 % interval over "
+        f"J = Phi + gamma eta sum n, with Phi {_phi(result)} and eta the mean learning rate. C full: Amata's "
+        "(13) over the whole run, from exact costates: the sum over epochs (shorter blocks "
+        "where the control changes within one) of max over (alpha, K) of the sum of H(v) - H(u) over their "
+        "steps, divided by eta T; 95 % interval over "
         f"{s['looks']} steps looked at in each epoch. D: the largest decrease of J that relaxed controls "
         "really reached, half or a quarter of the way to the maximisers, or an eighth where first order does "
         "not reach so far.",

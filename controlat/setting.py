@@ -24,7 +24,7 @@ from controlat.methods import build
 from controlat.network import Meter, View
 from controlat.parallel import current
 from controlat.plan import Plan
-from controlat.pmp import AdversarialLoss
+from controlat.pmp.terminal import Terminal, build_terminal
 from controlat.schedules import Schedule
 from controlat.texts import count, duration
 from controlat.training import initial_model, load_checkpoint, place
@@ -108,11 +108,11 @@ class Setting:
             p.channels_last,
         )
 
-    def terminal(self, seed: int) -> AdversarialLoss:
-        """Phi: the adversarial loss on held-out samples."""
+    def terminal(self, seed: int, name: str = "adversarial") -> Terminal:
+        """Phi on held-out samples, by its name or as a sum of names (`controlat.pmp.terminal`)."""
         data = self.held_out  # in the order of the data set, which may be sorted by class
         order = torch.randperm(len(data), generator=rng.generator(0, "terminal"))
-        return AdversarialLoss(*data.take(order[:TERMINAL_POINTS]), self.problem.ball, seed=seed)
+        return build_terminal(name, *data.take(order[:TERMINAL_POINTS]), self.problem.ball, seed)
 
     def surrogate(self, checkpoint: str | None) -> nn.Module | None:
         """A network trained independently, for transfer attacks.

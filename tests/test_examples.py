@@ -86,6 +86,33 @@ def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(tmp_pat
     assert not list(tmp_path.rglob("settings.json")), "the folder of the run is gone"
 
 
+def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(tmp_path: Path) -> None:
+    done = _child(tmp_path, EXAMPLES / "full_criterion.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    phi, *lines = done.stdout.splitlines()
+    value = float(re.fullmatch(r"Phi = 1 \* \(adv.*\) \+ 0\.1 \* \(clean .*\): (\S+)", phi)[1])  # type: ignore[index]
+    horizons = [re.fullmatch(r"C = (\S+) with costates over (\d+) steps?", line) for line in lines[:3]]
+    assert [int(found[2]) for found in horizons if found] == [1, 17, 102]
+    pattern = r"epoch (\d): Control\(.*\), better Control\(.*\), worth (\S+) of J to first order"
+    epochs = [re.fullmatch(pattern, line) for line in lines[3:9]]
+    gains = [float(found[2]) for found in epochs if found]
+    assert len(gains) == 6
+    numbers = re.fullmatch(r"J = (\S+), G = (\S+), D = (\S+), (r\(0\.5\) = .*)", lines[9])
+    assert numbers
+    objective, total, decrease = (float(numbers[i]) for i in (1, 2, 3))
+    assert total == pytest.approx(sum(gains), abs=1e-3)
+    # C = G / (eta T)
+    assert float(horizons[2][1]) == pytest.approx(total / (0.02 * 102), abs=2e-3)  # type: ignore[index]
+    worth = {float(a): float(b) for a, b in re.findall(r"r\((\S+)\) = (-?[\d.]+)", numbers[4])}
+    assert {0.5, 0.25} <= set(worth)
+    assert decrease == pytest.approx(max(0, *(part * r * total for part, r in worth.items())), abs=2e-3)
+    assert value < objective
+    found = re.fullmatch(r"half of the way to Control\(.*\) in epoch \d alone: J = (\S+)", lines[10])
+    assert found
+    assert float(found[1]) == pytest.approx(objective, abs=0.2)
+    assert re.match(r"the recorded network is as it was: robust \d+", lines[11])
+
+
 def test_an_own_method_is_trained_by_its_name_with_an_option_and_a_schedule_for_its_own_knob(
     tmp_path: Path,
 ) -> None:

@@ -323,7 +323,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
         (36, 1, 0),  # in the training of epoch 0
         (10, 1, 1),  # in the criterion of epoch 1
         (90, 2, 1),  # in the full criterion of the first run
-        (160, 3, 2),  # in the second run
+        (140, 3, 2),  # in the second run
     ]
     for passes, instants, checkpoints in moments:
         assert _killed(tmp_path, passes) == -signal.SIGKILL, passes

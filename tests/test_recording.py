@@ -1,24 +1,31 @@
 """A recorded roll-out, visited again: the same bits, however few states were stored."""
 
+import functools
 import itertools
+import pickle
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import same, split, trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from systems import CASES, HEAVY, PLAIN, Case, constant, driver, smooth
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlat.control import Control, ControlSpace
+from controlat.data._stream import Streamed
 from controlat.dynamics import Driver, SGDSettings, Step, rollout
 from controlat.methods import Batch, Context, Epoch, Rows, Update
 from controlat.network import Meter, NonFiniteError
 from controlat.parallel import World
 from controlat.plan import Plan
-from controlat.recording import Recording, Visit
+from controlat.recording import Recording, Visit, _size, _strides
 from controlat.state import Snapshot, gather
 
 SIZE = (1, 4, 4)
@@ -298,8 +305,248 @@ def test_a_refused_limit_leaves_the_driver_alone() -> None:
     d, plan = setup(CASES["pgd_at"])
     before = d.snapshot()
     with pytest.raises(ValueError, match="allow"):
-        Recording.of(d, plan, limit=0)
+        Recording.of(d, plan, limit=1)
     assert same(d.snapshot(), before)
+
+
+def test_a_limit_may_be_infinite() -> None:
+    assert Recording.of(*setup(CASES["pgd_at"]), limit=float("inf")).stride == 1
+
+
+@pytest.mark.parametrize("case", [CASES["pgd_at"], CASES["atta"], CASES["cat curriculum"]])
+def test_whether_a_plan_fits_can_be_asked_before_it_is_run(case: Case) -> None:
+    d, plan = driver(case, channels_last=False), planned(case.control(), epochs=8)
+    before, left, meter = d.snapshot(), trace(d.model), d.meter.copy()
+    heard: list[tuple[str, str]] = []
+    d.notice = notice = lambda what, name: heard.append((what, name))
+    size = _size(d, plan, 0)
+    steps = called(d, "step")
+    answers = {n: Recording.check(d, plan, limit=(n + 0.5) * size) for n in (9, 11, 25)}
+    assert len(steps) == 3  # one for each
+    assert answers == {25: (1,), 11: (4, 1), 9: (6, 2, 1)}
+    with pytest.raises(ValueError, match=r"24 states of .* do not fit") as asked:
+        Recording.check(d, plan, limit=7.5 * size)
+    assert same(d.snapshot(), before)
+    assert same(trace(d.model), left)
+    assert (d.meter, d.notice, heard) == (meter, notice, [])
+    with pytest.raises(ValueError, match=r"24 states of .* do not fit") as run:
+        Recording.of(d, plan, limit=7.5 * size)
+    assert str(asked.value) == str(run.value)
+    for n, strides in answers.items():
+        d.restore(before)
+        rec = Recording.of(d, plan, limit=(n + 0.5) * size)
+        assert (rec.stride, *rec.finer) == strides
+    assert Recording.check(d, plan, first=2, last=8, stride=3, limit=1) == (3, 1)
+
+
+# --------------------------------------------------------------------------------------------- nested strides
+
+LONG = 8 * PER_EPOCH
+LEVELS = {11: 2, 9: 3, 8: 4}  # strides for so many steps by the number of states that a limit allows
+
+
+def called(d: Driver, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of the calls of a driver's method from now on."""
+    calls: list[tuple[Any, ...]] = []
+    method = getattr(d, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return method(*arguments)
+
+    setattr(d, name, call)
+    return calls
+
+
+def alive(d: Driver) -> list[int]:
+    """How many snapshots there are whenever one is taken from now on."""
+    counts: list[int] = []
+    taken: list[weakref.ref[Tensor]] = []
+    snapshot = d.snapshot
+
+    def take(touched: Tensor | None = None) -> Snapshot:
+        found = snapshot(touched)
+        taken.append(weakref.ref(next(iter(found.model.values()))))
+        counts.append(sum(t() is not None for t in taken))
+        return found
+
+    d.snapshot = take  # type: ignore[method-assign]
+    return counts
+
+
+def systems(name: str) -> tuple[Driver, Plan]:
+    """A system by name for a longer run."""
+    if name in CASES:
+        return driver(CASES[name], channels_last=False), planned(CASES[name].control(), epochs=8)
+    return driver(Counting(saves=2, stops=6 if name == "stops" else -1)), planned(Control(), epochs=8)
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "atta", "atta reset", "free", "cat curriculum", "hooks", "stops"])
+def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> None:
+    states, end, steps, batches = reference(*systems(name))
+    assert len(states) == (LONG if name != "stops" else 7 * PER_EPOCH)
+    for allowed, levels in LEVELS.items():
+        d, plan = systems(name)
+        limit = (allowed + 0.5) * _size(d, plan, 0)
+        counts = alive(d)
+        rec = Recording.of(d, plan, limit=limit)
+        stored = dict(rec.stored)
+        assert 1 + len(rec.finer) == levels
+        assert rec.steps == steps
+        assert same(rec.end, end)
+        numbers = []
+        for visit in rec.backward():
+            if not rec.events:  # networks that a method puts aside come on top
+                assert max(counts) <= allowed
+            agrees(d, visit, states, batches, plan)
+            assert d.step(visit.batch, visit.control, visit.rate) == steps[visit.number]
+            numbers.append(visit.number)
+        assert numbers == list(range(len(states)))[::-1]
+        for visit in itertools.chain(rec.forward(), rec.backward(10), map(rec.at, (20, 0, 7, 18))):
+            agrees(d, visit, states, batches, plan)
+        assert rec.stored.keys() == stored.keys()
+        assert all(rec.stored[n] is s for n, s in stored.items())
+
+
+@given(st.integers(1, 40), st.integers(2, 16), st.data())
+@settings(max_examples=40, deadline=None)
+def test_no_more_states_are_held_than_the_limit_allows(steps: int, allowed: int, data: st.DataObject) -> None:
+    d, plan = driver(Counting()), planned(Control(), epochs=14)
+    limit, strides = (allowed + 0.5) * _size(d, plan, 0), _strides(steps, allowed)
+    counts = alive(d)
+    if not strides:
+        with pytest.raises(ValueError, match="do not fit"):
+            Recording.of(d, plan, last=steps, limit=limit)
+        return
+    rec = Recording.of(d, plan, last=steps, limit=limit)
+    assert (rec.stride, *rec.finer) == strides
+    again = called(d, "step")
+    until = data.draw(st.integers(0, steps))
+    assert [v.number for v in rec.backward(until)] == list(range(until, steps))[::-1]
+    assert len(again) <= (len(strides) - 1) * steps
+    assert [v.number for v in rec.forward()] == list(range(steps))
+    again.clear()
+    number = data.draw(st.integers(0, steps - 1))
+    assert rec.at(number).number == number
+    assert len(again) == number % rec.stride  # however many levels there are
+    assert max(counts) <= allowed
+    if len(strides) > 1:
+        for _ in rec.backward():
+            own = d.snapshot()  # there is room for one of the visitor's
+            del own
+        assert max(counts) <= allowed
+
+
+@functools.cache
+def least(steps: int, levels: int) -> int:
+    """The fewest states that serve so many steps."""
+    if levels == 1:
+        return steps
+    return min(-(-steps // s) + least(s, levels - 1) - 1 for s in range(1, steps + 1))
+
+
+@given(st.integers(1, 80), st.integers(1, 40))
+@settings(deadline=None)
+def test_strides_are_the_fewest_and_then_the_smallest_that_fit(steps: int, states: int) -> None:
+    found = [k for k in range(1, 9) if least(steps, k) + 1 + (k > 1) <= states]
+    strides = _strides(steps, states)
+    assert len(strides) == min(found, default=0)
+    free = states - 1 - (len(strides) > 1)
+    for below, stride in zip(reversed(range(len(strides))), strides, strict=True):
+        if below:
+            fits = (s for s in range(1, steps + 1) if -(-steps // s) + least(s, below) - 1 <= free)
+            assert stride == next(fits)
+        free -= -(-steps // stride) - 1
+        assert free >= 1
+        steps = stride
+    assert steps == 1 or not strides
+
+
+def test_a_long_run_fits_in_few_states() -> None:
+    """Of a large network: 60 epochs of 391 steps in 24 states of 85 MiB."""
+    assert _strides(11_730, 24) == (1676, 419, 105, 27, 9, 3, 1)
+    assert [len(_strides(11_730, n)) for n in (11_731, 218, 80, 40)] == [1, 2, 3, 5]
+    assert _strides(10**7, 40)
+
+
+def test_states_at_every_level_have_the_rows_of_the_steps_that_they_serve() -> None:
+    d, plan = setup(CASES["atta"])
+    rec = Recording.of(d, plan, stride=4)
+    rec.finer = (2, 1)
+    taken = called(d, "snapshot")
+    list(rec.backward())
+    spans = [(6, 8), (7, 8), (5, 6), (2, 4), (3, 4), (1, 2)]
+    assert same([touched for (touched,) in taken], [plan.indices(*span) for span in spans])
+
+
+def test_a_stretch_over_several_epochs_has_every_row_once() -> None:
+    d, plan = setup(CASES["atta"])
+    rows = Recording.of(d, plan, stride=4).stored[4].rows["delta"]
+    used = torch.cat([plan.order(1)[1], plan.order(1)[2], plan.order(2)[0], plan.order(2)[1]])
+    assert rows["index"].tolist() == sorted(set(used.tolist()))
+    assert len(rows["values"]) == len(rows["index"]) < len(used)
+
+
+def test_a_visitor_that_leaves_early_leaves_no_state_behind() -> None:
+    d, plan = systems("pgd_at")
+    limit = 8.5 * _size(d, plan, 0)
+    counts = alive(d)
+    rec = Recording.of(d, plan, limit=limit)
+    walk = rec.backward(5)
+    next(walk)
+    del walk
+    d.snapshot()
+    assert counts[-1] == len(rec.stored) + 2  # and the end
+
+
+# ------------------------------------------------------------------------------------------- what it looks at
+
+
+def test_a_visit_reads_its_own_batch_only() -> None:
+    read: list[int] = []
+
+    def image(position: int) -> Tensor:
+        read.append(position)
+        return torch.full(SIZE, position, dtype=torch.uint8)
+
+    d = driver(Counting(), nn.Sequential(nn.Flatten(), nn.Linear(16, 4)))
+    data = Streamed(image, torch.arange(10) % 4, SIZE, torch.arange(10), workers=2)
+    plan = replace(planned(Control()), data=data)
+    rec = Recording.of(d, plan, stride=1)
+    for walk in (rec.backward(), rec.forward(), map(rec.at, (4, 0))):
+        read.clear()
+        for visit in walk:
+            assert sorted(read) == visit.batch.indices.sort().values.tolist()
+            read.clear()
+
+
+def test_some_batches_of_an_epoch() -> None:
+    plan = planned(Control())
+    every = list(plan.batches(1))
+    for first, last in itertools.product(range(4), range(4)):
+        assert same(list(plan.batches(1, first, last)), every[first:last])
+
+
+def test_an_epoch_is_shuffled_once_for_visits_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    d, plan = driver(Counting()), planned(Control(), n=11)
+    rec = Recording.of(d, plan, stride=1)
+    shuffled, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **o: shuffled.append(n) or randperm(n, **o))
+    list(rec.backward())
+    assert len(shuffled) <= EPOCHS
+
+
+def test_plans_that_differ_have_orders_of_their_own() -> None:
+    plan = planned(Control())
+    others = [replace(plan, seed=8), replace(plan, batch_size=5), replace(plan, data=split(9, SIZE))]
+    expected = [[p.order(e) for e in range(3)] for p in (plan, *others)]
+    for _ in range(2):
+        for e in (2, 0, 1):
+            assert same([p.order(e) for p in (plan, *others)], [orders[e] for orders in expected])
+    assert not same(expected[0][0], expected[1][0])
+    assert plan == replace(plan)
+    bare = replace(plan, schedule=Control, rate=float)  # type: ignore[arg-type]
+    assert same(pickle.loads(pickle.dumps(bare)).order(1), plan.order(1))
 
 
 # --------------------------------------------------------------------------------------------- what it leaves
@@ -411,6 +658,21 @@ def test_windows_outside_of_the_plan_are_refused(first: int, last: int | None) -
 def test_a_stride_below_one_is_refused(stride: int) -> None:
     with pytest.raises(ValueError, match=f"stride must be >= 1, got {stride}"):
         Recording.of(*setup(CASES["pgd_at"]), stride=stride)
+
+
+@pytest.mark.parametrize("value", [2.5, 2.0, "3", True, float("nan")])
+@pytest.mark.parametrize("name", ["first", "last", "stride"])
+def test_what_is_not_a_whole_number_is_refused(name: str, value: Any) -> None:
+    for ask in (Recording.of, Recording.check):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got {value!r}"):
+            ask(*setup(CASES["pgd_at"]), **{name: value})
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("-inf"), "1", True, None])
+def test_a_limit_that_is_not_a_positive_number_is_refused(limit: Any) -> None:
+    for ask in (Recording.of, Recording.check):
+        with pytest.raises(ValueError, match=f"limit must be a positive number of bytes, got {limit!r}"):
+            ask(*setup(CASES["pgd_at"]), limit=limit)
 
 
 def test_several_processes_are_refused() -> None:

@@ -4,14 +4,24 @@ from controlat.pmp.costate import sweep
 from controlat.pmp.full import HALVINGS, LAMBDAS, Calibration, Criterion, calibrate, examine, looked_at
 from controlat.pmp.greedy import criterion, measure, probe_batches
 from controlat.pmp.maximise import MAXIMISERS, Grid
+from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
-from controlat.pmp.terminal import AdversarialLoss, Terminal, Weighted
+from controlat.pmp.terminal import (
+    TERMINALS,
+    AdversarialLoss,
+    Terminal,
+    Weighted,
+    build_terminal,
+    described,
+    parse_terminal,
+)
 
 __all__ = [
     "FORMS",
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
+    "TERMINALS",
     "AdversarialLoss",
     "Calibration",
     "Criterion",
@@ -20,12 +30,16 @@ __all__ = [
     "Surface",
     "Terminal",
     "Weighted",
+    "build_terminal",
     "calibrate",
     "criterion",
+    "described",
     "examine",
     "interval",
     "looked_at",
     "measure",
+    "parse_terminal",
     "probe_batches",
+    "relaxed",
     "sweep",
 ]

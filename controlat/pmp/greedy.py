@@ -24,7 +24,7 @@ from controlat.methods import Batch, Method, build
 from controlat.network import Meter, NonFiniteError, View
 from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
 from controlat.pmp.surface import FORMS, Array, Gap, Surface
-from controlat.pmp.terminal import AdversarialLoss
+from controlat.pmp.terminal import AdversarialLoss, Terminal
 
 __all__ = ["criterion", "measure", "probe_batches"]
 
@@ -35,7 +35,7 @@ def measure(
     control: Control,
     grid: Grid,
     *,
-    terminal: AdversarialLoss | None = None,
+    terminal: Terminal | None = None,
     scale: float = 1.0,
     rate: float = 0.0,
     maximiser: str = "sweep",

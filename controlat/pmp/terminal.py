@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import numbers
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from controlat.attacks import ascend
+from controlat import registry
+from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
+from controlat.control import number
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
 from controlat.network import Meter, NonFiniteError, View
 from controlat.rng import generator, scoped
 
-__all__ = ["AdversarialLoss", "Terminal", "Weighted"]
+__all__ = [
+    "TERMINALS",
+    "AdversarialLoss",
+    "Terminal",
+    "Weighted",
+    "build_terminal",
+    "described",
+    "parse_terminal",
+]
+
+# What `build_terminal` knows by name: the arguments of `AdversarialLoss`.
+TERMINALS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"adversarial": {}, "margin": {"loss": "margin"}, "clean": {"steps": 0}}
+)
 
 _BATCH = 256
+_WEIGHT, _NAME = r"[\d.]+(?:[eE][+-]?\d+)?(?:/\d+)?", r"[^\W\d][\w.:]*"
+_TERM = re.compile(rf"\s*([+-]?)\s*(?:({_WEIGHT})\s*\*\s*)?({_NAME})\s*")
 
 
 class Terminal(Protocol):
-    """A terminal cost: one of this module, or the user's own. The driver's state must stay as it is."""
+    """A terminal cost: one of this module, or the user's own. The driver's state must stay as it is.
+
+    A method ``describe() -> str`` besides says in words what it is; `described` does without one.
+    """
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
         """Phi at the driver's present parameters."""
@@ -51,12 +74,17 @@ class AdversarialLoss:
         y: (N,) labels.
         ball: the perturbation set.
         steps: K of the attack.
-        alpha: step size; eps/4 by default, as FOSC's evaluation.
+        alpha: step size > 0; eps/4 by default, as FOSC's evaluation.
         seed: of the random start.
         loss: ``"cross_entropy"``, or ``"margin"``: max over j != y of z_j, less z_y.
 
     Raises:
-        ValueError: unknown loss.
+        ValueError: unknown loss, a number out of range, x that is empty or not in [0, 1], y that is not one
+            integer label per sample.
+
+    >>> import torch
+    >>> AdversarialLoss(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255"), steps=0).describe()
+    'clean cross-entropy on 8 held-out points'
     """
 
     x: Tensor
@@ -70,11 +98,31 @@ class AdversarialLoss:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        check_batch(self.x, self.y)
+        steps = number(self.steps, "steps")
+        if steps < 0 or not steps.is_integer():
+            raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
+        object.__setattr__(self, "steps", int(steps))
+        if self.alpha is None:
+            return
+        object.__setattr__(self, "alpha", number(self.alpha, "alpha"))
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha:g}; leave it out for eps/4")
 
     @property
     def lower(self) -> float:
         """A lower bound of Phi: 0 for the cross-entropy, none for the margin."""
         return 0.0 if self.loss == "cross_entropy" else -math.inf
+
+    def describe(self) -> str:
+        """Loss, samples and attack in words."""
+        what = f"{self.loss.replace('_', '-')} on {len(self.x)} held-out points"
+        if self.steps == 0:
+            return f"clean {what}"
+        attack = f"PGD-{self.steps}" + (" on cross-entropy" if self.loss != "cross_entropy" else "")
+        alpha = "eps/4" if self.alpha is None else f"{self.alpha:g}"
+        within = f"eps = {self.ball.eps:g} ({self.ball.norm})"
+        return f"adversarial {what}, {attack}, {within}, alpha = {alpha}, one random start"
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
         """Phi at the driver's present parameters, with one forward pass beside the attack.
@@ -86,9 +134,7 @@ class AdversarialLoss:
         with self._evaluating(driver), torch.no_grad():
             total = sum(float(part()) for part in self._parts(driver, meter))
         meter.forwards += len(self.x)
-        if not torch.isfinite(torch.tensor(total)):
-            raise NonFiniteError("the terminal cost is not finite")
-        return total
+        return _finite_value(total)
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
         """grad Phi(theta), one tensor per parameter, with the adversary held fixed.
@@ -105,9 +151,7 @@ class AdversarialLoss:
                     if g is not None:
                         t += g
         meter.gradients += len(self.x)
-        if not all(bool(torch.isfinite(t).all()) for t in total):
-            raise NonFiniteError("the gradient of the terminal cost is not finite")
-        return total
+        return _finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """BatchNorm's running statistics depend on theta; so does an attack by l_2 steps."""
@@ -149,9 +193,20 @@ class Weighted:
 
     Args:
         parts: (weight, terminal cost) of each.
+
+    Raises:
+        ValueError: no parts, a weight that is no finite number, a part that is no `Terminal`.
     """
 
     parts: tuple[tuple[float, Terminal], ...]
+
+    def __post_init__(self) -> None:
+        parts = tuple((number(weight, "a weight"), part) for weight, part in self.parts)
+        if not parts:
+            raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
+        for _, part in parts:
+            _check(part, "a part of a weighted sum")
+        object.__setattr__(self, "parts", parts)
 
     @property
     def lower(self) -> float:
@@ -160,17 +215,137 @@ class Weighted:
             return -math.inf
         return sum(weight * part.lower for weight, part in self.parts if weight > 0)
 
+    def describe(self) -> str:
+        """The parts in words, with their weights."""
+        return " + ".join(f"{weight:g} * ({described(part)})" for weight, part in self.parts)
+
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
-        """The sum of weight * Phi."""
-        return sum(weight * part.value(driver, meter) for weight, part in self.parts)
+        """The sum of weight * Phi.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        return _finite_value(sum(weight * part.value(driver, meter) for weight, part in self.parts))
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """The sum of weight * grad Phi."""
+        """The sum of weight * grad Phi.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
         total = [torch.zeros_like(p) for p in driver.parameters]
         for weight, part in self.parts:
             torch._foreach_add_(total, part.gradient(driver, meter), alpha=weight)
-        return total
+        return _finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """What any part leaves out."""
         return tuple(sorted({name for _, part in self.parts for name in part.dropped(driver)}))
+
+
+def _finite_value(total: float) -> float:
+    if not math.isfinite(total):
+        raise NonFiniteError("the terminal cost is not finite")
+    return total
+
+
+def _finite_gradient(total: list[Tensor]) -> list[Tensor]:
+    if not all(bool(torch.isfinite(t).all()) for t in total):
+        raise NonFiniteError("the gradient of the terminal cost is not finite")
+    return total
+
+
+def _check(made: object, what: str) -> None:
+    """Refuse what has not the form of a `Terminal`."""
+    if isinstance(made, type):
+        raise ValueError(f"{what} is the class {made.__name__}; it must be an object of it")
+    lacks = [name for name in ("value", "gradient", "dropped") if not callable(getattr(made, name, None))]
+    lower = getattr(made, "lower", None)
+    if not isinstance(lower, numbers.Real) or math.isnan(lower):
+        lacks.append("lower (a number, -inf for none)")
+    if lacks:
+        kind = type(made).__name__
+        raise ValueError(f"{what} is a {kind} without {', '.join(lacks)}; see controlat.pmp.Terminal")
+
+
+def described(terminal: Terminal) -> str:
+    """What a terminal cost is, in words: its own, or the name of its class."""
+    describe = getattr(terminal, "describe", None)
+    return str(describe()) if callable(describe) else type(terminal).__name__
+
+
+def parse_terminal(text: str) -> tuple[tuple[float, str], ...]:
+    """Weights and names of a sum of terminal costs.
+
+    Args:
+        text: names of `TERMINALS` or the user's own package.module:factory, each with a weight before it or
+            without, joined by + or -.
+
+    Raises:
+        ValueError: it has another form, or a name is unknown.
+
+    >>> parse_terminal("adversarial + 0.1*clean - 1/2*margin")
+    ((1.0, 'adversarial'), (0.1, 'clean'), (-0.5, 'margin'))
+    """
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f"terminal must be a text such as adversarial+0.1*clean, got a {kind}")
+    parts: list[tuple[float, str]] = []
+    at = 0
+    while at < len(text) or not parts:
+        term = _TERM.match(text, at)
+        if term is None or (parts and not term[1]):
+            raise ValueError(
+                f"terminal {text!r} cannot be read from {text[at:]!r} on; it must be a name or a sum of them "
+                "with weights in front, such as adversarial+0.1*clean"
+            )
+        sign, weight, name = term.groups()
+        size = number(weight or "1", f"a weight of terminal {text!r}")
+        parts.append((-size if sign == "-" else size, _known(name)))
+        at = term.end()
+    return tuple(parts)
+
+
+def _known(name: str) -> str:
+    """A name that `build_terminal` can do something with."""
+    if ":" not in name and name not in TERMINALS:
+        raise ValueError(
+            f"unknown terminal cost {name!r}; choose from: {', '.join(TERMINALS)}, or give your own as "
+            "package.module:factory"
+        )
+    if ":" in name and not callable(found := registry.import_path(name)):
+        kind = type(found).__name__
+        raise ValueError(f"terminal {name!r} is a {kind}; it must be a function or class to call")
+    return name
+
+
+def build_terminal(text: str, x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> Terminal:
+    """Make the terminal cost that a text names.
+
+    Args:
+        text: as `parse_terminal` reads it. The user's own factory is called with those of the keywords x, y,
+            ball and seed that it takes.
+        x: (N, ...) held-out inputs in [0, 1].
+        y: (N,) labels.
+        ball: the perturbation set.
+        seed: of random starts.
+
+    Raises:
+        ValueError: the text cannot be read, or a factory returns no `Terminal`.
+
+    >>> import torch
+    >>> x, y = torch.rand(8, 1, 4, 4), torch.arange(8)
+    >>> build_terminal("0.1*clean", x, y, Ball("8/255")).describe()
+    '0.1 * (clean cross-entropy on 8 held-out points)'
+    """
+    parts = tuple((weight, _named(name, x, y, ball, seed)) for weight, name in parse_terminal(text))
+    return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else Weighted(parts)
+
+
+def _named(name: str, x: Tensor, y: Tensor, ball: Ball, seed: int) -> Terminal:
+    """One terminal cost by its name."""
+    if name in TERMINALS:
+        return AdversarialLoss(x, y, ball, seed=seed, **TERMINALS[name])
+    made = registry.call_factory(name, {"x": x, "y": y, "ball": ball, "seed": seed})
+    _check(made, f"what terminal {name!r} returns")
+    return made  # type: ignore[return-value]

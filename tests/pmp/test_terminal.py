@@ -1,23 +1,43 @@
-"""Terminal costs: values and gradients agree, and nothing of the driver is touched."""
+"""Terminal costs: values and gradients agree, and nothing of the driver is touched; what a text names."""
 
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, same, samples, trace
+from helpers import CLASSES, flat, same, samples, split, trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from systems import CASES, constant, driver, passes, smooth
 from torch import Tensor, nn
 
 from controlat import rng
 from controlat.attacks.pgd import ascend
 from controlat.balls import Ball
+from controlat.config import EvaluateSettings
+from controlat.data import Dataset
 from controlat.dynamics import Driver, rollout
 from controlat.losses import LOSSES, lead
 from controlat.network import Meter, NonFiniteError, View
-from controlat.pmp.terminal import AdversarialLoss, Terminal, Weighted
+from controlat.pmp.terminal import (
+    TERMINALS,
+    AdversarialLoss,
+    Terminal,
+    Weighted,
+    build_terminal,
+    described,
+    parse_terminal,
+)
 from controlat.recording import Recording
+from controlat.setting import TERMINAL_POINTS, Setting
 
 SIZE, N = (1, 4, 4), 9
 LOSS_NAMES = tuple(LOSSES)
@@ -153,7 +173,6 @@ def test_a_weighted_sum_is_one() -> None:
     assert cost.value(d) == pytest.approx(0.6 * values[0] - 0.4 * values[1] + 0.1 * values[2], rel=1e-12)
     expected = 0.6 * gradients[0] - 0.4 * gradients[1] + 0.1 * gradients[2]
     torch.testing.assert_close(flat(cost.gradient(d)), expected, rtol=1e-12, atol=1e-15)
-    assert same(Weighted(()).gradient(d), [torch.zeros_like(p) for p in d.parameters])
 
 
 def test_lower_bounds_are_below_the_value() -> None:
@@ -254,3 +273,346 @@ def test_the_users_own_cost_serves_as_any_other() -> None:
     theta = list(rec.end.model.values())
     assert same(last.costates[3].parameters, [-t for t in theta])
     assert last.dropped == ("nothing much",)
+
+
+# ---------------------------------------------------------------------------------------- what is no terminal
+
+
+X, Y = samples(4, SIZE)
+OUTSIDE, NOT_A_NUMBER = X + 1, X.clone().fill_(torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X[:0], "y": Y[:0]}, "x must be a batch .* that is not empty"),
+        ({"x": OUTSIDE}, r"x must lie in \[0, 1\], got values in .*: normalisation belongs inside the model"),
+        ({"x": -X - 0.1}, r"x must lie in \[0, 1\]"),
+        ({"x": NOT_A_NUMBER}, r"x must lie in \[0, 1\], got values in \[nan, nan\]"),
+        ({"x": X / 0}, r"x must lie in \[0, 1\]"),
+        ({"x": (255 * X).byte()}, "divide pixels by 255 first"),
+        ({"x": X.numpy()}, "x must be a torch.Tensor, got ndarray"),
+        ({"y": Y[:3]}, r"one integer label per sample, shape \(4,\) .*got torch.int64 \(3,\)"),
+        ({"y": Y.double()}, r"y must hold one integer label per sample, .* got torch.float64"),
+        ({"y": F.one_hot(Y)}, "y must hold one integer label per sample"),
+        ({"y": Y - 5}, "labels must be >= 0, got -5"),
+        ({"steps": -1}, r"steps must be a whole number >= 0 \(0 for the clean loss\), got -1"),
+        ({"steps": 2.5}, "steps must be a whole number >= 0 .*, got 2.5"),
+        ({"steps": math.nan}, "steps must be finite"),
+        ({"alpha": 0.0}, "alpha must be > 0, got 0; leave it out for eps/4"),
+        ({"alpha": -0.1}, "alpha must be > 0, got -0.1"),
+        ({"alpha": math.inf}, "alpha must be finite"),
+        ({"alpha": "big"}, "alpha must be a number such as"),
+    ],
+)
+def test_what_an_adversarial_loss_cannot_be_of_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdversarialLoss(**{"x": X, "y": Y, "ball": Ball(0.1), **changes})
+
+
+def test_numbers_may_be_texts_and_whole_floats() -> None:
+    assert phi(alpha="2/255").alpha == 2 / 255
+    assert phi(steps=3.0).steps == 3
+    assert phi(steps=3.0, alpha="1/40").value(trained()) == phi(steps=3, alpha=1 / 40).value(trained())
+
+
+class Bare(SimpleNamespace):
+    """Anything."""
+
+
+def bare(**changes: Any) -> Bare:
+    """A terminal cost that lacks what is None."""
+    return Bare(**{"lower": 0, "value": min, "gradient": min, "dropped": min, **changes})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((), r"needs at least one \(weight, terminal cost\), got none"),
+        (((math.nan, Size()),), "a weight must be finite, got nan"),
+        (((1.0, Size()), (-math.inf, Size())), "a weight must be finite, got -inf"),
+        ((("much", Size()),), "a weight must be a number such as .*, got 'much'"),
+        (((1.0, 3),), "a part of a weighted sum is a int without value, gradient, dropped, lower"),
+        (((1.0, Size),), "a part of a weighted sum is the class Size; it must be an object of it"),
+        (((1.0, bare(gradient=None)),), r"is a Bare without gradient; see controlat.pmp.Terminal"),
+        (((1.0, bare(lower=math.nan)),), r"without lower \(a number, -inf for none\)"),
+        (((1.0, bare(lower=lambda: 0)),), "without lower"),
+    ],
+)
+def test_what_cannot_be_summed_is_refused(parts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Weighted(parts)
+
+
+class Broken(Size):
+    """Finite nowhere."""
+
+    def value(self, driver: Driver, meter: Meter | None = None) -> float:
+        return math.nan
+
+    def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
+        return [torch.full_like(p, math.inf) for p in driver.parameters]
+
+
+BROKEN: list[Any] = [((1.0, Broken()),), ((1.0, Size()), (0.5, Broken())), ((1e308, Size()),)]
+
+
+@pytest.mark.parametrize("parts", BROKEN)
+def test_a_sum_that_is_not_finite_is_reported(parts: Any) -> None:
+    d, cost = trained(), Weighted(parts)
+    with torch.no_grad():
+        d.parameters[0].fill_(1e5)
+    with pytest.raises(NonFiniteError, match="the terminal cost is not finite"):
+        cost.value(d)
+    with pytest.raises(NonFiniteError, match="gradient of the terminal cost is not finite"):
+        cost.gradient(d)
+
+
+# --------------------------------------------------------------------------------------------------- in words
+
+
+def test_a_terminal_cost_says_what_it_is() -> None:
+    attack = "PGD-3, eps = 0.1 (linf), alpha = eps/4, one random start"
+    adversarial = f"adversarial cross-entropy on 9 held-out points, {attack}"
+    assert described(phi()) == adversarial
+    assert described(phi(steps=0)) == "clean cross-entropy on 9 held-out points"
+    assert described(phi(steps=0, loss="margin")) == "clean margin on 9 held-out points"
+    margin = "adversarial margin on 9 held-out points, PGD-3 on cross-entropy, eps = 0.1 (l2), alpha = 0.02, "
+    assert described(phi(loss="margin", norm="l2", alpha=0.02)) == f"{margin}one random start"
+    assert described(Size()) == "Size"
+    clean = "clean cross-entropy on 9 held-out points"
+    both = Weighted(((1.0, phi()), (-0.1, phi(steps=0)), (2.0, Size())))
+    assert described(both) == f"1 * ({adversarial}) + -0.1 * ({clean}) + 2 * (Size)"
+
+
+# ---------------------------------------------------------------------------------------------------- by name
+
+NAMES = st.sampled_from([*TERMINALS, "math:sqrt", "collections.abc:Mapping.get"])
+WEIGHTS = st.floats(0, 1e300, allow_subnormal=False)
+SPACE = st.sampled_from(["", " ", "  "])
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> tuple[str, list[tuple[float, str]]]:
+    """A text, and what it means."""
+    text, parts = "", []
+    for i in range(draw(st.integers(1, 4))):
+        name, sign = draw(NAMES), draw(st.sampled_from(["+", "-"] if i else ["", "-", "+"]))
+        weight = draw(st.none() | WEIGHTS)
+        factor = "" if weight is None else f"{weight!r}{draw(SPACE)}*{draw(SPACE)}"
+        text += draw(SPACE) + sign + draw(SPACE) + factor + name + draw(SPACE)
+        size = 1.0 if weight is None else weight
+        parts.append((-size if sign == "-" else size, name))
+    return text, parts
+
+
+@given(sums())
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_a_sum_is_read_as_it_was_written(case: tuple[str, list[tuple[float, str]]]) -> None:
+    text, parts = case
+    assert parse_terminal(text) == tuple(parts)
+
+
+@given(st.text("+-*/. :0123456789eaclnEmrgi", max_size=12))
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_any_other_text_is_refused_and_nothing_else_happens(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert {name for _, name in parse_terminal(text)} <= {"clean", "margin"}
+
+
+def test_fractions_are_exact() -> None:
+    assert parse_terminal("1/3*clean+2e-3*margin-.5*adversarial") == (
+        (1 / 3, "clean"),
+        (0.002, "margin"),
+        (-0.5, "adversarial"),
+    )
+
+
+CHOICES = "choose from: adversarial, margin, clean, or give your own as package.module:factory"
+BAD_TEXTS = [
+    ("", "terminal '' cannot be read from '' on; it must be a name or a sum of them with weights in front"),
+    ("adverserial", f"unknown terminal cost 'adverserial'; {CHOICES}"),
+    ("adversarial+0.1*cleen", f"unknown terminal cost 'cleen'; {CHOICES}"),
+    ("adversarial+", "cannot be read from '+' on"),
+    ("adversarial 0.1*clean", "cannot be read from '0.1*clean' on"),
+    ("adversarial*0.1", "'*0.1' on; it must be a name or a sum of them with weights in front, such as"),
+    ("0.1", "cannot be read from '0.1' on"),
+    ("0.1clean", "cannot be read from '0.1clean' on"),
+    ("0.1**clean", "cannot be read"),
+    ("clean++margin", "cannot be read from '++margin' on"),
+    ("2*(clean+margin)", "cannot be read"),
+    ("1.2.3*clean", "a weight of terminal '1.2.3*clean' must be a number"),
+    ("1/0*clean", "must be a number such as"),
+    ("1e999*clean", "must be a number such as"),
+    ("nan*clean", "unknown terminal cost 'nan'"),
+    ("__import__('os')", "unknown terminal cost '__import__'"),
+    ("nosuch_module:phi", "cannot import module 'nosuch_module' for attribute 'phi'"),
+    ("math:nosuch", "module 'math' has no attribute 'nosuch'"),
+    ("math:pi", "terminal 'math:pi' is a float; it must be a function or class to call"),
+    ("math:", "must read 'package.module:attribute'"),
+    (3, "terminal must be a text such as adversarial+0.1*clean, got a int"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
+def test_what_is_no_sum_of_known_costs_is_refused_before_anything_begins(text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_terminal(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EvaluateSettings(terminal=text)
+
+
+def made(text: str) -> Terminal:
+    return build_terminal(text, *samples(N, SIZE, seed=9), Ball(0.1), 4)
+
+
+def test_names_make_the_losses_that_they_name() -> None:
+    d, usual = trained(), {"steps": 20, "seed": 4}
+    expected = {
+        "adversarial": phi(**usual),
+        "margin": phi(**usual, loss="margin"),
+        "clean": phi(**usual | {"steps": 0}),
+    }
+    assert set(expected) == set(TERMINALS)
+    for name, cost in expected.items():
+        assert described(made(name)) == described(cost)
+        assert made(name).value(d) == cost.value(d)
+        assert same(made(name).gradient(d), cost.gradient(d))
+    z = d.model.eval()(phi().x)
+    assert made("clean").value(d) == pytest.approx(F.cross_entropy(z, phi().y).item(), rel=1e-12)
+    assert isinstance(made("1*clean"), AdversarialLoss)
+
+
+def test_a_sum_by_name_is_the_weighted_sum() -> None:
+    d, cost = trained(), made("adversarial + 1/10*clean - 2*margin")
+    weights, parts = (1.0, 0.1, -2.0), [made(name) for name in ("adversarial", "clean", "margin")]
+    assert isinstance(cost, Weighted)
+    assert [weight for weight, _ in cost.parts] == list(weights)
+    values = [w * p.value(d) for w, p in zip(weights, parts, strict=True)]
+    assert cost.value(d) == pytest.approx(sum(values), rel=1e-14)
+    gradients = [w * flat(p.gradient(d)) for w, p in zip(weights, parts, strict=True)]
+    torch.testing.assert_close(flat(cost.gradient(d)), sum(gradients), rtol=1e-12, atol=1e-15)
+    assert isinstance(made("-1*clean"), Weighted)
+    assert made("-clean").value(d) == -made("clean").value(d)
+
+
+OWN = """
+from dataclasses import dataclass
+from controlat.pmp import AdversarialLoss
+
+@dataclass
+class Size:
+    factor: float = 1.0
+    lower = 0.0
+    def value(self, driver, meter=None):
+        return self.factor * sum(float(p.detach().square().sum()) for p in driver.parameters)
+    def gradient(self, driver, meter=None):
+        return [2 * self.factor * p.detach() for p in driver.parameters]
+    def dropped(self, driver):
+        return ()
+
+@dataclass
+class Counted(Size):
+    x: object = None
+    def describe(self):
+        return f"{len(self.x)} points"
+
+def weak(x, y, ball, seed):
+    return AdversarialLoss(x, y, ball, steps=1, seed=seed)
+
+def every(**given):
+    return weak(**given)
+
+def nothing():
+    pass
+
+def kind():
+    return Size
+
+def greedy(x, colour):
+    return Size()
+
+def failing(x):
+    raise KeyError("mine")
+
+class Half:
+    lower = 0.0
+    def value(self, driver, meter=None):
+        return 0.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """The name of something in the user's own module, which lies in the current directory."""
+    module = "own_terminal_costs_of_a_test"
+    (tmp_path / f"{module}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield lambda name: f"{module}:{name}"
+    sys.modules.pop(module, None)
+
+
+def test_the_users_own_factory_is_called_with_what_it_takes(own: Callable[[str], str]) -> None:
+    d = trained()
+    size = 2 * Size().value(d)
+    assert made(own("Size")).value(d) == pytest.approx(size, rel=1e-12)
+    assert described(made(own("Counted"))) == "9 points"
+    for name in ("weak", "every"):
+        assert made(own(name)).value(d) == phi(steps=1, seed=4).value(d)
+    both = made(f"clean+1e-3*{own('Size')}")
+    assert both.value(d) == pytest.approx(phi(steps=0).value(d) + 1e-3 * size, rel=1e-12)
+    assert described(both) == "1 * (clean cross-entropy on 9 held-out points) + 0.001 * (Size)"
+    assert EvaluateSettings(terminal=f"clean+1e-3*{own('Size')}").terminal.endswith(":Size")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "returns is a NoneType without value, gradient, dropped, lower"),
+        ("kind", "returns is the class Size; it must be an object of it"),
+        ("Half", "returns is a Half without gradient, dropped; see controlat.pmp.Terminal"),
+        ("greedy", "missing a required argument: 'colour'; it is offered: x, y, ball, seed"),
+    ],
+)
+def test_a_factory_of_the_user_that_makes_no_terminal_is_refused(
+    own: Callable[[str], str], name: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(own(name))
+
+
+def test_an_error_inside_the_users_factory_is_its_own(own: Callable[[str], str]) -> None:
+    with pytest.raises(KeyError, match="mine") as found:
+        made(own("failing"))
+    assert "while calling the factory" in found.value.__notes__[0]
+
+
+# ----------------------------------------------------------------------------------------------- in a setting
+
+
+def setting(n: int) -> Setting:
+    held_out, other = split(n, SIZE), split(4, SIZE)
+    problem = EvaluateSettings(eps=0.1)
+    return Setting(
+        problem, torch.device("cpu"), Dataset("own", other, other, CLASSES), other, held_out, other
+    )
+
+
+@pytest.mark.parametrize("n", [5, TERMINAL_POINTS + 44])
+def test_a_setting_makes_it_of_some_held_out_samples_in_another_order(n: int) -> None:
+    cost, x = setting(n).terminal(3), setting(n).held_out.take(torch.arange(n))[0]
+    assert isinstance(cost, AdversarialLoss)
+    assert (cost.steps, cost.alpha, cost.seed, cost.ball) == (20, None, 3, Ball(0.1))
+    where = [int((x == row).flatten(1).all(1).nonzero()) for row in cost.x]
+    assert len(set(where)) == len(where) == min(n, TERMINAL_POINTS)
+    assert where != sorted(where)
+    d = trained()
+    other = setting(n).terminal(3, "adversarial+0.5*clean")
+    expected = cost.value(d) + 0.5 * replace(cost, steps=0).value(d)
+    assert other.value(d) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_terminal_cost_is_a_setting_that_decides_the_results() -> None:
+    assert EvaluateSettings().terminal == EvaluateSettings().to_json()["terminal"] == "adversarial"
+    chosen = EvaluateSettings(terminal="margin + 0.1*clean")
+    assert chosen.to_json()["terminal"] == "margin + 0.1*clean"
