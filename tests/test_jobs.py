@@ -18,9 +18,10 @@ import torch
 from helpers import shorten_autoattack
 from PIL import Image
 
-from controlat import Surface, jobs, load_schedule, parse_schedule
+from controlat import Surface, hindsight, jobs, load_schedule, parse_schedule
 from controlat.evaluation import wilson
 from controlat.files import read_json, read_json_lines
+from controlat.network import NonFiniteError
 from controlat.pmp import FORMS, Criterion
 from controlat.training import load_checkpoint
 
@@ -264,6 +265,55 @@ def test_the_summary_shows_the_full_criterion_and_what_its_size_means(out: Path)
         gains = [float(row[schedule].split("+")[1]) for row in changes if "+" in row[schedule]]
         assert sum(gains) == pytest.approx(c[0]["gain"], rel=1e-2)
     assert len(changes) == SMALL["epochs"]
+
+
+TINY: dict[str, Any] = SMALL | {"seeds": [0], "train_points": 100, "test_points": 40, "lr": 0.1}
+
+
+def test_the_terminal_cost_is_what_is_asked_for(tmp_path: Path) -> None:
+    """It enters the costate form and J, not the norm form; results say which it was."""
+    found = {t: jobs.evaluate(tmp_path / t[:3], terminal=t, **TINY) for t in ("adversarial", "clean")}
+    for schedule in range(2):
+        ours = [f["schedules"][schedule]["runs"][0] for f in found.values()]
+        assert [e["norm"]["value"] for e in ours[0]["criterion"]] == [
+            e["norm"]["value"] for e in ours[1]["criterion"]
+        ]
+        assert ours[0]["criterion"][1]["costate"]["value"] != ours[1]["criterion"][1]["costate"]["value"]
+        assert ours[0]["full"]["phi"] > ours[1]["full"]["phi"]
+    for name, text in (("adv", "adversarial cross-entropy on"), ("cle", "clean cross-entropy on")):
+        assert text in (tmp_path / name / "summary.md").read_text()
+
+
+def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = hindsight.examine
+
+    def examine(recording: Any, *arguments: Any, **options: Any) -> Criterion:
+        if recording.steps[0].control["steps"] == 3:
+            raise NonFiniteError("the costate after step 4 (horizon 7) is not finite")
+        return plain(recording, *arguments, **options)
+
+    monkeypatch.setattr(hindsight, "examine", examine)
+    found = jobs.evaluate(tmp_path / "out", **TINY)
+    none, pgd = (s["summary"]["full"] for s in found["schedules"])
+    assert none["objective"]["mean"] > 0
+    assert "costate after step 4" in pgd["failed"]
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "WARNING, pgd:steps=3,alpha=0.06: no C full, seed 0: the costate after step 4" in text
+    row = next(line for line in text.splitlines() if line.startswith("| pgd:steps=3"))
+    assert [c.strip() for c in row.split("|")][2:5] == ["-", "not finite", "-"]
+    assert [r["schedule"] for r in _section(text, "What its size means")] == ["none"]
+    for name in FIGURES:
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_states_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"full criterion: .*--full false"):
+        jobs.evaluate(tmp_path / "out", memory=1e-6, **TINY)
+    assert not (tmp_path / "out" / "runs").exists()
+    with pytest.raises(ValueError, match="full criterion"):
+        jobs.estimate(memory=1e-6, **TINY)
 
 
 FIGURES = ["schedules.png", "criterion.png", "tradeoff.png", "horizons.png", "costates.png", "surfaces.png"]
