@@ -212,9 +212,10 @@ def estimates(run: Mapping[str, Any], gamma: float | None = None) -> dict[str, f
         found[name] = float(np.mean(gaps))
     for h in c.horizons:
         found[f"C, h = {h}" if h < c.steps else WHOLE] = c.value(h)
-    found["C, one step an epoch looked at"] = replace(c, looked=middle(c)).value()
-    found["C, smoothed over three epochs"] = smoothed(c)
     if here:
+        found["C / |grad Phi|"] = c.value() / c.norms[-1][1]
+        found["C, one step an epoch looked at"] = replace(c, looked=middle(c)).value()
+        found["C, smoothed over three epochs"] = smoothed(c)
         calibration = shipped(c, run["calibration"])
         found["C_rho"] = c.value(rho=calibration.rho)
         found["model gain"] = calibration.model_gain
@@ -290,6 +291,48 @@ def correlations(runs_: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, di
     return found
 
 
+def shuffled(j: NDArray[np.float64], reached: NDArray[np.float64]) -> dict[str, Any]:
+    """What D would correlate with J by containing it: D = [J - J(lambda)]_+, J(lambda) of another schedule.
+
+    Args:
+        j: (seeds, schedules).
+        reached: the lowest J(lambda) of each, alike.
+
+    Returns:
+        Mean and the middle 95 % over random permutations of the schedules, and the share of them in which the
+        correlation is at least that of D itself; the same for what was averaged over seeds first.
+    """
+    generator = np.random.default_rng(0)
+    orders = np.stack([generator.permutation(j.shape[1]) for _ in range(2000)])
+    own = np.maximum(0, j - reached)
+    others = np.maximum(0, j[:, None] - reached[:, orders])
+    found: dict[str, Any] = {}
+    for kind, drawn, value in (
+        (
+            "mean",
+            spearman(np.broadcast_to(j[:, None], others.shape), others).mean(0),
+            spearman(j, own).mean(),
+        ),
+        (
+            "of_means",
+            spearman(np.broadcast_to(j.mean(0), others.shape[1:]), others.mean(0)),
+            spearman(j.mean(0), own.mean(0)),
+        ),
+    ):
+        found |= {kind: float(np.nanmean(drawn)), _INTERVAL[kind]: between(drawn)}
+        found[f"{kind}_above"] = float(np.mean(drawn >= value - 1e-12))
+    return found
+
+
+_INTERVAL = {"mean": "interval", "of_means": "of_means_interval"}
+
+
+def of_room(j: NDArray[np.float64], e: NDArray[np.float64]) -> list[float]:
+    """Quartiles, over schedules and seeds, of an estimate of J - J* over J - the lowest J of that seed."""
+    room = j - j.min(1, keepdims=True)
+    return [float(v) for v in np.quantile(e[room > 0] / room[room > 0], (0.25, 0.5, 0.75))]
+
+
 def of_means(j: NDArray[np.float64], e: NDArray[np.float64]) -> dict[str, Any]:
     """Rank correlation of what was averaged over seeds first, (seeds, schedules), with its interval."""
     j, e = j.mean(0), e.mean(0)
@@ -321,14 +364,22 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
     """All correlations of the roll-outs that are there: dynamics with all schedules of a seed."""
     part, work = PARTS[args.part], Path(args.work) / args.part
     names = list(schedules(part["problem"]["eps"], part["most"]))
-    found: dict[str, Any] = {"part": args.part, "gamma": part["gamma"], "schedules": {}, "dynamics": []}
+    found: dict[str, Any] = {
+        "part": args.part,
+        "gamma": part["gamma"],
+        "schedules": {},
+        "dynamics": [],
+        "failed": [],
+    }
     for momentum, rate in part["dynamics"]:
         complete = []
         for seed in part["seeds"]:
             folder = work / f"momentum{momentum:g}-lr{rate:g}-seed{seed}"
             files = [folder / f"{slug(name)}.json" for name in names]
             runs_ = [read_json(file) for file in files if file.exists()]
-            if len(runs_) == len(names) and not any("failed" in r for r in runs_):
+            failed = [f"{folder.name} {r['name']}: {r['failed']}" for r in runs_ if "failed" in r]
+            found["failed"] += failed
+            if len(runs_) == len(names) and not failed:
                 complete.append((seed, runs_))
         if not complete:
             continue
@@ -353,6 +404,14 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
         criteria = [[Criterion.from_json(r["criterion"]) for r in runs_] for _, runs_ in complete]
         joint = np.array([[together(cs) for cs in zip(*criteria, strict=True)]])
         j = np.array([[c.objective for c in cs] for cs in criteria])
+        trusted = [
+            [shipped(c, r["calibration"]) for c, r in zip(cs, runs_, strict=True)]
+            for cs, (_, runs_) in zip(criteria, complete, strict=True)
+        ]
+        reached = np.array([[min(t.outcomes.values()) for t in row] for row in trusted])
+        sizes = {
+            name: [[getattr(t, name) for t in row] for row in trusted] for name in ("gain", "certificate")
+        }
         found["dynamics"].append(
             {
                 "momentum": momentum,
@@ -361,6 +420,8 @@ def digest(args: argparse.Namespace) -> dict[str, Any]:
                 "steps": len(complete[0][1][0]["criterion"]["blocks"]),
                 "correlations": correlations(every),
                 "seeds averaged": of_means(j, joint),
+                "D shuffled": shuffled(j, reached),
+                "of J - best J": {name: of_room(j, np.array(v)) for name, v in sizes.items()},
                 "at other gammas": prices,
                 "rows": rows,
                 "seconds": sum(r["seconds"] for _, runs_ in complete for r in runs_),
@@ -388,10 +449,19 @@ def ranking(found: Mapping[str, Any], kind: str = "mean") -> str:
     rows = {name: [d["correlations"][name] for d in found["dynamics"]] for name in names}
     if kind == "of_means":
         rows["C, gains averaged over seeds"] = [d["seeds averaged"] for d in found["dynamics"]]
-    interval = {"mean": "interval", "of_means": "of_means_interval"}[kind]
+    rows["D, J(lambda) of another schedule"] = [d["D shuffled"] for d in found["dynamics"]]
     cells = [
-        [name, *("{:+.2f} [{:+.2f}, {:+.2f}]".format(c[kind], *c[interval]) for c in row)]
+        [name, *("{:+.2f} [{:+.2f}, {:+.2f}]".format(c[kind], *c[_INTERVAL[kind]]) for c in row)]
         for name, row in rows.items()
+    ]
+    return report.table(_heads(found), cells)
+
+
+def sizes(found: Mapping[str, Any]) -> str:
+    """G and D over J - the lowest J among the schedules of a seed, a column for every dynamics."""
+    cells = [
+        [name, *("{1:.2f} [{0:.2f}, {2:.2f}]".format(*d["of J - best J"][key]) for d in found["dynamics"])]
+        for name, key in (("G", "gain"), ("D", "certificate"))
     ]
     return report.table(_heads(found), cells)
 
@@ -416,8 +486,20 @@ def tables(found: Mapping[str, Any]) -> str:
         ranking(found),
         "The same of J and estimators that were averaged over seeds first:",
         ranking(found, "of_means"),
+        "D = J - J(lambda) contains J: the last row of both tables is what it would correlate with J if "
+        "every schedule had the J(lambda) of another one, drawn at random (mean and middle 95 % of 2,000 "
+        "permutations). D is at or below that in a share of "
+        + "; ".join(
+            f"{d['D shuffled']['mean_above']:.2f} (of means {d['D shuffled']['of_means_above']:.2f})"
+            for d in found["dynamics"]
+        )
+        + " of them.",
+        "Does the size mean something? G and D as a share of J - the lowest J among the schedules of a seed: "
+        "median and quartiles over schedules and seeds.",
+        sizes(found),
         "At other prices, from the same roll-outs:",
         report.table(_heads(found), prices),
+        *([f"Not finite, their seeds left out: {'; '.join(found['failed'])}."] if found["failed"] else []),
         "Schedules: " + "; ".join(f"{name}: `{text}`" for name, text in found["schedules"].items()) + ".",
         f"Made on {found['environment']['hardware']}, {found['environment']['threads']} thread, torch "
         f"{found['environment']['torch']}; "
@@ -429,7 +511,7 @@ def tables(found: Mapping[str, Any]) -> str:
 def figure(found: Mapping[str, Any], path: Path) -> None:
     """J against three estimators, a colour for every dynamics, means over seeds."""
     chosen = ("greedy norm (14)", WHOLE, "D")
-    drawn = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
+    drawn = Figure(figsize=(11, 3.9), dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     for axis, name in zip(drawn.subplots(1, len(chosen)), chosen, strict=True):
         for i, d in enumerate(found["dynamics"]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import controlat
 from controlat.files import read_json
@@ -78,9 +79,23 @@ def test_the_worth_of_c_is_shown_as_it_was_found(folder: Path) -> None:
 
 def test_rank_correlations_by_hand() -> None:
     runs = [[{"J": j, "good": 2 * j, "bad": -j} for j in (1.0, 2.0, 4.0, 3.0)] for _ in range(2)]
-    found = WORTH["correlations"](runs, draws=50)
+    found = WORTH["correlations"](runs)
     assert found["good"]["mean"] == found["good"]["of_means"] == pytest.approx(1)
     assert found["bad"]["interval"] == pytest.approx([-1, -1])
+    values = np.random.default_rng(1).integers(0, 4, (2, 9)).astype(float)  # with ties
+    assert WORTH["spearman"](values[0], values[1]) == pytest.approx(spearmanr(*values).statistic)
+    assert np.isnan(WORTH["spearman"](values[0], np.ones(9)))
+
+
+def test_a_certificate_that_reaches_one_level_everywhere_is_told_from_chance_no_better() -> None:
+    """Where J(lambda) does not depend on the schedule, D orders as J whatever it is shuffled with."""
+    j = np.array([[1.0, 2.0, 4.0, 3.0, 6.0, 5.0]] * 2)
+    level = WORTH["shuffled"](j, np.full_like(j, 0.5))
+    assert level["mean"] == level["of_means"] == pytest.approx(1)
+    assert level["mean_above"] == 1
+    noisy = WORTH["shuffled"](j, j[:, ::-1])
+    assert -1 <= noisy["interval"][0] <= noisy["mean"] <= noisy["interval"][1] <= 1
+    assert WORTH["of_room"](j, j - 1) == pytest.approx([1, 1, 1])
 
 
 def test_there_are_fourteen_schedules_and_all_are_admissible() -> None:

@@ -137,15 +137,26 @@ class Criterion:
 
     def _members(self, index: int) -> list[Gains]:
         """What was looked at in a block."""
-        return [g for g in self.looked if self.blocks[g.number - self.first] == index]
+        return self._aligned[index][0]
+
+    @functools.cached_property
+    def _aligned(self) -> dict[int, tuple[list[Gains], list[Control], list[list[int]]]]:
+        """By block: what was looked at, u and the candidates that all of it has, and where each has them."""
+        found = {}
+        for index in dict.fromkeys(self.blocks):
+            members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
+            places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
+            common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
+            where = [[0, *(known[v] for v in common)] for known in places]
+            found[index] = members, [members[0].controls[0], *common], where
+        return found
 
     def _table(self, members: Sequence[Gains], h: int) -> tuple[list[Control], Array, Array]:
         """Candidates that all members have, u_t of each step as the first, and their values and sizes."""
-        common = [v for v in members[0].controls[1:] if all(v in g.controls for g in members)]
-        where = [[0, *(g.controls.index(v) for v in common)] for g in members]
+        _, names, where = self._aligned[self.blocks[members[0].number - self.first]]
         value = np.stack([g.value(h, self.price)[w] for g, w in zip(members, where, strict=True)])
         size = np.stack([g.sizes[w] for g, w in zip(members, where, strict=True)])
-        return [members[0].controls[0], *common], value, size
+        return names, value, size
 
     def surface(self, index: int, horizon: int | None = None) -> list[tuple[Control, float]]:
         """(v, sum of DeltaH(v) over the block) for every candidate of a block, u first."""
