@@ -90,7 +90,7 @@ class Problem:
         train_points: Train on this many samples (a fixed subset); all if left out.
         test_points: Test on this many samples (a fixed subset); all if left out.
         held_out: Samples of the training set kept for validation; a tenth, at most 1000, if left out.
-        bf16: Train in bfloat16 mixed precision. Evaluation and criterion stay in float32.
+        bf16: Train in bfloat16 mixed precision. Evaluation and greedy criterion stay in float32.
         channels_last: Run convolutional networks in NHWC layout (faster).
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         threads: CPU threads; torch's default if left out.

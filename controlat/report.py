@@ -90,13 +90,13 @@ def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         | {"steps": found[0]["steps"], "interval": _together([h["interval"] for h in found])}
         for found in zip(*(run["horizons"] for run in runs), strict=True)
     ]
-    parts = [p for p in calibrations[0]["reliability"] if all(p in c["reliability"] for c in calibrations)]
+    parts = dict.fromkeys(p for c in calibrations for p in c["reliability"])  # 1/8 where it was needed
     return {
         "horizons": horizons,
         "objective": _spread([c["objective"] for c in calibrations]),
         "certificate": _spread([c["certificate"] for c in calibrations]),
         "kappa": _known([c["kappa"] for c in calibrations]),
-        "reliability": {p: _known([c["reliability"][p] for c in calibrations]) for p in parts},
+        "reliability": {p: _known([c["reliability"].get(p) for c in calibrations]) for p in parts},
         "uncalibrated": sum(not c["calibrated"] for c in calibrations),
         "reach": min((c["reach"] or 0.0 for c in calibrations if c["gain"] > 0), default=None),
         "gain": _spread([c["gain"] for c in calibrations]),
@@ -243,6 +243,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"{s['trials']} trials of hyperopt's TPE on the norm form (costate form: the best of these)"
         )
     several = len(s["seeds"]) > 1
+    said = "as above" if "full" in result["schedules"][0]["summary"] else _phi(result)
     lines = [
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
         f"points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, {s['epochs']} "
@@ -253,7 +254,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
         f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
-        f"norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi {_phi(result)} "
+        f"norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi {said} "
         "(eval mode; the dependence of BatchNorm statistics on theta is dropped). "
         f"Searched: {searched}. Intervals: 95 % over probe batches"
         + (", ± standard deviation over seeds." if several else "."),
@@ -443,12 +444,13 @@ def _full_parts(result: Mapping[str, Any]) -> list[str]:
         [text, *map(_c, full["horizons"]), *(f"{p['mean']:.3g}" for p in full["prices"])]
         for text, full in every
     ]
-    names = [f"r({Fraction(p)})" for p in first["reliability"]]
+    parts = dict.fromkeys(p for _, full in every for p in full["reliability"])
+    names = [f"r({Fraction(p)})" for p in parts]
     trust = [
         [
             text,
             *(f"{full[name]['mean']:.3g}" for name in ("objective", "gain", "certificate", "model_gain")),
-            *(_mean(found) for found in full["reliability"].values()),
+            *(_mean(full["reliability"].get(p)) for p in parts),
             "-" if full["reach"] is None else str(Fraction(full["reach"]) or "none"),
             _mean(full["kappa"]),
             *(_mean(full[name]) for name in ("C_rho", "cosine", "growth")),

@@ -18,7 +18,7 @@ import torch
 from helpers import shorten_autoattack
 from PIL import Image
 
-from controlat import Surface, hindsight, jobs, load_schedule, parse_schedule
+from controlat import Surface, hindsight, jobs, load_schedule, parse_schedule, report
 from controlat.evaluation import wilson
 from controlat.files import read_json, read_json_lines
 from controlat.network import NonFiniteError
@@ -282,6 +282,31 @@ def test_the_terminal_cost_is_what_is_asked_for(tmp_path: Path) -> None:
         assert ours[0]["full"]["phi"] > ours[1]["full"]["phi"]
     for name, text in (("adv", "adversarial cross-entropy on"), ("cle", "clean cross-entropy on")):
         assert text in (tmp_path / name / "summary.md").read_text()
+
+
+def test_mixed_precision_is_looked_back_upon_as_it_was_trained(tmp_path: Path) -> None:
+    found = jobs.evaluate(tmp_path, bf16=True, **TINY)
+    for schedule in found["schedules"]:
+        full = schedule["runs"][0]["full"]
+        assert full["same"] is True
+        assert full["dropped"] == ["rounding to bfloat16"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "Costates leave out: rounding to bfloat16." in text
+    assert "did not end with the bits" not in text
+
+
+def test_schedules_that_needed_a_smaller_lambda_stand_beside_others(result: dict[str, Any]) -> None:
+    """r(1/8) is there for some schedules only."""
+    changed = json.loads(json.dumps(result))
+    for run in changed["schedules"][0]["runs"]:
+        reliability = run["full"]["calibration"]["reliability"]
+        reliability.pop("0.125", None)
+    for run in changed["schedules"][1]["runs"][:1]:
+        run["full"]["calibration"]["reliability"]["0.125"] = 0.5
+    again = report.assemble(**{k: v for k, v in changed.items() if k not in ("format", "version")})
+    none, pgd = _section(report.summary(again), "What its size means")
+    assert none["r(1/8)"] == "-"
+    assert pgd["r(1/8)"] == "0.5"
 
 
 def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
