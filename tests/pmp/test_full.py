@@ -1,6 +1,7 @@
 """The criterion over any horizon, and the meaning of its size, on small systems in float64."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,16 @@ from helpers import flat, same, split
 from systems import CASES, PLAIN, Case, constant, driver
 
 from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import SGDSettings
+from controlat.control import Control, ControlSpace, Knob
+from controlat.dynamics import Driver, SGDSettings
 from controlat.families import parse_schedule
 from controlat.files import read_json, write_json
+from controlat.methods import Batch, Context, Update
 from controlat.network import NonFiniteError
 from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, full, sweep
 from controlat.pmp.relaxed import relaxed
 from controlat.recording import Recording
+from controlat.rng import generator, scoped
 
 GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
 SETTINGS = {
@@ -393,3 +396,82 @@ def test_at_puts_the_driver_before_any_step() -> None:
         assert visit.control == Control(**PLAIN["free"].control())
     with pytest.raises(ValueError, match=r"has the steps 0\.\.5, not 6"):
         r.at(6)
+
+
+# -------------------------------------------------------------------------- linear-quadratic, in closed form
+
+
+@dataclass(frozen=True)
+class Driven:
+    """Loss 1/2 mean |W x|^2 - alpha <B, W> of a linear network: z' = M z + alpha N for each row of W."""
+
+    x: torch.Tensor
+    b: torch.Tensor
+    controls = ControlSpace({"alpha": Knob("real", 0, 1)}, cost=lambda u: 1)
+
+    def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[Update]:
+        def loss() -> torch.Tensor:
+            quadratic = 0.5 * ctx.logits(self.x).square().sum(1).mean()
+            return quadratic - u["alpha"] * ctx.logits(self.b).diagonal().sum()
+
+        yield Update(loss)
+
+
+@dataclass(frozen=True)
+class Square:
+    """Phi = 1/2 |W|^2."""
+
+    lower = 0.0
+
+    def value(self, driver: Driver, meter: Any = None) -> float:
+        return float(0.5 * driver.parameters[0].detach().square().sum())
+
+    def gradient(self, driver: Driver, meter: Any = None) -> list[torch.Tensor]:
+        return [driver.parameters[0].detach().clone()]
+
+    def dropped(self, driver: Driver) -> tuple[str, ...]:
+        return ()
+
+
+@optimizers
+def test_a_linear_quadratic_problem_has_its_criterion_in_closed_form(o: SGDSettings) -> None:
+    """Costates are matrix powers, maximisers bang-bang, and J(lambda) a parabola."""
+    classes, rate, u = 10, 0.05, 0.3
+    x, b = (torch.randn(n, 1, 4, 4, dtype=torch.float64, generator=generator(0, n)) for n in (20, classes))
+    with scoped(0):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes, bias=False)).double()
+    d = Driver(model, Driven(x, b), Ball(0.1), o, channels_last=False)
+    r = Recording.of(d, constant(Control(alpha=u), 32, epochs=3, rate=rate), stride=5)
+    grid, steps = Grid((0.1, 0.3, 0.8), 1), r.last
+    found = examine(r, Square(), grid, gamma=GAMMA)
+    worth = calibrate(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
+
+    # One row of W and of its buffer: z = (W, v).
+    a = x.flatten(1).T @ x.flatten(1) / len(x) + o.weight_decay * torch.eye(16, dtype=torch.float64)
+    one, mu = torch.eye(16, dtype=torch.float64), o.momentum
+    look = 1 + mu if o.nesterov else 1.0
+    top = torch.cat([one - rate * look * a, -rate * mu * (mu if o.nesterov else 1.0) * one], 1)
+    m = torch.cat([top, torch.cat([a, mu * one], 1)])
+    n = torch.cat([rate * look * b.flatten(1), -b.flatten(1)], 1)  # what a unit of alpha adds, (classes, 32)
+    powers = [n @ torch.linalg.matrix_power(m.T, steps - 1 - t) for t in range(steps)]
+    end = d.parameters[0].detach()
+    slopes = [-float((end * p[:, :16]).sum()) for p in powers]  # p_{t+1} . N
+    moved, gain = torch.zeros_like(end), 0.0
+    for block in found.best():
+        members = [t for t in range(steps) if found.blocks[t] == block.index]
+        c = sum(slopes[t] for t in members)
+        v = 0.8 if c > 0 else 0.1
+        assert block.maximiser == Control(alpha=v)
+        assert block.gain == pytest.approx(c * (v - u), rel=1e-9)
+        gain += c * (v - u)
+        moved += sum(powers[t][:, :16] for t in members) * (v - u)
+    assert found.total() == worth.gain == pytest.approx(gain, rel=1e-9)
+    curvature = float(moved.square().sum())
+    j = found.objective
+    assert j == pytest.approx(0.5 * float(end.square().sum()) + GAMMA * rate * found.evaluations)
+    for part, outcome in worth.outcomes.items():
+        assert outcome == pytest.approx(j - part * gain + part**2 * curvature / 2, rel=1e-10)
+        assert worth.reliability(part) == pytest.approx(1 - part * curvature / (2 * gain), rel=1e-6)
+    assert worth.curvature == pytest.approx(curvature, rel=1e-8)
+    best = min(1.0, gain / curvature)
+    assert worth.model_gain == pytest.approx(best * gain - best**2 * curvature / 2, rel=1e-8)
