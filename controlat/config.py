@@ -234,7 +234,7 @@ class EvaluateSettings(Problem):
         full: Compute the full criterion too, over several horizons and calibrated; rolls every run out again.
         horizons: Horizons of the full criterion in steps; 1, an epoch and the whole run if left out.
         looks: Steps of every epoch (or shorter stretch of one control) that the full criterion looks at.
-        memory: GiB that the states of a recorded roll-out may take; with less, steps are taken again more often.
+        memory: GiB that states of a recorded roll-out may take; with less, more steps are taken again.
         run: Directory of a finished controlat train: its problem, schedule and seed are evaluated, and the
             network is compared with its own. Takes the place of the settings that are named there.
     """

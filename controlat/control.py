@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
@@ -159,7 +160,9 @@ class ControlSpace(Mapping[str, Knob]):
         given, control = sorted(control), known | dict(control)
         if set(control) != set(self.knobs):
             unknown, missing = sorted(set(control) - set(self.knobs)), sorted(set(self.knobs) - set(control))
-            wrong = [f"not {', '.join(unknown)}"] * bool(unknown)
+            near = [(n, get_close_matches(n, self.knobs, 1)) for n in unknown]
+            named = [f"{n}, did you mean {m[0]}?" if m else n for n, m in near]
+            wrong = [f"not {', '.join(named)}"] * bool(unknown)
             wrong += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
             raise ValueError(
                 f"a control of this method has {', '.join(sorted(self.knobs))}; "
