@@ -299,21 +299,42 @@ class EvaluateSettings(Problem):
             self.alphas = [number(a, "alphas") for a in self.alphas]
 
     def _take(self, run: Path) -> None:
-        """The problem, schedule and seed of a finished run."""
+        """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
+        if not (run / "settings.json").is_file():
+            raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
         found = read_json(run / "settings.json")
         if found.get("command") != "train":
             raise ValueError(f"{run} is not the directory of a controlat train")
         done = read_json_lines(run / "log.jsonl")
         if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
             raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
-        for f in fields(Problem):
-            if f.name in found:
-                setattr(self, f.name, found[f.name])
-        self.schedules, self.seeds = [str(run / "schedule.json")], [found["seed"]]
+        theirs = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
+        theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [found["seed"]]}
+        for f in fields(self):
+            if f.name not in theirs:
+                continue
+            mine, default = (
+                getattr(self, f.name),
+                f.default_factory() if callable(f.default_factory) else f.default,
+            )
+            if _plain(mine) not in (_plain(default), _plain(theirs[f.name])):
+                raise ValueError(
+                    f"{f.name} {mine} contradicts {run}, which has {theirs[f.name]}: leave it "
+                    "out, or evaluate without --run"
+                )
+            setattr(self, f.name, theirs[f.name])
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; schedules in full."""
         return super().to_json() | {"schedules": [self.schedule_of(t).to_json() for t in self.schedules]}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it is compared: numbers by value, sequences as lists."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return number(value, "")
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass

@@ -21,7 +21,7 @@ from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
-from controlat.pmp import Grid, described, parse_terminal
+from controlat.pmp import Grid, described, parse_terminal, try_terminal
 from controlat.recording import GIBI, Recording
 from controlat.runs import claimed, environment
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
@@ -118,7 +118,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
-            phi = described(setting.terminal(chosen.seeds[0], chosen.terminal))
+            phi = _phi(setting, chosen)
             if chosen.full:
                 _strides(setting, chosen, every[0])
             runs: dict[int, list[dict[str, Any]]] = {}
@@ -154,11 +154,20 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     return dict(result)
 
 
+def _phi(setting: Setting, chosen: EvaluateSettings) -> str:
+    """The terminal cost in words; the user's own is tried on the untrained network first."""
+    terminal = setting.terminal(chosen.seeds[0], chosen.terminal)
+    if ":" in chosen.terminal:
+        try_terminal(terminal, setting.driver(chosen.seeds[0]), chosen.terminal)
+    return described(terminal)
+
+
 def _strides(setting: Setting, chosen: EvaluateSettings, candidate: Candidate) -> tuple[int, ...]:
     """How the full criterion records a run; an error where it does not fit in memory."""
     plan = replace(setting.plan(candidate.schedule, candidate.seed), world=World())
+    driver = setting.driver(candidate.seed)
     try:
-        return Recording.check(setting.driver(candidate.seed), plan, limit=chosen.memory * GIBI)
+        return Recording.check(driver, plan, limit=chosen.memory * GIBI)
     except ValueError as error:
         raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
@@ -200,6 +209,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     method = build(chosen.method, chosen.method_options)
     count = dict.fromkeys(("training", "validation", "criterion", "full criterion", "evaluation"), 0.0)
     extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
+    _phi(setting, chosen)
     phi = len(parse_terminal(chosen.terminal)) * min(TERMINAL_POINTS, len(setting.held_out))
     replays = len(_strides(setting, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:

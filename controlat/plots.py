@@ -288,7 +288,9 @@ def _surface(figure: Figure, axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_ylabel("steps K", fontsize=7)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(labelsize=6)
-    figure.colorbar(drawn, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
+    bar.ax.tick_params(labelsize=6)
+    bar.set_label("gain in J (ring: u, star: best)", fontsize=6)
 
 
 FIGURES: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = MappingProxyType(

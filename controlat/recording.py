@@ -303,7 +303,7 @@ def _fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
     least = next(n for n in count() if _strides(steps, n)) * size
     raise ValueError(
         f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
-        f"stretches taken again; allow {1.05 * least / GIBI:.2g} GiB, or look at a shorter window"
+        f"stretches taken again: allow {1.05 * least / GIBI:.2g} GiB"
     )
 
 

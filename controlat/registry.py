@@ -146,6 +146,12 @@ def import_path(text: str) -> object:
         raise ValueError(f"module {name!r} has no attribute {attribute!r}; it defines: {public}") from error
 
 
+def _brief(value: object) -> str:
+    """A value in a few words: a tensor by its shape."""
+    shape = getattr(value, "shape", None)
+    return f"of shape {tuple(shape)}" if shape is not None else repr(value)
+
+
 def call_factory(text: str, offered: Mapping[str, object], needed: Collection[str] = ()) -> object:
     """Import the user's factory and call it with those of the offered keywords that it accepts.
 
@@ -186,5 +192,6 @@ def call_factory(text: str, offered: Mapping[str, object], needed: Collection[st
     try:
         return factory(**given)
     except Exception as error:
-        error.add_note(f"while calling the factory {text!r} with {given}")
+        shown = ", ".join(f"{name} {_brief(value)}" for name, value in given.items())
+        error.add_note(f"while calling the factory {text!r} with {shown}")
         raise

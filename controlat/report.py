@@ -300,8 +300,8 @@ def _full_notes(result: Mapping[str, Any]) -> list[str]:
         f"J = Phi + gamma eta sum n, with Phi {_phi(result)} and eta the mean learning rate. C full: Amata's "
         "(13) over the whole run, from exact costates: the sum over epochs (shorter blocks "
         "where the control changes within one) of max over (alpha, K) of the sum of H(v) - H(u) over their "
-        "steps, divided by eta T; 95 % interval over "
-        f"{s['looks']} steps looked at in each epoch. D: the largest decrease of J that relaxed controls "
+        "steps, divided by eta T; 95 % interval, up to "
+        f"{s['looks']} steps of each were looked at. D: the largest decrease of J that relaxed controls "
         "really reached, half or a quarter of the way to the maximisers, or an eighth where first order does "
         "not reach so far.",
     ]
@@ -460,16 +460,17 @@ def _full_parts(result: Mapping[str, Any]) -> list[str]:
     seed, looks = entries[0][1]["runs"][0]["seed"], result["settings"]["looks"]
     return [
         "## The full criterion\n\nFrom costates that start at the end of windows of h steps: h = 1 looks one "
-        f"step ahead, the whole run is (13). {looks} steps of each epoch were looked at; mean over seeds, "
-        "95 % interval over these steps, ± standard deviation over seeds.",
+        f"step ahead, the whole run is (13). Up to {looks} steps of each epoch were looked at; mean over "
+        "seeds, 95 % interval over these steps, ± standard deviation over seeds.",
         table(["schedule", *heads], values),
         "## What its size means\n\nG = C eta T: what all maximisers together would gain to first order. "
         "D: the largest decrease that roll-outs which go a part lambda of the way to them reached; r = "
         "(decrease reached)/(lambda G); reach: the largest lambda with r >= 1/4 for all seeds; model: the "
         "largest decrease of the parabola through J with slope -G and the roll-out at lambda = 1/2; kappa = "
         "G/(J - its lower bound), above 1 G cannot be a decrease; C_rho: C in the trust region of that "
-        "parabola; cosine: between the costate and what the maximiser changes, near 0 noise decides; growth: "
-        "of |p| from the end of the run to its beginning. Means over seeds; - where there is none.",
+        "parabola; cosine: between the costate and what the maximiser changes in the state, negative "
+        "where it is taken for its price; growth: of |p| from the end of the run to the first step looked "
+        "at. Means over seeds; - where there is none.",
         table(
             ["schedule", "J", "G", "D", "model", *names, "reach", "kappa", "C_rho", "cosine", "growth"], trust
         ),

@@ -38,11 +38,16 @@ for h in found.horizons:
     print(f"C = {found.value(h):.3f} with costates over {h} step{'s' * (h > 1)}")
 best = found.best()
 for b in best:
-    print(f"epoch {b.index}: {b.control}, better {b.maximiser}, worth {b.gain:.4f} of J to first order")
+    better = f"better {b.maximiser}, worth {b.gain:.4f} of J to first order" if b.gain > 0 else "is best"
+    print(f"epoch {b.index}: {b.control}, {better}")
+if found.dropped:
+    print(f"the costates leave out: {', '.join(found.dropped)}")
 
 worth = calibrate(recording, found, phi)  # relaxed roll-outs, a part lambda of the way to these controls
 print(f"J = {found.objective:.3f}, G = {worth.gain:.3f}, D = {worth.certificate:.3f}", end=", ")
 print(", ".join(f"r({part:g}) = {worth.reliability(part):.2f}" for part in worth.outcomes))
+if not worth.calibrated:
+    print("uncalibrated: a quarter of the way keeps less than a quarter of what G promises; go by D")
 
 # One question of your own: half of the way, in the epoch where it promises most, and nowhere else.
 b = max(best, key=lambda b: b.gain)

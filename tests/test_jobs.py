@@ -19,6 +19,7 @@ from helpers import shorten_autoattack
 from PIL import Image
 
 from controlat import Surface, hindsight, jobs, load_schedule, parse_schedule, report
+from controlat.config import EvaluateSettings
 from controlat.evaluation import wilson
 from controlat.files import read_json, read_json_lines
 from controlat.network import NonFiniteError
@@ -307,6 +308,21 @@ def test_schedules_that_needed_a_smaller_lambda_stand_beside_others(result: dict
     none, pgd = _section(report.summary(again), "What its size means")
     assert none["r(1/8)"] == "-"
     assert pgd["r(1/8)"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eps", "0.3"), ("epochs", 5), ("seeds", [1, 2]), ("schedules", ["none"]), ("test_points", 50)],
+)
+def test_settings_that_contradict_the_run_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    """Who asks for eps 0.3 would otherwise publish the numbers of 0.15."""
+    few = {"epochs": 1, "train_points": 100, "test_points": 40, "threads": 1, "progress": False}
+    jobs.train(tmp_path / "run", schedule="fgsm:alpha=0.15", **few)
+    with pytest.raises(ValueError, match=f"{name} .* contradicts .*, which has"):
+        EvaluateSettings(run=str(tmp_path / "run"), **{name: value})
+    assert EvaluateSettings(run=str(tmp_path / "run"), epochs=1, eps=0.15).seeds == [0]
+    with pytest.raises(ValueError, match=r"last\.pt is not the directory of a controlat train"):
+        EvaluateSettings(run=str(tmp_path / "run" / "last.pt"))
 
 
 def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(

@@ -14,6 +14,7 @@ from controlat.pmp.terminal import (
     build_terminal,
     described,
     parse_terminal,
+    try_terminal,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "probe_batches",
     "relaxed",
     "sweep",
+    "try_terminal",
 ]

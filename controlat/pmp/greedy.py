@@ -75,6 +75,8 @@ def measure(
         raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
     meter = Meter()
     phi = None if terminal is None else _flat(terminal.gradient(driver, meter))
+    if phi is not None and not bool(torch.isfinite(phi).all()):
+        raise NonFiniteError("the gradient of the terminal cost is not finite")
     rows: dict[Control, tuple[float, Array, Array | None]] = {}
 
     def keep(scored: Scored) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "build_terminal",
     "described",
     "parse_terminal",
+    "try_terminal",
 ]
 
 # What `build_terminal` knows by name: the arguments of `AdversarialLoss`.
@@ -204,8 +205,10 @@ class Weighted:
         parts = tuple((number(weight, "a weight"), part) for weight, part in self.parts)
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
-        for _, part in parts:
+        for weight, part in parts:
             _check(part, "a part of a weighted sum")
+            if weight == 0:
+                raise ValueError("a weight of a weighted sum of terminal costs is 0: leave that part out")
         object.__setattr__(self, "parts", parts)
 
     @property
@@ -272,6 +275,45 @@ def described(terminal: Terminal) -> str:
     """What a terminal cost is, in words: its own, or the name of its class."""
     describe = getattr(terminal, "describe", None)
     return str(describe()) if callable(describe) else type(terminal).__name__
+
+
+def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
+    """Call everything of a terminal cost once, so that a mistake shows before anything is trained.
+
+    Args:
+        terminal: the user's own.
+        driver: of an untrained network.
+        name: what errors call it.
+
+    Raises:
+        ValueError: a value that is no finite number or below its lower bound, gradients that are not finite
+            or of other shapes than the parameters, dropped that is no tuple of texts, a changed network.
+    """
+    before = driver.snapshot().model
+    value, gradient = terminal.value(driver, Meter()), terminal.gradient(driver, Meter())
+    try:
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"value of terminal {name} must return a number, got {type(value).__name__}"
+        ) from None
+    if not math.isfinite(value) or value < terminal.lower:
+        raise ValueError(
+            f"terminal {name} has the value {value:g} for the untrained network; it must be finite and at "
+            f"least its lower bound {terminal.lower:g}"
+        )
+    shapes = [tuple(g.shape) for g in gradient]
+    wanted = [tuple(p.shape) for p in driver.parameters]
+    if shapes != wanted:
+        raise ValueError(f"gradient of terminal {name} must return tensors of shapes {wanted}, got {shapes}")
+    if not all(bool(torch.isfinite(g).all()) for g in gradient):
+        raise ValueError(f"gradient of terminal {name} is not finite for the untrained network")
+    dropped = terminal.dropped(driver)
+    if isinstance(dropped, str) or not all(isinstance(d, str) for d in dropped):
+        raise ValueError(f"dropped of terminal {name} must return a tuple of texts, got {dropped!r}")
+    after = driver.model.state_dict()
+    if not all(torch.equal(t, after[n]) for n, t in before.items() if isinstance(t, Tensor)):
+        raise ValueError(f"terminal {name} changes the network; it must leave it as it was")
 
 
 def parse_terminal(text: str) -> tuple[tuple[float, str], ...]:

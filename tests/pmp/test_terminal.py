@@ -35,6 +35,7 @@ from controlat.pmp.terminal import (
     build_terminal,
     described,
     parse_terminal,
+    try_terminal,
 )
 from controlat.recording import Recording
 from controlat.setting import TERMINAL_POINTS, Setting
@@ -616,3 +617,44 @@ def test_the_terminal_cost_is_a_setting_that_decides_the_results() -> None:
     assert EvaluateSettings().terminal == EvaluateSettings().to_json()["terminal"] == "adversarial"
     chosen = EvaluateSettings(terminal="margin + 0.1*clean")
     assert chosen.to_json()["terminal"] == "margin + 0.1*clean"
+
+
+class Base:
+    """A user's terminal cost that is right; the others are each wrong in one thing."""
+
+    lower = 0.0
+
+    def value(self, driver: Driver, meter: Meter | None = None) -> Any:
+        return float(sum(p.detach().square().sum() for p in driver.parameters))
+
+    def gradient(self, driver: Driver, meter: Meter | None = None) -> Any:
+        return [2 * p.detach() for p in driver.parameters]
+
+    def dropped(self, driver: Driver) -> Any:
+        return ()
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "vector": ({"value": lambda self, driver, meter=None: torch.ones(4)}, "must return a number"),
+    "nan": ({"value": lambda self, driver, meter=None: math.nan}, "has the value nan"),
+    "below": ({"lower": 1e9}, "least its lower bound 1e"),
+    "shapes": ({"gradient": lambda self, driver, meter=None: [torch.ones(4)]}, r"got \[\(4,\)\]"),
+    "infinite": (
+        {"gradient": lambda self, driver, meter=None: [math.inf * p for p in driver.parameters]},
+        "gradient of terminal mine is not finite",
+    ),
+    "letters": ({"dropped": lambda self, driver: "something"}, "must return a tuple of texts"),
+    "writes": (
+        {"dropped": lambda self, driver: (driver.parameters[0].data.add_(1), ())[1]},
+        "changes the network",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_of_a_users_terminal_show_before_training(name: str) -> None:
+    d = driver(CASES["pgd_at"])
+    try_terminal(Base(), d, "mine")
+    changed, text = WRONG[name]
+    with pytest.raises(ValueError, match=text):
+        try_terminal(type(name, (Base,), changed)(), d, "mine")
