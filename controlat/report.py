@@ -87,7 +87,7 @@ def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     calibrations = [run["calibration"] for run in runs]
     horizons = [
         _spread([h["value"] for h in found])
-        | {"steps": found[0]["steps"], "interval": _together([h["interval"] for h in found])}
+        | {"steps": found[0]["steps"], "interval": _together([(h["value"], h["interval"]) for h in found])}
         for found in zip(*(run["horizons"] for run in runs), strict=True)
     ]
     parts = dict.fromkeys(p for c in calibrations for p in c["reliability"])  # 1/8 where it was needed
@@ -119,14 +119,15 @@ def _known(values: Sequence[Any]) -> dict[str, Any] | None:
     return _spread(numbers) if numbers else None
 
 
-def _together(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
-    """The interval of a mean of independent values, from an interval of each."""
-    known = [i for i in intervals if i is not None]
-    if len(known) < len(intervals):
+def _together(found: Sequence[tuple[float, Sequence[float] | None]]) -> list[float] | None:
+    """The interval of a mean of independent values, from the interval of each, one side at a time."""
+    known = [(value, *interval) for value, interval in found if interval is not None]
+    if len(known) < len(found):
         return None
-    centre = statistics.fmean((low + high) / 2 for low, high in known)
-    half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(known)
-    return [centre - half, centre + half]
+    mean = statistics.fmean(value for value, _, _ in known)
+    below = sum((value - low) ** 2 for value, low, _ in known) ** 0.5 / len(known)
+    above = sum((high - value) ** 2 for value, _, high in known) ** 0.5 / len(known)
+    return [mean - below, mean + above]
 
 
 def _extras(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

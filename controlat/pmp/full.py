@@ -205,13 +205,14 @@ class Criterion:
 
         Blocks are strata of a finite population: the variance of a sum is the sum of their variances, and a
         block whose steps were all looked at has none. Maximisers are held fixed; where u is the best, the
-        upper end has what the best other candidate might gain. None where one step stands for several.
+        upper end has what the second best might gain. None where one step stands for several.
 
         Source:
             Cochran (1977), equation 5.14, for strata.
         """
         h = self._known(horizon)
-        total, variance, degrees, more = 0.0, 0.0, 0, 0.0
+        total, variance, degrees = 0.0, 0.0, 0
+        seconds: list[tuple[float, float]] = []
         for block in self.best(h):
             members, n, left = self._members(block.index), block.looked, 1 - block.looked / block.steps
             if left == 0:
@@ -221,13 +222,15 @@ class Criterion:
                 return None
             _, value, _ = self._table(members, h)
             mean, spread = block.steps * value.mean(0), block.steps * value.std(0, ddof=1) * (left / n) ** 0.5
+            degrees += n - 1
             if block.gain > 0:
                 i = int(np.argmax(mean))
                 total, variance = total + block.gain, variance + float(spread[i]) ** 2
-                degrees += n - 1
             elif len(mean) > 1:
-                more += max(0.0, float((mean + stdtrit(n - 1, 0.975) * spread)[1:].max()))
-        half = float(stdtrit(degrees, 0.975)) * variance**0.5 if degrees else 0.0
+                i = 1 + int(np.argmax(mean[1:]))
+                seconds.append((float(mean[i]), float(spread[i])))
+        t = float(stdtrit(degrees, 0.975)) if degrees else 0.0
+        half, more = t * variance**0.5, sum(max(0.0, m + t * s) for m, s in seconds)
         unit = self.rate * self.steps
         return max(0.0, total - half) / unit, (total + half + more) / unit
 

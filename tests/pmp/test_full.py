@@ -146,7 +146,7 @@ def test_where_u_is_the_best_of_a_few_steps_another_may_be_better_in_all() -> No
     assert low == 0
     mean, spread = 5 * np.mean([0.5, -1, -1]), 5 * np.std([0.5, -1, -1], ddof=1) * math.sqrt(0.4 / 3)
     unit = 10 * found.rate
-    assert high == pytest.approx(2 * (mean + 4.3026527 * spread) / unit, rel=1e-6)
+    assert high == pytest.approx(2 * (mean + 2.7764451 * spread) / unit, rel=1e-6)
     sure = tuple(gains_of(g, -1.0) for g in found.looked)
     assert replace(found, looked=sure).interval() == (0, 0)
 
