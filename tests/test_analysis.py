@@ -74,7 +74,9 @@ PARTS = sorted(path.parent for path in (HERE / "criterion_worth").glob("*/result
 def test_the_worth_of_c_is_shown_as_it_was_found(folder: Path) -> None:
     found = read_json(folder / "result.json")
     assert WORTH["tables"](found) == (folder / "table.md").read_text()
-    assert WORTH["ranking"](found) in (HERE.parent / "README.md").read_text()
+    shown = (HERE.parent / "README.md").read_text()
+    assert WORTH["ranking"](found) in shown
+    assert WORTH["sizes"](found) in shown
 
 
 def test_rank_correlations_by_hand() -> None:
