@@ -1,13 +1,13 @@
 """Is C worth its name? Does the criterion order schedules as the objective J does?
 
     python analysis/criterion_worth.py                                   # digits: an hour on a core
-    python analysis/criterion_worth.py --part mnist --data-dir FOLDER    # LeNet: two hours on two cores, by
-                                                                         # --seeds 0 and --seeds 1 side by side
+    python analysis/criterion_worth.py --part mnist --data-dir FOLDER    # LeNet: two hours on two cores
 
 Fourteen schedules are trained under several seeds, optimisers and learning rates. For each roll-out it
 computes J = Phi + gamma eta sum n and everything that could stand for it: the greedy forms, C over horizons
 h, smoothed and averaged, the certificate D, relaxed roll-outs, the trust-region gap; and what D would get by
-chance, as it contains J, and how large it is beside the room that there is. Stopped, it goes on with the same command.
+chance, as it contains J, and how large it is beside the room that there is. Stopped, it goes on with the
+same command; with --seeds several processes share the work.
 Roll-outs are kept in --work; results go to analysis/criterion_worth/PART: result.json, table.md, figures.
 """
 
