@@ -505,7 +505,7 @@ def rollout(
         begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
     """
     first = epoch * plan.batches_per_epoch + batch
-    for number, b in arrivals(driver, plan, first, until=until, begun=begun):
+    for number, b in arrivals(driver, plan, epoch, batch, until=until, begun=begun):
         if record is not None and (number - first) % stride == 0:
             touched = plan.indices(number, number + stride) if driver.rows else None
             record(number, driver.snapshot(touched))
@@ -513,20 +513,20 @@ def rollout(
 
 
 def arrivals(
-    driver: Driver, plan: Plan, first: int, *, until: int | None = None, begun: bool = False
+    driver: Driver, plan: Plan, epoch: int, batch: int, *, until: int | None = None, begun: bool = False
 ) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) of every step from `first` on, with the driver at the state before it.
+    """(number, batch) of every step from one on, with the driver at the state before it.
 
     The consumer takes the step; hooks between epochs are called here.
 
     Args:
         driver: holds the state.
         plan: data and number of epochs.
-        first: number of the first step.
+        epoch: where to start.
+        batch: where to start in that epoch; the number of its batches where only its last hook is to come.
         until: epoch to stop before; the plan's end by default.
         begun: the first epoch has begun already.
     """
-    epoch, batch = divmod(first, plan.batches_per_epoch)
     for e in range(epoch, plan.epochs if until is None else until):
         start = batch if e == epoch else 0
         if start == 0 and not (begun and e == epoch):

@@ -233,7 +233,7 @@ class Recording:
         plan, driver = self.plan, self.driver
         driver.restore(states[start])
         with _aside(driver, self.spent):
-            for number, b in arrivals(driver, plan, start, begun=True):
+            for number, b in arrivals(driver, plan, *divmod(start, plan.batches_per_epoch), begun=True):
                 if number in wanted:
                     end = wanted.pop(number)
                     states[number] = driver.snapshot(plan.indices(number, end) if driver.rows else None)

@@ -163,4 +163,4 @@ def test_call_factory_refuses(factories: str, name: str, message: str) -> None:
 def test_call_factory_adds_a_note(factories: str) -> None:
     with pytest.raises(KeyError, match="inside") as caught:
         registry.call_factory(f"{factories}:fails", {"a": 1})
-    assert caught.value.__notes__ == ["while calling the factory 'own_factories:fails' with {'a': 1}"]
+    assert caught.value.__notes__ == ["while calling the factory 'own_factories:fails' with a 1"]

@@ -205,10 +205,10 @@ class Weighted:
         parts = tuple((number(weight, "a weight"), part) for weight, part in self.parts)
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
-        for weight, part in parts:
+        for _, part in parts:
             _check(part, "a part of a weighted sum")
-            if weight == 0:
-                raise ValueError("a weight of a weighted sum of terminal costs is 0: leave that part out")
+        if not any(weight for weight, _ in parts):
+            raise ValueError("all weights of a weighted sum of terminal costs are 0: nothing is left of it")
         object.__setattr__(self, "parts", parts)
 
     @property

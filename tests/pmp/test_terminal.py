@@ -184,6 +184,8 @@ def test_lower_bounds_are_below_the_value() -> None:
     assert phi(loss="margin").lower == Weighted(((1.0, phi()), (0.1, phi(loss="margin")))).lower == -torch.inf
     assert Weighted(((-1.0, phi()),)).lower == -torch.inf  # the cross-entropy has no upper bound
     assert Weighted(((0.0, phi(loss="margin")), (1.0, phi()))).lower == 0
+    with pytest.raises(ValueError, match=r"all weights .* are 0"):
+        Weighted(((0.0, phi()),))
 
 
 # -------------------------------------------------------------------------------------- what they leave alone
