@@ -362,6 +362,8 @@ import os, signal
 from torch import nn
 from controlat.models import build
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+
 class Net(nn.Module):
     def __init__(self, net):
         super().__init__()
