@@ -13,7 +13,9 @@ Symbols, here and in every docstring:
     Phi           terminal cost (adversarial loss on held-out data)
     H, C          Hamiltonian; Amata's criterion, the mean of max_v H(v) - H(u) over training
     eta, mu       learning rate, momentum
-    t, T          time in epochs, length of training
+    t, T          time in epochs, length of training; in a landscape, time of its flow and horizon
+    l(theta, x)   a one-dimensional landscape: loss of one parameter and one input, x0 its data point
+    x*, alpha*    its inner maximum; the step that lands on it from x0. K* = tau/alpha*, tau = alpha K
 
 Everything public can be imported from here; submodules load when a name is first used.
 """
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from controlat.control import ControlSpace as ControlSpace
     from controlat.data import Dataset as Dataset
     from controlat.data import Split as Split
+    from controlat.derived import Derived as Derived
+    from controlat.derived import derive as derive
     from controlat.evaluation import robustness as robustness
     from controlat.families import parse_schedule as parse_schedule
     from controlat.jobs import attack as attack
@@ -49,12 +53,14 @@ _HOME = {
     "Control": "control",
     "ControlSpace": "control",
     "Dataset": "data",
+    "Derived": "derived",
     "NonFiniteError": "network",
     "Schedule": "schedules",
     "Split": "data",
     "Surface": "pmp",
     "attack": "jobs",
     "criterion": "pmp",
+    "derive": "derived",
     "evaluate": "jobs",
     "fgsm": "attacks",
     "load_schedule": "schedules",

@@ -1,4 +1,4 @@
-"""The command line: evaluate, train, attack, data, methods, models. Bad usage exits with 2 and one line."""
+"""The command line: evaluate, train, derive, attack, data, methods, models. Bad usage: one line, code 2."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _LISTS: dict[str, Any] = {
     "attacks": str,
     "alphas": str | float,
     "horizons": int,
+    "x_range": str | float,
+    "theta_range": str | float,
 }
 
 
@@ -59,7 +61,7 @@ def _help(settings: type, name: str) -> str:
 
 def _parser() -> Parser:
     from controlat import __version__
-    from controlat.config import AttackSettings, EvaluateSettings, TrainSettings
+    from controlat.config import AttackSettings, DeriveSettings, EvaluateSettings, TrainSettings
 
     top = Parser(
         prog="controlat",
@@ -82,6 +84,12 @@ def _parser() -> Parser:
         "--resume", action="store_true", help="Go on with an interrupted run of these settings."
     )
     commands.add_subcommand("train", train, help="train under one schedule")
+
+    derive = _command(DeriveSettings, "Derive a schedule from a landscape l(theta, x), and check it.")
+    derive.add_argument(
+        "--out", type=str, required=True, help="Directory for results; with it alone: Amata's landscape."
+    )
+    commands.add_subcommand("derive", derive, help="solve a landscape and make it a schedule")
 
     attack = _command(AttackSettings, "Measure the robustness of a checkpoint.")
     attack.add_argument("checkpoint", type=str, help="last.pt or best.pt of a run directory")
@@ -178,6 +186,17 @@ def _train(found: Namespace) -> None:
     print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
 
 
+def _derive(found: Namespace) -> None:
+    from controlat.derived import derive
+    from controlat.symbolic.figures import FIGURES
+
+    result = derive(out=found.out, **_settings(found, ("config", "out")))
+    print(result)
+    names = ", ".join(name for name, figure in FIGURES.items() if figure.wanted(result.result))
+    print(f"\nIn {found.out}: schedule.json, summary.md, result.json, {names}.")
+    print(f"Train under it: controlat train --out RUN --schedule {Path(found.out) / 'schedule.json'} ...")
+
+
 def _attack(found: Namespace) -> None:
     from controlat import jobs, report
 
@@ -242,6 +261,7 @@ def _underscored(argument: str) -> str:
 _COMMANDS = {
     "evaluate": _evaluate,
     "train": _train,
+    "derive": _derive,
     "attack": _attack,
     "data": _data,
     "methods": _methods,

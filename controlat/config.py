@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
@@ -23,11 +24,17 @@ from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.rates import Rate, parse_rate
 from controlat.schedules import Schedule, load_schedule
+from controlat.symbolic import AMATA
+from controlat.symbolic.handover import MAPPINGS
+
+if TYPE_CHECKING:
+    from controlat.symbolic import Task
 
 __all__ = [
     "DEMO_EPS",
     "DEMO_SCHEDULES",
     "AttackSettings",
+    "DeriveSettings",
     "EvaluateSettings",
     "TrainSettings",
     "read_schedule",
@@ -383,6 +390,130 @@ class AttackSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+@dataclass
+class DeriveSettings:
+    """Derive a schedule from a one-dimensional landscape l(theta, x), and check it.
+
+    Args:
+        landscape: Formula in theta, x and named parameters, such as theta^2/2 - (x - theta)^2/(theta^2 + 1),
+            which is Amata's and the default.
+        parameters: Values of the named parameters, such as {a: 2}.
+        x0: Data point, where the inner ascent starts.
+        theta0: theta at t = 0.
+        tau: Product alpha K of the landscape, held fixed.
+        horizon: Length T of training in the landscape's time, theta' = -dL/dtheta.
+        gamma: Price of one inner step per unit of that time.
+        order: Highest power of t in the Taylor series of K*.
+        branch: Which inner maximum at theta0, by value (0 is the largest), where there are several.
+        x_range: Where inner maxima are looked for; 10 to either side of x0 if left out.
+        theta_range: How far the inner maximum is followed; +-max(3, 2 |theta0|) if left out.
+        admissible: product (alpha K = tau, alpha <= alpha*), integer (K whole), free (alpha and K),
+            overshoot (alpha up to a multiple of alpha*).
+        overshoot: That multiple, between 1 and 2.
+        checks: Check the schedule against the maximum principle, by transcription and by dynamic programming,
+            and compare Theorem 1 with actual runs.
+        seconds: Time limit of each question to sympy.
+        epochs: Length of the network's training; 12, or that of the run with --calibrate, if left out.
+        k_min: Smallest K of the network's schedule.
+        k_max: Largest K of the network's schedule.
+        tau_net: alpha K of the network in pixel units; 0.3, or 2 eps of the run, if left out.
+        mapping: affine (the range of K* is stretched to k_min..k_max) or clip (K* itself, cut off there);
+            clip with --calibrate, which knows K* in steps of the network, else affine.
+        resolution: Length of a piece of the network's schedule, in epochs.
+        calibrate: Directory of a finished controlat train: theta0, scale of time and tau are fitted to it.
+        measure: What is fitted: convergence (inner steps needed) or curvature (of the loss along the ascent).
+        since: Fit from this epoch of the run on; from where the measure is lowest if left out.
+        data_dir: Folder of the run's data files; where the run had them if left out.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps; for --calibrate.
+        threads: CPU threads; those of the run if left out.
+        progress: Show a progress bar (on a terminal).
+    """
+
+    landscape: str = AMATA
+    parameters: dict[str, Any] = field(default_factory=dict)
+    x0: str | float = 0
+    theta0: str | float = 1
+    tau: str | float = 10
+    horizon: str | float = 3
+    gamma: str | float = "0.01"
+    order: int = 2
+    branch: int | None = None
+    x_range: Sequence[str | float] | None = None
+    theta_range: Sequence[str | float] | None = None
+    admissible: str = "product"
+    overshoot: float = 1.9
+    checks: bool = True
+    seconds: float = 20.0
+    epochs: int | None = None
+    k_min: float = 1
+    k_max: float = 10
+    tau_net: str | float | None = None
+    mapping: str | None = None
+    resolution: float = 1.0
+    calibrate: str | None = None
+    measure: str = "convergence"
+    since: float | None = None
+    data_dir: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("x_range", "theta_range"):
+            given = getattr(self, name)
+            if given is not None:
+                if len(given) != 2:
+                    raise ValueError(f"{name} must be two numbers, got {given}")
+                setattr(self, name, [number(v, name) for v in given])
+        if self.tau_net is not None and number(self.tau_net, "tau_net") <= 0:
+            raise ValueError(f"tau_net must be > 0, in pixel units such as 0.3, got {self.tau_net}")
+        if self.epochs is not None and (self.epochs != int(self.epochs) or self.epochs < 1):
+            raise ValueError(f"epochs must be a whole number >= 1, got {self.epochs}")
+        if self.mapping is None:
+            self.mapping = "affine" if self.calibrate is None else "clip"
+        if self.mapping not in MAPPINGS:
+            raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}")
+        if not 0 <= self.k_min <= self.k_max < math.inf:
+            raise ValueError(f"K needs 0 <= k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
+        from controlat.symbolic.bolza import SETS  # here, because sympy is slow to import
+
+        if self.admissible not in SETS:
+            raise ValueError(f"admissible must be one of {', '.join(SETS)}, got {self.admissible!r}")
+        if not 1 < self.overshoot < 2:
+            raise ValueError(f"overshoot must be between 1 and 2, got {self.overshoot}")
+        self.task  # noqa: B018  (raises)
+
+    @property
+    def task(self) -> Task:
+        """The problem on the landscape."""
+        from controlat.symbolic import Landscape, Task
+
+        x_range, theta_range = (
+            None if r is None else (number(r[0], "range"), number(r[1], "range"))
+            for r in (self.x_range, self.theta_range)
+        )
+        return Task(
+            Landscape(self.landscape, self.x0, self.parameters, x_range),
+            self.theta0,
+            self.tau,
+            self.horizon,
+            self.gamma,
+            self.order,
+            self.branch,
+            theta_range,
+            self.seconds,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results, as plain data."""
+        return {k: v for k, v in asdict(self).items() if k not in _RUNTIME}
+
+
+MEASURES = ("convergence", "curvature")
 
 
 def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from controlat.control import number
-from controlat.files import write
+from controlat.drawing import MARKERS, line_style, panels, save
 from controlat.pmp import FORMS
 
 __all__ = [
@@ -29,33 +27,7 @@ __all__ = [
     "tradeoff",
 ]
 
-# Okabe and Ito's palette, readable with colour-vision deficiency, doubled by line styles.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = "osD^vPX*"
-
-
 _KNOBS = {"alpha": "step size α", "steps": "steps K"}
-
-
-def _style(i: int) -> dict[str, Any]:
-    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[(i // len(_COLOURS)) % len(_LINES)]}
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png")
-    write(path, lambda file: file.write(buffer.getvalue()))
-
-
-def _figure(width: float, height: float, columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def schedules(result: Mapping[str, Any], path: Path) -> None:
@@ -64,11 +36,11 @@ def schedules(result: Mapping[str, Any], path: Path) -> None:
 
     every = [Schedule.from_json(entry["schedule"]) for entry in result["schedules"]]
     knobs = sorted({knob for s in every for knob in s.curves}, key=lambda k: (k not in _KNOBS, k))
-    figure, axes = _figure(max(4.5 * len(knobs), 6), 3.6, len(knobs))
+    figure, axes = panels(max(4.5 * len(knobs), 6), 3.6, len(knobs))
     for i, (entry, s) in enumerate(zip(result["schedules"], every, strict=True)):
         t = np.arange(s.pieces + 1) * s.resolution
         # Dashes, so that schedules that coincide are all seen.
-        style = _style(i) | {"linestyle": (0, (1 + len(result["schedules"]) - i, i and 1))}
+        style = line_style(i) | {"linestyle": (0, (1 + len(result["schedules"]) - i, i and 1))}
         for axis, knob in zip(axes, knobs, strict=True):
             if knob in s.curves:
                 values = [s(v)[knob] for v in t]
@@ -80,12 +52,12 @@ def schedules(result: Mapping[str, Any], path: Path) -> None:
     for axis in axes:
         named |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def criterion(result: Mapping[str, Any], path: Path) -> None:
     """C per epoch in both forms; bands are the range over seeds."""
-    figure, axes = _figure(9, 3.9, len(FORMS))
+    figure, axes = panels(9, 3.9, len(FORMS))
     for axis, form in zip(axes, FORMS, strict=True):
         for i, entry in enumerate(result["schedules"]):
             t = [e["epoch"] for e in entry["runs"][0]["criterion"]]
@@ -94,7 +66,7 @@ def criterion(result: Mapping[str, Any], path: Path) -> None:
         _finished(axis, f"C, {form} form{_seeds(result)}")
     axes[0].set_ylabel("max H − H(u)   (0 is best)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _over_time(axis: Any, i: int, label: str, t: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
@@ -102,9 +74,9 @@ def _over_time(axis: Any, i: int, label: str, t: Sequence[float], rows: Sequence
     shortest = min(map(len, rows))  # a method may end training early
     values = np.array([row[:shortest] for row in rows])
     t = t[:shortest]
-    axis.plot(t, values.mean(0), marker=_MARKERS[i % 8], markersize=4, label=label, **_style(i))
+    axis.plot(t, values.mean(0), marker=MARKERS[i % 8], markersize=4, label=label, **line_style(i))
     if len(values) > 1:
-        axis.fill_between(t, values.min(0), values.max(0), color=_style(i)["color"], alpha=0.15, lw=0)
+        axis.fill_between(t, values.min(0), values.max(0), color=line_style(i)["color"], alpha=0.15, lw=0)
 
 
 def _finished(axis: Any, title: str) -> None:
@@ -125,7 +97,7 @@ def _seeds(result: Mapping[str, Any]) -> str:
 
 def tradeoff(result: Mapping[str, Any], path: Path) -> None:
     """Robust accuracy (with Wilson interval) against cost, in gradient evaluations and in seconds."""
-    figure, axes = _figure(9, 4.1, 2)
+    figure, axes = panels(9, 4.1, 2)
     for i, entry in enumerate(result["schedules"]):
         s = entry["summary"]
         robust, (low, high) = 100 * s["robust"]["mean"], (100 * v for v in s["robust"]["interval"])
@@ -135,10 +107,10 @@ def tradeoff(result: Mapping[str, Any], path: Path) -> None:
                 s[cost]["mean"],
                 robust,
                 yerr=bars,
-                fmt=_MARKERS[i % 8],
+                fmt=MARKERS[i % 8],
                 markersize=8,
                 capsize=3,
-                color=_style(i)["color"],
+                color=line_style(i)["color"],
                 label=entry["text"],
             )
     axes[0].set_xlabel("gradient evaluations of training (samples)")
@@ -151,7 +123,7 @@ def tradeoff(result: Mapping[str, Any], path: Path) -> None:
     axes[0].set_ylabel("robust accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sweeps(
@@ -164,9 +136,9 @@ def sweeps(
         where: has norm and eps.
         path: the file.
     """
-    figure, axes = _figure(12, 3.9, 3)
+    figure, axes = panels(12, 3.9, 3)
     for i, (label, found) in enumerate(networks):
-        style = _style(i) | {"marker": _MARKERS[i % 8], "markersize": 4, "label": label}
+        style = line_style(i) | {"marker": MARKERS[i % 8], "markersize": 4, "label": label}
         for axis, kind in zip(axes, ("eps", "steps"), strict=False):
             x = [point[kind] for point in found[0][kind]]
             y = np.array([[100 * point["value"] for point in one[kind]] for one in found])
@@ -187,7 +159,7 @@ def sweeps(
     for axis in axes:
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _sweeps(result: Mapping[str, Any], path: Path) -> None:
@@ -209,7 +181,7 @@ def horizons(result: Mapping[str, Any], path: Path) -> None:
     """C per block by horizon; bands are the range over seeds."""
     entries = examined(result)
     steps = [h["steps"] for h in entries[0][1]["runs"][0]["full"]["horizons"]]
-    figure, axes = _figure(4.2 * len(steps), 3.9, len(steps))
+    figure, axes = panels(4.2 * len(steps), 3.9, len(steps))
     for k, (axis, h) in enumerate(zip(axes, steps, strict=True)):
         for i, entry in entries:
             t = [block["t"] for block in entry["runs"][0]["full"]["blocks"]]
@@ -220,21 +192,21 @@ def horizons(result: Mapping[str, Any], path: Path) -> None:
         _finished(axis, f"horizon: {name}{_seeds(result)}")
     axes[0].set_ylabel("C of the epoch   (0 is best)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def costates(result: Mapping[str, Any], path: Path) -> None:
     """Length of the costate along the run, and what C predicted beside what relaxed controls reached."""
-    figure, axes = _figure(9, 4.1, 2)
+    figure, axes = panels(9, 4.1, 2)
     for i, entry in examined(result):
         first = entry["runs"][0]["full"]
         t = np.array([n for n, _ in first["norms"]]) * len(entry["runs"][0]["epochs"]) / first["steps"]
-        axes[0].plot(t, [p for _, p in first["norms"]], label=entry["text"], **_style(i))
+        axes[0].plot(t, [p for _, p in first["norms"]], label=entry["text"], **line_style(i))
         for run in entry["runs"]:
             c = run["full"]["calibration"]
             known = {float(part): j for part, j in c["outcomes"].items() if j is not None}
             points = [(part * c["gain"], c["objective"] - j) for part, j in known.items()] or [(0, 0)]
-            axes[1].plot(*zip(*points, strict=True), _MARKERS[i % 8], color=_style(i)["color"], alpha=0.7)
+            axes[1].plot(*zip(*points, strict=True), MARKERS[i % 8], color=line_style(i)["color"], alpha=0.7)
     axes[0].set_yscale("log")
     axes[0].set_xlabel("t (epochs)")
     axes[0].set_ylabel("length of the costate p")
@@ -250,7 +222,7 @@ def costates(result: Mapping[str, Any], path: Path) -> None:
     axes[1].set_xlabel("decrease of J predicted, λ G")
     axes[1].set_ylabel("decrease of J reached, J − J(λ)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def surfaces(result: Mapping[str, Any], path: Path) -> None:
@@ -266,7 +238,7 @@ def surfaces(result: Mapping[str, Any], path: Path) -> None:
             axis.set_visible(True)
             _surface(figure, axis, found)
             axis.set_title(f"{entry['text']}, t = {found['t']:g}", fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _surface(figure: Figure, axis: Any, found: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from controlat.evaluation import wilson
 from controlat.files import write_text
 from controlat.pmp import FORMS, interval
-from controlat.texts import count
+from controlat.texts import count, table
 
 __all__ = ["assemble", "summary", "table", "write"]
 
@@ -203,26 +203,6 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return heads, cells
-
-
-def table(heads: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
-    """An aligned table, which is also valid Markdown: columns of `words` to the left, others to the right.
-
-    >>> print(table(["a", "b"], [["x", "1"]]))
-    | a | b |
-    |---|---|
-    | x | 1 |
-    """
-    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(heads))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(heads), rule, *map(line, cells)])
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,12 @@
-"""Short texts: ``family:name=value,...`` for schedules, rates and attacks; numbers and times for people."""
+"""Short texts: ``family:name=value,...`` for schedules, rates and attacks; numbers and tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from controlat.control import number
 
-__all__ = ["count", "duration", "numbers", "only", "split"]
+__all__ = ["count", "duration", "numbers", "only", "split", "table"]
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
@@ -71,3 +71,23 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def table(heads: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """An aligned table, which is also valid Markdown: columns of `words` to the left, others to the right.
+
+    >>> print(table(["a", "b"], [["x", "1"]]))
+    | a | b |
+    |---|---|
+    | x | 1 |
+    """
+    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(heads))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(heads), rule, *map(line, cells)])

@@ -1,0 +1,487 @@
+"""The convergence bound of adversarial training, measured: does it hold on a given landscape, as printed?
+
+Ye et al. (2021, Theorem 1) after Wang et al. (2019, Theorem 1), for steps
+theta' = theta - eta (g + sigma xi) with g = l_theta(theta, xhat), |xhat - x*(theta)| <= delta:
+
+    printed:    (1/T) sum E L'(theta_t)^2 <= 4 sigma sqrt(beta Delta/T) + 5 L_tx^2 delta^2
+    corrected:  the same with + 2 beta Delta/T, and 2 in place of 5
+    sharper:    2 Delta/(eta T) + beta eta sigma^2 + L_tx^2 delta^2
+
+Where the last two come from. L' = l_theta(theta, x*(theta)) (Danskin) and |dx*/dtheta| <= L_xt/mu, so L' has
+the Lipschitz constant beta, and with e = g - L', |e| <= L_tx delta, the mean over xi is
+E L(theta') - L <= -eta L'(L' + e) + (beta eta^2/2) ((L' + e)^2 + sigma^2)
+                 = -eta (1 - beta eta/2) L'^2 - eta (1 - beta eta) L' e + (beta eta^2/2)(e^2 + sigma^2).
+As eta <= 1/beta, -L' e <= (L'^2 + e^2)/2 may be used on the middle term; what is left is
+-(eta/2) L'^2 + (eta/2) e^2 + (beta eta^2/2) sigma^2. Summed over t and divided by eta T/2: "sharper".
+With 1/eta <= beta + sigma sqrt(beta T/Delta) and eta <= sqrt(Delta/(T beta))/sigma it is at most
+3 sigma sqrt(beta Delta/T) + 2 beta Delta/T + L_tx^2 delta^2, inside "corrected". Where
+T >= beta Delta/sigma^2, 1/eta is sigma sqrt(beta T/Delta) alone, the middle term is not needed, and the
+printed form holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from controlat.symbolic.landscape import Branch
+
+__all__ = ["Bound", "Constants", "constants", "convergence"]
+
+_GRID, _PEAKS, _ZOOMS, _POLE = 301, 16, 20, 1e4
+_ENLARGEMENTS, _MARGIN = 60, 0.25
+Array = NDArray[np.float64]
+Range = tuple[float, float]
+Known = dict[tuple[Range, Range], "Constants"]
+_BOUNDS = ("printed", "corrected", "sharper", "fosc_bound")
+_KEYS = (
+    *("theta_range", "x_range", "enlarged", "L_tt", "L_tx", "mu", "beta", "Delta", "eta", "delta", "fosc"),
+    *("left", "standard_error", "long_enough"),
+    *(key for name in _BOUNDS for key in (name, f"{name}_holds")),
+)
+_LINE: Range = (-math.inf, math.inf)
+_FLAT: Range = (0.0, 0.0)  # the range of x for functions of theta alone
+
+
+class _NoAnswer(Exception):
+    """Why the theorem says nothing here."""
+
+
+class Constants(NamedTuple):
+    """What the theorem needs, on a range of theta and x; drop is Delta = L(theta_0) - min L."""
+
+    theta_range: Range
+    x_range: Range
+    l_tt: float
+    l_tx: float
+    mu: float
+    beta: float
+    drop: float
+    rounding: float
+
+
+class _Case(NamedTuple):
+    """What all rows share. The inner loop takes steps of size alpha from x0, or ends delta away from x*."""
+
+    branch: Branch
+    theta0: float
+    alpha: float | None
+    steps: int | None
+    delta: float
+    runs: int
+    seed: int
+
+
+class _Seen(NamedTuple):
+    """What runs did: left side of each run, largest errors, and where they were."""
+
+    left: Array
+    delta: float
+    fosc: float
+    theta: Range
+    x: Range
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Both sides of the bound for every sigma and every horizon T.
+
+    Args:
+        formula: l(theta, x), with its parameters put in.
+        theta0: where runs begin.
+        x0: the data point.
+        inner: alpha and steps of the inner ascent, or delta.
+        runs: how many, where there is noise.
+        seed: of the noise; all rows share it.
+        rows: one a sigma and T, as plain data, with the keys that `to_json` lists.
+        reason: why there are no rows at all; empty if there are.
+    """
+
+    formula: str
+    theta0: float
+    x0: float
+    inner: dict[str, float | int | None]
+    runs: int
+    seed: int
+    rows: tuple[dict[str, Any], ...]
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data.
+
+        A row has T, sigma and reason (empty if the theorem applies; else all that follows is None);
+        theta_range, x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the
+        largest |xhat - x*| and first-order gap over x_range that were met; left and its standard_error;
+        long_enough (T >= beta Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds:
+        True, False, or None where the left side is within two standard errors of the bound.
+        """
+        return {
+            "formula": self.formula,
+            "theta0": self.theta0,
+            "x0": self.x0,
+            "inner": dict(self.inner),
+            "runs": self.runs,
+            "seed": self.seed,
+            "rows": [dict(row) for row in self.rows],
+            "reason": self.reason,
+        }
+
+
+def _peak(what: str, f: Callable[[Any, Any], Array], theta: Range, x: Range) -> tuple[float, float, float]:
+    """The largest value of f on a rectangle, and where: a grid, then finer ones around its local maxima."""
+    axes = [np.linspace(low, high, _GRID if high > low else 1) for low, high in (theta, x)]
+    t, v = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
+    shape = (len(axes[0]), len(axes[1]))
+    y = _sound(what, f(t, v), t, v).reshape(shape)
+    padded = np.pad(y, 1, constant_values=-np.inf)
+    shifts = [(i, j) for i in range(3) for j in range(3)]
+    tops = np.logical_and.reduce([y >= padded[i : i + shape[0], j : j + shape[1]] for i, j in shifts])
+    found = np.flatnonzero(tops)
+    found = found[np.argsort(-y.ravel()[found], kind="stable")[:_PEAKS]]
+    t, v, scale = t[found], v[found], float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
+    offsets = [np.linspace(-1, 1, 9) if n > 1 else np.zeros(1) for n in shape]
+    dt, dv = (a.ravel() for a in np.meshgrid(*offsets, indexing="ij"))
+    size = [(b - a) / max(n - 1, 1) for (a, b), n in zip((theta, x), shape, strict=True)]
+    row = np.arange(len(t))
+    for _ in range(_ZOOMS):
+        near_t = np.clip(t[:, None] + size[0] * dt, *theta)
+        near_v = np.clip(v[:, None] + size[1] * dv, *x)
+        fine = _sound(what, f(near_t, near_v), near_t, near_v)
+        best = fine.argmax(axis=1)
+        t, v = near_t[row, best], near_v[row, best]
+        size = [s / 2 for s in size]
+    top = int(fine.max(axis=1).argmax())
+    value = max(float(y.max()), float(fine.max()))
+    if value > _POLE * max(scale, 1e-10):  # it grew with every zoom: a pole between the points of the grid
+        raise _NoAnswer(
+            f"{what} is unbounded near theta = {t[top]:.6g}, x = {v[top]:.6g}: no finite constant"
+        )
+    return value, float(t[top]), float(v[top])
+
+
+def _sound(what: str, values: Array, theta: Array, x: Array) -> Array:
+    """Values that are below infinity; anything else has no maximum."""
+    bad = ~(values < np.inf)
+    if bad.any():
+        where = f"theta = {theta[bad][0]:.6g}, x = {x[bad][0]:.6g}"
+        raise _NoAnswer(
+            f"{what} is infinite or undefined at {where}: there is no finite constant on this range"
+        )
+    return values
+
+
+def _best(branch: Branch, theta: Range) -> Range:
+    """The range of x*(theta)."""
+    high = _peak("x*(theta)", lambda t, _: branch(t), theta, _FLAT)[0]
+    low = -_peak("x*(theta)", lambda t, _: -branch(t), theta, _FLAT)[0]
+    return low, high
+
+
+def _constants(branch: Branch, theta0: float, theta: Range, x: Range) -> Constants:
+    """As `constants`; says why by _NoAnswer."""
+    l = branch.landscape  # noqa: E741
+    l_tt = _peak("l_theta theta", lambda t, v: np.abs(l("tt")(t, v)), theta, x)[0]
+    l_tx = _peak("l_theta x", lambda t, v: np.abs(l("tx")(t, v)), theta, x)[0]
+    flattest, at_theta, at_x = _peak("l_xx", l("xx"), theta, x)
+    start = float(branch.robust(theta0))
+    lowest = -_peak("-L", lambda t, _: -branch.robust(t), theta, _FLAT)[0]
+    # -l_xx that vanishes up to rounding is no strong concavity either
+    if -flattest <= 1e-12 * abs(float(l("xx")(theta0, branch(theta0)))):
+        raise _NoAnswer(
+            f"l_xx = {flattest:.6g} at theta = {at_theta:.6g}, x = {at_x:.6g}: l is not strongly concave in "
+            f"x for theta in [{theta[0]:.6g}, {theta[1]:.6g}] and x in [{x[0]:.6g}, {x[1]:.6g}], "
+            "so the theorem does not apply there"
+        )
+    beta = l_tx * l_tx / -flattest + l_tt
+    if not 0 < beta < math.inf:
+        raise _NoAnswer(
+            f"beta = {beta:g}: the step size 1/beta is not a positive number, the theorem says nothing"
+        )
+    rounding = 8 * np.finfo(float).eps * max(abs(start), abs(lowest))
+    return Constants(theta, x, l_tt, l_tx, -flattest, beta, max(start - lowest, 0.0), float(rounding))
+
+
+def constants(branch: Branch, theta0: float, theta_range: Range, x_range: Range) -> Constants:
+    """L_tt = max |l_theta theta|, L_tx = max |l_theta x|, mu = min -l_xx, beta = L_tx^2/mu + L_tt and Delta.
+
+    By a grid of 301 x 301 points and local refinement, not by interval arithmetic.
+
+    Args:
+        branch: the inner maximum.
+        theta0: where L(theta_0) of Delta is taken.
+        theta_range: of theta, theta_0 in it.
+        x_range: of x, x*(theta_0) in it.
+
+    Returns:
+        The constants on this range.
+
+    Raises:
+        ValueError: a constant is infinite, or l is not strongly concave in x there.
+
+    Source: Ye et al. (2021), assumptions of Theorem 1.
+
+    >>> from controlat.symbolic.landscape import Landscape
+    >>> saddle = Branch(Landscape("3*theta^2/2 + theta*x - 2*x^2/2"), 1.0, 0.5, (-3, 3))
+    >>> k = constants(saddle, 1.0, (0, 1), (0, 1))
+    >>> k.l_tt, k.l_tx, k.mu, k.beta, k.drop
+    (3.0, 1.0, 2.0, 3.5, 1.75)
+    """
+    theta = _within("theta_range", theta_range, theta0, branch.domain)
+    x = _within("x_range", x_range, float(branch(theta0)))
+    try:
+        return _constants(branch, theta0, theta, x)
+    except _NoAnswer as why:
+        raise ValueError(f"{why}; choose another range") from None
+
+
+def _minimiser(branch: Branch, theta0: float) -> float:
+    """Where the robust flow from theta_0 ends."""
+    slope = float(branch.robust_slope(theta0))
+    if slope == 0:
+        return theta0
+    end = branch.domain[0 if slope > 0 else 1]
+    row = np.linspace(theta0, end, 4001)
+    along = np.sign(slope) * branch.robust_slope(row)
+    if (along > 0).all():
+        raise _NoAnswer(
+            f"the robust loss falls from theta_0 = {theta0:.6g} as far as the inner maximum is followed "
+            f"(theta = {end:.6g}): no minimum, Delta is infinite or unknown; give a theta_range"
+        )
+    i = int(np.argmin(along > 0))
+    if not np.isfinite(along[i]):
+        raise _NoAnswer(f"the slope of the robust loss is undefined at theta = {row[i]:.6g}, on the way down")
+    if along[i] == 0:
+        return float(row[i])
+    return float(brentq(lambda t: float(branch.robust_slope(t)), row[i - 1], row[i], xtol=1e-15))
+
+
+def _reached(case: _Case, theta: Array, best: Array) -> Array:
+    """Where the inner loop ends; an error of given size lies on the side that hinders the descent most."""
+    if case.steps is not None:
+        return case.branch.landscape.ascent(theta, case.alpha, case.steps)
+    if case.delta == 0:
+        return best
+    slope = case.branch.landscape("t")
+    exact, above, below = slope(theta, best), best + case.delta, best - case.delta
+    return np.where(exact * slope(theta, above) < exact * slope(theta, below), above, below)
+
+
+def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
+    """T steps of all runs at once; without noise they are all alike, so there is one."""
+    l, rng = case.branch.landscape, np.random.default_rng(case.seed)  # noqa: E741
+    theta = np.full(case.runs if sigma > 0 else 1, case.theta0)
+    left, seen, delta, fosc = np.zeros_like(theta), [np.inf, -np.inf, np.inf, -np.inf], 0.0, 0.0
+    with np.errstate(all="ignore"):
+        for step in range(
+            T + 1
+        ):  # theta_T is in no sum, but L(theta_T) >= min L is used: it has to be in range
+            best = case.branch(theta)
+            point = _reached(case, theta, best)
+            for i, values in ((0, theta), (2, np.concatenate([best, point]))):
+                fine = values[np.isfinite(values)]
+                seen[i] = min(seen[i], float(fine.min(initial=np.inf)))
+                seen[i + 1] = max(seen[i + 1], float(fine.max(initial=-np.inf)))
+            if step == T:
+                break
+            slope = l("x")(theta, point)
+            gap = np.maximum((k.x_range[1] - point) * slope, (k.x_range[0] - point) * slope)
+            delta, fosc = max(delta, float(np.abs(point - best).max())), max(fosc, float(gap.max()))
+            left += l("t")(theta, best) ** 2 / T
+            noise = sigma * rng.standard_normal(len(theta)) if sigma > 0 else 0.0
+            theta = theta - eta * (l("t")(theta, point) + noise)
+        finite = bool(np.isfinite(left).all() and np.isfinite(point).all() and np.isfinite(best).all())
+    return _Seen(left, delta, fosc, (seen[0], seen[1]), (seen[2], seen[3]), finite)
+
+
+def _covering(old: Range, seen: Range, most: Range = _LINE) -> Range:
+    """A range around both, with a margin where the old one was left, but within what is possible."""
+    slack = 1e-9 * (old[1] - old[0]) + 1e-12 * max(map(abs, old))
+    low, high = old
+    if seen[0] < old[0] - slack:
+        low = max(seen[0] - _MARGIN * (old[0] - seen[0]), most[0])
+    if seen[1] > old[1] + slack:
+        high = min(seen[1] + _MARGIN * (seen[1] - old[1]), most[1])
+    return low, high
+
+
+def _checked(k: Constants, seen: _Seen, eta: float, T: int, sigma: float) -> dict[str, Any]:
+    """Both sides: the measured one with its standard error, and every bound with whether it holds."""
+    left = float(seen.left.mean())
+    error = float(seen.left.std(ddof=1) / math.sqrt(len(seen.left))) if len(seen.left) > 1 else 0.0
+    noise, start = 4 * sigma * math.sqrt(k.beta * k.drop / T), 2 * k.beta * k.drop / T
+    wrong = (k.l_tx * seen.delta) ** 2
+    descent = 2 * k.drop / (eta * T) + k.beta * eta * sigma**2 if eta > 0 else 0.0
+    bounds = {
+        "printed": noise + 5 * wrong,
+        "corrected": noise + start + 2 * wrong,
+        "sharper": descent + wrong,
+        "fosc_bound": noise + 5 * k.l_tx**2 * seen.fosc / k.mu,
+    }
+    row: dict[str, Any] = {"left": left, "standard_error": error}
+    row["long_enough"] = T * sigma**2 >= k.beta * k.drop
+    for name, value in bounds.items():
+        if not math.isfinite(value):
+            raise _NoAnswer(
+                f"the {name.replace('_', ' ')} is not finite: its constants are too large for floats"
+            )
+        slack = 1e-9 * value + 2 * k.beta * k.rounding / T + 2 * error
+        # the left side is a mean over runs: within two standard errors of the bound it decides nothing
+        near = error > 0 and abs(left - value) <= slack
+        row |= {name: value, f"{name}_holds": None if near else left <= value + slack}
+    return row
+
+
+def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known) -> dict[str, Any]:
+    """One horizon and one sigma: constants, runs, and again on a larger range while runs leave it."""
+    branch, most = case.branch, case.branch.domain
+    for enlarged in range(_ENLARGEMENTS):  # noqa: B007
+        low, high = _best(branch, theta)
+        x = min(x[0], low), max(x[1], high)
+        if (theta, x) not in known:
+            known[theta, x] = _constants(branch, case.theta0, theta, x)
+        k = known[theta, x]
+        eta = 1 / k.beta if sigma == 0 else min(1 / k.beta, math.sqrt(k.drop / (T * k.beta)) / sigma)
+        seen = _run(case, k, eta, T, sigma)
+        wider = _covering(theta, seen.theta, most), _covering(x, seen.x)
+        if wider == (theta, x):
+            break
+        theta, x = wider
+    else:
+        raise _NoAnswer(f"runs still leave theta in {theta}, x in {x} after {_ENLARGEMENTS} enlargements")
+    if not seen.finite:
+        raise _NoAnswer(
+            f"a run leaves theta in [{most[0]:.6g}, {most[1]:.6g}], where the inner maximum is followed, "
+            "or its inner ascent diverges"
+        )
+    found = {"L_tt": k.l_tt, "L_tx": k.l_tx, "mu": k.mu, "beta": k.beta, "Delta": k.drop, "eta": eta}
+    errors = {"delta": seen.delta, "fosc": seen.fosc}
+    ranges = {"theta_range": list(theta), "x_range": list(x), "enlarged": enlarged}
+    return ranges | found | errors | _checked(k, seen, eta, T, sigma)
+
+
+def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known) -> dict[str, Any]:
+    """A row with all its keys: filled, or with the reason why it is not."""
+    row: dict[str, Any] = {"T": T, "sigma": sigma, "reason": ""} | dict.fromkeys(_KEYS)
+    try:
+        return row | _row(case, T, sigma, theta, x, known)
+    except _NoAnswer as why:
+        return row | {"reason": str(why)}
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    """A whole number, or why not."""
+    if isinstance(value, bool) or not least <= value < math.inf or int(value) != value:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
+    return int(value)
+
+
+def _within(name: str, given: Range, around: float, most: Range = _LINE) -> Range:
+    """A range that contains a point, or why not."""
+    low, high = map(float, given)
+    if not most[0] <= low <= around <= high <= most[1] or not math.isfinite(low - high):
+        raise ValueError(
+            f"{name} must be two numbers around {around:g}, within [{most[0]:g}, {most[1]:g}], "
+            f"got {low:g} {high:g}"
+        )
+    return low, high
+
+
+def _case(
+    branch: Branch, theta0: float, alpha: float | None, steps: int | None, delta: float, runs: int, seed: int
+) -> _Case:
+    """The settings, if they make sense."""
+    if (alpha is None) != (steps is None):
+        raise ValueError(
+            f"an inner ascent needs alpha and steps, got alpha {alpha} and steps {steps}: give both"
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not 0 <= delta < math.inf or (delta > 0 and alpha is not None):
+        raise ValueError(
+            f"delta must be at least 0, and 0 beside alpha and steps, got {delta}: leave one out"
+        )
+    if not branch.domain[0] <= theta0 <= branch.domain[1]:
+        raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
+    steps = None if steps is None else _whole("steps", steps, 0)
+    runs, seed = _whole("runs", runs, 2), _whole("seed", seed, 0)
+    return _Case(branch, float(theta0), alpha, steps, float(delta), runs, seed)
+
+
+def convergence(
+    branch: Branch,
+    theta0: float,
+    horizons: Sequence[int] = (1, 10, 100, 1000),
+    sigma: float | Sequence[float] = 0.0,
+    *,
+    alpha: float | None = None,
+    steps: int | None = None,
+    delta: float = 0.0,
+    runs: int = 256,
+    seed: int = 0,
+    theta_range: Range | None = None,
+    x_range: Range | None = None,
+) -> Bound:
+    """Run the discrete descent with the theorem's step size and compare both sides of its bound.
+
+    The range of the constants begins as [theta_0, the minimiser that the robust flow from theta_0 reaches]
+    and the hull of x0 and x* over it, or as given; where runs or inner points leave it, it is enlarged and
+    all is repeated. The theorem wants its constants everywhere, which with Gaussian noise no bounded range
+    gives: what is checked is the bound with the constants of where these runs are.
+
+    Args:
+        branch: the inner maximum x*(theta).
+        theta0: where runs begin.
+        horizons: numbers of outer steps T; eta depends on T, so each has runs of its own.
+        sigma: standard deviation of the noise in the gradient, in units of l_theta; one or several.
+        alpha: step size of an inexact inner ascent from the data point; the exact maximiser if left out.
+        steps: its number of steps K.
+        delta: instead, a distance in x of the inner point from the maximiser, on the side that hinders most.
+        runs: how many, where sigma > 0.
+        seed: of the noise.
+        theta_range: where the range of theta begins.
+        x_range: where the range of x begins.
+
+    Returns:
+        A row for every sigma and T; a reason instead where the theorem says nothing.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Source: Ye et al. (2021), Theorem 1; Wang et al. (2019), Theorem 1.
+
+    >>> from controlat.symbolic.landscape import Landscape
+    >>> found = convergence(Branch(Landscape(), 1.0, 1.0, (-3, 3)), 1.0, (1, 10), x_range=(-2, 2))
+    >>> [(round(row["left"], 2), row["printed"], round(row["corrected"], 2)) for row in found.rows]
+    [(1.0, 0.0, 23.14), (0.69, 0.0, 2.31)]
+    """
+    case = _case(branch, theta0, alpha, steps, delta, runs, seed)
+    sigmas = [float(s) for s in np.atleast_1d(np.asarray(sigma, dtype=float))]
+    if not sigmas or not all(0 <= s < math.inf for s in sigmas):
+        raise ValueError(f"sigma must be one or several finite numbers of at least 0, got {sigma}")
+    if len(horizons) == 0:
+        raise ValueError(
+            "horizons must hold at least one number of outer steps, got none: give for example 100"
+        )
+    horizons, x0 = [_whole("horizons", T, 1) for T in horizons], float(branch.landscape.x0)
+    formula = str(branch.landscape.expression.subs(branch.landscape.values))
+    inner: dict[str, float | int | None] = {"alpha": alpha, "steps": case.steps, "delta": case.delta}
+    x = (x0, x0) if x_range is None else _within("x_range", x_range, x0)
+    reason, rows = "", []
+    try:
+        if theta_range is None:
+            low, high = sorted((case.theta0, _minimiser(branch, case.theta0)))
+            theta = low, high
+        else:
+            theta = _within("theta_range", theta_range, case.theta0, branch.domain)
+        known: Known = {}
+        rows = [_answer(case, T, s, theta, x, known) for s in sigmas for T in horizons]
+    except _NoAnswer as why:
+        reason = str(why)
+    return Bound(formula, case.theta0, x0, inner, case.runs, case.seed, tuple(rows), reason)

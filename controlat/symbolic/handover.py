@@ -1,0 +1,124 @@
+"""From K*(t) of a landscape to a schedule of the trainer: epochs, bounds on K, the network's own tau."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from controlat.schedules import Curve, Schedule
+
+__all__ = ["MAPPINGS", "Handover", "hand_over"]
+
+MAPPINGS = {
+    "affine": "the range of K* over [0, T] is stretched to [k_min, k_max]",
+    "clip": "K* as it is, cut off at k_min and k_max",
+}
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A schedule for the trainer, and what became of K*.
+
+    Args:
+        schedule: u(t) for the trainer or one's own loop.
+        real: K* at the start of every piece, in units of the landscape.
+        mapped: the same after the mapping, before it is rounded.
+        clipped: which pieces were cut off at a bound.
+        note: what was done, in words.
+    """
+
+    schedule: Schedule
+    real: tuple[float, ...]
+    mapped: tuple[float, ...]
+    clipped: tuple[bool, ...]
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        pieces = [i * self.schedule.resolution for i in range(len(self.real))]
+        return {
+            "schedule": self.schedule.to_json(),
+            "t": pieces,
+            "real": list(self.real),
+            "mapped": list(self.mapped),
+            "clipped": list(self.clipped),
+            "controls": [dict(self.schedule(t)) for t in pieces],
+            "note": self.note,
+        }
+
+
+def hand_over(
+    steps: Callable[[Any], Any],
+    horizon: float,
+    *,
+    epochs: float,
+    k_min: float,
+    k_max: float,
+    tau: float,
+    mapping: str = "affine",
+    resolution: float = 1.0,
+    since: float = 0.0,
+    label: str = "derived",
+) -> Handover:
+    """Turn K*(t), 0 <= t <= T, into a schedule over a number of epochs: alpha = tau/K, K rounded half up.
+
+    Epoch e stands for t = e T/epochs, its start, as in every schedule (later where `since` is given). K* stays real in the schedule's curve;
+    it is rounded when the schedule is called.
+
+    Args:
+        steps: K*(t), for arrays.
+        horizon: T, in units of the landscape's time.
+        epochs: length of training.
+        k_min: smallest number of inner steps.
+        k_max: largest number of inner steps.
+        tau: alpha K of the network, in pixel units: the landscape's tau is in other units.
+        mapping: ``affine`` (the range of K* is stretched to the bounds) or ``clip`` (K* as it is, cut off).
+        resolution: length of a piece, in epochs.
+        since: share of training before the landscape's time begins; K*(0) holds until then.
+        label: the schedule's text, for tables.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    >>> found = hand_over(lambda t: 1 + t, 4.0, epochs=4, k_min=2, k_max=10, tau=0.3)
+    >>> [found.schedule(e)["steps"] for e in range(4)], found.schedule(2)["alpha"]
+    ([2, 4, 6, 8], 0.05)
+    """
+    if mapping not in MAPPINGS:
+        raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {mapping!r}")
+    if not 0 <= k_min <= k_max < math.inf:
+        raise ValueError(f"k_min and k_max must be 0 <= k_min <= k_max, got {k_min:g} and {k_max:g}")
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau of the network must be > 0, in pixel units such as 0.3, got {tau:g}")
+    if not epochs > 0 or not 0 < resolution <= epochs:
+        raise ValueError(
+            f"epochs must be > 0 and resolution in (0, epochs], got {epochs:g} and {resolution:g}"
+        )
+    if not 0 <= since < 1:
+        raise ValueError(f"since must be a share of training in [0, 1), got {since:g}")
+    t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
+    share = np.clip((t / epochs - since) / (1 - since), 0, 1)
+    real = np.asarray(steps(share * horizon), dtype=float)
+    every = np.asarray(steps(np.linspace(0, horizon, 2001)), dtype=float)
+    low, high = float(every.min()), float(every.max())
+    bounds = f"{k_min:g}..{k_max:g}"
+    note = f"K* from {low:.4g} to {high:.4g}"
+    clipped = np.zeros(len(real), dtype=bool)
+    if mapping == "affine" and high - low > 1e-9 * abs(high):
+        mapped = k_min + (k_max - k_min) * (real - low) / (high - low)
+        note += f", stretched to {bounds}"
+    else:
+        mapped = np.clip(real, k_min, k_max)
+        clipped = mapped != real
+        note += ", constant, which cannot be stretched" * (mapping == "affine") + f", within {bounds}"
+        note += f"; cut off in {int(clipped.sum())} of {len(real)} pieces" * bool(clipped.any())
+    curves = {
+        "steps": Curve("table", tuple(map(float, mapped)), rounding="half_up"),
+        "alpha": Curve("ratio", (float(tau),), of="steps"),
+    }
+    schedule = Schedule(curves, epochs, resolution, label)
+    return Handover(schedule, tuple(real.tolist()), tuple(mapped.tolist()), tuple(clipped.tolist()), note)

@@ -1,0 +1,400 @@
+"""Pontryagin's principle for a schedule on a landscape: trajectories, costates and the criterion
+
+    H = p F(theta, u) - gamma K,   p' = -dH/dtheta,   p(T) = -L'(theta_T),
+    C(u) = 1/T integral [ max over v in G(theta_t) of H(theta_t, p_t, v) - H(theta_t, p_t, u_t) ] dt.
+
+G depends on the state through alpha <= alpha*(theta). Where a schedule sits on that bound the multiplier
+m = dH/dalpha >= 0 enters: p' = -H_theta - m alpha*_theta, which is minus the total derivative
+-d/dtheta [H(theta, p, alpha*(theta))]. C = 0 is necessary for a minimum, not sufficient.
+Source: Ye et al. (AAAI 2021), equations 6-13; the multiplier is not in that paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.integrate import solve_bvp, solve_ivp
+from scipy.interpolate import CubicHermiteSpline
+from scipy.optimize import brentq
+
+from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, whole_cap
+from controlat.symbolic.landscape import LandscapeError
+
+__all__ = [
+    "Criterion",
+    "Path",
+    "boundary_problem",
+    "comparisons",
+    "criterion",
+    "derived_path",
+    "gamma_limit",
+    "gamma_range",
+    "maximise",
+    "multiplier",
+    "schedule_path",
+]
+
+Array = NDArray[np.float64]
+POINTS = 101  # instants of [0, T] in results
+LARGEST_GAMMA = 1e4  # beyond it a limit on gamma is called infinite
+_PIECES = 200  # instants at which a rounded schedule decides
+# (t, theta) -> alpha/alpha*, K, and whether alpha sits on the bound alpha*(theta)
+Control = Callable[[Array, Array], tuple[Array, Array, NDArray[np.bool_]]]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A schedule with its state and costate at instants t; p = p0 + gamma p1, the two parts kept apart.
+
+    Args:
+        raised: fraction of the time in which K(t) was raised to K*(theta), being too small to be admissible.
+        cost: J, by quadrature.
+    """
+
+    name: str
+    t: Array
+    theta: Array
+    q: Array
+    k: Array
+    p0: Array
+    p1: Array
+    gamma: float
+    raised: float
+    cost: float
+
+    @property
+    def p(self) -> Array:
+        """The costate."""
+        return np.asarray(self.p0 + self.gamma * self.p1, dtype=float)
+
+
+class Criterion(NamedTuple):
+    """C and where it comes from: max_v H - H(u) at each instant, its maximiser, what was looked at."""
+
+    c: float
+    gap: Array
+    largest: float
+    q: Array
+    k: Array
+    searched: str
+
+
+def _rule(order: int = 4) -> tuple[Array, Array, Array]:
+    """Gauss collocation on [0, 1]: nodes, matrix of integrals up to the nodes, weights."""
+    x, w = np.polynomial.legendre.leggauss(order)
+    c = (x + 1) / 2
+    powers = np.arange(order)
+    inverse = np.linalg.inv(c[:, None] ** powers)
+    return c, (c[:, None] ** (powers + 1) / (powers + 1)) @ inverse, w / 2
+
+
+def _forward(problem: Bolza, control: Control) -> Callable[[Array], Array]:
+    """theta(t) by DOP853, dense.
+
+    Raises:
+        LandscapeError: the flow leaves the range where the inner maximum exists.
+    """
+
+    def slope(t: float, y: Array) -> Array:
+        q, k, _ = control(np.asarray(t), y)
+        return problem.flow(y, q, k)
+
+    with np.errstate(all="ignore"):
+        found = solve_ivp(
+            slope,
+            (0.0, problem.horizon),
+            [problem.theta0],
+            "DOP853",
+            rtol=1e-10,
+            atol=1e-12,
+            dense_output=True,
+        )
+    if not found.success or not np.isfinite(found.y).all():
+        low, high = problem.branch.domain
+        raise LandscapeError(
+            f"the flow from theta = {problem.theta0:g} cannot be followed beyond t = {found.t[-1]:.4g}, "
+            f"theta = {found.y[0, -1]:.6g}: the inner maximum is known on [{low:g}, {high:g}]. "
+            "Shorten the horizon or follow the maximum further"
+        )
+    dense: Any = found.sol
+    return lambda t: np.asarray(dense(np.ravel(t))[0], dtype=float).reshape(np.shape(t))
+
+
+def _costate(
+    problem: Bolza, name: str, theta_at: Callable[[Array], Array], control: Control, breaks: list[float]
+) -> Path:
+    """State, costate and cost on [0, T], cut at the instants of the result and at breaks of the schedule.
+
+    Gauss nodes lie inside the pieces, so that the infinite dF/dtheta at the end of a boundary arc with K < 1
+    (it is integrable) is never evaluated.
+    """
+    c, inner, weights = _rule()
+    t = np.unique(np.concatenate([np.linspace(0, problem.horizon, POINTS), breaks]))
+    t = t[np.concatenate([[True], np.diff(t) > 1e-12 * problem.horizon])]
+    h = np.diff(t)
+    nodes = t[1:, None] - h[:, None] * c  # backward from the end of each piece
+    theta = theta_at(nodes)
+    q, k, bound = control(nodes, theta)
+    slope = np.where(bound, problem.robust_flow_slope(theta), problem.flow_slope(theta, q, k))
+    tied = SETS[problem.admissible].tied
+    price = np.where(bound & tied, problem.count_slope(theta), 0.0)
+    matrix = np.eye(len(c)) - h[:, None, None] * inner * slope[:, None, :]
+    right = np.stack([np.ones_like(price), -(h[:, None] * (price @ inner.T))], axis=-1)
+    stages = np.linalg.solve(matrix, right)
+    keep = 1 + h * ((slope * stages[..., 0]) @ weights)
+    add = h * ((slope * stages[..., 1] - price) @ weights)
+    at = theta_at(t)
+    p0, p1 = np.zeros_like(t), np.zeros_like(t)
+    p0[-1] = -float(problem.branch.robust_slope(at[-1]))
+    for i in range(len(h) - 1, -1, -1):
+        p0[i], p1[i] = keep[i] * p0[i + 1], keep[i] * p1[i + 1] + add[i]
+    cost = float(problem.branch.robust(at[-1])) + problem.gamma * float(h @ (k @ weights))
+    if not (np.isfinite(p0).all() and np.isfinite(p1).all() and math.isfinite(cost)):
+        raise LandscapeError(f"the costate of the schedule {name!r} is not finite: a derivative of l is not")
+    share = float(h @ (np.where(bound, 1.0, 0.0) @ weights)) / problem.horizon
+    q, k, _ = control(t, at)
+    return Path(name, t, at, q, k, p0, p1, problem.gamma, share, cost)
+
+
+def derived_path(problem: Bolza) -> Path:
+    """The derived schedule alpha = alpha*(theta(t)), K = K*(theta(t)).
+
+    For sets of whole K it is rounded (`Bolza.policy`). "integer" decides at 200 instants and keeps K between.
+    """
+    if problem.admissible == "integer":
+        return _held_path(problem)
+    limit = problem.admissible != "overshoot"  # there alpha* is inside the set, no bound
+
+    def control(t: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+        q, k = problem.policy(theta)
+        return q, k, np.full(np.shape(theta), limit)
+
+    theta_at = _forward(problem, lambda t, y: (np.ones_like(y), np.ones_like(y), np.ones_like(y, dtype=bool)))
+    fine = np.linspace(0, problem.horizon, 1001)
+    k = problem.policy(theta_at(fine))[1]
+    jumps = np.flatnonzero(np.diff(k)) if SETS[problem.admissible].whole else np.array([], dtype=int)
+    breaks = [float((fine[i] + fine[i + 1]) / 2) for i in jumps]
+    return _costate(problem, "derived", theta_at, control, breaks)
+
+
+def _held_path(problem: Bolza) -> Path:
+    """K = ceil(K*(theta)), alpha = tau/K with K kept over each of 200 pieces of [0, T]."""
+    t = np.linspace(0, problem.horizon, _PIECES + 1)
+    h, theta, held, slopes = t[1], [problem.theta0], [], []
+    for _ in t:
+        now = np.asarray(theta[-1])
+        k = problem.policy(now)[1]
+
+        def flow(y: Any, k: Array = k) -> Array:
+            return problem.flow(y, problem.count(y) / k, k)
+
+        one = flow(now)
+        two = flow(now + h / 2 * one)
+        three = flow(now + h / 2 * two)
+        theta.append(float(now + h / 6 * (one + 2 * two + 2 * three + flow(now + h * three))))
+        held.append(float(k))
+        slopes.append(float(one))
+    if not np.isfinite(theta[:-1]).all():
+        raise LandscapeError(
+            "the outer flow under the rounded schedule leaves the range of the inner maximum"
+        )
+    curve, pieces = CubicHermiteSpline(t, theta[:-1], slopes), np.array(held[:-1])
+
+    def control(s: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+        k = pieces[np.clip(np.searchsorted(t, s, side="right") - 1, 0, _PIECES - 1)]
+        return problem.count(theta) / k, k, np.zeros(np.shape(theta), dtype=bool)
+
+    jumps = t[1:-1][np.diff(pieces) != 0]
+    return _costate(problem, "derived", lambda s: np.asarray(curve(s), dtype=float), control, list(jumps))
+
+
+def schedule_path(problem: Bolza, name: str, count: Callable[[Array], Array]) -> Path:
+    """A schedule K(t) with alpha = tau/K, raised to K*(theta) wherever it is smaller (set "product")."""
+
+    def control(t: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+        wanted, least = np.broadcast_arrays(count(t), problem.count(theta))
+        return np.where(wanted <= least, 1.0, least / wanted), np.maximum(wanted, least), wanted <= least
+
+    theta_at = _forward(problem, control)
+    fine = np.linspace(0, problem.horizon, 1001)
+
+    def excess(t: Any) -> Array:
+        return np.asarray(count(np.asarray(t)) - problem.count(theta_at(np.asarray(t))), dtype=float)
+
+    above = excess(fine)
+    crossings = np.flatnonzero(above[:-1] * above[1:] < 0)
+    breaks = [float(brentq(lambda s: float(excess(s)), fine[i], fine[i + 1])) for i in crossings]
+    return _costate(problem, name, theta_at, control, breaks)
+
+
+def comparisons(problem: Bolza, derived: Path) -> dict[str, Callable[[Array], Array]]:
+    """K(t) of the schedules that the derived one is compared with."""
+    mean = float(np.sum(np.diff(derived.t) * (derived.k[1:] + derived.k[:-1]) / 2)) / problem.horizon
+    first, last, most = float(derived.k[0]), float(derived.k[-1]), float(derived.k.max())
+    span = problem.horizon
+    return {
+        "constant at the largest K*": lambda t: np.full(np.shape(t), most),
+        "constant at the mean K*": lambda t: np.full(np.shape(t), mean),
+        "linear from K*(0) to K*(T)": lambda t: first + (last - first) * np.asarray(t) / span,
+        "linear from K*(T) to K*(0)": lambda t: last + (first - last) * np.asarray(t) / span,
+    }
+
+
+def maximise(problem: Bolza, theta: Array, p: Array) -> tuple[Array, Array, Array]:
+    """max over G(theta) of H at each (theta, p): value, alpha/alpha*, K; candidates, then golden section."""
+    q, k = candidates(problem, theta)
+    column, price = theta[:, None], p[:, None]
+    values = problem.hamiltonian(column, price, q, k)
+    rows, best = np.arange(len(theta)), np.argmax(values, axis=1)
+    if problem.admissible == "integer":  # alpha = tau/K: nothing is left to refine
+        return values[rows, best], q[rows, best], k[rows, best]
+    stride = 1 if problem.admissible == "product" else whole_cap(problem)
+    low = q[rows, np.where(best >= stride, best - stride, best)]
+    high = q[rows, np.where(best + stride < q.shape[1], best + stride, best)]
+    fixed, tied = k[rows, best], SETS[problem.admissible].tied
+    golden = (math.sqrt(5) - 1) / 2
+
+    def value(at: Array) -> Array:
+        return problem.hamiltonian(theta, p, at, problem.count(theta) / at if tied else fixed)
+
+    for _ in range(40):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        lower = value(left) < value(right)
+        low, high = np.where(lower, left, low), np.where(lower, high, right)
+    middle = (low + high) / 2
+    refined, found = value(middle), values[rows, best]
+    better = refined > found
+    q_best = np.where(better, middle, q[rows, best])
+    return np.where(better, refined, found), q_best, problem.count(theta) / q_best if tied else fixed
+
+
+def criterion(problem: Bolza, path: Path) -> Criterion:
+    """C of a schedule; its own control is among the candidates, so the gap is never negative."""
+    own = problem.hamiltonian(path.theta, path.p, path.q, path.k)
+    if not np.isfinite(own).all():
+        raise LandscapeError(f"the Hamiltonian along the schedule {path.name!r} is not finite")
+    best, q, k = maximise(problem, path.theta, path.p)
+    better = best > own
+    gap = np.where(better, best - own, 0.0)
+    c = float(np.sum(np.diff(path.t) * (gap[1:] + gap[:-1]) / 2)) / problem.horizon
+    q, k = np.where(better, q, path.q), np.where(better, k, path.k)
+    return Criterion(c, gap, float(gap.max()), q, k, _searched(problem, path, np.maximum(best, own)))
+
+
+def _searched(problem: Bolza, path: Path, best: Array) -> str:
+    """Which K were looked at, and whether larger ones are ruled out.
+
+    For quadratic l (and alpha K = tau) x_K stays between x0 and x*, so p F is at most its maximum there.
+    """
+    cap = whole_cap(problem)
+    if problem.admissible == "product":
+        return "alpha/alpha* from 0.02 to 1, K = K*/(alpha/alpha*)"
+    if problem.landscape.quadratic and not SETS[problem.admissible].tied:
+        return f"K = 1..{cap}; one step reaches whatever more steps reach, so larger K cannot be better"
+    text = f"K = 1..{cap}" if problem.admissible != "integer" else f"the first {cap} admissible K"
+    if problem.landscape.quadratic:
+        theta, line = path.theta[:, None], np.linspace(0, 1, 101)
+        x = float(problem.landscape.x0) * (1 - line) + problem.branch(theta) * line
+        most = np.max(-path.p[:, None] * problem.landscape("t")(theta, x), axis=1)
+        if np.all(most - problem.gamma * (np.ceil(problem.count(path.theta)) + cap) < best):
+            return text + "; larger K cost more than they could gain"
+    return text + "; larger K were not looked at"
+
+
+def multiplier(problem: Bolza, path: Path) -> Array:
+    """m = dH/dalpha at alpha = alpha*(theta) from below, along the derived schedule of the set "product".
+
+    x_K moves with l_x(theta, x0) mu^(K-1), mu = 1 + alpha* l_xx(theta, x*), which is 0 for quadratic l and
+    K > 1; for K < 1 it moves infinitely fast. On (11): 4 gamma tau/(theta^2 + 1)^2 where K* > 1.
+    """
+    theta, alpha, k = path.theta, problem.step(path.theta), problem.count(path.theta)
+    x, start, land = problem.branch(theta), problem.start(theta), problem.landscape
+    mu = 0.0 if land.quadratic else 1 + alpha * land("xx")(theta, x)
+    n = np.floor(np.maximum(k - 1, 0))
+    s = np.maximum(k - 1, 0) - n
+    with np.errstate(all="ignore"):
+        power = np.where(mu >= 0, np.abs(mu) ** (n + s), mu**n * (1 + s * (mu - 1)))
+        moved = -path.p * land("tx")(theta, x) * land("x")(theta, start)
+        m = moved * power + problem.gamma * problem.tau / alpha**2
+        return np.where(k >= 1, m, np.where(moved == 0, m, np.sign(moved) * np.inf))
+
+
+def boundary_problem(problem: Bolza, derived: Path) -> dict[str, Any]:
+    """theta and p of the derived schedule as a two-point boundary problem, by scipy's solve_bvp.
+
+    Returns:
+        success, and the largest differences in theta and p from the initial-value solutions.
+    """
+
+    def slopes(t: Array, y: Array) -> Array:
+        down = -y[1] * problem.robust_flow_slope(y[0]) + problem.gamma * problem.count_slope(y[0])
+        return np.array([-problem.branch.robust_slope(y[0]), down])
+
+    def ends(a: Array, b: Array) -> Array:
+        return np.array([a[0] - problem.theta0, b[1] + float(problem.branch.robust_slope(b[0]))])
+
+    t = np.linspace(0, problem.horizon, 31)
+    guess = np.array([np.interp(t, derived.t[[0, -1]], v[[0, -1]]) for v in (derived.theta, derived.p)])
+    with np.errstate(all="ignore"):
+        found = solve_bvp(slopes, ends, t, guess, tol=1e-8, max_nodes=4000)
+        theta, p = found.sol(derived.t)
+    differences = np.abs(theta - derived.theta).max(), np.abs(p - derived.p).max()
+    fine = bool(found.success and np.isfinite(differences).all())
+    return {
+        "success": fine,
+        "theta_difference": float(differences[0]) if fine else None,
+        "p_difference": float(differences[1]) if fine else None,
+    }
+
+
+def _edge(problem: Bolza, path: Path) -> tuple[Array, Array]:
+    """The limit alpha -> alpha* for K* < 1: there F moves infinitely faster than the price, p dF decides."""
+    theta, x = path.theta, problem.branch(path.theta)
+    toward = np.sign(-problem.landscape("tx")(theta, x) * (problem.start(theta) - x))
+    fast = np.where(problem.count(theta) < 1, toward, 0.0)
+    return path.p0 * fast, path.p1 * fast
+
+
+def gamma_range(problem: Bolza, points: int = 400) -> tuple[float, float]:
+    """The prices gamma for which the derived schedule satisfies the principle on the set "product".
+
+    With p = p0 + gamma p1 each candidate's H - H(u) is A + gamma B, so each (t, candidate) allows a half-line
+    of gamma, and their intersection is an interval: no search is needed beyond the one over candidates.
+
+    Returns:
+        (smallest, largest); largest = inf if there is no violation up to 1e4; (nan, nan) if none will do.
+
+    Raises:
+        ValueError: the set is not "product".
+    """
+    if problem.admissible != "product":
+        raise ValueError(f"the range of gamma is for the set 'product', got {problem.admissible!r}")
+    path = derived_path(problem)
+    theta, own = path.theta[:, None], problem.count(path.theta)[:, None]
+    near = 1 - np.geomspace(1e-9, 0.1, points // 4)  # for K < 1 the limit alpha -> alpha* decides
+    q = np.unique(np.concatenate([grid_of_q(1.0, points), near]))[:-1]
+    moved = problem.flow(theta, q, own / q) + problem.branch.robust_slope(theta)
+    a, b = path.p0[:, None] * moved, path.p1[:, None] * moved - (own / q - own)
+    good = np.isfinite(a) & np.isfinite(b)
+    a = np.where(good & (np.abs(a) > 1e-12 * max(1.0, float(np.abs(path.p0).max()))), a, 0.0)
+    b = np.where(good, b, 0.0)
+    a, b = (
+        np.concatenate([v, w[:, None]], axis=1) for v, w in zip((a, b), _edge(problem, path), strict=True)
+    )
+    if np.any((a > 0) & (b >= 0)):
+        return math.nan, math.nan
+    low = float(np.max(-a[a > 0] / b[a > 0], initial=0.0))
+    high = float(np.min(-a[b > 0] / b[b > 0], initial=math.inf))
+    if low > high:
+        return math.nan, math.nan
+    return low, math.inf if high > LARGEST_GAMMA else high
+
+
+def gamma_limit(problem: Bolza) -> float:
+    """The largest gamma for which the derived schedule satisfies the principle: see `gamma_range`."""
+    return gamma_range(problem)[1]

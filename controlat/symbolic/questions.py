@@ -1,0 +1,134 @@
+"""What sympy is asked, one question a function: each runs in the child process, under a time limit.
+
+Answers are expressions that the caller checks against numbers before it believes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+from sympy import Expr
+
+from controlat.symbolic.formula import THETA, X
+
+__all__ = [
+    "T",
+    "exact_step",
+    "flow",
+    "implicit_series",
+    "minima",
+    "series",
+    "spent",
+    "stationary",
+    "tidy",
+    "travel_time",
+]
+
+T = sympy.Symbol("t", nonnegative=True)  # time
+
+
+def tidy(found: Expr) -> Expr:
+    """The shortest of the usual forms of an expression."""
+    simple = sympy.simplify(found)
+    forms = [found, simple, sympy.together(simple), sympy.factor(found), sympy.factor(simple)]
+    forms = [_powers_out(form) for form in forms]
+    return min(forms, key=_effort)
+
+
+def _effort(form: Expr) -> tuple[int, int]:
+    """How much there is to read: operations, and fractions inside."""
+    fractions = sum(1 for part in sympy.preorder_traversal(form) if part.is_Rational and not part.is_Integer)
+    return int(sympy.count_ops(form)) + 2 * fractions, len(str(form))
+
+
+def _powers_out(found: Expr) -> Expr:
+    """log(b^p) as p log(b), which is how people write it."""
+
+    def out(log: Expr) -> Expr:
+        power = log.args[0]
+        return power.exp * sympy.log(power.base)
+
+    return found.replace(lambda e: isinstance(e, sympy.log) and isinstance(e.args[0], sympy.Pow), out)
+
+
+def _real_logs(primitive: Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr:
+    """A primitive whose logarithms are real where `values` say: log(-y) and log(y) have one derivative."""
+
+    def real(log: Expr) -> Expr:
+        argument = log.args[0]
+        return sympy.log(-argument) if argument.subs(values).is_negative else log
+
+    return primitive.replace(lambda e: isinstance(e, sympy.log), real)
+
+
+def stationary(landscape: Expr) -> list[Expr]:
+    """All x with l_x(theta, x) = 0, as functions of theta."""
+    slope = sympy.together(sympy.diff(landscape, X))
+    found = sympy.solve(slope, X)
+    return [tidy(x) for x in found if not x.has(sympy.Piecewise, sympy.RootOf)]
+
+
+def minima(loss: Expr) -> list[Expr]:
+    """All theta with dL/dtheta = 0."""
+    found = sympy.solve(sympy.together(sympy.diff(loss, THETA)), THETA)
+    return [tidy(value) for value in found]
+
+
+def exact_step(landscape: Expr, x_star: Expr, x0: Expr) -> Expr:
+    """alpha*(theta) = (x* - x0)/l_x(theta, x0)."""
+    return tidy((x_star - x0) / sympy.diff(landscape, X).subs(X, x0))
+
+
+def travel_time(speed: Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr:
+    """The integral of 1/theta' over theta: t as a function of theta, up to a constant; real at `values`."""
+    return tidy(_real_logs(_primitive(1 / speed), values))
+
+
+def _primitive(integrand: Expr) -> Expr:
+    """An antiderivative in theta, in closed form."""
+    found = sympy.integrate(sympy.apart(sympy.together(integrand), THETA), THETA)
+    if found.has(sympy.Integral):
+        raise ValueError("no closed integral")
+    return found
+
+
+def flow(time: Expr, theta0: sympy.Symbol) -> list[Expr]:
+    """theta(t) by inverting t(theta) - t(theta_0) = t; every branch that sympy finds."""
+    equation = sympy.expand_log(time - time.subs(THETA, theta0), force=True) - T
+    return [tidy(value) for value in sympy.solve(equation, THETA)]
+
+
+def series(step: Expr, speed: Expr, order: int, theta0: Expr) -> list[Expr]:
+    """Taylor coefficients of 1/alpha*(theta(t)) at t = 0: (theta' d/dtheta)^n (1/alpha*) / n! at theta_0."""
+    current, found = 1 / step, []
+    for n in range(order + 1):
+        found.append(tidy(current.subs(THETA, theta0)) / sympy.factorial(n))
+        current = tidy(speed * sympy.diff(current, THETA))
+    return found
+
+
+def implicit_series(landscape: Expr, x0: Expr, order: int, at: Mapping[sympy.Symbol, Expr]) -> list[Expr]:
+    """The same where x* has no formula: along the flow x* moves by -l_xtheta/l_xx theta'; numbers at `at`."""
+    slope = sympy.diff(landscape, X)
+    speed = -sympy.diff(landscape, THETA)
+    drift = -sympy.diff(slope, THETA) / sympy.diff(slope, X) * speed
+    current, found = slope.subs(X, x0) / (X - x0), []
+    for n in range(order + 1):
+        found.append(sympy.Float(current.evalf(subs=dict(at)) / sympy.factorial(n)))
+        current = speed * sympy.diff(current, THETA) + drift * sympy.diff(current, X)
+    return found
+
+
+def spent(
+    step: Expr,
+    speed: Expr,
+    path: Expr,
+    theta0: Expr,
+    horizon: sympy.Symbol,
+    values: Mapping[sympy.Symbol, Expr],
+) -> Expr:
+    """The integral of 1/alpha* over time from 0 to the horizon, as one of 1/(alpha* theta') over theta."""
+    primitive = _real_logs(_primitive(1 / (step * speed)), values)
+    raw = primitive.subs(THETA, path.subs(T, horizon)) - primitive.subs(THETA, theta0)
+    return tidy(sympy.logcombine(sympy.expand_log(raw, force=True), force=True))

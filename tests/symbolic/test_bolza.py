@@ -1,0 +1,172 @@
+"""The control problem of a landscape: inner ascent with real K, its derivatives, sets, refusals."""
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlat.symbolic.bolza import SETS, Bolza, candidates, whole_cap
+from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+
+FORMULAS = {
+    "paper": "theta^2/2 - (x - theta)^2/(theta^2 + 1)",
+    "other curvature": "theta^4/4 - (x - theta)^2*(1 + theta^2)/2",
+    "cosh": "theta^2/2 + 1 - cosh(x - theta)",
+    "quartic": "theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4",
+    "log": "theta^2/2 - log(1 + (x - theta)^2)",
+}
+
+
+@cache
+def follow(text: str, theta0: float, x0: float) -> Branch:
+    """The first maximum at theta0, followed."""
+    landscape = Landscape(text, x0=x0)
+    x = next(p.x for p in landscape.stationary(theta0) if p.kind == "maximum")
+    return Branch(landscape, theta0, x, (-3, 3))
+
+
+def make(text: str, theta0: float = 1.0, x0: float = 0, **settings: object) -> Bolza:
+    """A problem on the first maximum at theta0."""
+    values = {"tau": 10.0, "horizon": 1.0, "gamma": 0.01} | settings
+    return Bolza(follow(text, theta0, x0), theta0, **values)
+
+
+@pytest.mark.parametrize("text", FORMULAS.values(), ids=FORMULAS)
+def test_the_exact_step_gives_the_robust_flow_for_every_real_k(text: str) -> None:
+    problem = make(text)
+    theta = np.array([-1.2, 0.3, 1.0, 1.6])
+    for k in (0.01, 0.4, 1.0, 2.5, 20.0):
+        assert np.array_equal(problem.inner(theta, 1.0, k), problem.branch(theta))
+        assert problem.flow(theta, 1.0, k) == pytest.approx(-problem.branch.robust_slope(theta), abs=1e-14)
+
+
+@pytest.mark.parametrize("text", FORMULAS.values(), ids=FORMULAS)
+def test_whole_steps_are_those_of_the_ascent(text: str) -> None:
+    problem = make(text)
+    theta = np.array([-1.2, 0.3, 1.0, 1.3])
+    for k in range(6):
+        expected = problem.landscape.ascent(theta, 0.37 * problem.step(theta), k)
+        assert problem.inner(theta, 0.37, k) == pytest.approx(expected, abs=1e-13)
+
+
+def test_real_k_of_a_quadratic_landscape_is_a_power() -> None:
+    problem = make(FORMULAS["paper"])
+    theta, q, k = 1.3, 0.3, 4.7
+    assert float(problem.inner(theta, q, k)) == pytest.approx(theta * (1 - 0.7**4.7), rel=1e-13)
+
+
+@pytest.mark.parametrize("name", ["cosh", "quartic", "log"])
+def test_interpolation_between_whole_steps_is_continuous_and_geometric(name: str) -> None:
+    problem = make(FORMULAS[name])
+    for k in (1, 2, 3):
+        at, below, above = (float(problem.inner(1.0, 0.4, k + e)) for e in (0.0, -1e-9, 1e-9))
+        assert below == pytest.approx(at, abs=1e-7)
+        assert above == pytest.approx(at, abs=1e-7)
+    gaps = [float(problem.inner(1.0, 0.4, k)) - 1.0 for k in (2.0, 2.5, 3.0)]
+    assert gaps[1] ** 2 == pytest.approx(gaps[0] * gaps[2], rel=1e-12)
+
+
+@pytest.mark.parametrize("text", FORMULAS.values(), ids=FORMULAS)
+@pytest.mark.parametrize("k", [0.4, 1.0, 2.0, 3.7])
+def test_flow_slope_against_differences_at_fixed_alpha(text: str, k: float) -> None:
+    problem = make(text)
+    theta, h = np.array([-1.1, 0.5, 1.0, 1.7])[:, None], 1e-5
+    q = np.array([0.1, 0.5, 0.9])
+    alpha = q * problem.step(theta)
+    ahead, behind = (problem.flow(theta + e, alpha / problem.step(theta + e), k) for e in (h, -h))
+    assert problem.flow_slope(theta, q, k) == pytest.approx((ahead - behind) / (2 * h), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("text", FORMULAS.values(), ids=FORMULAS)
+def test_slopes_along_the_bound_against_differences(text: str) -> None:
+    problem, h = make(text, x0=0.2), 1e-5
+    theta = np.array([-1.1, 0.2, 0.2003, 0.5, 1.7])  # 0.2: the data point is the maximum, 0/0 in alpha*
+    count = (problem.count(theta + h) - problem.count(theta - h)) / (2 * h)
+    assert problem.count_slope(theta) == pytest.approx(count, rel=1e-4, abs=1e-4)
+    flow = -(problem.branch.robust_slope(theta + h) - problem.branch.robust_slope(theta - h)) / (2 * h)
+    assert problem.robust_flow_slope(theta) == pytest.approx(flow, rel=1e-7)
+
+
+@given(q=st.floats(0.02, 0.999), theta=st.floats(0.05, 2.5), tau=st.floats(0.1, 30))
+@settings(max_examples=60, deadline=None)
+def test_a_smaller_step_with_the_same_product_never_arrives(q: float, theta: float, tau: float) -> None:
+    problem = make(FORMULAS["paper"], tau=tau)
+    x = float(problem.inner(theta, q, float(problem.count(theta)) / q))
+    assert 0 < x <= theta
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_candidates_belong_to_their_set_and_contain_the_exact_step(name: str) -> None:
+    problem = make(FORMULAS["paper"], admissible=name, tau=3.3)
+    theta = np.array([-1.5, 0.1, 0.8])
+    q, k = candidates(problem, theta)
+    assert q.shape == k.shape
+    assert len(q) == 3
+    assert q.min() > 0
+    assert q.max() <= problem.reach + 1e-12
+    if SETS[name].whole:
+        assert np.array_equal(k, np.round(k))
+        assert k.min() >= 1
+    if SETS[name].tied:
+        assert q * problem.step(theta)[:, None] * k == pytest.approx(np.full(q.shape, 3.3))
+    if name != "integer":
+        assert (q == 1).any(axis=1).all()
+
+
+def test_the_policy_is_rounded_up_where_k_is_whole() -> None:
+    theta = np.array([0.0, 1.0, 2.0])  # K* = 20, 10, 4
+    for name in SETS:
+        q, k = make(FORMULAS["paper"], admissible=name, tau=10.0).policy(theta)
+        assert k == pytest.approx([20, 10, 4])
+        assert q == pytest.approx([1, 1, 1])
+    q, k = make(FORMULAS["paper"], admissible="integer", tau=10.5).policy(theta)
+    assert k.tolist() == [21, 11, 5]
+    assert q == pytest.approx([1, 10.5 / 11, 4.2 / 5])
+
+
+def test_how_many_whole_k_are_tried() -> None:
+    assert whole_cap(make(FORMULAS["paper"], admissible="free")) == 5
+    assert whole_cap(make(FORMULAS["cosh"], admissible="free")) == 24
+    assert whole_cap(make(FORMULAS["cosh"], admissible="free", k_max=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tau": 0.0}, "tau must be > 0"),
+        ({"horizon": -1.0}, "horizon must be > 0"),
+        ({"gamma": -0.1}, "must be >= 0"),
+        ({"gamma": math.nan}, "finite"),
+        ({"tau": math.inf}, "finite"),
+        ({"admissible": "any"}, "one of product, integer, free, overshoot"),
+        ({"overshoot": 2.0}, "between 1 and 2"),
+        ({"k_max": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(FORMULAS["paper"], **change)
+
+
+def test_theta0_outside_the_branch_is_refused() -> None:
+    branch = make(FORMULAS["paper"]).branch
+    with pytest.raises(ValueError, match="outside"):
+        Bolza(branch, 4.0, 1.0, 1.0, 0.1)
+
+
+def test_a_maximum_that_no_uphill_step_reaches_is_refused() -> None:
+    # cos has maxima at 0 and 2 pi (from x0 = 1 the second lies downhill)
+    landscape = Landscape("theta^2/2 + cos(x - theta)", x0=1, x_range=(-2, 8))
+    far = max(p.x for p in landscape.stationary(0.1) if p.kind == "maximum")
+    with pytest.raises(LandscapeError, match="uphill"):
+        Bolza(Branch(landscape, 0.1, far, (-0.5, 0.5)), 0.1, 1.0, 1.0, 0.1)
+
+
+def test_an_ascent_that_leaves_the_numbers_is_no_candidate() -> None:
+    problem = make(FORMULAS["quartic"], admissible="overshoot")
+    values = problem.hamiltonian(np.array([2.5]), np.array([-1.0]), np.array([1.9]), np.array([50.0]))
+    assert values.tolist() == [-math.inf] or np.isfinite(values).all()
+    assert not np.isnan(values).any()

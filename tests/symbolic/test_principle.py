@@ -1,0 +1,302 @@
+"""The maximum principle of the derived schedule, against closed forms on the landscape of Ye et al. (11)."""
+
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from controlat.symbolic.bolza import Bolza
+from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.principle import (
+    boundary_problem,
+    comparisons,
+    criterion,
+    derived_path,
+    gamma_limit,
+    gamma_range,
+    maximise,
+    multiplier,
+    schedule_path,
+)
+from controlat.symbolic.transcription import transcribe
+from controlat.symbolic.verification import Verification, verify
+
+PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
+LOG = "theta^2/2 - log(1 + (x - theta)^2)"
+
+
+@cache
+def follow(text: str, theta0: float, x0: float = 0, theta_range: tuple[float, float] = (-3, 3)) -> Branch:
+    """The first maximum at theta0, followed."""
+    landscape = Landscape(text, x0=x0)
+    x = next(p.x for p in landscape.stationary(theta0) if p.kind == "maximum")
+    return Branch(landscape, theta0, x, theta_range)
+
+
+def make(theta0: float = 1.0, tau: float = 10, horizon: float = 1, gamma: float = 0.01) -> Bolza:
+    """The problem on (11)."""
+    return Bolza(follow(PAPER, theta0), theta0, tau, horizon, gamma)
+
+
+def exact_cost(theta0: float, tau: float, horizon: float, gamma: float) -> float:
+    """J of the derived schedule on (11)."""
+    late = math.exp(2 * horizon)
+    return theta0**2 / late / 2 + gamma * tau * math.log((theta0**2 + late) / (theta0**2 + 1))
+
+
+CASES = [(1.0, 10.0, 1.0, 0.01), (-1.0, 10.0, 1.0, 0.01), (2.0, 1.0, 3.0, 0.1), (0.5, 1.0, 3.0, 0.0)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_closed_forms(case: tuple[float, float, float, float]) -> None:
+    theta0, tau, horizon, gamma = case
+    problem = make(*case)
+    path = derived_path(problem)
+    theta, left = theta0 * np.exp(-path.t), horizon - path.t
+    assert path.theta == pytest.approx(theta, abs=1e-9)
+    assert path.k == pytest.approx(2 * tau / (theta**2 + 1), rel=1e-8)
+    assert path.cost == pytest.approx(exact_cost(*case), rel=1e-9)
+    grown = np.exp(2 * left)
+    slope = np.exp(-2 * left) - 2 * gamma * tau * (grown - 1) / ((theta**2 + grown) * (theta**2 + 1))
+    assert path.p == pytest.approx(-theta * slope, abs=1e-9)
+
+
+def test_printed_cost() -> None:
+    assert derived_path(make()).cost == pytest.approx(0.21105, abs=5e-6)
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_multiplier(case: tuple[float, float, float, float]) -> None:
+    path = derived_path(make(*case))
+    expected = 4 * case[3] * case[1] / (path.theta**2 + 1) ** 2
+    assert multiplier(make(*case), path) == pytest.approx(expected, rel=1e-12)
+
+
+def test_multiplier_is_infinite_where_k_is_below_1() -> None:
+    kept, lost = (multiplier(p, derived_path(p)) for p in (make(2, 1, 1, 0.1), make(2, 1, 3, 0.1)))
+    assert kept[0] == math.inf
+    assert lost[0] == -math.inf
+
+
+def test_multiplier_against_differences_of_the_hamiltonian() -> None:
+    for text, theta0 in ((PAPER, 1.0), (LOG, 1.0), ("theta^2/2 + 1 - cosh(x - theta)", 1.0)):
+        problem = Bolza(follow(text, theta0), theta0, 10, 1, 0.01)
+        path, e = derived_path(problem), 1e-7
+        q = 1 - e
+        at = (path.theta, path.p)
+        there = problem.hamiltonian(*at, q, problem.count(path.theta) / q)
+        here = problem.hamiltonian(*at, 1.0, problem.count(path.theta))
+        slope = (here - there) / (e * problem.step(path.theta))
+        assert multiplier(problem, path) == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_boundary_value_problem_agrees(case: tuple[float, float, float, float]) -> None:
+    found = boundary_problem(make(*case), derived_path(make(*case)))
+    assert found["success"]
+    assert found["theta_difference"] < 1e-6
+    assert found["p_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("text", [PAPER, LOG, "theta^4/4 - (x - theta)^2*(1 + theta^2)/2"])
+def test_costate_of_the_feedback_is_minus_the_slope_of_j(text: str) -> None:
+    problem, h = Bolza(follow(text, 1.0), 1.0, 3, 1, 0.05), 1e-4
+    ahead, behind = (derived_path(replace(problem, theta0=1 + e)).cost for e in (h, -h))
+    assert derived_path(problem).p[0] == pytest.approx(-(ahead - behind) / (2 * h), rel=1e-6)
+
+
+@pytest.mark.parametrize("text", [PAPER, LOG])
+@pytest.mark.parametrize(
+    "name", ["constant at the largest K*", "constant at the mean K*", "linear from K*(T) to K*(0)"]
+)
+def test_costate_of_a_fixed_schedule_is_minus_the_slope_of_j(text: str, name: str) -> None:
+    problem, h = Bolza(follow(text, 1.0), 1.0, 4, 1, 0.05), 1e-4
+    count = comparisons(problem, derived_path(problem))[name]
+    ahead, behind = (schedule_path(replace(problem, theta0=1 + e), name, count).cost for e in (h, -h))
+    path = schedule_path(problem, name, count)
+    # between whole K the ascent of a landscape that is not quadratic is interpolated, with kinks in theta
+    assert path.p[0] == pytest.approx(-(ahead - behind) / (2 * h), rel=2e-5 if text == PAPER else 2e-4)
+
+
+def test_costate_of_a_schedule_below_one_step() -> None:
+    # K < 1: dF/dtheta is infinite (but integrable) where the schedule reaches the bound
+    problem, h = make(2, 1, 3, 0.1), 1e-4
+    count = comparisons(problem, derived_path(problem))["constant at the mean K*"]
+    ahead, behind = (schedule_path(replace(problem, theta0=2 + e), "mean", count).cost for e in (h, -h))
+    path = schedule_path(problem, "mean", count)
+    assert 0 < path.raised < 1
+    assert path.p[0] == pytest.approx(-(ahead - behind) / (2 * h), rel=1e-3)
+
+
+def test_c_is_zero_for_the_derived_schedule_and_positive_for_others() -> None:
+    problem = make()
+    derived = derived_path(problem)
+    assert criterion(problem, derived).c == 0
+    costs = []
+    for name, count in comparisons(problem, derived).items():
+        path = schedule_path(problem, name, count)
+        found = criterion(problem, path)
+        assert (found.gap >= 0).all()
+        if path.raised < 1:
+            assert found.c > 1e-3
+            costs.append(path.cost)
+        else:  # K* is concave here, so that the chord lies below it and is raised to it everywhere
+            assert name == "linear from K*(0) to K*(T)"
+            assert found.c == pytest.approx(0, abs=1e-12)
+            assert path.cost == pytest.approx(derived.cost, rel=1e-9)
+    assert min(costs) > derived.cost
+    assert len(costs) == 3
+
+
+def test_c_is_positive_above_the_limit_of_gamma() -> None:
+    for gamma, holds in ((0.59, True), (0.7, False)):
+        problem = make(2, 1, 1, gamma)
+        assert (criterion(problem, derived_path(problem)).largest < 1e-9) is holds
+
+
+@pytest.mark.parametrize("name", ["product", "free", "overshoot"])
+def test_maximum_of_h_against_a_dense_search(name: str) -> None:
+    problem = replace(make(2, 1, 3, 0.1), admissible=name)
+    theta, p = np.array([2.0, 1.0, 0.3]), np.array([0.07, -0.1, -0.3])
+    best, _, _ = maximise(problem, theta, p)
+    q = np.linspace(0.02, problem.reach, 20001)
+    column = theta[:, None]
+    k = problem.count(column) / q if name == "product" else np.ones_like(q)
+    dense = problem.hamiltonian(column, p[:, None], q, k).max(axis=1)
+    assert (best >= dense - 1e-12).all()
+    assert best == pytest.approx(dense, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tau", "horizon", "expected"), [(1, 1, 0.6031), (1, 3, 0.006274), (2, 1, 0.3016), (2, 3, 0.003137)]
+)
+def test_limits_of_gamma(tau: float, horizon: float, expected: float) -> None:
+    # beside K* < 1 the limit is where p changes its sign: gamma tau is the same for both tau
+    assert gamma_limit(make(2, tau, horizon)) == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize(("theta0", "tau"), [(1, 1), (0.5, 1), (2, 3), (2, 10), (-2, 10)])
+def test_no_limit_for_large_k(theta0: float, tau: float) -> None:
+    assert gamma_range(make(theta0, tau, 3)) == (0, math.inf)
+    problem = make(theta0, tau, 3, 1e4)
+    assert criterion(problem, derived_path(problem)).largest == 0
+
+
+def test_at_least_one_step_throughout_is_not_enough() -> None:
+    """K* >= 1 makes alpha* a local maximum of H; with theta0 = 2, tau = 2.5 it is not the global one."""
+    problem = make(2, 2.5, 3, 1)
+    assert derived_path(problem).k.min() >= 1 - 1e-12
+    assert gamma_limit(problem) == pytest.approx(0.00683, rel=1e-2)
+    # the same by hand, at t = 0 and alpha = 0.95 alpha*
+    late = math.exp(6)
+    p = 2 * (2 * 2.5 * (late - 1) / ((4 + late) * 5) - 1 / late)
+    gap, k = 0.05 ** (1 / 0.95), 1 / 0.95
+    moved = 2 * gap * 2 / 5 - 2 * gap**2 * 8 / 25
+    assert p * moved - (k - 1) == pytest.approx(0.01239, abs=1e-5)
+    assert criterion(problem, derived_path(problem)).largest == pytest.approx(0.01239, abs=1e-5)
+    assert transcribe(problem).difference > 1e-4
+
+
+def test_other_sets_have_other_maximisers() -> None:
+    problem = make()
+    for name, k in (("free", 1), ("overshoot", 1)):
+        there = replace(problem, admissible=name)
+        found = criterion(there, derived_path(there))
+        assert found.c > 0.1
+        assert set(found.k.tolist()) == {k}
+    assert found.q == pytest.approx(np.full(found.q.shape, 1.9))
+    whole = replace(problem, admissible="integer")
+    path = derived_path(whole)
+    assert criterion(whole, path).c == pytest.approx(0, abs=1e-9)
+    assert path.cost == pytest.approx(0.2160, abs=1e-4)
+    with pytest.raises(ValueError, match="product"):
+        gamma_range(whole)
+
+
+def test_a_flow_that_leaves_the_branch_is_an_error() -> None:
+    problem = Bolza(follow(PAPER, 1.0, theta_range=(0.8, 1.2)), 1.0, 10, 1, 0.01)
+    with pytest.raises(LandscapeError, match="cannot be followed"):
+        derived_path(problem)
+
+
+LANDSCAPES = [
+    ("theta^4/4 - (x - theta)^2*(1 + theta^2)/2", 1.0, 0.0),
+    ("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5),
+    ("theta^2/2 + 1 - cosh(x - theta)", 1.0, 0.0),
+    ("theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4", 1.2, 0.0),
+    (LOG, 0.8, 0.0),
+    ("(theta - 1)^2/2 - (x - theta)^2*exp(theta)", -0.5, 0.0),
+    (PAPER, -1.0, 0.0),
+]
+
+
+def plain(value: object) -> None:
+    """Only JSON, no long arrays."""
+    if isinstance(value, dict):
+        for part in value.values():
+            plain(part)
+    elif isinstance(value, list):
+        assert len(value) <= 101
+        for part in value:
+            plain(part)
+
+
+def check(found: Verification) -> None:
+    """What every verification must fulfil."""
+    data = found.to_json()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    plain(data)
+    assert [row["admissible"] for row in data["sets"]] == ["product", "integer", "free", "overshoot"]
+    product = data["sets"][0]
+    assert product["policy"] == pytest.approx(product["derived_J"], rel=1e-4)
+    assert data["derived"]["C"] >= 0
+    assert data["boundary"]["p_difference"] < 1e-6
+    for row in data["comparisons"]:
+        assert row["C"] >= 0
+    for sentence in data["conclusion"]:
+        assert "optimal" not in sentence or "optimal given" in sentence
+    assert found.holds is (data["better"] is None and data["derived"]["satisfies"])
+
+
+@pytest.mark.parametrize(("text", "theta0", "x0"), LANDSCAPES, ids=[text for text, _, _ in LANDSCAPES])
+def test_other_landscapes(text: str, theta0: float, x0: float) -> None:
+    found = verify(follow(text, theta0, x0), theta0, 3, 1, 0.01)
+    check(found)
+    assert found.holds
+    assert all(row["J"] >= found.derived["J"] - 1e-9 for row in found.comparisons)
+
+
+def test_a_landscape_on_which_the_derived_schedule_is_beaten() -> None:
+    # alpha* is far too long for the steps after the first: 1 + alpha* l_xx = -theta^2 < -1
+    found = verify(follow(LOG, 1.4), 1.4, 3, 1, 0.01)
+    check(found)
+    assert not found.holds
+    assert found.better is not None
+    assert found.better["gain"] > 1e-3
+    assert "not optimal given" in " ".join(found.conclusion)
+
+
+def test_the_failure_on_the_paper_landscape_is_reported_with_something_better() -> None:
+    found = verify(follow(PAPER, 2.0), 2.0, 1, 3, 0.1)
+    check(found)
+    assert not found.holds
+    assert found.transcription is not None
+    assert found.transcription["better"]
+    assert found.sets[0]["better_exists"]
+    assert found.gamma is not None
+    assert found.gamma["high"] == pytest.approx(0.006274, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["integer", "free", "overshoot"])
+def test_verification_given_other_sets(name: str) -> None:
+    found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, name)
+    assert found.holds is (name == "integer")
+    data = found.to_json()
+    assert data["transcription"] is None
+    assert json.dumps(data, allow_nan=False)
+    if name != "integer":
+        assert data["better"]["by"] == "dynamic programming"
+        assert data["better"]["K"] == [1.0] * len(data["better"]["K"])

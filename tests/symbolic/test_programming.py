@@ -1,0 +1,129 @@
+"""Dynamic programming over the admissible sets, on the landscape of Ye et al. (11) and others."""
+
+import itertools
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from controlat.symbolic.bolza import SETS, Bolza
+from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.principle import derived_path, gamma_limit
+from controlat.symbolic.programming import _weights, programme, reachable
+
+PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
+
+
+@cache
+def follow(text: str, theta0: float) -> Branch:
+    """The first maximum at theta0, followed."""
+    landscape = Landscape(text)
+    x = next(p.x for p in landscape.stationary(theta0) if p.kind == "maximum")
+    return Branch(landscape, theta0, x, (-3, 3))
+
+
+def make(
+    theta0: float = 1.0, tau: float = 10, horizon: float = 1, gamma: float = 0.01, text: str = PAPER
+) -> Bolza:
+    """A problem on the first maximum at theta0."""
+    return Bolza(follow(text, theta0), theta0, tau, horizon, gamma)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("product", 0.21105), ("integer", 0.2161), ("free", 0.07767), ("overshoot", 0.01220)]
+)
+def test_values_of_the_four_sets(name: str, value: float) -> None:
+    found = programme(replace(make(), admissible=name))
+    assert found.value == pytest.approx(value, abs=1e-4 if name == "integer" else 1e-5)
+    assert found.better is (name in ("free", "overshoot"))
+    assert found.difference == pytest.approx(found.policy - found.value)
+
+
+def test_free_steps_have_a_closed_form() -> None:
+    # one step of alpha* at every instant: theta = theta0 e^{-t}, K = 1
+    found = programme(replace(make(), admissible="free"))
+    assert found.value == pytest.approx(math.exp(-2) / 2 + 0.01, abs=1e-6)
+    assert set(found.k.tolist()) == {1.0}
+    assert found.theta[-1] == pytest.approx(math.exp(-1), abs=1e-3)
+
+
+def test_larger_sets_are_never_worse() -> None:
+    values = {name: programme(replace(make(), admissible=name)).value for name in SETS}
+    assert values["overshoot"] < values["free"] < values["product"] < values["integer"]
+
+
+TABLE = list(itertools.product((1, 10), (0.5, 1.0, 2.0), (1, 3), (0.0, 1e-3, 1e-2, 0.1, 1.0)))
+# every failure and its neighbours, and a few of the others
+TESTED = [case for case in TABLE if case[:2] == (1, 2.0)] + TABLE[2:60:7]
+
+
+@pytest.mark.parametrize(("tau", "theta0", "horizon", "gamma"), TESTED)
+def test_table(tau: float, theta0: float, horizon: float, gamma: float) -> None:
+    problem = make(theta0, tau, horizon, gamma)
+    found = programme(problem)
+    fails = (tau, theta0) == (1, 2.0) and (gamma == 1.0 if horizon == 1 else gamma >= 0.01)
+    assert found.better is fails
+    assert (gamma > gamma_limit(problem)) is fails
+    assert found.policy == pytest.approx(derived_path(problem).cost, rel=1e-6)
+
+
+def test_the_grid_may_be_refined_without_changing_the_answer() -> None:
+    problem = make(2.0, 1, 3, 0.1)
+    coarse, fine = programme(problem), programme(problem, nodes=401, steps=160)
+    assert fine.difference == pytest.approx(coarse.difference, rel=0.02)
+    assert fine.difference == pytest.approx(0.00426, abs=1e-4)
+
+
+def test_the_best_schedule_really_costs_what_is_said() -> None:
+    problem = make(2.0, 1, 3, 0.1)
+    found = programme(problem)
+    h = problem.horizon / found.steps
+    running = float(np.sum(found.k[1:] + found.k[:-1]) / 2 + (found.k[0] + found.k[-1]) / 2)
+    cost = float(problem.branch.robust(found.theta[-1])) + problem.gamma * h * running
+    assert cost == pytest.approx(found.value, rel=1e-2)
+    assert cost < found.policy
+
+
+@pytest.mark.parametrize(
+    "text", ["theta^2/2 + 1 - cosh(x - theta)", "theta^4/4 - (x - theta)^2*(1 + theta^2)/2"]
+)
+def test_other_landscapes(text: str) -> None:
+    problem = make(1.0, 3, 1, 0.01, text)
+    found = programme(problem)
+    assert not found.better
+    assert found.policy == pytest.approx(derived_path(problem).cost, rel=1e-6)
+
+
+def test_reachable_interval_contains_the_robust_flow() -> None:
+    low, high, clipped = reachable(make())
+    assert low < math.exp(-1)
+    assert high > 1
+    assert not clipped
+
+
+def test_a_domain_that_ends_is_said_and_no_control_leaves_it() -> None:
+    # from theta = 0.6 on some controls grow towards the non-robust minimum; the branch is cut just above
+    landscape = Landscape(PAPER)
+    problem = Bolza(Branch(landscape, 0.5, 0.5, (-1.0, 0.505)), 0.5, 1, 1, 0.0)
+    found = programme(replace(problem, admissible="free"))
+    assert found.clipped
+    assert math.isfinite(found.value)
+    assert found.value <= found.policy + found.tolerance
+
+
+def test_a_flow_that_must_leave_is_an_error() -> None:
+    landscape = Landscape(PAPER)
+    problem = Bolza(Branch(landscape, 1.0, 1.0, (0.9, 1.2)), 1.0, 10, 1, 0.01)
+    with pytest.raises(LandscapeError, match="leaves"):
+        programme(problem)
+
+
+def test_interpolation_is_exact_for_cubics() -> None:
+    grid = np.linspace(-1, 2, 31)
+    theta = np.array([-1.0, -0.97, 0.123, 1.99, 2.0])
+    first, weights = _weights(grid, theta)
+    cubic = 1 - grid + 2 * grid**2 - 0.5 * grid**3
+    found = sum(weights[j] * cubic[first + j] for j in range(4))
+    assert found == pytest.approx(1 - theta + 2 * theta**2 - 0.5 * theta**3, abs=1e-12)
