@@ -1,16 +1,16 @@
 """Schedules derived from a landscape, beside Amata's linear one and PGD: what are they worth on networks?
 
-    python analysis/landscape_schedule.py                                 # digits, 8 seeds: ten minutes on a core
-    python analysis/landscape_schedule.py --part mnist --data-dir FOLDER  # LeNet, 3 seeds: an hour on two cores
+    python analysis/landscape_schedule.py                    # digits, 8 seeds: 15 minutes on a core
+    python analysis/landscape_schedule.py --part mnist --data-dir FOLDER    # LeNet, 3 seeds: an hour
 
-The landscape is Amata's (Ye et al., 2021, equation 11). *derived* is its K*(t) for theta_0 = 1, T = 3, stretched
-to 1..10; *calibrated* has theta_0, the scale of time and tau fitted to how many inner steps a network needed in
-a training run of another seed, which the comparison does not use, so that K* is in steps of the network;
-*calibrated, stretched* is the same stretched to 1..10. Beside each stands the linear ramp that takes (nearly)
+The landscape is Amata's (Ye et al., 2021, equation 11). *derived* is its K*(t) for theta_0 = 1, T = 3,
+stretched to 1..10. *calibrated* has theta_0, the scale of time and tau fitted to how many inner steps a
+network needed in a training run of another seed, which the comparison does not use: its K* is in steps of
+the network. *stretched* is that, stretched to 1..10. Beside each stands the linear ramp that takes (nearly)
 as many inner steps. A schedule that was searched for is compared too: --searched FILE.json.
 
 Runs are kept in --work, where the same command goes on after an interruption; results go to
-analysis/landscape_schedule/PART: result.json, table.md, calibration.json, figures.
+analysis/landscape_schedule/PART: result.json, table.md, schedules.png.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def calibrate(part: Mapping[str, Any], work: Path, data_dir: str | None, threads
     run = work / "run"
     resume = (run / "settings.json").exists()
     controlat.train(run, schedule=amata(LEAST, tau), seed=CALIBRATION_SEED, resume=resume, **problem)
-    options = {"calibrate": str(run), "data_dir": data_dir, "threads": threads, "checks": False}
-    return controlat.derive(out=work / "calibrated", **options)
+    return controlat.derive(
+        out=work / "calibrated", calibrate=str(run), data_dir=data_dir, threads=threads, checks=False
+    )
 
 
 def candidates(
@@ -126,7 +127,7 @@ def digest(
     result: Mapping[str, Any],
     calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the tables need: per schedule and seed, and differences to Amata's schedule under the same seed."""
+    """What the tables need, by schedule and seed, and paired differences to Amata's schedule."""
     rows = []
     for name, entry in zip(named, result["schedules"], strict=True):
         summary = entry["summary"]

@@ -84,7 +84,8 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
     """Derive a schedule from a one-dimensional landscape l(theta, x), check it, and make it a network's.
 
     Args:
-        landscape: formula in theta, x and named parameters; Amata's (Ye et al., 2021, equation 11) by default.
+        landscape: formula in theta, x and named parameters; Amata's (Ye et al., 2021, equation 11) if left
+            out.
         out: directory for result.json, schedule.json, summary.md and figures; nothing is written without it.
         **settings: the other fields of `controlat.config.DeriveSettings`.
 
@@ -213,10 +214,13 @@ def _hand_over(
 
 
 def _task(found: Derivation) -> dict[str, Any]:
+    import sympy  # slow to import, as whatever is symbolic
+
     task, landscape = found.task, found.landscape
     names = ("theta0", "tau", "horizon", "gamma")
     return {
         "landscape": landscape.text,
+        "latex": sympy.latex(landscape.expression),
         "x0": landscape.point,
         "parameters": {str(k): float(v) for k, v in landscape.values.items()},
         "x_range": list(landscape.ends),

@@ -41,8 +41,10 @@ class Answer:
         if self.formula is None:
             return found
         if sympy.count_ops(self.formula) > _LONG:
-            return found | {"why": self.why or "found, but too long to print"}
-        shown, order = sympy.N(self.formula, 6) if self.formula.has(sympy.Float) else self.formula, self.order
+            return found | {"why": "; ".join(filter(None, [self.why, "found, but too long to print"]))}
+        shown, order = self.formula, self.order
+        if order == "none" and shown.has(sympy.Float):  # term by term, which keeps their order
+            shown = sympy.Add(*(sympy.N(term, 6) for term in sympy.Add.make_args(shown)), evaluate=False)
         drawn = sympy.pretty(shown, use_unicode=True, wrap_line=False, order=order)
         return found | {
             "text": sympy.sstr(shown, order=order),

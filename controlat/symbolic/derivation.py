@@ -113,7 +113,8 @@ class Derivation:
             self.notes.append(told)
         else:
             raise LandscapeError(
-                f"the inner maximum x = {self.point.x:.6g} at theta = {start[0]:g} is flat (l_xx = 0) and {why}"
+                f"the inner maximum x = {self.point.x:.6g} at theta = {start[0]:g} is flat (l_xx = 0), and "
+                f"{why}"
             )
         self.path = self._integrate()
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
@@ -253,8 +254,8 @@ class Derivation:
             first = int(np.argmax(bad))
             raise LandscapeError(
                 f"at t = {t[first]:.4g} (theta = {float(self.theta(t[first])):.4g}) no step from the data "
-                f"point lands on the inner maximum: (x* - x0)/l_x(theta, x0) = {step[first]:.4g}; take a shorter "
-                "horizon, or another branch"
+                f"point lands on the inner maximum: (x* - x0)/l_x(theta, x0) = {step[first]:.4g}; take a "
+                "shorter horizon, or another branch"
             )
 
     def theta(self, t: Any) -> Array:
@@ -309,9 +310,9 @@ class Derivation:
         if not all(map(np.isfinite, self.series_numbers)):
             self.coefficients, self.series_numbers, why = [], [], "its coefficients are not finite"
         # As it is read, lowest power first: sympy would order the terms by itself.
-        total = sympy.Add(
-            *(self._tidy(c) * T**n for n, c in enumerate(self.coefficients)), evaluate=False
-        )
+        terms = [self._tidy(c) for c in self.coefficients]
+        terms = [sympy.Mul(c, T**n, evaluate=False) if n else c for n, c in enumerate(terms) if c != 0]
+        total = sympy.Add(*terms, evaluate=False)
         told = f"to t^{order}" if self.coefficients else why
         self.answers["series"] = Answer(
             "K*(t) near 0", total if self.coefficients else None, by, told, "none"
@@ -412,6 +413,8 @@ def _zeros(slope: Callable[[Array], Array], low: float, high: float) -> list[dic
     """Stationary points of a loss of theta, by sign changes of its slope: where, and which kind."""
     theta = np.linspace(low, high, 4002)[1:-1]
     y = slope(theta)
+    if (y == 0).mean() > 0.5:
+        return []  # the loss is flat
     found = [(float(theta[i]), y[i - 1], y[i + 1]) for i in range(1, len(y) - 1) if y[i] == 0]
     for i in np.flatnonzero(y[:-1] * y[1:] < 0):
         root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)

@@ -324,8 +324,8 @@ def _calibration(result: Result, path: Path) -> None:
     right.axhline(0, color=_GREY, lw=0.8)
     right.vlines(t, 0, _values(found["residuals"]), color=_colour(1))
     right.plot(t, _values(found["residuals"]), "o", color=_colour(1))
-    others = f"constant {found['rms_constant']:.3g},  straight line {found['rms_line']:.3g}"
-    rms = f"root mean square {found['rms']:.3g};  {others}"
+    others = f"constant {found['rms_constant']:.3g}, straight line {found['rms_line']:.3g}"
+    rms = f"rms {found['rms']:.3g}  ({others})"
     right.set_title(rms, fontsize=10)
     right.set_ylabel("residual, log(measured/fitted)")
     for axis in (left, right):

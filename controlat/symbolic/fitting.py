@@ -17,6 +17,7 @@ __all__ = ["Fit", "fit"]
 
 _LEAST, _MOST = 0.02, 20.0  # horizons c E that are searched, in units of the landscape's time
 _FEWEST = 5
+_WIDEST = 5.0  # standard error of log c beyond which c is not known at all
 _STARTS, _SCALES, _REFINED = 33, 33, 3
 
 
@@ -60,10 +61,13 @@ class Fit:
         return asdict(self)
 
     def task(self, task: Task, tau: float) -> Task:
-        """The task with the fitted theta_0, the length of the run in the landscape's time, and another tau."""
+        """The task with the fitted theta_0, the length of the run in the landscape's time, and a tau."""
         horizon = self.scale * (self.times[-1] - self.times[0])
-        found = {"theta0": self.theta0, "horizon": horizon, "tau": tau}
-        return replace(task, **{name: float(f"{value:.6g}") for name, value in found.items()})
+        low, high = task.reach
+        margin = 0.01 * (high - low)  # theta_0 may lie on the edge of what was searched
+        reach = min(low, self.theta0 - margin), max(high, self.theta0 + margin)
+        start, length, tau = (float(f"{value:.6g}") for value in (self.theta0, horizon, tau))
+        return replace(task, theta0=start, horizon=length, tau=tau, theta_range=reach)
 
 
 def fit(
@@ -248,7 +252,8 @@ class _Model:
         variance = float((residuals**2).sum()) / (len(residuals) - 3)
         deviations = np.sqrt(variance * np.diag(np.linalg.inv(matrix.T @ matrix)))
         speed = abs(self.theta0(inside + h[0]) - self.theta0(inside - h[0])) / (2 * h[0])
-        return float(deviations[0] * speed), float(deviations[1]), float(deviations[2])
+        found = float(deviations[0] * speed), float(deviations[1]), float(deviations[2])
+        return found if found[0] < self.high - self.low and found[1] < _WIDEST else None
 
     def remarks(self, sigma: float, log_scale: float, residuals: Array) -> list[str]:
         """What a reader must know before trusting the fit."""

@@ -66,8 +66,8 @@ def hand_over(
 ) -> Handover:
     """Turn K*(t), 0 <= t <= T, into a schedule over a number of epochs: alpha = tau/K, K rounded half up.
 
-    Epoch e stands for t = e T/epochs, its start, as in every schedule (later where `since` is given). K* stays real in the schedule's curve;
-    it is rounded when the schedule is called.
+    Epoch e stands for t = e T/epochs, its start, as in every schedule (later where `since` is given). K*
+    stays real in the schedule's curve; it is rounded when the schedule is called.
 
     Args:
         steps: K*(t), for arrays.

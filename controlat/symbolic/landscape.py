@@ -328,9 +328,9 @@ def choose(
     beyond = [(x, v) for x, v in zip((low, high), ends, strict=True) if not v <= best.value]
     if beyond:
         raise LandscapeError(
-            f"l({theta:g}, x) is larger at the end x = {beyond[0][0]:g} of its range ({beyond[0][1]:.4g}) than "
-            f"at its largest inner maximum x = {best.x:.4g} ({best.value:.4g}): there is no inner maximum in "
-            f"[{low:g}, {high:g}]; give a narrower x_range, or branch 0 to follow the local one"
+            f"l({theta:g}, x) is larger at the end x = {beyond[0][0]:g} of its range ({beyond[0][1]:.4g}) "
+            f"than at its largest inner maximum x = {best.x:.4g} ({best.value:.4g}): there is no inner "
+            f"maximum in [{low:g}, {high:g}]; give a narrower x_range, or branch 0 to follow the local one"
         )
     if reached is not None and reached != best:
         raise LandscapeError(

@@ -72,25 +72,58 @@ def _step(problem: Bolza, theta: Array, q: Array, k: Array, h: float) -> tuple[A
         return theta + h * sum(slopes) / 6, count
 
 
-def reachable(problem: Bolza, steps: int = 60) -> tuple[float, float, bool]:
-    """The interval of theta that some control reaches from theta0, and whether the inner maximum ends before.
+def _extremes(problem: Bolza, theta: Array) -> tuple[Array, Array]:
+    """min and max over u of F(theta, u), nan counted out; both 0 where no control gives a number."""
+    q, k = candidates(problem, theta, points=16, thin=True)
+    with np.errstate(all="ignore"):
+        flow = problem.flow(theta[:, None], q, k)
+    good = np.isfinite(flow)
+    least, most = np.where(good, flow, np.inf).min(axis=1), np.where(good, flow, -np.inf).max(axis=1)
+    known = good.any(axis=1)
+    return np.where(known, least, 0.0), np.where(known, most, 0.0)
 
-    Its ends follow theta' = min and max over u of F, by the comparison theorem for scalar equations.
-    """
-    ends = np.full(2, problem.theta0)
+
+def _spread(problem: Bolza, margin: float, steps: int) -> tuple[float, float, bool]:
+    """The hull of all states that controls reach from within margin of theta0, cut to the domain."""
     low, high = problem.branch.domain
+    ends = np.clip(problem.theta0 + np.array([-margin, margin]), low, high)
     h, clipped = problem.horizon / steps, False
     for _ in range(steps):
-        q, k = candidates(problem, ends, points=16, thin=True)
-        with np.errstate(all="ignore"):
-            flow = problem.flow(ends[:, None], q, k)
-        finite = np.where(np.isfinite(flow), flow, 0.0)
-        clipped |= not bool(np.isfinite(flow).all())
-        ends = ends + h * np.array([min(0.0, finite[0].min()), max(0.0, finite[1].max())])
+        least, most = _extremes(problem, ends)
+        ends = ends + h * np.array([min(0.0, least[0]), max(0.0, most[1])])
         clipped |= bool(ends[0] < low or ends[1] > high)
         ends = np.clip(ends, low, high)
-    pad = 0.05 * (ends[1] - ends[0]) + 1e-3 * max(1.0, abs(problem.theta0))
-    return max(low, float(ends[0] - pad)), min(high, float(ends[1] + pad)), clipped
+    return float(ends[0]), float(ends[1]), clipped
+
+
+def reachable(problem: Bolza, steps: int = 60) -> tuple[float, float, bool]:
+    """An interval around all theta that controls reach; and whether the domain ends before.
+
+    Its ends follow theta' = min and max over u of F, by the comparison theorem for scalar equations; from a
+    little beside theta0, so that what lies beyond the grid does not reach theta0 by interpolation.
+    """
+    low, high, _ = _spread(problem, 0.0, steps)
+    margin = 0.05 * (high - low) + 1e-3 * max(1.0, abs(problem.theta0))
+    low, high, clipped = _spread(problem, margin, steps)
+    bottom, top = problem.branch.domain
+    return max(bottom, low - margin), min(top, high + margin), clipped
+
+
+def _fronts(problem: Bolza, steps: int) -> tuple[Array, Array]:
+    """For each instant the states from which some control stays in the domain until the end.
+
+    Traced backward from its ends: upward flow that no control holds back moves the upper front down.
+    """
+    bottom, top = problem.branch.domain
+    low, high, h = np.full(steps + 1, bottom), np.full(steps + 1, top), problem.horizon / steps
+    for n in range(steps - 1, -1, -1):
+        at = np.clip(np.array([low[n + 1], high[n + 1]]), bottom, top)
+        least, most = _extremes(problem, at)
+        low[n], high[n] = max(bottom, low[n + 1] - h * most[0]), min(top, high[n + 1] - h * least[1])
+        if low[n] > high[n]:
+            low[: n + 1], high[: n + 1] = math.inf, -math.inf
+            break
+    return low, high
 
 
 def _weights(grid: Array, theta: Array) -> tuple[NDArray[np.int64], Array]:
@@ -105,35 +138,63 @@ def _weights(grid: Array, theta: Array) -> tuple[NDArray[np.int64], Array]:
 
 
 class _Scheme:
-    """Successors, running costs and interpolation weights of candidates on a grid."""
+    """Successors, running costs and interpolation weights of candidates on a grid.
+
+    Beyond the grid the value of its end is taken: such states start where theta0 cannot come by then.
+    """
 
     def __init__(self, problem: Bolza, grid: Array, h: float, q: Array, k: Array) -> None:
-        after, count = _step(problem, grid[:, None], q, k, h)
-        low, high = problem.branch.domain
-        outside = ~np.isfinite(after) | (after < low) | (after > high)
-        self.price = np.where(outside, np.inf, problem.gamma * h * np.where(outside, 0.0, count))
-        # A successor beyond the grid but inside the domain starts where theta0 cannot come by then.
-        self.first, self.weights = _weights(grid, after)
+        self.after, count = _step(problem, grid[:, None], q, k, h)
+        good = np.isfinite(self.after)
+        self.price = np.where(good, problem.gamma * h * np.where(good, count, 0.0), np.inf)
+        self.first, self.weights = _weights(grid, self.after)
 
-    def values(self, v: Array) -> Array:
-        """gamma K h + V at the successor, for every node and candidate; linear beside nodes that leave."""
-        lost = ~np.isfinite(v)
-        filled, found = np.where(lost, 0.0, v), self.price.copy()
+    def back(
+        self, v: Array, low: float = -math.inf, high: float = math.inf
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """One step backward: min over candidates of gamma K h + V at the successor, and which.
+
+        Successors outside (low, high) are avoided by all nodes that can; the others only serve as neighbours.
+        """
+        found = self.price.copy()
         for j in range(4):
-            found += self.weights[j] * filled[self.first + j]
-        if lost.any():
-            near = lost[self.first] | lost[self.first + 1] | lost[self.first + 2] | lost[self.first + 3]
-            found[near] = self._linear(v, near)
-        return found
+            found += self.weights[j] * v[self.first + j]
+        with np.errstate(invalid="ignore"):
+            lost = np.where((self.after < low) | (self.after > high), np.inf, found)
+        free = np.asarray(np.isfinite(lost).any(axis=1))
+        found = np.where(free[:, None], lost, found)
+        best = np.argmin(found, axis=1)
+        least = found[np.arange(len(v)), best]
+        return np.where(np.isfinite(least), least, v), best
 
-    def _linear(self, v: Array, near: NDArray[np.bool_]) -> Array:
-        """The same by linear interpolation; infinite where a needed node is."""
-        place = self.first[near] + sum(j * self.weights[j][near] for j in range(4))  # exact for polynomials
-        left = np.clip(np.floor(place).astype(np.int64), 0, len(v) - 2)
-        s = np.clip(place - left, 0.0, 1.0)
-        with np.errstate(all="ignore"):
-            ends = np.where(s < 1, (1 - s) * v[left], 0.0) + np.where(s > 0, s * v[left + 1], 0.0)
-        return np.asarray(self.price[near] + np.where(np.isnan(ends), np.inf, ends), dtype=float)
+
+def _controls(problem: Bolza, grid: Array, points: int) -> tuple[Array, Array]:
+    """Candidates at every node, the derived policy first."""
+    q, k = candidates(problem, grid, points, thin=True)
+    own = [np.asarray(v)[:, None] for v in problem.policy(grid)]
+    return np.concatenate([own[0], q], axis=1), np.concatenate([own[1], k], axis=1)
+
+
+def _recursion(
+    problem: Bolza, grid: Array, steps: int, q: Array, k: Array, clipped: bool
+) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Values at time 0 of the best candidates and of the policy (the first), and the choices made."""
+    h, value = problem.horizon / steps, problem.branch.robust(grid)
+    best, policy = _Scheme(problem, grid, h, q, k), _Scheme(problem, grid, h, q[:, :1], k[:, :1])
+    if not np.isfinite(value).all():
+        raise LandscapeError(f"the robust loss is not finite on the whole of [{grid[0]:g}, {grid[-1]:g}]")
+    fronts = np.tile([[-math.inf], [math.inf]], steps + 1)
+    if clipped:
+        fronts = np.array(_fronts(problem, steps))
+        if not fronts[0, 0] <= problem.theta0 <= fronts[1, 0]:
+            raise LandscapeError(
+                f"every flow from theta0 = {problem.theta0:g} leaves [{grid[0]:g}, {grid[-1]:g}]"
+            )
+    kept, choices = value, np.empty((steps, len(grid)), dtype=np.int64)
+    for n in range(steps - 1, -1, -1):
+        value, choices[n] = best.back(value, *fronts[:, n + 1])
+        kept, _ = policy.back(kept)
+    return value, kept, choices
 
 
 def programme(
@@ -156,28 +217,14 @@ def programme(
         follow: also roll the best schedule out from theta0, if it is better than the policy.
 
     Raises:
-        LandscapeError: no admissible control keeps theta0 inside the range of the inner maximum.
+        LandscapeError: no control keeps the state inside the range of the inner maximum.
     """
     low, high, clipped = reachable(problem)
     steps = steps or (240 if SETS[problem.admissible].whole else 80)
     grid, h = np.linspace(low, high, nodes), problem.horizon / steps
-    q, k = candidates(problem, grid, points, thin=True)
-    own = [np.asarray(v)[:, None] for v in problem.policy(grid)]
-    q, k = np.concatenate([own[0], q], axis=1), np.concatenate([own[1], k], axis=1)
-    best, policy = _Scheme(problem, grid, h, q, k), _Scheme(problem, grid, h, *own)
-    value = problem.branch.robust(grid)
-    if not np.isfinite(value).all():
-        raise LandscapeError(f"the robust loss is not finite on the whole of [{low:g}, {high:g}]")
-    kept, choices = value, np.empty((steps, nodes), dtype=np.int64)
-    with np.errstate(all="ignore"):
-        for n in range(steps - 1, -1, -1):
-            options = best.values(value)
-            choices[n] = np.argmin(options, axis=1)
-            value = options[np.arange(nodes), choices[n]]
-            kept = policy.values(kept)[:, 0]
+    q, k = _controls(problem, grid, points)
+    value, kept, choices = _recursion(problem, grid, steps, q, k, clipped)
     found, derived = _at(grid, value, problem.theta0), _at(grid, kept, problem.theta0)
-    if not (math.isfinite(found) and math.isfinite(derived)):
-        raise LandscapeError(f"from theta0 = {problem.theta0:g} the flow leaves [{low:g}, {high:g}]")
     allowed = tolerance * max(abs(derived), 1e-3)
     better = derived - found > allowed
     path = _roll_out(problem, grid, h, q, k, choices) if follow and better else [np.array([])] * 3
@@ -200,9 +247,9 @@ def programme(
 
 
 def _at(grid: Array, v: Array, theta: float) -> float:
+    """Interpolation of values on a grid."""
     first, weights = _weights(grid, np.array([theta]))
-    near = v[int(first[0]) : int(first[0]) + 4]
-    return float(near @ weights[:, 0]) if np.isfinite(near).all() else math.inf
+    return float(v[int(first[0]) : int(first[0]) + 4] @ weights[:, 0])
 
 
 def _roll_out(

@@ -54,9 +54,15 @@ def greek(text: str) -> str:
     return re.sub(r"\b(theta_0|theta|alpha|tau|gamma|rho|sigma)\b|<=", lambda m: _LETTERS[m[0]], text)
 
 
-def _n(value: float | None) -> str:
-    """Four significant digits, or a dash for what is not there."""
-    return "-" if value is None or not math.isfinite(value) else f"{value + 0.0:.4g}"
+def _n(value: float | str | None) -> str:
+    """Four significant digits; a dash for what is missing or not finite, which a file holds as text."""
+    value = math.nan if value is None else float(value)
+    return f"{value + 0.0:.4g}" if math.isfinite(value) else "-"
+
+
+def _answers(result: Result) -> list[tuple[str, Result]]:
+    """The derived quantities, in the order of reading."""
+    return [(key, result["formulas"][key]) for key in _QUANTITIES if key in result["formulas"]]
 
 
 def _line(text: str) -> str:
@@ -181,7 +187,7 @@ def _formulas(result: Result) -> list[str]:
         if "drawn" in found[key]:
             blocks.append(_block(left, found[key]))
     missing: dict[str, list[str]] = {}
-    for key, answer in found.items():
+    for key, answer in _answers(result):
         if "text" not in answer:
             missing.setdefault(_known(answer), []).append(_QUANTITIES[key][0] + " near 0" * (key == "series"))
     told = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
@@ -235,7 +241,11 @@ def _cut(result: Result) -> str:
     found = result["network"]
     tau = found["schedule"]["knobs"]["alpha"]["values"][0]
     epochs = f"{found['schedule']['epochs']:g} epochs in pieces of {found['schedule']['resolution']:g}"
-    return f"{greek(found['note'])}; K rounded half up, α = {_n(tau)}/K pixels; {epochs}"
+    held = ""
+    if result["calibration"] is not None and (times := result["calibration"]["fit"]["times"])[0] > 0:
+        until = times[0] / times[-1] * found["schedule"]["epochs"]
+        held = f"; K* at t = 0 is held until epoch {until:.4g}, where the fit begins"
+    return f"{greek(found['note'])}{held}; K rounded half up, α = {_n(tau)}/K pixels; {epochs}"
 
 
 def _compared(result: Result) -> str:
@@ -453,7 +463,7 @@ def _sources(result: Result) -> str:
     """Who found what."""
     rows = [
         [_QUANTITIES[key][0] + " near 0" * (key == "series"), answer["by"], greek(answer["why"])]
-        for key, answer in result["formulas"].items()
+        for key, answer in _answers(result)
     ]
     return table(["quantity", "by", "remark"], rows, words=range(3))
 

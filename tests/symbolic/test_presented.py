@@ -43,7 +43,7 @@ def _measured(times, values):
 
 
 def _fitted():
-    """A derivation whose calibration is one of made-up values near a path of the landscape, from epoch 2 on."""
+    """A derivation whose calibration is one of made-up values, from epoch 2 on near a path."""
     times = list(range(11))
     values = [9.0, 6.0] + [
         7 / (1 + 1.44 * math.exp(-0.6 * t)) * (1 + 0.05 * (-1) ** t) for t in range(len(times) - 2)
@@ -77,7 +77,8 @@ def _words(text):
 def _table(text, head):
     """The cells of the first table that has this heading."""
     lines = text.split("\n")
-    first = next(i for i, line in enumerate(lines) if line.startswith("|") and f" {head} " in line)
+    heads = [[cell.strip() for cell in line.split("|")] for line in lines]
+    first = next(i for i, cells in enumerate(heads) if head in cells[1:] and lines[i + 1].startswith("|--"))
     cells = []
     for line in lines[first + 2 :]:
         if not line.startswith("|"):
@@ -122,11 +123,14 @@ def test_a_figure_without_some_of_its_data(results, tmp_path):
     result["pictures"][0]["path"][3:] = [1e10] * len(result["pictures"][0]["path"][3:])
     result["pictures"][0]["losses"][3:] = [-1e300] * len(result["pictures"][0]["losses"][3:])
     checked["hamiltonian"][0]["H"][:3] = [None, -1e300, -1e20]
+    checked["derived"]["gap"][:2] = ["inf", "nan"]  # as `write_json` writes them
+    checked["derived"] |= {"C": "inf", "J": "nan"}
     for name in ("landscape.png", "schedule.png", "principle.png"):
         assert _drawn(name, result, tmp_path / name).std() > 0.01
     for text in (printed(result), markdown(result)):
         assert "near 0 in numbers" not in text
         assert ["constant", "-", "-", "-"] in _table(text, "schedule")
+        assert _table(text, "schedule")[0][1:3] == ["-", "-"]
     assert "constant: it leaves the landscape" in markdown(result)
 
 
@@ -143,10 +147,7 @@ def test_texts_are_functions_of_the_result_alone(results, which):
     result = results[which]
     again = json.loads(json.dumps(result, sort_keys=True))
     assert printed(again) == printed(result)
-    assert (
-        markdown(again).split("\n## What is symbolic")[0]
-        == markdown(result).split("\n## What is symbolic")[0]
-    )
+    assert markdown(again) == markdown(result)
 
 
 def test_what_derive_returns_prints_as_its_result_reads_back():
@@ -191,7 +192,7 @@ def test_main_formulas_are_drawn(results):
 
 def test_a_formula_too_large_to_draw_is_on_lines(results):
     text = printed(results["clipped"])
-    assert "8·τ·t^6·θ₀^2" in text
+    assert ")·t^6" in text
     assert "**" not in text
 
 
@@ -315,6 +316,7 @@ def test_calibration(results):
             f"Root mean square {found['rms']:.4g}; of the best constant {found['rms_constant']:.4g}" in words
         )
         assert "ended with the run's bits" in words
+        assert f"held until epoch {found['times'][0]:g}, where the fit begins" in words
         assert "91.6 k gradient evaluations, 12.8 k forward passes, 0.5 seconds; training 42 k" in words
         assert "pgd:steps=5,alpha=0.1, seed 3, 10 epochs" in words
 

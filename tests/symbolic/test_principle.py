@@ -229,7 +229,6 @@ LANDSCAPES = [
     ("theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4", 1.2, 0.0),
     (LOG, 0.8, 0.0),
     ("(theta - 1)^2/2 - (x - theta)^2*exp(theta)", -0.5, 0.0),
-    (PAPER, -1.0, 0.0),
 ]
 
 
