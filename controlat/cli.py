@@ -300,7 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"controlat{_which()}: training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("controlat: interrupted; the same command goes on (train: with --resume)", file=sys.stderr)
+        cure = {"train": "the same command with --resume goes on", "derive": "the same command begins again"}
+        told = cure.get(found.command, "the same command goes on")
+        print(f"controlat: interrupted; {told}", file=sys.stderr)
         return 130
     return 0
 

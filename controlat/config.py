@@ -307,14 +307,7 @@ class EvaluateSettings(Problem):
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
-        if not (run / "settings.json").is_file():
-            raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
-        found = read_json(run / "settings.json")
-        if found.get("command") != "train":
-            raise ValueError(f"{run} is not the directory of a controlat train")
-        done = read_json_lines(run / "log.jsonl")
-        if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
-            raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
+        found = _check_run(run)
         theirs = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
         theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [found["seed"]]}
         for f in fields(self):
@@ -471,6 +464,12 @@ class DeriveSettings:
             raise ValueError(f"tau_net must be > 0, in pixel units such as 0.3, got {self.tau_net}")
         if self.epochs is not None and (self.epochs != int(self.epochs) or self.epochs < 1):
             raise ValueError(f"epochs must be a whole number >= 1, got {self.epochs}")
+        if not 0 < self.resolution <= (self.epochs or math.inf):
+            raise ValueError(f"resolution must be > 0 and at most the epochs, got {self.resolution:g}")
+        if self.since is not None and not 0 <= self.since < math.inf:
+            raise ValueError(f"since must be an epoch >= 0, got {self.since:g}")
+        if self.calibrate is not None:
+            _check_run(Path(self.calibrate))
         if self.mapping is None:
             self.mapping = "affine" if self.calibrate is None else "clip"
         if self.mapping not in MAPPINGS:
@@ -514,6 +513,19 @@ class DeriveSettings:
 
 
 MEASURES = ("convergence", "curvature")
+
+
+def _check_run(run: Path) -> dict[str, Any]:
+    """The settings of a finished `controlat train`; an error says what the directory is instead."""
+    if not (run / "settings.json").is_file():
+        raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
+    found = dict(read_json(run / "settings.json"))
+    if found.get("command") != "train":
+        raise ValueError(f"{run} is not the directory of a controlat train")
+    done = read_json_lines(run / "log.jsonl")
+    if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
+        raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
+    return found
 
 
 def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:

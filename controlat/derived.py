@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +116,7 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     from controlat.symbolic import Derivation, convergence, verify
 
     began = time.perf_counter()
-    measured = _measured(chosen, out)
+    measured = _measured(chosen)
     task, fit = chosen.task, None
     if measured is not None:
         task, fit = _fitted(chosen, measured)
@@ -151,34 +153,34 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     return Derived(found, handover, verification, bound, fit, result)
 
 
-def _measured(chosen: DeriveSettings, out: Path | None) -> dict[str, Any] | None:
-    """What was measured on the run, now or by an earlier call in this directory."""
+def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
+    """What was measured on the run: now, or by an earlier call, which left it with the run."""
     if chosen.calibrate is None:
         return None
-    kept = None if out is None else out / "measured.json"
-    if kept is not None and kept.exists():
-        return dict(read_json(kept))
+    run = Path(chosen.calibrate)
+    mark = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
+    kept = run / "calibration.json"
+    if kept.exists():
+        known = dict(read_json(kept))
+        if known.get("checkpoint") == mark:
+            return known
     from controlat.calibration import measure
 
     found = measure(
-        chosen.calibrate,
-        data_dir=chosen.data_dir,
-        device=chosen.device,
-        threads=chosen.threads,
-        progress=chosen.progress,
-    )
-    if kept is not None:
+        run, data_dir=chosen.data_dir, device=chosen.device, threads=chosen.threads, progress=chosen.progress
+    ) | {"checkpoint": mark}
+    with contextlib.suppress(OSError):  # a run that may not be written to is measured anew each time
         write_json(kept, found)
     return found
 
 
 def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]:
-    from controlat.symbolic import fit
-
     """The task that the run asks for: theta_0, the scale of time, and tau so that K* is in its steps.
 
     The steps needed are K* itself; a curvature of 1/alpha* pixels makes it tau_net/alpha*.
     """
+    from controlat.symbolic import fit
+
     values = measured["measures"][chosen.measure]["values"]
     try:
         found = fit(chosen.task, measured["times"], values, chosen.since)
@@ -254,9 +256,9 @@ def _write(result: dict[str, Any], out: Path) -> None:
     from controlat.symbolic.figures import FIGURES
     from controlat.symbolic.summary import markdown
 
-    write_json(out / "result.json", result)
     write_json(out / "schedule.json", result["network"]["schedule"])
     for name, figure in FIGURES.items():
         if figure.wanted(result):
             figure.draw(result, out / name)
     write_text(out / "summary.md", markdown(result))
+    write_json(out / "result.json", result)  # last: where it is, the others are

@@ -12,7 +12,7 @@ import pytest
 
 import controlat
 from controlat.cli import main
-from controlat.files import read_json, read_json_lines
+from controlat.files import read_json, read_json_lines, write_json
 
 FEW: dict[str, Any] = {"train_points": 300, "test_points": 50, "progress": False, "threads": 1}
 
@@ -122,6 +122,10 @@ def test_the_command_prints_mathematics_and_what_to_do_next(
         (["--calibrate", "nowhere"], "nowhere"),
         (["--theta-range", "1"], "theta_range must be two numbers"),
         (["--epochs", "0"], "epochs must be a whole number >= 1"),
+        (["--resolution", "0"], "resolution must be > 0"),
+        (["--resolution", "20", "--epochs", "12"], "resolution must be > 0 and at most the epochs"),
+        (["--since", "-5"], "since must be an epoch >= 0"),
+        (["--parameters.a", "2"], "a = 2 was given, but the formula has no such name"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -150,10 +154,17 @@ def test_calibration_fits_the_run_and_repeats_without_measuring_again(run: Path,
     assert found.schedule.epochs == 12
     assert found.schedule(0)["alpha"] * found.schedule(0)["steps"] == pytest.approx(0.3)
     assert (out / "calibration.png").exists()
-    before = (out / "measured.json").stat().st_mtime_ns
+    before = (run / "calibration.json").stat().st_mtime_ns
     again = controlat.derive(out=out, calibrate=str(run), checks=False, progress=False)
-    assert (out / "measured.json").stat().st_mtime_ns == before
+    assert (run / "calibration.json").stat().st_mtime_ns == before
     assert again.fit == found.fit
+    # Another fit to the same measurement, and a run that has changed since is measured again.
+    controlat.derive(out=tmp_path / "other", calibrate=str(run), since=1, checks=False, progress=False)
+    assert (run / "calibration.json").stat().st_mtime_ns == before
+    kept = read_json(run / "calibration.json")
+    write_json(run / "calibration.json", kept | {"checkpoint": "another"})
+    assert controlat.derive(calibrate=str(run), checks=False, progress=False).fit == found.fit
+    assert read_json(run / "calibration.json")["checkpoint"] == kept["checkpoint"]
 
 
 def test_calibration_to_curvature_gives_k_of_the_network_too(run: Path) -> None:

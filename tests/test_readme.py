@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_the_table_of_the_readme_is_that_of_the_result_file() -> None:
     assert shown == report.table(*report.rows(result))
 
 
+def test_the_mathematics_of_the_readme_is_what_derive_prints() -> None:
+    shown = README.partition("<!-- derived -->\n```\n")[2].partition("\n```\n<!-- end of derived -->")[0]
+    assert len(shown.splitlines()) > 10
+    assert shown in str(controlat.derive(checks=False, progress=False))
+
+
 def test_commands_of_the_readme_are_accepted(tmp_path: Path) -> None:
     from controlat.cli import _parser, _underscored
 
@@ -68,7 +75,7 @@ def test_commands_of_the_readme_are_accepted(tmp_path: Path) -> None:
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert len(lines) >= 3
     for line in lines:
-        _parser().parse_args([_underscored(a) for a in line.split()[1:]])
+        _parser().parse_args([_underscored(a) for a in shlex.split(line)[1:]])
 
 
 def test_the_stored_surfaces_give_c_for_another_gamma_as_the_mathematics_says(tmp_path: Path) -> None:

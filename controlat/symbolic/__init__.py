@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from controlat.symbolic.bound import Bound as Bound
     from controlat.symbolic.bound import convergence as convergence
+    from controlat.symbolic.branch import Branch as Branch
     from controlat.symbolic.derivation import Derivation as Derivation
     from controlat.symbolic.fitting import Fit as Fit
     from controlat.symbolic.fitting import fit as fit
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from controlat.symbolic.formula import parse as parse
     from controlat.symbolic.handover import Handover as Handover
     from controlat.symbolic.handover import hand_over as hand_over
-    from controlat.symbolic.landscape import Branch as Branch
     from controlat.symbolic.landscape import Landscape as Landscape
     from controlat.symbolic.landscape import LandscapeError as LandscapeError
     from controlat.symbolic.task import Task as Task
@@ -32,7 +32,7 @@ AMATA = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"  # Ye et al. (2021), equation 
 
 _HOME = {
     "Bound": "bound",
-    "Branch": "landscape",
+    "Branch": "branch",
     "Derivation": "derivation",
     "Fit": "fitting",
     "FormulaError": "formula",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import sympy
 
+from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
 from controlat.symbolic.limits import NotFound, TimeLimit, limited
 
-__all__ = ["Answer", "agrees", "ask"]
+__all__ = ["Answer", "agrees", "attempts"]
 
 _LONG = 160  # operations of an expression that nobody wants to read
 
@@ -53,13 +54,13 @@ class Answer:
         }
 
 
-def ask(
+def attempts(
     name: str,
     function: Callable[..., Any],
     *arguments: Any,
     numbers: Mapping[sympy.Symbol, Any],
     seconds: float,
-) -> tuple[Any, str, str]:
+) -> Iterator[tuple[Any, str, str]]:
     """Ask sympy with the parameters as symbols, then with their numbers.
 
     Args:
@@ -69,28 +70,45 @@ def ask(
         numbers: the values of the landscape's parameters.
         seconds: time limit of each of the two.
 
-    Returns:
+    Yields:
         The answer, None without one; by whom; why there is none.
     """
     tries = [("sympy", arguments)]
     if numbers:
         inserted = tuple(a.subs(numbers) if isinstance(a, sympy.Basic) else a for a in arguments)
         tries.append(("sympy (numbers inserted)", inserted))
-    why = ""
     for by, given in tries:
         try:
-            return limited(function, *given, seconds=seconds), by, ""
+            yield limited(function, *given, seconds=seconds), by, ""
         except TimeLimit:
-            why = f"sympy had not found {name} after {seconds:g} seconds"
+            yield None, "scipy", f"sympy had not found {name} after {seconds:g} seconds"
         except NotFound:
-            why = f"sympy finds no closed form of {name}"
-    return None, "scipy", why
+            yield None, "scipy", f"sympy finds no closed form of {name}"
 
 
-def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
-    """Whether a formula in one symbol gives the numbers that are known otherwise, to seven digits."""
+def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, seconds: float) -> bool:
+    """Whether a formula in one symbol gives the numbers that are known otherwise, to seven digits.
+
+    Where double precision does not bear it out, a few points are looked at with thirty digits: a formula may
+    be right and yet cancel.
+    """
     try:
         found = compiled(formula, symbol)(at)
-    except (TypeError, ValueError, NameError, AttributeError, OverflowError):
-        return False  # a function that numpy does not have, or a value that is not a number
-    return bool(np.all(np.abs(found - values) <= 1e-7 * (1e-3 + np.abs(values))))
+    except Exception:  # whatever lambdify or a function that numpy lacks may raise: then not this way
+        found = np.full(np.shape(values), np.nan)
+    if _close(found, values, values):
+        return True
+    if not np.isfinite(found).all():
+        return False  # undefined, or by way of complex numbers, as Cardano's formula goes
+    few = np.unique(np.linspace(0, len(at) - 1, 5).astype(int))
+    try:
+        exact = limited(questions.values, formula, symbol, at[few].tolist(), seconds=seconds)
+    except (TimeLimit, NotFound):
+        return False
+    return _close(np.array(exact), values[few], values)
+
+
+def _close(found: Array, wanted: Array, every: Array) -> bool:
+    scale = float(np.max(np.abs(every), initial=0.0)) or 1e-3
+    with np.errstate(all="ignore"):
+        return bool(np.all(np.abs(found - wanted) <= 1e-7 * np.abs(wanted) + 1e-9 * scale))

@@ -5,23 +5,34 @@
 with u = (alpha, K), x_K the inner ascent from the data point and L(theta) = l(theta, x*(theta)). Controls are
 written as (q, K) with q = alpha/alpha*(theta), so that q = 1 means *exactly* the step that lands on x*: as a
 rounded 1 - alpha/alpha* it would leave (1e-16)^K behind, which is no longer small for K < 1.
+
+alpha <= alpha*(theta) is there to exclude overshoot. For l quadratic in x it does; for others the first step
+stays before x* and a later one may not, and may run off to infinity. So the sets with alpha <= alpha* contain
+a control only if *every* step of its ascent (the first ceil(K) of them) stays between x0 and x*; "overshoot"
+contains those whose steps stay finite and inside x_range. alpha = alpha* lands on x*, where l_x = 0, and
+stays. Where 1 + alpha* l_xx(theta, x*) < 0 and K* > 1 the steps just below alpha* overshoot: alpha* is an
+isolated point of the set. Controls outside their set have x_K = nan, H = -inf and cost inf.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Landscape, LandscapeError
 
 __all__ = ["SETS", "AdmissibleSet", "Bolza", "candidates", "whole_cap"]
 
 Array = NDArray[np.float64]
 Q_MIN = 0.02  # the smallest alpha/alpha* looked at: K up to 50 K*(theta), where x_K hardly moves any more
+_MANY = 600  # steps of one ascent of a landscape that is not quadratic; fewer than 4 K* are never too many
+_SLACK = 1e-10  # of |x* - x0|: by so much rounding may carry a step beyond x*
 
 
 class AdmissibleSet(NamedTuple):
@@ -33,11 +44,19 @@ class AdmissibleSet(NamedTuple):
 
 
 SETS = {
-    "product": AdmissibleSet("alpha K = tau, 0 < alpha <= alpha*(theta), K real", False, True),
-    "integer": AdmissibleSet("alpha K = tau, alpha <= alpha*(theta), K = 1, 2, ...", True, True),
-    "free": AdmissibleSet("0 < alpha <= alpha*(theta), K = 1, 2, ..., not tied to each other", True, False),
+    "product": AdmissibleSet(
+        "alpha K = tau, 0 < alpha <= alpha*(theta), K real, no step beyond x*", False, True
+    ),
+    "integer": AdmissibleSet(
+        "alpha K = tau, alpha <= alpha*(theta), K = 1, 2, ..., no step beyond x*", True, True
+    ),
+    "free": AdmissibleSet(
+        "0 < alpha <= alpha*(theta), K = 1, 2, ..., not tied to each other, no step beyond x*", True, False
+    ),
     "overshoot": AdmissibleSet(
-        "0 < alpha <= c alpha*(theta) with 1 < c < 2, K = 1, 2, ..., not tied", True, False
+        "0 < alpha <= c alpha*(theta) with 1 < c < 2, K = 1, 2, ..., not tied, no step out of x_range",
+        True,
+        False,
     ),
 }
 
@@ -111,6 +130,24 @@ class Bolza:
         """The largest alpha/alpha* of the set."""
         return self.overshoot if self.admissible == "overshoot" else 1.0
 
+    @cached_property
+    def domain(self) -> tuple[float, float]:
+        """The interval around theta0 on which x* is known and a positive step from x0 lands on it."""
+        low, high = self.branch.domain
+        theta = np.unique(np.append(np.linspace(low, high, 2001), self.theta0))
+        star = self.branch(theta)
+        with np.errstate(all="ignore"):  # near a fold the branch may have been polished into another root
+            slope, bend = (np.abs(self.landscape(by)(theta, star)) for by in ("x", "xx"))
+            scale = np.abs(self.landscape("x")(theta, self.start(theta)))
+            known = slope <= 1e-7 * scale + 1e-9 * bend * np.maximum(1.0, np.abs(star)) + 1e-14
+        bad = theta[~((self.step(theta) > 0) & known)]
+        below, above = bad[bad < self.theta0], bad[bad > self.theta0]
+        if len(below):
+            low = float(theta[np.searchsorted(theta, below[-1]) + 1])
+        if len(above):
+            high = float(theta[np.searchsorted(theta, above[0]) - 1])
+        return low, high
+
     def start(self, theta: Any) -> Array:
         """The data point, in the shape of theta."""
         return np.full(np.shape(theta), float(self.landscape.x0))
@@ -131,9 +168,10 @@ class Bolza:
             return np.where(near, limit, (x - start) / np.where(near, 1.0, land("x")(theta, start)))
 
     def count(self, theta: Any) -> Array:
-        """K*(theta) = tau/alpha*(theta)."""
+        """K*(theta) = tau/alpha*(theta); nan where no positive step lands on x*."""
+        step = self.step(theta)
         with np.errstate(all="ignore"):
-            return np.asarray(self.tau / self.step(theta), dtype=float)
+            return np.where(step > 0, self.tau / step, np.nan)
 
     def count_slope(self, theta: Any) -> Array:
         """dK*/dtheta = -tau alpha*'/alpha*^2."""
@@ -163,31 +201,73 @@ class Bolza:
         outer, inner = (self.branch(theta + k * h) - self.branch(theta - k * h) for k in (2, 1))
         return np.where(np.isfinite(exact), exact, (8 * inner - outer) / (12 * h))
 
-    def inner(self, theta: Any, q: Any, k: Any) -> Array:
-        """x_K(theta, alpha) for alpha = q alpha*(theta) and real K >= 0.
+    def inner(self, theta: Any, q: Any, k: Any, clip: bool = False) -> Array:
+        """x_K(theta, alpha) for alpha = q alpha*(theta) and real K >= 0; nan for controls outside the set.
 
         For l quadratic in x it is x* + rho^K (x0 - x*), rho = 1 - q. Otherwise floor(K) whole steps, and for
         the rest s = K - floor(K) the geometric interpolation x* + r^s (x_n - x*) with
-        r = (x_{n+1} - x*)/(x_n - x*), which agrees with rho^K for quadratic l; linear where r < 0.
+        r = (x_{n+1} - x*)/(x_n - x*), which agrees with rho^K for quadratic l.
         q = 1 gives x* itself for every K > 0.
+
+        Args:
+            theta: a number or an array, like q and k.
+            q: alpha/alpha*.
+            k: K.
+            clip: end an ascent at x* (or x0) where it would pass it, instead of refusing the control:
+                within a time step, over which a control of the set is held while theta moves on, and for
+                minimisers that need finite numbers. Such a control does what alpha* does, with more steps.
         """
         theta, q, k = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (theta, q, k)))
         star, start = self.branch(theta), self.start(theta)
         with np.errstate(all="ignore"):
             if self.landscape.quadratic:
-                return np.asarray(star + (1.0 - q) ** k * (start - star), dtype=float)
-            if np.all((q == 1) & (k > 0)):
+                found = np.asarray(star + (1.0 - q) ** k * (start - star), dtype=float)
+                return found if self.admissible != "overshoot" else self._in_range(star, q, found)
+            exact = (q == 1) & (k > 0)
+            if np.all(exact):
                 return star
-            alpha, s = q * self.step(theta, star), k - np.floor(k)
-            x, _ = ascend(self.landscape, theta, alpha, np.floor(k), tangent=False)
-            after = x + alpha * self.landscape("x")(theta, x)
+            n = np.where(exact, 0.0, np.floor(k))
+            x, after, _, _ = self._ascend(theta, q, n, star, clip, tangent=False)
+            s = np.where(exact, 0.0, k - n)
             r = (after - star) / np.where(x == star, 1.0, x - star)
             between = np.where(r >= 0, star + np.abs(r) ** s * (x - star), x + s * (after - x))
             between = np.where(s > 0, between, x)
-            return np.where(((q == 1) & (k > 0)) | (x == star), star, between)
+            found = np.where(exact | (x == star), star, between)
+            return np.where(np.isfinite(q) & np.isfinite(k), found, np.nan)
+
+    def _in_range(self, star: Array, q: Array, found: Array) -> Array:
+        """x_K of a quadratic l where the longest step, the first, ends inside x_range; else nan."""
+        low, high = self.landscape.ends
+        first = self.start(star) + q * (star - self.start(star))
+        return np.where((first >= low) & (first <= high), found, np.nan)
+
+    def _ascend(
+        self, theta: Array, q: Array, n: Array, star: Array, clip: bool, tangent: bool
+    ) -> tuple[Array, Array, Array, Array]:
+        """x_n and x_{n+1}, and d/dtheta of both at fixed alpha (zeros unless asked for)."""
+        start, alpha = self.start(theta), q * self.step(theta, star)
+        if self.admissible == "overshoot":
+            low, high = (np.full(theta.shape, end) for end in self.landscape.ends)
+            clip = False
+        else:
+            low, high = np.minimum(start, star), np.maximum(start, star)
+        turn = self.star_slope(theta) if tangent else np.zeros(theta.shape)
+        walk = _Ascent(self.landscape, theta, alpha, low, high, clip)
+        x, dx = walk.run(n, tangent)
+        after, dafter = walk.step(x, dx, tangent)
+        ended = x == star
+        return (
+            x,
+            np.where(ended, star, after),
+            np.where(ended, turn, dx),
+            np.where(after == star, turn, dafter),
+        )
 
     def inner_slope(self, theta: Any, q: Any, k: Any) -> Array:
-        """d x_K/dtheta with alpha and K (not q) held fixed; K < 1 makes it infinite as alpha -> alpha*."""
+        """d x_K/dtheta with alpha and K (not q) held fixed; K < 1 makes it infinite as alpha -> alpha*.
+
+        Ascents are ended at x* as with `clip`.
+        """
         theta, q, k = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (theta, q, k)))
         loss, star, start, turn = (
             self.landscape,
@@ -196,15 +276,15 @@ class Bolza:
             self.star_slope(theta),
         )
         with np.errstate(all="ignore"):
-            alpha = q * self.step(theta, star)
             if loss.quadratic:
-                rho = np.where(k < 1, np.maximum(1.0 - q, 1e-14), 1.0 - q)
+                alpha, rho = (
+                    q * self.step(theta, star),
+                    np.where(k < 1, np.maximum(1.0 - q, 1e-14), 1.0 - q),
+                )
                 moved = k * rho ** (k - 1) * alpha * loss("xxt")(theta, start) * (start - star)
                 return np.asarray(turn * (1 - rho**k) + moved, dtype=float)
             s = k - np.floor(k)
-            x, dx = ascend(loss, theta, alpha, np.floor(k), tangent=True)
-            after = x + alpha * loss("x")(theta, x)
-            dafter = dx + alpha * (loss("xt")(theta, x) + loss("xx")(theta, x) * dx)
+            x, after, dx, dafter = self._ascend(theta, q, np.floor(k), star, clip=True, tangent=True)
             d, e = x - star, after - star
             y = np.where(d < 0, -1.0, 1.0) * np.abs(e) ** s * np.abs(d) ** (1 - s)
             geometric = turn + y * (s * (dafter - turn) / e + (1 - s) * (dx - turn) / d)
@@ -212,13 +292,13 @@ class Bolza:
             between = np.where(e * d >= 0, geometric, dx + s * (dafter - dx))
             return np.where(s > 0, between, dx)
 
-    def flow(self, theta: Any, q: Any, k: Any) -> Array:
-        """F(theta, u) = -l_theta(theta, x_K)."""
-        return np.asarray(-self.landscape("t")(theta, self.inner(theta, q, k)), dtype=float)
+    def flow(self, theta: Any, q: Any, k: Any, clip: bool = False) -> Array:
+        """F(theta, u) = -l_theta(theta, x_K); nan for controls outside the set, `clip` as for `inner`."""
+        return np.asarray(-self.landscape("t")(theta, self.inner(theta, q, k, clip)), dtype=float)
 
     def flow_slope(self, theta: Any, q: Any, k: Any) -> Array:
         """dF/dtheta with alpha and K held fixed."""
-        return self._total(theta, self.inner(theta, q, k), self.inner_slope(theta, q, k))
+        return self._total(theta, self.inner(theta, q, k, clip=True), self.inner_slope(theta, q, k))
 
     def robust_flow_slope(self, theta: Any) -> Array:
         """d/dtheta of F(theta, alpha*(theta)) = -L'(theta)."""
@@ -229,43 +309,107 @@ class Bolza:
             found = -(self.landscape("tt")(theta, x) + self.landscape("tx")(theta, x) * dx)
         return np.asarray(found, dtype=float)
 
-    def hamiltonian(self, theta: Any, p: Any, q: Any, k: Any) -> Array:
-        """H = p F(theta, u) - gamma K; -inf (no candidate) where the ascent leaves the real numbers."""
+    def hamiltonian(self, theta: Any, p: Any, q: Any, k: Any, clip: bool = False) -> Array:
+        """H = p F(theta, u) - gamma K; -inf for controls outside the set, `clip` as for `inner`."""
         with np.errstate(all="ignore"):
-            found = p * self.flow(theta, q, k) - self.gamma * np.asarray(k, dtype=float)
+            found = p * self.flow(theta, q, k, clip) - self.gamma * np.asarray(k, dtype=float)
         return np.where(np.isfinite(found), found, -np.inf)
 
     def policy(self, theta: Any) -> tuple[Array, Array]:
         """The derived schedule (q, K) in this set: alpha = alpha*, K = K*.
 
-        K is rounded up where it must be whole, and alpha = tau/K then where the two are tied.
+        K is rounded up where it must be whole; where the two are tied alpha = tau/K then, and K is the next
+        one whose ascent stays before x* (for l quadratic in x that is ceil(K*)); nan where there is none.
         """
         exact = self.count(theta)
         if not SETS[self.admissible].whole:
-            return np.ones_like(exact), exact
-        whole = np.ceil(exact * (1 - 1e-12))  # K* = 20 computed as 20.000000000000004 is 20
-        return (exact / whole if SETS[self.admissible].tied else np.ones_like(exact)), whole
+            return np.where(np.isnan(exact), np.nan, 1.0), exact
+        whole = np.maximum(np.ceil(exact * (1 - 1e-12)), 1.0)  # K* = 20 computed as 20.000000000000004 is 20
+        if not SETS[self.admissible].tied:
+            return np.ones_like(exact), whole
+        if not self.landscape.quadratic:
+            whole = self._admitted(np.asarray(theta, dtype=float), whole)
+        return self.ratio(theta, whole), whole
+
+    def ratio(self, theta: Any, k: Any) -> Array:
+        """q = K*/K of alpha = tau/K.
+
+        At most 1 where l is not quadratic: a K kept over a time step may fall below K*, and by rounding.
+        """
+        with np.errstate(all="ignore"):
+            q = np.asarray(self.count(theta) / k, dtype=float)
+        return q if self.landscape.quadratic else np.minimum(q, 1.0)
+
+    def admits(self, theta: Any, q: Any, k: Any) -> NDArray[np.bool_]:
+        """Whether a control belongs to the set."""
+        return np.isfinite(self.inner(theta, q, k))
+
+    def _admitted(self, theta: Array, least: Array) -> Array:
+        """The smallest whole K >= least whose ascent with alpha = tau/K stays before x*, by bisection."""
+        low, high = least - 1, least
+        missing = ~self.admits(theta, self.ratio(theta, high), high)
+        for _ in range(9):  # up to 512 times as many
+            if not missing.any():
+                break
+            low, high = np.where(missing, high, low), np.where(missing, 2 * high, high)
+            missing = ~self.admits(theta, self.ratio(theta, high), high)
+        high = np.where(missing, np.nan, high)
+        while np.any(high - low > 1):
+            middle = np.where(high - low > 1, np.floor((low + high) / 2), high)
+            fine = self.admits(theta, self.ratio(theta, middle), middle)
+            low, high = np.where(fine, low, middle), np.where(fine, middle, high)
+        return high
 
 
-def ascend(loss: Landscape, theta: Array, alpha: Array, whole: Array, tangent: bool) -> tuple[Array, Array]:
-    """x after whole[i] steps from the data point, and dx/dtheta at fixed alpha (zeros unless asked for)."""
-    shape = theta.shape
-    theta, alpha, whole = theta.ravel(), alpha.ravel(), whole.ravel()
-    x, dx = np.full(theta.shape, float(loss.x0)), np.zeros(theta.shape)
-    left = np.flatnonzero(whole > 0)
-    n = 0
-    while left.size:
-        t, a, before = theta[left], alpha[left], x[left]
+class _Ascent:
+    """Steps x <- x + alpha l_x from the data point inside [low, high]; beyond it nan, or its end (clip)."""
+
+    def __init__(
+        self, loss: Landscape, theta: Array, alpha: Array, low: Array, high: Array, clip: bool
+    ) -> None:
+        self.loss, self.theta, self.alpha, self.clip = loss, theta, alpha, clip
+        slack = _SLACK * (high - low) + 1e-14 * np.maximum(1.0, np.abs(low))
+        self.low, self.high, self.slack = low, high, slack
+
+    def _kept(self, x: Array, low: Array, high: Array, slack: Array) -> Array:
+        """x where it is inside."""
+        if self.clip:
+            return np.clip(x, low, high)
+        return np.where((x >= low - slack) & (x <= high + slack), x, np.nan)
+
+    def step(self, x: Array, dx: Array, tangent: bool) -> tuple[Array, Array]:
+        """One step of all."""
+        after, dafter = x + self.alpha * self.loss("x")(self.theta, x), dx
         if tangent:
-            dx[left] = dx[left] + a * (loss("xt")(t, before) + loss("xx")(t, before) * dx[left])
-        x[left] = before + a * loss("x")(t, before)
-        n += 1
-        going = (whole[left] > n) & np.isfinite(x[left])
-        if not tangent:  # at a fixed point all further steps stay
-            with np.errstate(all="ignore"):
-                going &= np.abs(x[left] - before) > 2e-16 * np.abs(before)
-        left = left[going]
-    return x.reshape(shape), dx.reshape(shape)
+            dafter = dx + self.alpha * (self.loss("xt")(self.theta, x) + self.loss("xx")(self.theta, x) * dx)
+        return self._kept(after, self.low, self.high, self.slack), dafter
+
+    def run(self, whole: Array, tangent: bool) -> tuple[Array, Array]:
+        """x after whole[i] steps from the data point, and dx/dtheta at fixed alpha (0 unless asked for)."""
+        shape = self.theta.shape
+        every = (self.theta, self.alpha, self.low, self.high, self.slack, whole)
+        theta, alpha, low, high, slack, whole = (v.ravel() for v in every)
+        x, dx = np.full(theta.shape, float(self.loss.x0)), np.zeros(theta.shape)
+        left = np.flatnonzero(whole > 0)
+        rows = [v[left] for v in (theta, alpha, low, high, slack, whole)]
+        n = 0
+        while left.size:
+            t, a, bottom, top, slack, most = rows
+            before = x[left]
+            if tangent:
+                dx[left] = dx[left] + a * (self.loss("xt")(t, before) + self.loss("xx")(t, before) * dx[left])
+            now = self._kept(before + a * self.loss("x")(t, before), bottom, top, slack)
+            x[left] = now
+            n += 1
+            # At a fixed point all further steps stay; so they do at the end where an ascent was clipped.
+            going = (most > n) & np.isfinite(now)
+            if not tangent:
+                going &= np.abs(now - before) > 2e-16 * np.abs(before)
+            if self.clip:
+                going &= (now > bottom) & (now < top)
+            if not going.all():
+                left, rows = left[going], [v[going] for v in rows]
+        return x.reshape(shape), dx.reshape(shape)
 
 
 def whole_cap(problem: Bolza) -> int:
@@ -280,16 +424,30 @@ def whole_cap(problem: Bolza) -> int:
     return max(20, min(100, 2 * math.ceil(float(problem.count(problem.theta0)))))
 
 
-def grid_of_q(reach: float, points: int) -> Array:
-    """alpha/alpha* from `Q_MIN` to reach: log-spaced, linear, and dense towards 1 from below; 1 exactly."""
-    logs = np.geomspace(Q_MIN, 1.0, points)
+def smallest_q(problem: Bolza, theta: Array) -> float:
+    """The smallest alpha/alpha* looked at: `Q_MIN`, or what makes 600 steps where each has to be computed.
+
+    At least 1/4 is allowed for always: K up to 4 K*.
+    """
+    if problem.landscape.quadratic or not SETS[problem.admissible].tied:
+        return Q_MIN
+    count = problem.count(theta)
+    most = float(np.max(count, where=np.isfinite(count), initial=1.0))
+    return min(0.25, max(Q_MIN, most / _MANY))
+
+
+def grid_of_q(reach: float, points: int, least: float = Q_MIN) -> Array:
+    """alpha/alpha* from least to reach: log-spaced, linear, and dense towards 1 from below; 1 exactly."""
+    logs = np.geomspace(least, 1.0, points)
     near = 1.0 - np.geomspace(1e-9, 0.1, points // 4)
     line = np.linspace(reach / points, reach, points)
-    return np.unique(np.concatenate([logs, near, line[line >= Q_MIN], [1.0, reach]]))
+    return np.unique(np.concatenate([logs, near, line[line >= least], [1.0, reach]]))
 
 
 def candidates(problem: Bolza, theta: Array, points: int = 100, thin: bool = False) -> tuple[Array, Array]:
-    """Controls of G(theta) to look at, as arrays (q, K) of shape (theta, candidates); q = 1 is among the q.
+    """Controls to look at, as arrays (q, K) of shape (theta, candidates); q = 1 is among the q.
+
+    Those of a landscape that is not quadratic in x belong to G(theta) only where `Bolza.admits` them.
 
     Args:
         problem: with the set.
@@ -303,11 +461,13 @@ def candidates(problem: Bolza, theta: Array, points: int = 100, thin: bool = Fal
         counts = np.unique(np.round(np.concatenate([counts[:4], np.geomspace(1, cap, 9)])))
     exact = problem.count(theta)[:, None]
     if problem.admissible == "product":
-        q = np.broadcast_to(grid_of_q(1.0, points), (len(theta), len(grid_of_q(1.0, points))))
-        return q, exact / q
+        ratios = grid_of_q(1.0, points, smallest_q(problem, theta))
+        q = np.broadcast_to(ratios, (len(theta), len(ratios)))
+        with np.errstate(all="ignore"):
+            return q, exact / q
     if problem.admissible == "integer":
-        k = np.ceil(exact * (1 - 1e-12)) + (counts - 1)
-        return exact / k, k
+        k = problem.policy(theta)[1][:, None] + (counts - 1)
+        return problem.ratio(theta[:, None], k), k
     q, k = np.meshgrid(grid_of_q(problem.reach, points // 2), counts, indexing="ij")
     shape = (len(theta), q.size)
     return np.broadcast_to(q.ravel(), shape), np.broadcast_to(k.ravel(), shape)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from controlat.symbolic.landscape import Branch
+from controlat.symbolic.branch import Branch
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 

@@ -6,7 +6,7 @@ believed only where it agrees with the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,23 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
 from controlat.symbolic import questions
-from controlat.symbolic.answers import Answer, agrees, ask
+from controlat.symbolic.answers import Answer, agrees, attempts
+from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.landscape import Array, Branch, LandscapeError, choose
+from controlat.symbolic.landscape import Array, LandscapeError
 from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
 
 __all__ = ["Derivation"]
 
 T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
+_TIDY = 5.0  # seconds for a shorter form of what is known already
+_CALLS = 40_000  # of the flow's right side, beyond which another method is tried, and then none
+Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
+
+
+class _TooMany(Exception):
+    """The flow took too many evaluations."""
 
 
 class Derivation:
@@ -45,11 +53,14 @@ class Derivation:
         self.answers: dict[str, Answer] = {}
         self.notes: list[str] = []
         theta0 = float(task.theta0)
+        if self._tidy(self.landscape.derivative("x")) == 0:
+            raise LandscapeError(
+                f"l = {self.landscape.text} does not depend on x: every x is an inner maximum"
+            )
         self.points = self.landscape.stationary(theta0)
         chosen = choose(self.landscape, theta0, self.points, task.branch)
         self.index, self.point = chosen
-        found = self._ask("the zeros of l_x", questions.stationary, self.landscape.expression)
-        self._branch(*found)
+        self._branch()
         self._losses()
         self._steps()
         self._flow()
@@ -58,8 +69,19 @@ class Derivation:
 
     # ---- asking sympy
 
+    def _attempts(self, name: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+        numbers, seconds = self.landscape.values, self.task.seconds
+        if function is questions.tidy:
+            seconds = min(seconds, _TIDY)
+        return attempts(name, function, *arguments, numbers=numbers, seconds=seconds)
+
     def _ask(self, name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:
-        return ask(name, function, *arguments, numbers=self.landscape.values, seconds=self.task.seconds)
+        """The first answer that there is, by whom, and why there is none."""
+        told: tuple[Any, str, str] = (None, "scipy", "")
+        for told in self._attempts(name, function, *arguments):
+            if told[0] is not None:
+                break
+        return told
 
     def _tidy(self, found: sympy.Expr) -> sympy.Expr:
         """The shortest form that is found within the time limit, else the one that is given."""
@@ -67,15 +89,23 @@ class Derivation:
         return found if shorter is None else shorter
 
     def _agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
-        return agrees(formula.subs(self.task.values), symbol, at, values)
+        return agrees(formula.subs(self.task.values), symbol, at, values, self.task.seconds)
 
-    def _keep(self, key: str, name: str, found: Sequence[Any], by: str, why: str, check: Any) -> None:
-        """Keep the first of several answers that agrees with the numbers: check = (symbol, where, values)."""
-        for formula in found:
-            if self._agrees(formula, *check):
-                self.answers[key] = Answer(name, formula, by)
-                return
-        why = why or f"what sympy found for {name} does not agree with the numbers"
+    def _find(self, key: str, name: str, check: Check, function: Callable[..., Any], *arguments: Any) -> None:
+        """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values)."""
+        why = ""
+        for found, by, told in self._attempts(name, function, *arguments):
+            why = told or f"what sympy finds for {name} does not agree with the numbers"
+            for formula in found if isinstance(found, list) else [found]:
+                if formula is not None and self._agrees(formula, *check):
+                    self.answers[key] = Answer(name, formula, by)
+                    return
+        if function is questions.tidy and self._agrees(arguments[0], *check):
+            self.answers[key] = Answer(name, arguments[0])  # as it stands: a shorter form was not found
+            return
+        self._without(key, name, why)
+
+    def _without(self, key: str, name: str, why: str) -> None:
         self.answers[key] = Answer(name, None, "scipy", why)
 
     def formula(self, key: str) -> sympy.Expr | None:
@@ -84,108 +114,128 @@ class Derivation:
 
     @property
     def _sample(self) -> Array:
-        """Values of theta at which formulas are compared with numbers: what the flow visits and a tenth more.
+        """Values of theta at which formulas are compared with numbers: what the flow visits.
 
-        Off the round ones, where 0/0 lurks.
+        Off the round ones, where 0/0 lurks; a little wider where the flow stands still.
         """
         visited = self.theta(np.linspace(0, float(self.task.horizon), 101))
-        margin = 0.1 * (visited.max() - visited.min()) + 1e-3
-        low = max(self.branch.domain[0], float(visited.min()) - margin)
-        high = min(self.branch.domain[1], float(visited.max()) + margin)
+        low, high = float(visited.min()), float(visited.max())
+        margin = max(0.0, 1e-3 * (self.branch.domain[1] - self.branch.domain[0]) - (high - low))
+        low -= min(margin, (low - self.branch.domain[0]) / 2)
+        high += min(margin, (self.branch.domain[1] - high) / 2)
         return np.asarray(low + (high - low) * (np.arange(40) + 0.6180339887) / 40.5)
 
     # ---- the inner problem
 
-    def _branch(self, formulas: Sequence[sympy.Expr] | None, by: str, why: str) -> None:
+    def _branch(self) -> None:
         """Follow the chosen maximum as far as it goes, and along the robust flow."""
-        start = np.array([float(self.task.theta0)])
-        every = [f for f in formulas or () if not f.has(sympy.I)]
-        if self.landscape.expression.has(sympy.Function):  # of a periodic l sympy lists one period
-            every += [f + 2 * sympy.pi * k for f in every for k in (-2, -1, 1, 2)]
-        mine = [f for f in every if self._agrees(f, THETA, start, np.array([self.point.x]))]
-        why = why or "sympy does not find this one among the real zeros of l_x"
-        where = self.landscape, float(start[0]), self.point.x, self.task.reach
-        if self.landscape("xx")(start[0], self.point.x) < -1e-9 * max(1.0, abs(self.point.value)):
+        theta0 = float(self.task.theta0)
+        name, why = "the zeros of l_x", ""
+        mine: list[tuple[sympy.Expr, str]] = []
+        for found, by, told in self._attempts(name, questions.stationary, self.landscape.expression):
+            why = told or "sympy does not find this one among the real zeros of l_x"
+            mine += [(formula, by) for formula in self._mine(found or [])]
+            if mine:
+                break
+        where = self.landscape, theta0, self.point.x, self.task.reach
+        if not self.point.flat:
             self.branch = Branch(*where)
         elif mine:
-            self.branch = Branch(*where, formula=mine[0])
+            self.branch = Branch(*where, formula=mine[0][0])
             told = "the inner maximum is flat (l_xx = 0 there): ascent near it is slower than geometric"
             self.notes.append(told)
         else:
             raise LandscapeError(
-                f"the inner maximum x = {self.point.x:.6g} at theta = {start[0]:g} is flat (l_xx = 0), and "
+                f"the inner maximum x = {self.point.x:.6g} at theta = {theta0:g} is flat (l_xx = 0), and "
                 f"{why}"
             )
         self.path = self._integrate()
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
         at = self._sample
-        self._keep("x", "x*(theta)", mine, by, why, (THETA, at, self.branch(at)))
+        for formula, by in mine:
+            if self._agrees(formula, THETA, at, self.branch(at)):
+                self.answers["x"] = Answer("x*(theta)", formula, by)
+                return
+        self._without("x", "x*(theta)", "sympy's holds at theta_0, but not along the flow" if mine else why)
+
+    def _mine(self, formulas: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+        """Those zeros of l_x that are the chosen maximum at theta_0."""
+        every = [f for f in formulas if not f.has(sympy.I)]
+        if self.landscape.expression.has(sympy.Function):  # of a periodic l sympy lists one period
+            every += [f + 2 * sympy.pi * k for f in every for k in (-2, -1, 1, 2)]
+        start = np.array([float(self.task.theta0)])
+        # x* may be 0 up to rounding: compared on the scale of the range of x.
+        wide = self.landscape.ends[1] - self.landscape.ends[0]
+        point = np.array([self.point.x])
+        return [f for f in every if self._agrees(f + wide, THETA, start, point + wide)]
 
     def _losses(self) -> None:
         """Robust and non-robust loss and their stationary points in theta."""
-        loss, x0 = self.landscape.expression, self.landscape.x0
-        at = self._sample
-        plain = self._tidy(loss.subs(X, x0))
-        self.answers["plain"] = Answer("l(theta, x0)", plain)
-        robust = None if self.formula("x") is None else loss.subs(X, self.formula("x"))
+        land, at = self.landscape, self._sample
+        plain = land.expression.subs(X, land.x0)
+        check = THETA, at, land("")(at, np.full_like(at, land.point))
+        self._find("plain", "l(theta, x0)", check, questions.tidy, plain)
+        robust = None if self.formula("x") is None else land.expression.subs(X, self.formula("x"))
         self._derived("robust", "L(theta) = l(theta, x*)", robust, (THETA, at, self.branch.robust(at)))
-        slope = self.landscape("t")
-        low, high = self.task.reach
+        reach, slope = self.task.reach, land("t")
+        grid = np.linspace(*reach, 41)[:, None], np.linspace(*self._window(), 41)[None, :]
+        known = np.abs(land("")(*grid))
+        scale = float(np.max(np.where(np.isfinite(known), known, 0.0))) / (reach[1] - reach[0])
         self.minima = {
-            "plain": _zeros(lambda v: slope(v, np.full_like(v, self.landscape.point)), low, high),
-            "robust": _zeros(self.branch.robust_slope, *self.branch.domain),
+            "plain": zeros(lambda v: slope(v, np.full_like(v, land.point)), *reach, scale),
+            "robust": zeros(self.branch.robust_slope, *self.branch.domain, scale),
         }
         for key in ("plain", "robust"):
-            known = self.formula(key)
-            if known is None:
-                continue
-            found, _, why = self._ask(f"the minima of {self.answers[key].name}", questions.minima, known)
-            numbers = [(f, _real(f.subs(self.task.values))) for f in found or ()]
-            for zero in self.minima[key]:
-                near = [f for f, v in numbers if v is not None and abs(v - zero["theta"]) < 1e-6]
-                if near:
-                    zero |= {"text": str(near[0]), "latex": sympy.latex(near[0])}
-                elif why:
-                    zero["why"] = why
+            self._name_zeros(key, 1e-6 * (reach[1] - reach[0]))
 
-    def _derived(self, key: str, name: str, raw: sympy.Expr | None, check: Any) -> None:
+    def _name_zeros(self, key: str, near: float) -> None:
+        """Formulas for the stationary points of a loss, where sympy has them."""
+        loss = self.formula(key)
+        if loss is None or not self.minima[key]:
+            return
+        name = f"the minima of {self.answers[key].name}"
+        found, _, why = self._ask(name, questions.minima, loss, self.task.values)
+        for zero in self.minima[key]:
+            mine = [f for f, v in found or () if abs(v - zero["theta"]) < near]
+            if mine:
+                zero |= {"text": str(mine[0]), "latex": sympy.latex(mine[0])}
+            elif why:
+                zero["why"] = why
+
+    def _derived(self, key: str, name: str, raw: sympy.Expr | None, check: Check) -> None:
         """An answer that follows from x*(theta) by substitution."""
         if raw is None:
-            self.answers[key] = Answer(name, None, "scipy", "there is no formula for x*(theta)")
-            return
-        found, by, why = self._ask(name, questions.tidy, raw)
-        self._keep(key, name, [raw if found is None else found], by, why, check)
+            self._without(key, name, "there is no formula for x*(theta)")
+        else:
+            self._find(key, name, check, questions.tidy, raw)
 
     def _steps(self) -> None:
         """Curvature, contraction, exact step, and the Newton step at the data point."""
-        land, x = self.landscape, self.formula("x")
-        at = self._sample
+        land, x, at = self.landscape, self.formula("x"), self._sample
         at = at[np.isfinite(self.branch.exact_step(at))]
         bent = None if x is None else land.derivative("xx").subs(X, x)
         self._derived("curvature", "l_xx(theta, x*)", bent, (THETA, at, land("xx")(at, self.branch(at))))
         curvature = self.formula("curvature")
         if curvature is not None:
-            self.answers["rho"] = Answer(
-                "rho",
-                1 + ALPHA * curvature,
-                why=""
-                if land.quadratic
-                else "near x*: l is not quadratic in x, so that the first steps differ",
-            )
-        if x is not None:
-            name = "alpha*(theta)"
-            found, by, why = self._ask(name, questions.exact_step, land.expression, x, land.x0)
-            check = (THETA, at, self.branch.exact_step(at))
-            self._keep("alpha", name, [] if found is None else [found], by, why, check)
+            near = "near x*: l is not quadratic in x, so that the first steps differ"
+            self.answers["rho"] = Answer("rho", 1 + ALPHA * curvature, why="" if land.quadratic else near)
+        name, check = "alpha*(theta)", (THETA, at, self.branch.exact_step(at))
+        if x is None:
+            self._without("alpha", name, "there is no formula for x*(theta)")
         else:
-            self.answers["alpha"] = Answer(
-                "alpha*(theta)", None, "scipy", "there is no formula for x*(theta)"
-            )
+            self._find("alpha", name, check, questions.exact_step, land.expression, x, land.x0)
         if not land.quadratic:
-            bent, name = land.derivative("xx").subs(X, land.x0), "Newton step -1/l_xx(theta, x0)"
-            flat = self._tidy(bent) == 0
-            why = "l_xx = 0 at the data point" if flat else ""
-            self.answers["newton"] = Answer(name, None if flat else self._tidy(-1 / bent), why=why)
+            self._newton_step(at)
+
+    def _newton_step(self, at: Array) -> None:
+        land, name = self.landscape, "Newton step -1/l_xx(theta, x0)"
+        bent = land("xx")(at, np.full_like(at, land.point))
+        start = float(land("xx")(float(self.task.theta0), land.point))
+        if not (start < 0 and (bent < 0).all()):
+            self._without("newton", name, f"there is none: l_xx = {start:.4g} at the data point and theta_0")
+            return
+        newton = -1 / land.derivative("xx").subs(X, land.x0)
+        self._find("newton", name, (THETA, at, -1 / bent), questions.tidy, newton)
 
     # ---- the flow
 
@@ -195,7 +245,7 @@ class Derivation:
         loss, start = self.formula("robust"), self.task.start
         name = "theta(t)"
         if loss is None:
-            self.answers["theta"] = Answer(name, None, "scipy", "there is no formula for L(theta)")
+            self._without("theta", name, "there is no formula for L(theta)")
             return
         speed = self._tidy(-sympy.diff(loss, THETA))
         self.answers["speed"] = Answer("theta' = -dL/dtheta", speed)
@@ -204,47 +254,63 @@ class Derivation:
             return
         values = self.task.values | {THETA: self.task.theta0}
         time, by, why = self._ask("t(theta)", questions.travel_time, speed, values)
-        found = None
-        if time is not None:
-            found, by, why = self._ask(name, questions.flow, time, start)
-            self.answers["time"] = Answer("t(theta) - t(theta_0) = t with t(theta)", time, by)
-        self._keep("theta", name, found or [], by, why, (T, t, self.theta(t)))
+        if time is None:
+            self._without("theta", name, why)
+            return
+        self.answers["time"] = Answer("t(theta) - t(theta_0) = t with t(theta)", time, by)
+        self._find("theta", name, (T, t, self.theta(t)), questions.flow, time, start)
 
     def _integrate(self) -> Callable[[Any], Any]:
-        """theta(t) by Runge-Kutta of order 8."""
+        """theta(t) by Runge-Kutta of order 8, or by LSODA where that needs too many steps."""
         low, high = self.branch.domain
-        margin = 1e-9 * (high - low)
+        horizon = float(self.task.horizon)
 
         def left(t: float, y: Array) -> float:
-            return min(float(y[0]) - low, high - float(y[0])) - margin
+            return min(float(y[0]) - low, high - float(y[0])) - 1e-9 * (high - low)
 
         left.terminal = True  # type: ignore[attr-defined]
-        horizon = float(self.task.horizon)
-        found = solve_ivp(
-            lambda t, y: -self.branch.robust_slope(np.clip(y, low, high)),
-            (0.0, horizon),
-            [float(self.task.theta0)],
-            method="DOP853",
-            dense_output=True,
-            events=left,
-            rtol=1e-12,
-            atol=1e-13,
-            max_step=horizon / 20,
-        )
-        dense = found.sol
-        if found.status == 0 and dense is not None and np.isfinite(found.y).all():
-            return lambda t: dense(t)[0]
-        reached, where = float(found.t[-1]), float(found.y[0, -1])
-        edge = self.task.reach
-        why = "it leaves the range where the inner maximum was followed: give a wider theta_range"
-        if found.status != 1:
-            speed = float(np.abs(self.branch.robust_slope(where)))
-            why = f"it cannot be followed further: |theta'| = {speed:.3g} there"
-        elif min(abs(where - e) for e in edge) > 1e-3 * (edge[1] - edge[0]):
-            why = "there the inner maximum ceases to exist"
+        methods: tuple[Any, ...] = ("DOP853", "LSODA")
+        for method in methods:
+            calls = iter(range(_CALLS))
+
+            def slope(t: float, y: Array, calls: Iterator[int] = calls) -> Array:
+                if next(calls, None) is None:
+                    raise _TooMany
+                return -self.branch.robust_slope(np.clip(y, low, high))
+
+            try:
+                found = solve_ivp(
+                    slope,
+                    (0.0, horizon),
+                    [float(self.task.theta0)],
+                    method=method,
+                    dense_output=True,
+                    events=left,
+                    rtol=1e-12,
+                    atol=1e-14 * max(abs(low), abs(high)),
+                    max_step=horizon / 20,
+                )
+            except _TooMany:
+                continue
+            dense = found.sol
+            if found.status == 0 and dense is not None and np.isfinite(found.y).all():
+                return lambda t: dense(t)[0]
+            raise LandscapeError(self._gone(float(found.t[-1]), float(found.y[0, -1])))
         raise LandscapeError(
-            f"the robust flow from theta = {float(self.task.theta0):g} comes to theta = {where:.4g} at t = "
-            f"{reached:.4g}, before the horizon {horizon:g}, and {why}; or take a shorter horizon"
+            f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
+        )
+
+    def _gone(self, t: float, theta: float) -> str:
+        """Why the flow cannot be followed to the horizon."""
+        low, high = self.branch.domain
+        why, near = "", 1e-6 * (high - low)
+        for end, told in zip((low, high), self.branch.ends, strict=True):
+            if abs(theta - end) <= near:
+                why = told or "there theta_range ends: give a wider one"
+        why = why or f"|theta'| = {float(np.abs(self.branch.robust_slope(theta))):.3g} there"
+        return (
+            f"the robust flow from theta = {float(self.task.theta0):g} comes to theta = {theta:.4g} at t = "
+            f"{t:.4g}, before the horizon {float(self.task.horizon):g}, and {why}; or take a shorter horizon"
         )
 
     def _check_steps(self, t: Array) -> None:
@@ -280,10 +346,9 @@ class Derivation:
         raw = None if step is None or path is None else TAU / step.subs(THETA, path)
         why = "there is no formula for " + ("alpha*(theta)" if step is None else "theta(t)")
         if raw is None:
-            self.answers["K"] = Answer("K*(t)", None, "scipy", why)
+            self._without("K", "K*(t)", why)
         else:
-            found, by, why = self._ask("K*(t)", questions.tidy, raw)
-            self._keep("K", "K*(t)", [raw if found is None else found], by, why, (T, t, self.K(t)))
+            self._find("K", "K*(t)", (T, t, self.K(t)), questions.tidy, raw)
         self._series()
         grid = np.linspace(0, horizon, _POINTS)
         self.rising = _rising(grid, self.K(grid))
@@ -294,38 +359,55 @@ class Derivation:
         self._cost_formula()
 
     def _series(self) -> None:
+        """K* = sum c_n t^n: from the formulas, else by implicit differentiation."""
         step, speed, order = self.formula("alpha"), self.formula("speed"), self.task.order
-        found = None
+        found, by, why = None, "scipy", ""
         if step is not None and speed is not None:
             found, by, why = self._ask("the series", questions.series, step, speed, order, self.task.start)
-        if found is None:
-            at = self.task.values | {THETA: self.task.theta0, X: sympy.Float(self.point.x, 30)}
+        if not self._take(found):
             land = self.landscape
-            found, by, why = self._ask(
-                "the series", questions.implicit_series, land.expression, land.x0, order, at
+            at = self.task.values | {THETA: self.task.theta0, X: sympy.Float(self.point.x, 30)}
+            visited = self.branch(self.theta(np.linspace(0, float(self.task.horizon), 21)))
+            still = bool((np.abs(visited - land.point) < 1e-9).all())
+            found, _, why = self._ask(
+                "the series", questions.implicit_series, land.expression, land.x0, order, at, still
             )
             by = "sympy (numbers inserted)"
-        self.coefficients: list[sympy.Expr] = [TAU * c for c in found or ()]
-        self.series_numbers = [float(c.subs(self.task.values)) for c in self.coefficients]
-        if not all(map(np.isfinite, self.series_numbers)):
-            self.coefficients, self.series_numbers, why = [], [], "its coefficients are not finite"
+            if not self._take(found):
+                told = why or "what sympy finds for the series does not agree with the numbers"
+                self._without("series", "K*(t) near 0", told)
+                return
         # As it is read, lowest power first: sympy would order the terms by itself.
         terms = [self._tidy(c) for c in self.coefficients]
         terms = [sympy.Mul(c, T**n, evaluate=False) if n else c for n, c in enumerate(terms) if c != 0]
         total = sympy.Add(*terms, evaluate=False)
-        told = f"to t^{order}" if self.coefficients else why
-        self.answers["series"] = Answer(
-            "K*(t) near 0", total if self.coefficients else None, by, told, "none"
-        )
+        self.answers["series"] = Answer("K*(t) near 0", total, by, f"to t^{order}", "none")
+
+    def _take(self, found: Sequence[sympy.Expr] | None) -> bool:
+        """Keep coefficients whose first two agree with K*(0) and its slope; whether they do."""
+        self.coefficients = [TAU * c for c in found or ()]
+        numbers = [complex(c.subs(self.task.values).evalf()) for c in self.coefficients]
+        self.series_numbers = [n.real for n in numbers]
+        if numbers and np.isfinite(numbers).all() and max(abs(n.imag) for n in numbers) < 1e-9:
+            h = 1e-4 * float(self.task.horizon)
+            k = self.K(h * np.arange(5))
+            slope = float(np.dot([-25, 48, -36, 16, -3], k)) / (12 * h)  # of fourth order
+            scale = float(np.abs(k).max()) / float(self.task.horizon)
+            if np.isclose(self.series_numbers[0], k[0], rtol=1e-6) and np.isclose(
+                self.series_numbers[1], slope, rtol=1e-3, atol=1e-3 * scale
+            ):
+                return True
+        self.coefficients, self.series_numbers = [], []
+        return False
 
     def _cost_formula(self) -> None:
         step, speed, path, loss = (self.formula(key) for key in ("alpha", "speed", "theta", "robust"))
         name = "J"
         if step is None or path is None or loss is None:
-            self.answers["J"] = Answer(name, None, "scipy", "there is no formula for K*(t)")
+            self._without("J", name, "there is no formula for K*(t)")
             return
         end = loss.subs(THETA, path.subs(T, HORIZON))
-        if speed is None:
+        if speed is None or speed == 0:
             spent, by, why = HORIZON / step.subs(THETA, self.task.start), "sympy", ""
         else:
             values = self.task.values | {THETA: self.task.theta0}
@@ -340,9 +422,7 @@ class Derivation:
             if self._agrees(formula.subs(values), HORIZON, where, exact_cost):
                 self.answers["J"] = Answer(name, formula, by)
                 return
-        self.answers["J"] = Answer(
-            name, None, "scipy", why or f"sympy's {name} does not agree with the numbers"
-        )
+        self._without("J", name, why or "what sympy finds for J does not agree with the numbers")
 
     def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
         """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
@@ -388,42 +468,46 @@ class Derivation:
         return np.asarray(found, dtype=float)
 
     def _check_others(self) -> None:
-        """Say where another inner maximum is larger than the one that is followed."""
-        horizon = float(self.task.horizon)
-        for t in np.linspace(0, horizon, 9):
+        """Say where l is larger elsewhere than at the inner maximum that is followed."""
+        for t in np.linspace(0, float(self.task.horizon), 33):
             theta = float(self.theta(t))
-            there = [p for p in self.landscape.stationary(theta) if p.kind == "maximum"]
-            best = max(there, key=lambda p: p.value, default=None)
             mine = float(self.branch.robust(theta))
-            if best is not None and best.value > mine + 1e-9 * max(1.0, abs(mine)):
+            above = higher(self.landscape, theta, mine)
+            if above is not None:
                 self.notes.append(
-                    f"at t = {t:.3g} the inner maximum at x = {best.x:.4g} (l = {best.value:.4g}) is larger "
-                    f"than the one followed (x = {float(self.branch(theta)):.4g}, l = {mine:.4g}): what "
-                    "follows is about the maximum that is followed, not about the largest"
+                    f"at t = {t:.3g} l is larger at x = {above[0]:.4g} (l = {above[1]:.4g}) than at the "
+                    f"inner maximum that is followed (x = {float(self.branch(theta)):.4g}, l = {mine:.4g}): "
+                    "what follows is about the maximum that is followed, not about the largest"
                 )
                 return
 
 
-def _real(value: sympy.Expr) -> float | None:
-    number = complex(value.evalf())
-    return number.real if abs(number.imag) < 1e-9 else None
+def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float) -> list[dict[str, Any]]:
+    """Stationary points of a loss of theta, by sign changes of its slope; none where the loss is constant.
 
-
-def _zeros(slope: Callable[[Array], Array], low: float, high: float) -> list[dict[str, Any]]:
-    """Stationary points of a loss of theta, by sign changes of its slope: where, and which kind."""
+    Args:
+        slope: dL/dtheta, for arrays.
+        low: begin of the range of theta.
+        high: its end.
+        scale: size of slopes below whose 1e-12th part they are rounding.
+    """
     theta = np.linspace(low, high, 4002)[1:-1]
     y = slope(theta)
-    if (y == 0).mean() > 0.5:
-        return []  # the loss is flat
-    found = [(float(theta[i]), y[i - 1], y[i + 1]) for i in range(1, len(y) - 1) if y[i] == 0]
+    if not (np.abs(y) > 1e-12 * scale).any():
+        return []
+    found = [
+        (float(theta[i]), y[i - 1], y[i + 1])
+        for i in range(1, len(y) - 1)
+        if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
+    ]
     for i in np.flatnonzero(y[:-1] * y[1:] < 0):
         root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)
-        if abs(float(slope(np.array([root]))[0])) <= 1e-6 * (abs(y[i]) + abs(y[i + 1]) + 1e-300) + 1e-12:
+        if abs(float(slope(np.array([root]))[0])) <= 1e-3 * min(abs(y[i]), abs(y[i + 1])):  # else a pole
             found.append((float(root), y[i], y[i + 1]))
     found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
     kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]
-    zeros = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]
-    return sorted(zeros, key=lambda zero: float(zero["theta"]))
+    points = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]
+    return sorted(points, key=lambda point: float(point["theta"]))
 
 
 def _integral(values: Callable[[Array], Array], horizon: float) -> float:
@@ -435,9 +519,16 @@ def _integral(values: Callable[[Array], Array], horizon: float) -> float:
 
 
 def _rising(t: Array, k: Array) -> list[list[float]]:
-    """The intervals on which K* increases, to the resolution of the grid."""
-    up = np.diff(k) > 0
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], up.astype(int), [0]])))
-    least = 1e-6 * np.abs(k).max()  # below it, rounding
-    pairs = zip(edges[::2], edges[1::2], strict=True)
-    return [[float(t[a]), float(t[b])] for a, b in pairs if k[b] - k[a] > least]
+    """The intervals on which K* increases, to the resolution of the grid and of 1e-10 of its size.
+
+    Where K* has saturated it neither rises nor falls to that precision; an interval goes on over such parts.
+    """
+    steps = np.diff(k)
+    sign = np.where(np.abs(steps) <= 1e-10 * np.abs(k).max(), 0, np.sign(steps))
+    moving = np.flatnonzero(sign)
+    if not len(moving):
+        return []
+    last = moving[np.clip(np.searchsorted(moving, np.arange(len(sign)), side="right") - 1, 0, None)]
+    up = (sign[last] > 0).astype(int)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], up, [0]])))
+    return [[float(t[a]), float(t[b])] for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
-from controlat.symbolic.landscape import Array, Branch, LandscapeError, choose
+from controlat.symbolic.branch import Branch, choose
+from controlat.symbolic.landscape import Array, LandscapeError
 from controlat.symbolic.task import Task
 
 __all__ = ["Fit", "fit"]
@@ -36,7 +37,7 @@ class Fit:
         rms: root mean square of the residuals.
         explained: share of the variance of log v_e that the landscape explains.
         rms_constant: that of the best constant, which knows of no change.
-        rms_line: that of the best straight line in log v_e, a model of as many numbers less one.
+        rms_line: that of the best straight line in log v_e: two numbers instead of three.
         errors: standard errors of theta_0, log c and log s from the curvature of the sum of squares; None
             where they cannot be told apart.
         notes: what is to be said about the fit.
@@ -269,6 +270,9 @@ class _Model:
             found.append(
                 f"the scale of time lies at the edge of what was searched, c T {_LEAST} to {_MOST:g}"
             )
+        line = _rms(self.y - np.polyval(np.polyfit(self.times, self.y, 1), self.times))
+        if line < 0.8 * _rms(residuals):
+            found.append(f"a straight line fits better: residuals of {line:.3g} (root mean square)")
         if _rms(residuals) > 0.8 * _rms(self.y - self.y.mean()):
             found.append("the landscape explains little of it: a constant fits almost as well")
         return found

@@ -22,7 +22,7 @@ from scipy.integrate import solve_bvp, solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import brentq
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, whole_cap
+from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, smallest_q, whole_cap
 from controlat.symbolic.landscape import LandscapeError
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "derived_path",
     "gamma_limit",
     "gamma_range",
+    "isolated",
     "maximise",
     "multiplier",
     "schedule_path",
@@ -45,6 +46,8 @@ LARGEST_GAMMA = 1e4  # beyond it a limit on gamma is called infinite
 _PIECES = 200  # instants at which a rounded schedule decides
 # (t, theta) -> alpha/alpha*, K, and whether alpha sits on the bound alpha*(theta)
 Control = Callable[[Array, Array], tuple[Array, Array, NDArray[np.bool_]]]
+Count = Callable[[Array], Array]  # K(t)
+ALIKE = 1e-6  # relative differences of K up to this are none
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _rule(order: int = 4) -> tuple[Array, Array, Array]:
     return c, (c[:, None] ** (powers + 1) / (powers + 1)) @ inverse, w / 2
 
 
-def _forward(problem: Bolza, control: Control) -> Callable[[Array], Array]:
+def _forward(problem: Bolza, control: Control, accuracy: float = 1e-10) -> Callable[[Array], Array]:
     """theta(t) by DOP853, dense.
 
     Raises:
@@ -102,7 +105,7 @@ def _forward(problem: Bolza, control: Control) -> Callable[[Array], Array]:
 
     def slope(t: float, y: Array) -> Array:
         q, k, _ = control(np.asarray(t), y)
-        return problem.flow(y, q, k)
+        return problem.flow(y, q, k, clip=True)  # whether the controls belong to the set is checked after
 
     with np.errstate(all="ignore"):
         found = solve_ivp(
@@ -110,12 +113,12 @@ def _forward(problem: Bolza, control: Control) -> Callable[[Array], Array]:
             (0.0, problem.horizon),
             [problem.theta0],
             "DOP853",
-            rtol=1e-10,
-            atol=1e-12,
+            rtol=accuracy,
+            atol=accuracy / 100,
             dense_output=True,
         )
     if not found.success or not np.isfinite(found.y).all():
-        low, high = problem.branch.domain
+        low, high = problem.domain
         raise LandscapeError(
             f"the flow from theta = {problem.theta0:g} cannot be followed beyond t = {found.t[-1]:.4g}, "
             f"theta = {found.y[0, -1]:.6g}: the inner maximum is known on [{low:g}, {high:g}]. "
@@ -183,7 +186,7 @@ def derived_path(problem: Bolza) -> Path:
 
 
 def _held_path(problem: Bolza) -> Path:
-    """K = ceil(K*(theta)), alpha = tau/K with K kept over each of 200 pieces of [0, T]."""
+    """K = ceil(K*(theta)) (or the set's next), alpha = tau/K, K kept over each of 200 pieces of [0, T]."""
     t = np.linspace(0, problem.horizon, _PIECES + 1)
     h, theta, held, slopes = t[1], [problem.theta0], [], []
     for _ in t:
@@ -191,7 +194,7 @@ def _held_path(problem: Bolza) -> Path:
         k = problem.policy(now)[1]
 
         def flow(y: Any, k: Array = k) -> Array:
-            return problem.flow(y, problem.count(y) / k, k)
+            return problem.flow(y, problem.ratio(y, k), k, clip=True)
 
         one = flow(now)
         two = flow(now + h / 2 * one)
@@ -201,27 +204,53 @@ def _held_path(problem: Bolza) -> Path:
         slopes.append(float(one))
     if not np.isfinite(theta[:-1]).all():
         raise LandscapeError(
-            "the outer flow under the rounded schedule leaves the range of the inner maximum"
+            "the outer flow under the rounded schedule leaves the range of the inner maximum, or comes where "
+            "no whole K keeps the ascent from x0 before x*"
         )
     curve, pieces = CubicHermiteSpline(t, theta[:-1], slopes), np.array(held[:-1])
 
     def control(s: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
         k = pieces[np.clip(np.searchsorted(t, s, side="right") - 1, 0, _PIECES - 1)]
-        return problem.count(theta) / k, k, np.zeros(np.shape(theta), dtype=bool)
+        return problem.ratio(theta, k), k, np.zeros(np.shape(theta), dtype=bool)
 
     jumps = t[1:-1][np.diff(pieces) != 0]
     return _costate(problem, "derived", lambda s: np.asarray(curve(s), dtype=float), control, list(jumps))
 
 
-def schedule_path(problem: Bolza, name: str, count: Callable[[Array], Array]) -> Path:
-    """A schedule K(t) with alpha = tau/K, raised to K*(theta) wherever it is smaller (set "product")."""
+def _above(problem: Bolza, count: Count) -> Control:
+    """A schedule K(t) with alpha = tau/K, raised to K*(theta) wherever it is smaller."""
 
     def control(t: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
         wanted, least = np.broadcast_arrays(count(t), problem.count(theta))
         return np.where(wanted <= least, 1.0, least / wanted), np.maximum(wanted, least), wanted <= least
 
+    return control
+
+
+def _refused(problem: Bolza, control: Control, t: Array, theta: Array) -> str:
+    """Where a schedule leaves the set along a path, in words; empty where it does not."""
+    q, k, _ = control(t, theta)
+    bad = ~problem.admits(theta, q, k)
+    if not bad.any():
+        return ""
+    i = int(np.argmax(bad))
+    return (
+        f"at t = {t[i]:.4g} the ascent with alpha = {q[i]:.4g} alpha* and K = {k[i]:.4g} leaves the interval "
+        "between x0 and x*: this schedule is not in the set"
+    )
+
+
+def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
+    """A schedule K(t) with alpha = tau/K, raised to K*(theta) wherever it is smaller (set "product").
+
+    Raises:
+        LandscapeError: the flow leaves the range of the inner maximum, or the schedule leaves the set.
+    """
+    control = _above(problem, count)
     theta_at = _forward(problem, control)
     fine = np.linspace(0, problem.horizon, 1001)
+    if reason := _refused(problem, control, fine, theta_at(fine)):
+        raise LandscapeError(reason)
 
     def excess(t: Any) -> Array:
         return np.asarray(count(np.asarray(t)) - problem.count(theta_at(np.asarray(t))), dtype=float)
@@ -232,17 +261,80 @@ def schedule_path(problem: Bolza, name: str, count: Callable[[Array], Array]) ->
     return _costate(problem, name, theta_at, control, breaks)
 
 
-def comparisons(problem: Bolza, derived: Path) -> dict[str, Callable[[Array], Array]]:
-    """K(t) of the schedules that the derived one is compared with."""
+def comparisons(problem: Bolza, derived: Path) -> dict[str, Count]:
+    """K(t) of the schedules that the derived one is compared with; none where K* is constant.
+
+    The line from K*(0) to K*(T) is raised as a whole by the least amount (rounded up to 3 digits) that makes
+    it admissible along the derived path; so is any other that would be the derived one (nowhere above K*) or
+    whose inner ascent would overshoot, there or along its own path. The name says by how much.
+    """
     mean = float(np.sum(np.diff(derived.t) * (derived.k[1:] + derived.k[:-1]) / 2)) / problem.horizon
     first, last, most = float(derived.k[0]), float(derived.k[-1]), float(derived.k.max())
     span = problem.horizon
-    return {
+    if most - float(derived.k.min()) <= ALIKE * most:
+        return {}
+    rising = "linear from K*(0) to K*(T)"
+    every: dict[str, Count] = {
         "constant at the largest K*": lambda t: np.full(np.shape(t), most),
         "constant at the mean K*": lambda t: np.full(np.shape(t), mean),
-        "linear from K*(0) to K*(T)": lambda t: first + (last - first) * np.asarray(t) / span,
+        rising: lambda t: first + (last - first) * np.asarray(t) / span,
         "linear from K*(T) to K*(0)": lambda t: last + (first - last) * np.asarray(t) / span,
     }
+    found: dict[str, Count] = {}
+    for name, count in every.items():
+        shift = _shift(problem, derived, count, whole=name == rising)
+        raised = f"{name}, raised by {shift:.3g}" if shift > 0 else name
+        found[raised] = _moved(count, shift)
+    return found
+
+
+def _moved(count: Count, shift: float) -> Count:
+    return (lambda t: count(t) + shift) if shift > 0 else count
+
+
+def _up(shift: float) -> float:
+    """The next number of 3 digits, the one that is printed."""
+    if shift <= 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(shift)) - 2)
+    return float(f"{math.ceil(shift / unit * (1 - 1e-12)) * unit:.3g}")
+
+
+def _shift(problem: Bolza, derived: Path, count: Count, whole: bool) -> float:
+    """By how much K(t) is raised: not below K* (if `whole`, or nowhere above it), and without overshoot."""
+    t, theta, least = derived.t, derived.theta, derived.k
+    below = float((least - count(t)).max())
+    alike = bool(np.all(count(t) <= least * (1 + ALIKE)))
+    shift = _up(below) if below > ALIKE * float(least.max()) and (whole or alike) else 0.0
+    if problem.landscape.quadratic:
+        return shift
+
+    def fine(by: float) -> bool:
+        return not _refused(problem, _above(problem, _moved(count, by)), t, theta)
+
+    shift = shift if fine(shift) else _up(_least(fine, shift, float(least.max())))
+    for _ in range(4):  # its own path is another one
+        control = _above(problem, _moved(count, shift))
+        try:
+            theta = _forward(problem, control, 1e-5)(t)
+        except LandscapeError:  # it leaves the landscape however it is raised; `schedule_path` says so
+            break
+        if not _refused(problem, control, t, theta):
+            break
+        shift = _up(1.1 * shift + 0.02 * float(least.max()))
+    return shift
+
+
+def _least(fine: Callable[[float], bool], low: float, scale: float) -> float:
+    """The least number above low (to 1/1000 of what is added) that will do; as far as 1000 scales."""
+    step = 0.02 * scale
+    while not fine(low + step) and step < 1000 * scale:
+        step *= 2
+    bottom, top = low + step / 2 if step > 0.02 * scale else low, low + step
+    for _ in range(10):
+        middle = (bottom + top) / 2
+        bottom, top = (bottom, middle) if fine(middle) else (middle, top)
+    return top
 
 
 def maximise(problem: Bolza, theta: Array, p: Array) -> tuple[Array, Array, Array]:
@@ -275,7 +367,7 @@ def maximise(problem: Bolza, theta: Array, p: Array) -> tuple[Array, Array, Arra
 
 def criterion(problem: Bolza, path: Path) -> Criterion:
     """C of a schedule; its own control is among the candidates, so the gap is never negative."""
-    own = problem.hamiltonian(path.theta, path.p, path.q, path.k)
+    own = problem.hamiltonian(path.theta, path.p, path.q, path.k, clip=True)
     if not np.isfinite(own).all():
         raise LandscapeError(f"the Hamiltonian along the schedule {path.name!r} is not finite")
     best, q, k = maximise(problem, path.theta, path.p)
@@ -293,7 +385,8 @@ def _searched(problem: Bolza, path: Path, best: Array) -> str:
     """
     cap = whole_cap(problem)
     if problem.admissible == "product":
-        return "alpha/alpha* from 0.02 to 1, K = K*/(alpha/alpha*)"
+        least = smallest_q(problem, path.theta)
+        return f"alpha/alpha* from {least:.2g} to 1, K = K*/(alpha/alpha*)"
     if problem.landscape.quadratic and not SETS[problem.admissible].tied:
         return f"K = 1..{cap}; one step reaches whatever more steps reach, so larger K cannot be better"
     text = f"K = 1..{cap}" if problem.admissible != "integer" else f"the first {cap} admissible K"
@@ -311,6 +404,7 @@ def multiplier(problem: Bolza, path: Path) -> Array:
 
     x_K moves with l_x(theta, x0) mu^(K-1), mu = 1 + alpha* l_xx(theta, x*), which is 0 for quadratic l and
     K > 1; for K < 1 it moves infinitely fast. On (11): 4 gamma tau/(theta^2 + 1)^2 where K* > 1.
+    nan where alpha* is isolated: there is no alpha from below.
     """
     theta, alpha, k = path.theta, problem.step(path.theta), problem.count(path.theta)
     x, start, land = problem.branch(theta), problem.start(theta), problem.landscape
@@ -321,7 +415,14 @@ def multiplier(problem: Bolza, path: Path) -> Array:
         power = np.where(mu >= 0, np.abs(mu) ** (n + s), mu**n * (1 + s * (mu - 1)))
         moved = -path.p * land("tx")(theta, x) * land("x")(theta, start)
         m = moved * power + problem.gamma * problem.tau / alpha**2
-        return np.where(k >= 1, m, np.where(moved == 0, m, np.sign(moved) * np.inf))
+        m = np.where(k >= 1, m, np.where(moved == 0, m, np.sign(moved) * np.inf))
+    return np.where(isolated(problem, theta), np.nan, m)
+
+
+def isolated(problem: Bolza, theta: Array) -> NDArray[np.bool_]:
+    """Where the steps just below alpha* (set "product") overshoot x* later and so are not in the set."""
+    q = 1 - 1e-6
+    return ~problem.admits(theta, q, problem.count(theta) / q)
 
 
 def boundary_problem(problem: Bolza, derived: Path) -> dict[str, Any]:
@@ -377,7 +478,8 @@ def gamma_range(problem: Bolza, points: int = 400) -> tuple[float, float]:
     path = derived_path(problem)
     theta, own = path.theta[:, None], problem.count(path.theta)[:, None]
     near = 1 - np.geomspace(1e-9, 0.1, points // 4)  # for K < 1 the limit alpha -> alpha* decides
-    q = np.unique(np.concatenate([grid_of_q(1.0, points), near]))[:-1]
+    ratios = grid_of_q(1.0, points, smallest_q(problem, path.theta))
+    q = np.unique(np.concatenate([ratios, near]))[:-1]
     moved = problem.flow(theta, q, own / q) + problem.branch.robust_slope(theta)
     a, b = path.p0[:, None] * moved, path.p1[:, None] * moved - (own / q - own)
     good = np.isfinite(a) & np.isfinite(b)

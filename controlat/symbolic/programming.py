@@ -56,24 +56,26 @@ def _control(problem: Bolza, theta: Array, q: Array, k: Array) -> tuple[Array, A
     """What is held over a time step, at another theta: q (K = K*/q), K (q = K*/K), or both."""
     if problem.admissible == "product":
         return q, problem.count(theta) / q
-    return (problem.count(theta) / k, k) if SETS[problem.admissible].tied else (q, k)
+    return (problem.ratio(theta, k), k) if SETS[problem.admissible].tied else (q, k)
 
 
 def _step(problem: Bolza, theta: Array, q: Array, k: Array, h: float) -> tuple[Array, Array]:
-    """theta after a time h, and the mean K on the way; nan where the landscape ends."""
-    count, slopes, at = np.zeros(np.broadcast(theta, q).shape), [], theta
-    for ahead, weight in ((0.5, 1), (0.5, 2), (1.0, 2), (0.0, 1)):
-        now = _control(problem, at, q, k)
-        slopes.append(weight * problem.flow(at, *now))
-        count = count + weight * now[1] / 6
-        with np.errstate(all="ignore"):
-            at = theta + ahead * h * slopes[-1] / weight
+    """theta after a time h, and the mean K on the way; nan where the landscape ends or u is not in G(theta).
+
+    What belongs to G at the beginning of the step is held to its end (clip).
+    """
+    count, slopes, at = np.zeros(np.broadcast(theta, q).shape), list[Array](), theta
     with np.errstate(all="ignore"):
+        for ahead, weight in ((0.5, 1), (0.5, 2), (1.0, 2), (0.0, 1)):
+            now = _control(problem, at, q, k)
+            slopes.append(weight * problem.flow(at, *now, clip=bool(slopes)))
+            count = count + weight * now[1] / 6
+            at = theta + ahead * h * slopes[-1] / weight
         return theta + h * sum(slopes) / 6, count
 
 
 def _extremes(problem: Bolza, theta: Array) -> tuple[Array, Array]:
-    """min and max over u of F(theta, u), nan counted out; both 0 where no control gives a number."""
+    """min and max over u in G(theta) of F(theta, u), nan counted out; both 0 where no control does."""
     q, k = candidates(problem, theta, points=16, thin=True)
     with np.errstate(all="ignore"):
         flow = problem.flow(theta[:, None], q, k)
@@ -85,7 +87,7 @@ def _extremes(problem: Bolza, theta: Array) -> tuple[Array, Array]:
 
 def _spread(problem: Bolza, margin: float, steps: int) -> tuple[float, float, bool]:
     """The hull of all states that controls reach from within margin of theta0, cut to the domain."""
-    low, high = problem.branch.domain
+    low, high = problem.domain
     ends = np.clip(problem.theta0 + np.array([-margin, margin]), low, high)
     h, clipped = problem.horizon / steps, False
     for _ in range(steps):
@@ -96,16 +98,18 @@ def _spread(problem: Bolza, margin: float, steps: int) -> tuple[float, float, bo
     return float(ends[0]), float(ends[1]), clipped
 
 
-def reachable(problem: Bolza, steps: int = 60) -> tuple[float, float, bool]:
+def reachable(problem: Bolza, steps: int | None = None) -> tuple[float, float, bool]:
     """An interval around all theta that controls reach; and whether the domain ends before.
 
     Its ends follow theta' = min and max over u of F, by the comparison theorem for scalar equations; from a
-    little beside theta0, so that what lies beyond the grid does not reach theta0 by interpolation.
+    little beside theta0, so that what lies beyond the grid does not reach theta0 by interpolation. By 60
+    steps, or 20 where every inner step has to be computed.
     """
+    steps = steps or (60 if problem.landscape.quadratic else 20)
     low, high, _ = _spread(problem, 0.0, steps)
     margin = 0.05 * (high - low) + 1e-3 * max(1.0, abs(problem.theta0))
     low, high, clipped = _spread(problem, margin, steps)
-    bottom, top = problem.branch.domain
+    bottom, top = problem.domain
     return max(bottom, low - margin), min(top, high + margin), clipped
 
 
@@ -114,7 +118,7 @@ def _fronts(problem: Bolza, steps: int) -> tuple[Array, Array]:
 
     Traced backward from its ends: upward flow that no control holds back moves the upper front down.
     """
-    bottom, top = problem.branch.domain
+    bottom, top = problem.domain
     low, high, h = np.full(steps + 1, bottom), np.full(steps + 1, top), problem.horizon / steps
     for n in range(steps - 1, -1, -1):
         at = np.clip(np.array([low[n + 1], high[n + 1]]), bottom, top)
@@ -172,6 +176,11 @@ def _controls(problem: Bolza, grid: Array, points: int) -> tuple[Array, Array]:
     """Candidates at every node, the derived policy first."""
     q, k = candidates(problem, grid, points, thin=True)
     own = [np.asarray(v)[:, None] for v in problem.policy(grid)]
+    if not np.isfinite(own).all():
+        theta = float(grid[int(np.argmin(np.isfinite(own[1][:, 0])))])
+        raise LandscapeError(
+            f"at theta = {theta:.4g} no whole K keeps the ascent with alpha = tau/K before x*"
+        )
     return np.concatenate([own[0], q], axis=1), np.concatenate([own[1], k], axis=1)
 
 
@@ -263,7 +272,9 @@ def _roll_out(
         held = _control(problem, now, q[i, chosen[i]][None], k[i, chosen[i]][None])
         if SETS[problem.admissible].tied and SETS[problem.admissible].whole:
             whole = np.maximum(held[1], problem.policy(now)[1])  # the node's K may be too small here
-            held = problem.count(now) / whole, whole
+            held = problem.ratio(now, whole), whole
+        if not problem.admits(now, *held).all():  # although the node's control is
+            held = problem.policy(now)
         used.append((float(held[0][0]), float(held[1][0])))
         theta.append(float(_step(problem, now, *held, h)[0][0]))
     qs, ks = np.array(used).T

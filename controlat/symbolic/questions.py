@@ -5,7 +5,7 @@ Answers are expressions that the caller checks against numbers before it believe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
 from sympy import Expr
@@ -62,6 +62,13 @@ def _real_logs(primitive: Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr:
     return primitive.replace(lambda e: isinstance(e, sympy.log), real)
 
 
+def values(formula: Expr, symbol: sympy.Symbol, at: Sequence[float]) -> list[float]:
+    """A formula in one symbol, evaluated with thirty digits; nan where it is not real."""
+    found = [formula.subs(symbol, sympy.Float(v, 40)).evalf(30) for v in at]
+    real = [complex(v) if v.is_number else complex("nan") for v in found]
+    return [v.real if abs(v.imag) <= 1e-12 * (1 + abs(v.real)) else float("nan") for v in real]
+
+
 def stationary(landscape: Expr) -> list[Expr]:
     """All x with l_x(theta, x) = 0, as functions of theta."""
     slope = sympy.together(sympy.diff(landscape, X))
@@ -69,14 +76,17 @@ def stationary(landscape: Expr) -> list[Expr]:
     return [tidy(x) for x in found if not x.has(sympy.Piecewise, sympy.RootOf)]
 
 
-def minima(loss: Expr) -> list[Expr]:
-    """All theta with dL/dtheta = 0."""
+def minima(loss: Expr, numbers: Mapping[sympy.Symbol, Expr]) -> list[tuple[Expr, float]]:
+    """All real theta with dL/dtheta = 0, and their numbers."""
     found = sympy.solve(sympy.together(sympy.diff(loss, THETA)), THETA)
-    return [tidy(value) for value in found]
+    pairs = [(value, complex(value.subs(numbers).evalf())) for value in found]
+    return [(tidy(value), n.real) for value, n in pairs if abs(n.imag) <= 1e-9 * (1 + abs(n.real))]
 
 
 def exact_step(landscape: Expr, x_star: Expr, x0: Expr) -> Expr:
-    """alpha*(theta) = (x* - x0)/l_x(theta, x0)."""
+    """alpha*(theta) = (x* - x0)/l_x(theta, x0); -1/l_xx, its limit, where the data point is the maximum."""
+    if sympy.simplify(x_star - x0) == 0:
+        return tidy(-1 / sympy.diff(landscape, X, 2).subs(X, x_star))
     return tidy((x_star - x0) / sympy.diff(landscape, X).subs(X, x0))
 
 
@@ -87,7 +97,11 @@ def travel_time(speed: Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr:
 
 def _primitive(integrand: Expr) -> Expr:
     """An antiderivative in theta, in closed form."""
-    found = sympy.integrate(sympy.apart(sympy.together(integrand), THETA), THETA)
+    try:
+        parts = sympy.apart(sympy.together(integrand), THETA)
+    except sympy.PolynomialError:  # roots or exponentials in it
+        parts = integrand
+    found = sympy.integrate(parts, THETA)
     if found.has(sympy.Integral):
         raise ValueError("no closed integral")
     return found
@@ -108,12 +122,18 @@ def series(step: Expr, speed: Expr, order: int, theta0: Expr) -> list[Expr]:
     return found
 
 
-def implicit_series(landscape: Expr, x0: Expr, order: int, at: Mapping[sympy.Symbol, Expr]) -> list[Expr]:
-    """The same where x* has no formula: along the flow x* moves by -l_xtheta/l_xx theta'; numbers at `at`."""
+def implicit_series(
+    landscape: Expr, x0: Expr, order: int, at: Mapping[sympy.Symbol, Expr], still: bool
+) -> list[Expr]:
+    """The same where x* has no formula: along the flow x* moves by -l_xtheta/l_xx theta'; numbers at `at`.
+
+    Where the data point is the maximum and stays it (`still`), 1/alpha* is -l_xx, the limit of 0/0.
+    """
     slope = sympy.diff(landscape, X)
     speed = -sympy.diff(landscape, THETA)
     drift = -sympy.diff(slope, THETA) / sympy.diff(slope, X) * speed
-    current, found = slope.subs(X, x0) / (X - x0), []
+    current = -sympy.diff(slope, X) if still else slope.subs(X, x0) / (X - x0)
+    found = []
     for n in range(order + 1):
         found.append(sympy.Float(current.evalf(subs=dict(at)) / sympy.factorial(n)))
         current = speed * sympy.diff(current, THETA) + drift * sympy.diff(current, X)

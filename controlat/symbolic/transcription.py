@@ -1,7 +1,10 @@
 """Direct transcription of the control problem: minimise the discretised J itself, without costates.
 
 Implicit midpoint, theta_{k+1} = theta_k + h F((theta_k + theta_{k+1})/2, q_k), with states and controls as
-the unknowns of a nonlinear programme. No maximum principle is used, so that agreement with it says something.
+the unknowns of a nonlinear programme. In it an ascent that would pass x* ends there, so that all is
+continuous; such a control does what q = 1 does, with more steps. What is found is judged by rolling its
+controls out, those that overshoot replaced by q = 1: J is that of admissible controls, whether or not the
+minimiser converged. No maximum principle is used, so that agreement with it says something.
 Only for the admissible set "product", whose control is the one number q = alpha/alpha*(theta), K = K*/q; the
 other sets have whole K and are left to dynamic programming.
 """
@@ -16,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from controlat.symbolic.bolza import Q_MIN, Bolza
+from controlat.symbolic.bolza import Q_MIN, Bolza, smallest_q
 from controlat.symbolic.landscape import LandscapeError
 
 __all__ = ["Transcription", "midpoint_cost", "transcribe"]
@@ -33,7 +36,8 @@ class Transcription:
         derived: J of q = 1.
         difference: derived - found; > 0 if something better was found.
         deviation: max |q - 1| of the controls found.
-        success: whether the solver met its tolerances from at least one start.
+        success: whether the solver met its tolerances from at least one start; says nothing about `found`.
+        better: difference > tolerance, and so it is for the same controls on a mesh 4 times finer.
         t, q, k: the best controls, one per interval, with K at its midpoint; t is where it begins.
         theta: the states, one more.
     """
@@ -65,7 +69,7 @@ class _Programme:
 
     def flow(self, theta: Array, q: Array) -> Array:
         """F at midpoints."""
-        return self.problem.flow(theta, q, self.problem.count(theta) / q)
+        return self.problem.flow(theta, q, self.problem.count(theta) / q, clip=True)
 
     def cost(self, z: Array) -> float:
         """J = L(theta_N) + gamma h sum K."""
@@ -89,10 +93,17 @@ class _Programme:
         theta, middle, q = self.split(z)
         return np.asarray(np.diff(theta) - self.h * self.flow(middle, q), dtype=float)
 
+    def slope(self, middle: Array, q: Array) -> Array:
+        """dF/dtheta at fixed q; one-sided at the ends of the domain."""
+        low, high = self.problem.domain
+        behind, ahead = np.maximum(middle - 1e-6, low), np.minimum(middle + 1e-6, high)
+        with np.errstate(all="ignore"):
+            return np.asarray((self.flow(ahead, q) - self.flow(behind, q)) / (ahead - behind), dtype=float)
+
     def slopes(self, middle: Array, q: Array) -> tuple[Array, Array]:
         """dF/dtheta at fixed q, and dF/dq (one-sided at q = 1, where K < 1 makes it infinite)."""
         e = 1e-6
-        by_theta = (self.flow(middle + e, q) - self.flow(middle - e, q)) / (2 * e)
+        by_theta = self.slope(middle, q)
         low, high = np.maximum(q - e, Q_MIN / 2), np.minimum(q + e, 1.0)
         by_q = (self.flow(middle, high) - self.flow(middle, low)) / (high - low)
         return by_theta, by_q
@@ -108,34 +119,85 @@ class _Programme:
         return found
 
     def run(self, q: Array) -> Array:
-        """z for given controls, each step of the implicit midpoint rule by Newton's method with one slope.
+        """z for given controls: the implicit midpoint rule, all steps at once or, failing that, one by one.
 
         Raises:
             LandscapeError: the states leave the range where the inner maximum exists.
         """
+        theta = self._together(q)
+        return np.concatenate([self._one_by_one(q) if theta is None else theta, q])
+
+    def _together(self, q: Array) -> Array | None:
+        """States by Newton's method on all equations; None if it does not converge."""
+        theta, last = np.full(self.n, self.problem.theta0), math.inf
+        for _ in range(25):
+            z = np.concatenate([theta, q])
+            with np.errstate(all="ignore"):
+                defects = self.defects(z)
+            half = self.h * self.slope(self.split(z)[1], q) / 2
+            change, before = np.zeros(self.n), 0.0
+            with np.errstate(all="ignore"):
+                for i in range(self.n):
+                    change[i] = before = (defects[i] + (1 + half[i]) * before) / (1 - half[i])
+            size = float(np.abs(change).max())
+            if not math.isfinite(size):
+                return None
+            theta = theta - change
+            if size <= 1e-14 * max(1.0, float(np.abs(theta).max())) or (size < 1e-12 and size >= last / 2):
+                return theta
+            last = size
+        return None
+
+    def _one_by_one(self, q: Array) -> Array:
+        """States step by step, each by Newton's method with one slope."""
         theta = [self.problem.theta0]
         for control in q:
             now, after = theta[-1], theta[-1]
             at = np.full(1, control)
-            slope = 1 - self.h * float(self.slopes(np.full(1, now), at)[0][0]) / 2
-            for _ in range(30):
+            slope = 1 - self.h * float(self.slope(np.full(1, now), at)[0]) / 2
+            step = math.inf
+            for _ in range(60):
                 middle = np.full(1, (now + after) / 2)
                 step = (after - now - self.h * float(self.flow(middle, at)[0])) / slope
                 after -= step
                 if not abs(step) > 1e-14 * max(1.0, abs(now)):
                     break
-            if not math.isfinite(after):
+            if not (math.isfinite(after) and abs(step) <= 1e-10 * max(1.0, abs(now))):
                 raise LandscapeError(
-                    f"the states leave the range of the inner maximum near theta = {now:.6g}"
+                    f"the states leave the range of the inner maximum near theta = {now:.6g}, or the "
+                    "implicit midpoint rule has no solution there"
                 )
             theta.append(after)
-        return np.concatenate([theta[1:], q])
+        return np.array(theta[1:])
+
+    def admits(self, z: Array) -> NDArray[np.bool_]:
+        """Which of the controls belong to G at their midpoints."""
+        _, middle, q = self.split(z)
+        return self.problem.admits(middle, q, self.problem.count(middle) / q)
+
+    def roll_out(self, q: Array) -> Array:
+        """z for given controls, those that overshoot replaced by q = 1 (the same flow, with fewer steps).
+
+        Raises:
+            LandscapeError: the states leave the range where the inner maximum exists.
+        """
+        for _ in range(5):
+            z = self.run(q)
+            good = self.admits(z)
+            if good.all():
+                return z
+            q = np.where(good, q, 1.0)
+        raise LandscapeError("the controls found do not belong to the set")
 
 
 def midpoint_cost(problem: Bolza, q: Array) -> float:
-    """J of piecewise constant alpha/alpha* = q under the implicit midpoint rule with len(q) intervals."""
+    """J of piecewise constant alpha/alpha* = q under the implicit midpoint rule with len(q) intervals.
+
+    Infinite where one of them is not in the set.
+    """
     programme = _Programme(problem, len(q))
-    return programme.cost(programme.run(np.asarray(q, dtype=float)))
+    z = programme.run(np.asarray(q, dtype=float))
+    return programme.cost(z) if programme.admits(z).all() else math.inf
 
 
 def _starts(intervals: int, count: int) -> list[Array]:
@@ -175,7 +237,8 @@ def transcribe(
             best = min(best, found[:2], key=lambda pair: pair[0])
     theta, middle, q = programme.split(best[1])
     difference = derived - best[0]
-    better = difference > tolerance * max(abs(derived), 1e-3)
+    allowed = tolerance * max(abs(derived), 1e-3)
+    better = difference > allowed and _finer(problem, q) > allowed
     deviation = float(np.max(np.abs(q - 1)))
     return Transcription(
         found=best[0],
@@ -193,9 +256,21 @@ def transcribe(
     )
 
 
+def _finer(problem: Bolza, q: Array) -> float:
+    """What controls gain over q = 1 on a mesh 4 times finer: a gain of the discretisation vanishes there."""
+    programme = _Programme(problem, 4 * len(q))
+    try:
+        found = programme.cost(programme.roll_out(np.repeat(q, 4)))
+        gain = programme.cost(programme.run(np.ones(4 * len(q)))) - found
+    except LandscapeError:
+        return -math.inf
+    return gain if math.isfinite(gain) else -math.inf
+
+
 def _solve(programme: _Programme, start: Array) -> tuple[float, Array, bool] | None:
-    """The result of one start, its controls re-run so that no unmet constraint passes for a gain."""
-    n, (low, high) = programme.n, programme.problem.branch.domain
+    """The result of one start, its controls rolled out so that no unmet constraint passes for a gain."""
+    n, (low, high) = programme.n, programme.problem.domain
+    least = smallest_q(programme.problem, np.array([programme.problem.theta0]))
     defects: Any = {"type": "eq", "fun": programme.defects, "jac": programme.jacobian}
     try:
         with np.errstate(all="ignore"):
@@ -203,12 +278,12 @@ def _solve(programme: _Programme, start: Array) -> tuple[float, Array, bool] | N
                 programme.cost,
                 programme.run(start),
                 jac=programme.cost_slope,
-                bounds=[(low, high)] * n + [(Q_MIN, 1.0)] * n,
+                bounds=[(low, high)] * n + [(least, 1.0)] * n,
                 constraints=defects,
                 method="SLSQP",
                 options={"maxiter": 120, "ftol": 1e-12},
             )
-            z = programme.run(np.clip(found.x[n:], Q_MIN, 1.0))
+            z = programme.roll_out(np.clip(found.x[n:], least, 1.0))
     except (LandscapeError, ValueError):  # this start left the landscape; the others count
         return None
     value = programme.cost(z)

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlat.symbolic.bolza import SETS, Bolza, candidates
-from controlat.symbolic.landscape import Branch, LandscapeError
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import LandscapeError
 from controlat.symbolic.principle import (
+    ALIKE,
     POINTS,
     Path,
     boundary_problem,
@@ -25,6 +27,7 @@ from controlat.symbolic.principle import (
     criterion,
     derived_path,
     gamma_range,
+    isolated,
     multiplier,
     schedule_path,
 )
@@ -34,6 +37,7 @@ from controlat.symbolic.transcription import Transcription, transcribe
 __all__ = ["Verification", "verify"]
 
 Array = NDArray[np.float64]
+COARSE = 0.05  # relative difference of J from which the grid of the dynamic programme says nothing
 TOLERANCE = 1e-9  # on max_v H - H(u), relative to the largest |H|, at least 1
 
 
@@ -43,8 +47,9 @@ class Verification:
 
     Args:
         problem: the statement: landscape, data point, theta0, tau, horizon, gamma, admissible set.
-        derived: t, theta, p, m, K, alpha, gap, J, C and whether the principle holds ("satisfies").
-        comparisons: other schedules with K(t) >= K*(theta), set "product" only.
+        derived: t, theta, p, m, K, alpha, gap, J, C, whether the principle holds ("satisfies"), and the
+            fraction of the time in which alpha* is an isolated point of the set ("isolated"; no m there).
+        comparisons: other schedules with K(t) >= K*(theta), set "product" only; none where K* is constant.
         hamiltonian: H over alpha/alpha* at three instants along the derived schedule.
         boundary: differences to the two-point boundary problem, set "product" only.
         transcription: direct minimisation, set "product" only.
@@ -52,7 +57,7 @@ class Verification:
         sets: a row of dynamic programming for each admissible set.
         better: the best schedule found, if one undercuts the derived one.
         conclusion: sentences.
-        holds: the principle is satisfied and nothing better was found.
+        holds: the principle is satisfied, and a search for something better was made and found nothing.
     """
 
     problem: dict[str, Any]
@@ -107,7 +112,8 @@ def verify(
     product = admissible == "product"
     prices = _gamma(problem) if product else None
     derived = _derived(problem, path, prices)
-    results = {name: _programmed(problem, name) for name in SETS}
+    rows = {name: _programmed(problem, name) for name in SETS}
+    results = {name: row[0] for name, row in rows.items()}
     direct = _transcribed(problem) if product else None
     better = _better(results[admissible], direct)
     found: dict[str, Any] = {
@@ -118,9 +124,9 @@ def verify(
         "boundary": boundary_problem(problem, path) if product else None,
         "transcription": _direct_row(direct) if product else None,
         "gamma": prices,
-        "sets": [_row(problem, name, result) for name, result in results.items()],
+        "sets": [_row(name, *row) for name, row in rows.items()],
         "better": better,
-        "holds": bool(derived["satisfies"] and better is None),
+        "holds": bool(derived["satisfies"] and better is None and _searched(results[admissible], direct)),
     }
     return Verification(**found, conclusion=_conclusion(found))
 
@@ -155,13 +161,20 @@ def _derived(problem: Bolza, path: Path, prices: dict[str, Any] | None) -> dict[
     satisfies = gap.largest <= TOLERANCE * max(1.0, float(np.abs(own).max()))
     if prices is not None:  # sharper: beside a limit on gamma the violation is tiny
         satisfies &= prices["low"] <= problem.gamma <= (math.inf if prices["unlimited"] else prices["high"])
-    m = multiplier(problem, path) if problem.admissible == "product" else None
+    m, alone = None, None
+    if problem.admissible == "product":
+        m = multiplier(problem, path)
+        away = isolated(problem, path.theta)
+        alone = float(np.diff(path.t) @ (away[1:] / 2 + away[:-1] / 2)) / problem.horizon
+    known = None if m is None else m[~np.isnan(m)]
     return {
         "t": path.t[at],
         "theta": path.theta[at],
         "p": path.p[at],
         "m": None if m is None else m[at],
-        "m_nonnegative": None if m is None else bool(np.all(m >= 0)),
+        "m_nonnegative": None if known is None or not known.size else bool(np.all(known >= 0)),
+        "isolated": alone,
+        "constant": bool(path.k.max() - path.k.min() <= ALIKE * path.k.max()),
         "K": path.k[at],
         "alpha": (path.q * problem.step(path.theta))[at],
         "gap": gap.gap[at],
@@ -215,19 +228,26 @@ def _curves(problem: Bolza, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _programmed(problem: Bolza, name: str) -> Programming | str:
+def _programmed(problem: Bolza, name: str) -> tuple[Programming | str, float]:
+    """The dynamic programme given a set, or why there is none; and J of the derived schedule there."""
+    there = replace(problem, admissible=name)
     try:
-        return programme(replace(problem, admissible=name), follow=name == problem.admissible)
+        found, exact = programme(there, follow=name == problem.admissible), derived_path(there).cost
     except LandscapeError as error:
-        return str(error)
+        return str(error), math.nan
+    if abs(found.policy - exact) > COARSE * max(abs(exact), 1e-2):
+        return (
+            f"the grid in theta does not resolve it: the derived schedule costs {found.policy:.4g} on it, "
+            f"in fact {exact:.4g}"
+        ), exact
+    return found, exact
 
 
-def _row(problem: Bolza, name: str, result: Programming | str) -> dict[str, Any]:
+def _row(name: str, result: Programming | str, exact: float) -> dict[str, Any]:
     """One admissible set: the best value on the grid, the derived policy by the same scheme and exactly."""
     row: dict[str, Any] = {"admissible": name, "formula": SETS[name].formula}
     if isinstance(result, str):
         return {**row, "error": result}
-    exact = derived_path(replace(problem, admissible=name)).cost
     return {
         **row,
         "value": result.value,
@@ -255,6 +275,11 @@ def _direct_row(result: Transcription | str | None) -> dict[str, Any]:
         return {"error": result}
     names = ("found", "derived", "difference", "deviation", "success", "better", "intervals", "starts")
     return {name: getattr(result, name) for name in names}
+
+
+def _searched(grid: Programming | str, direct: Transcription | str | None) -> bool:
+    """Whether anything was searched for a better schedule without an error."""
+    return isinstance(grid, Programming) or isinstance(direct, Transcription)
 
 
 def _better(grid: Programming | str, direct: Transcription | str | None) -> dict[str, Any] | None:
@@ -294,13 +319,43 @@ def _conclusion(found: Mapping[str, Any]) -> list[str]:
             f"It is not optimal given this set and gamma: {better['by']} found a J lower by "
             f"{better['gain']:.4g} (derived: J = {derived['J']:.6g})."
         )
-    elif derived["satisfies"]:
-        lines.append("No candidate is better on the grid; this is a check of these numbers, not a proof.")
     else:
-        lines.append("No candidate is better on the grid beyond its tolerance: the loss, if any, is small.")
+        lines.append(_nothing_better(found))
+    lines += _alone_words(derived)
+    if problem["admissible"] == "product" and derived["constant"]:
+        lines.append(
+            "K* is constant along the derived path: the constant and linear schedules are the derived one, "
+            "and there is nothing to compare."
+        )
     lines += _gamma_words(found["gamma"], problem)
     lines += _set_words(found["sets"], problem["admissible"])
     return lines
+
+
+def _nothing_better(found: Mapping[str, Any]) -> str:
+    """Which of the two searches were made, and what finding nothing means."""
+    own = next(row for row in found["sets"] if row["admissible"] == found["problem"]["admissible"])
+    reasons = {"dynamic programming": own.get("error"), "direct transcription": None}
+    if found["transcription"] is not None:
+        reasons["direct transcription"] = found["transcription"].get("error")
+    lost = [f"{name} gives no answer ({reason})" for name, reason in reasons.items() if reason]
+    if own.get("error") and (found["transcription"] is None or found["transcription"].get("error")):
+        return f"Whether another schedule of this set is better was not found out: {'; '.join(lost)}."
+    told = "Given this set and gamma, the search found no better schedule"
+    if not found["derived"]["satisfies"]:
+        told += " beyond its tolerance: the loss, if any, is small"
+    told += "; " + "; ".join(lost) if lost else ""
+    return told + ". This is a check of these numbers, not a proof."
+
+
+def _alone_words(derived: Mapping[str, Any]) -> list[str]:
+    """Where alpha* has no neighbours in the set."""
+    if not derived["isolated"]:
+        return []
+    return [
+        f"During {derived['isolated']:.0%} of the time steps a little shorter than alpha* pass x* later and "
+        "so do not belong to this set, of which alpha* is an isolated point there."
+    ]
 
 
 def _gamma_words(gamma: Mapping[str, Any] | None, problem: Mapping[str, Any]) -> list[str]:
@@ -318,9 +373,12 @@ def _set_words(rows: list[dict[str, Any]], own: str) -> list[str]:
     """What the derived (rounded) schedule gives away given each other set."""
     lines = []
     for row in rows:
-        if row["admissible"] == own or "error" in row:
+        if row["admissible"] == own:
             continue
         what = f"Given {row['formula']} (set '{row['admissible']}'),"
+        if "error" in row:
+            lines.append(f"{what} there is no answer: {row['error']}.")
+            continue
         if row["better_exists"]:
             values = f"{row['policy']:.4g} against {row['value']:.4g}"
             lines.append(f"{what} it gives away {row['given_away']:.4g}: {values}.")

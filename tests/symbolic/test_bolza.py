@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlat.symbolic.bolza import SETS, Bolza, candidates, whole_cap
-from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Landscape, LandscapeError
 
 FORMULAS = {
     "paper": "theta^2/2 - (x - theta)^2/(theta^2 + 1)",
@@ -52,6 +53,65 @@ def test_whole_steps_are_those_of_the_ascent(text: str) -> None:
         assert problem.inner(theta, 0.37, k) == pytest.approx(expected, abs=1e-13)
 
 
+def test_an_ascent_that_overshoots_is_not_in_the_set() -> None:
+    # log: 1 + alpha* l_xx(x*) = -theta^2, so that the step after one just below alpha* passes x*
+    problem = make(FORMULAS["log"])
+    theta = np.array([0.5, 1.0, 1.4])
+    assert problem.admits(theta, 0.9, 1).all()
+    assert not problem.admits(theta, 0.9, [4, 3, 2]).any()
+    assert np.isnan(problem.inner(theta, 0.95, 10)).all()
+    assert (problem.hamiltonian(theta, -theta, 0.95, 10) == -math.inf).all()
+    assert problem.admits(theta, 1.0, 1000).all()
+    assert problem.inner(theta, 0.95, 10, clip=True) == pytest.approx(theta, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["product", "integer", "free"])
+@pytest.mark.parametrize("text", FORMULAS.values(), ids=FORMULAS)
+def test_every_admitted_ascent_stays_between_the_data_point_and_the_maximum(text: str, name: str) -> None:
+    problem = make(text, x0=0.2, tau=3.3, admissible=name)
+    theta = np.array([-1.5, 0.1, 0.8, 1.7])[:, None]
+    q, k = candidates(problem, theta[:, 0], points=20)
+    good = problem.admits(theta, q, k)
+    assert good.any(axis=1).all()
+    at, alpha, star = theta + 0 * q, q * problem.step(theta), problem.branch(theta)
+    low, high = np.minimum(0.2, star) - 1e-9, np.maximum(0.2, star) + 1e-9
+    x = np.full(at.shape, 0.2)
+    for n in range(1, 40):
+        x = np.where(q == 1, star, x + alpha * problem.landscape("x")(at, x))
+        inside = (x >= low) & (x <= high)
+        assert inside[good & (np.ceil(k) >= n)].all()
+    if problem.landscape.quadratic:
+        assert good.all()
+
+
+def test_overshooting_steps_stay_in_the_range_of_x() -> None:
+    problem = make(FORMULAS["quartic"], admissible="overshoot")
+    theta = np.array([0.5, 2.5])
+    assert problem.admits(theta, 1.4, 1).all()
+    thrown = make("theta^2/2 - (x - theta)^2*exp(x)", admissible="overshoot")
+    assert thrown.admits(1.0, 1.9, [1, 2]).tolist() == [True, False]
+    narrow = Landscape(FORMULAS["paper"], x_range=(-1, 1.5))
+    problem = Bolza(Branch(narrow, 1.0, 1.0, (0.5, 1.4)), 1.0, 10, 1, 0.01, "overshoot")
+    assert problem.admits(np.array([1.0, 1.0]), np.array([1.4, 1.6]), 1).tolist() == [True, False]
+
+
+def test_the_policy_of_whole_k_is_the_first_that_does_not_overshoot() -> None:
+    problem = make(FORMULAS["log"], admissible="integer")
+    theta = np.array([0.3, 1.0, 1.4])
+    q, k = problem.policy(theta)
+    assert (k > np.ceil(problem.count(theta))).any()
+    assert problem.admits(theta, q, k).all()
+    before = np.maximum(k - 1, 1)
+    passed = problem.admits(theta, problem.count(theta) / before, before)
+    assert not passed[k > np.ceil(problem.count(theta))].any()
+
+
+def test_numbers_that_are_not_finite_do_not_pass() -> None:
+    problem = make(FORMULAS["quartic"])
+    for q, k in ((math.nan, 2.0), (0.5, math.nan), (0.5, math.inf)):
+        assert np.isnan(problem.inner(1.0, q, k))
+
+
 def test_real_k_of_a_quadratic_landscape_is_a_power() -> None:
     problem = make(FORMULAS["paper"])
     theta, q, k = 1.3, 0.3, 4.7
@@ -76,7 +136,7 @@ def test_flow_slope_against_differences_at_fixed_alpha(text: str, k: float) -> N
     theta, h = np.array([-1.1, 0.5, 1.0, 1.7])[:, None], 1e-5
     q = np.array([0.1, 0.5, 0.9])
     alpha = q * problem.step(theta)
-    ahead, behind = (problem.flow(theta + e, alpha / problem.step(theta + e), k) for e in (h, -h))
+    ahead, behind = (problem.flow(theta + e, alpha / problem.step(theta + e), k, clip=True) for e in (h, -h))
     assert problem.flow_slope(theta, q, k) == pytest.approx((ahead - behind) / (2 * h), rel=1e-6, abs=1e-7)
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlat.symbolic.bound import constants, convergence
+from controlat.symbolic.branch import Branch
 from controlat.symbolic.formula import THETA
-from controlat.symbolic.landscape import Branch, Landscape
+from controlat.symbolic.landscape import Landscape
 
 
 def branch(

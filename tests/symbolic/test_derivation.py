@@ -268,6 +268,76 @@ def test_a_time_limit_leaves_numbers_and_says_why() -> None:
     assert found.cost == pytest.approx(derived().cost, rel=1e-9)
 
 
+# ---- places where numerics go wrong
+
+
+def test_up_to_a_fold_the_numbers_stay_right() -> None:
+    """-x^3/3 + theta x: x* = sqrt(theta) with infinite slope at 0, theta = (1 - t/2)^2, gone at t = 2."""
+    found = derived("-x^3/3 + theta*x", x_range=(-1, 3), horizon="1.99")
+    t = np.linspace(0, 1.99, 9)
+    assert found.theta(t) == pytest.approx((1 - t / 2) ** 2, rel=1e-9)
+    assert found.K(t) == pytest.approx(10 * (1 - t / 2), rel=1e-9)
+    assert found.formula("alpha") == 1 / sympy.sqrt(THETA)
+    with pytest.raises(
+        LandscapeError, match=r"at t = 2, before the horizon 3, and there the inner maximum ceases"
+    ):
+        derived("-x^3/3 + theta*x", x_range=(-1, 3))
+
+
+@pytest.mark.parametrize("factor", ["1e-12", "1e6"])
+def test_scaling_the_loss_scales_time_and_steps(factor: str) -> None:
+    c = float(factor)
+    found = derived(f"{factor}*({AMATA})", horizon=3 / c)
+    t = np.linspace(0, 3, 5)
+    assert found.K(t / c) == pytest.approx(c * 20 / (np.exp(-2 * t) + 1), rel=1e-8)
+    assert found.notes == []
+    assert [zero["kind"] for zero in found.minima["plain"]] == ["minimum", "maximum", "minimum"]
+
+
+def test_a_large_constant_changes_nothing() -> None:
+    found = derived("1e10 + theta^2/2 - (x - theta)^2")
+    assert found.notes == []
+    assert found.K(1.0) == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "theta^2/2 - exp((x - theta)^2)",
+        "theta^2/2 - cosh(3*(x - theta))",
+        "theta^2/2 - (x - theta)^64 - (x - theta)^2",
+        "theta^2/2 + sqrt(4 - (x - theta)^2)",
+    ],
+)
+def test_steep_and_bounded_landscapes_have_their_maximum(text: str) -> None:
+    found = derived(text)
+    assert found.formula("x") == THETA
+    assert found.theta(3.0) == pytest.approx(np.exp(-3))
+
+
+def test_a_data_point_that_is_the_maximum_has_the_limit_as_its_step() -> None:
+    found = derived("theta^2/2 - x^2*(theta^2 + 1)")
+    assert same(found.formula("alpha"), 1 / (2 * (THETA**2 + 1)))
+    assert found.series_numbers == pytest.approx([40, -40, 40])
+
+
+def test_a_parameter_that_is_zero_is_no_division_by_zero() -> None:
+    found = derived("theta^2/2 - (x - theta)^2 + a*x^4", parameters={"a": 0})
+    assert found.K(1.0) == pytest.approx(20)
+    assert found.formula("K") is not None
+
+
+def test_a_constant_loss_has_no_list_of_minima() -> None:
+    found = derived("-(x - theta)^2")
+    assert found.minima["robust"] == []
+    assert found.cost == pytest.approx(0.01 * 20 * 3)
+
+
+def test_a_long_horizon_ends() -> None:
+    found = derived(horizon="1e5", seconds=2)
+    assert found.cost == pytest.approx(0.01 * 20 * 1e5, rel=1e-3)
+
+
 # ---- several inner maxima
 
 WELLS = "theta^2/2 - (x^2 - 1)^2*(1 + theta^2) + x/4*(2 - theta)"
@@ -279,7 +349,7 @@ def test_branches_are_kept_apart() -> None:
     assert kinds == ["maximum", "minimum", "maximum"]
     assert left.point.x < 0 < right.point.x
     assert left.point.value < right.point.value
-    assert any("is larger than the one followed" in note for note in left.notes)
+    assert any("than at the inner maximum that is followed" in note for note in left.notes)
     assert right.notes == []
 
 
@@ -298,13 +368,17 @@ def test_the_ascent_must_reach_the_maximum_that_is_followed() -> None:
     [
         ("theta^2/2 + x^2", {}, r"l\(1, x\) has no inner maximum .*minimum at 0"),
         ("theta + x", {}, r"has no inner maximum .*no stationary point"),
-        ("x^3 - 3*x + theta", {}, r"is larger at the end x = 10"),
+        ("x^3 - 3*x + theta", {}, r"is larger at x = 10 "),
         ("theta^2 + 0*x", {}, "does not depend on x"),
         (
             "-theta^4 - (x - theta)^2",
             {},
             r"comes to theta = 3 at t = 0\.1111, before the horizon 3.*theta_range",
         ),
+        ("theta^2/2 - sqrt((x - theta)^2)", {}, "has a kink"),
+        ("theta^2/2 + 0.01/(x - 0.5)^2 - (x - 2*theta)^2", {}, r"is larger at x = 0\.5 \(inf\)"),
+        ("-theta^2/2 - (x - 5*theta)^2", {"theta0": "1/2"}, r"leaves x_range: give a wider one"),
+        ("theta^2/2 + log(x) - x*theta", {}, r"l\(1, x0\) is undefined at the data point 0"),
         ("log(theta) - (x - theta)^2", {}, r"at t = 0\.5, before the horizon 3.*shorter horizon"),
         ("theta - (x - 1)^2*theta", {}, r"ceases to exist"),
         ("theta^2/2 - (x^2 - 1)^2", {}, r"l_x\(1, x0\) = 0 at the data point 0, which is no maximum"),
@@ -336,5 +410,5 @@ def test_bad_tasks_are_refused(task: dict[str, Any], told: str) -> None:
 def test_bad_landscapes_are_refused() -> None:
     with pytest.raises(ValueError, match="x_range must be an interval around the data point 5"):
         Landscape(AMATA, x0=5, x_range=(-1, 1))
-    with pytest.raises(ValueError, match="has no b, but a value was given"):
+    with pytest.raises(ValueError, match="b = 1 was given, but the formula has no such name"):
         Landscape(AMATA, parameters={"b": 1})

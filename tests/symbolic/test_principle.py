@@ -2,14 +2,19 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import pytest
 
+from controlat.symbolic import verification
 from controlat.symbolic.bolza import Bolza
-from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.formula import THETA
+from controlat.symbolic.landscape import Landscape, LandscapeError
 from controlat.symbolic.principle import (
     boundary_problem,
     comparisons,
@@ -17,15 +22,18 @@ from controlat.symbolic.principle import (
     derived_path,
     gamma_limit,
     gamma_range,
+    isolated,
     maximise,
     multiplier,
     schedule_path,
 )
+from controlat.symbolic.programming import programme
 from controlat.symbolic.transcription import transcribe
 from controlat.symbolic.verification import Verification, verify
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 LOG = "theta^2/2 - log(1 + (x - theta)^2)"
+QUARTIC = "theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4"
 
 
 @cache
@@ -82,7 +90,7 @@ def test_multiplier_is_infinite_where_k_is_below_1() -> None:
 
 
 def test_multiplier_against_differences_of_the_hamiltonian() -> None:
-    for text, theta0 in ((PAPER, 1.0), (LOG, 1.0), ("theta^2/2 + 1 - cosh(x - theta)", 1.0)):
+    for text, theta0 in ((PAPER, 1.0), (QUARTIC, 1.0), ("theta^2/2 + 1 - cosh(x - theta)", 1.0)):
         problem = Bolza(follow(text, theta0), theta0, 10, 1, 0.01)
         path, e = derived_path(problem), 1e-7
         q = 1 - e
@@ -91,6 +99,14 @@ def test_multiplier_against_differences_of_the_hamiltonian() -> None:
         here = problem.hamiltonian(*at, 1.0, problem.count(path.theta))
         slope = (here - there) / (e * problem.step(path.theta))
         assert multiplier(problem, path) == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+def test_there_is_no_multiplier_where_the_exact_step_is_isolated() -> None:
+    problem = Bolza(follow(LOG, 1.0), 1.0, 10, 1, 0.01)
+    path = derived_path(problem)
+    assert isolated(problem, path.theta).all()
+    assert np.isnan(multiplier(problem, path)).all()
+    assert not isolated(make(), derived_path(make()).theta).any()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,7 +124,7 @@ def test_costate_of_the_feedback_is_minus_the_slope_of_j(text: str) -> None:
     assert derived_path(problem).p[0] == pytest.approx(-(ahead - behind) / (2 * h), rel=1e-6)
 
 
-@pytest.mark.parametrize("text", [PAPER, LOG])
+@pytest.mark.parametrize("text", [PAPER, QUARTIC])
 @pytest.mark.parametrize(
     "name", ["constant at the largest K*", "constant at the mean K*", "linear from K*(T) to K*(0)"]
 )
@@ -140,15 +156,31 @@ def test_c_is_zero_for_the_derived_schedule_and_positive_for_others() -> None:
         path = schedule_path(problem, name, count)
         found = criterion(problem, path)
         assert (found.gap >= 0).all()
-        if path.raised < 1:
-            assert found.c > 1e-3
-            costs.append(path.cost)
-        else:  # K* is concave here, so that the chord lies below it and is raised to it everywhere
-            assert name == "linear from K*(0) to K*(T)"
-            assert found.c == pytest.approx(0, abs=1e-12)
-            assert path.cost == pytest.approx(derived.cost, rel=1e-9)
+        assert path.raised < 1
+        assert found.c > 1e-3
+        costs.append(path.cost)
     assert min(costs) > derived.cost
-    assert len(costs) == 3
+    assert len(costs) == 4
+
+
+def test_the_chord_is_raised_by_the_least_amount() -> None:
+    """K* of (11) is concave, so that the chord lies below it; on the other landscape it is convex."""
+    problem = make()
+    derived = derived_path(problem)
+    name = next(n for n in comparisons(problem, derived) if n.startswith("linear from K*(0)"))
+    by = float(name.split("raised by ")[1])
+    chord = derived.k[0] + (derived.k[-1] - derived.k[0]) * derived.t
+    assert by == pytest.approx((derived.k - chord).max(), rel=1e-2)
+    assert (chord + by >= derived.k - 1e-12).all()
+    convex = Bolza(follow("theta^4/4 - (x - theta)^2*(1 + theta^2)/2", 1.0), 1.0, 3, 1, 0.01)
+    assert "linear from K*(0) to K*(T)" in comparisons(convex, derived_path(convex))
+
+
+def test_a_constant_k_has_nothing_to_be_compared_with() -> None:
+    found = verify(follow("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5), 1.0, 3, 1, 0.01)
+    assert found.comparisons == []
+    assert any("nothing to compare" in line for line in found.conclusion)
+    assert found.holds
 
 
 def test_c_is_positive_above_the_limit_of_gamma() -> None:
@@ -268,14 +300,93 @@ def test_other_landscapes(text: str, theta0: float, x0: float) -> None:
     assert all(row["J"] >= found.derived["J"] - 1e-9 for row in found.comparisons)
 
 
-def test_a_landscape_on_which_the_derived_schedule_is_beaten() -> None:
+def test_a_landscape_whose_later_steps_overshoot() -> None:
     # alpha* is far too long for the steps after the first: 1 + alpha* l_xx = -theta^2 < -1
     found = verify(follow(LOG, 1.4), 1.4, 3, 1, 0.01)
     check(found)
+    assert found.holds
+    assert found.derived["isolated"] == pytest.approx(1)
+    assert found.to_json()["derived"]["m"] == [None] * 101
+    assert "isolated point" in " ".join(found.conclusion)
+    overshoot = found.sets[3]
+    assert overshoot["better_exists"]
+
+
+FAR = {"x_range": (-3.5, 4.5)}
+HARD: list[tuple[str, dict[str, Any]]] = [
+    ("theta^2/2 - x^4 + theta*x^2 - theta*x/10", {"theta0": 2.0}),
+    ("theta^2/2 - x^4 + theta*x^2 + theta*x/2", {}),
+    ("theta^2/2 - (x - theta)^4", {"formula": True}),
+    ("theta^2/2 - (x - theta)^4", {"formula": True, "gamma": 0.0, "tau": 0.1}),
+    ("theta^2/2 + sin(x - theta)", {}),
+    ("theta^2/2 + sin(x - theta)", {"theta0": -1.0, "x0": -0.5, "tau": 0.3}),
+    (LOG, {"theta0": -1.4, "x0": 0.3}),
+    ("theta^2/2 - (x - theta)^2*exp(x)", {}),
+    ("theta^2/2 - (x - theta)^2*exp(x)", {"tau": 0.1, "gamma": 0.1}),
+    ("theta^2/2 - (x - theta)^2/2 - (x - theta)^4*5", {"tau": 0.5}),
+    ("theta - (x - 1)^2*exp(theta)", {}),
+    ("sqrt(1 + theta^2) - (x - theta)^2*(2 + cos(3*theta))", {}),
+    ("theta^2/2 - cosh(3*(x - theta))", FAR),
+    ("theta^2/2 - cosh(3*(x - theta))", FAR | {"tau": 0.01, "gamma": 0.1}),
+    ("theta^2/2 - cosh(3*(x - theta))", FAR | {"tau": 20.0}),
+    ("theta^2 - theta*x - 2*x^2 - x^4", {}),
+    ("theta^2/2 - theta*x - 2*x^2", {}),
+    ("theta^2/2 + log(2 + x) - x*(1 + theta^2)/2", {"theta0": 0.4, "x_range": (-1.9, 5.0)}),
+    ("theta^2/2 - (x - theta)^2/(1 + x)", {"theta0": 0.5, "x_range": (-0.9, 5.0)}),
+]
+
+
+def hard(text: str, theta0: float, x0: float, x_range: Any, formula: bool) -> Branch:
+    """A branch, by the formula x* = theta where it is flat."""
+    landscape = Landscape(text, x0=x0, x_range=x_range)
+    maxima = [p.x for p in landscape.stationary(theta0) if p.kind == "maximum"]
+    slope = float(landscape("x")(theta0, x0))
+    x = min((v for v in maxima if (v - x0) * slope > 0), key=lambda v: abs(v - x0))
+    return Branch(landscape, theta0, x, (-3, 3), formula=THETA if formula else None)
+
+
+@pytest.mark.parametrize(("text", "change"), HARD, ids=[f"{text} {change}" for text, change in HARD])
+def test_hard_landscapes_give_finite_numbers_or_reasons(
+    text: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not quadratic in x, with folds, ends, flat maxima and poles; on coarse grids; warnings are errors."""
+    monkeypatch.setattr(verification, "programme", partial(programme, nodes=61, steps=40, points=16))
+    monkeypatch.setattr(verification, "transcribe", partial(transcribe, intervals=12, starts=2))
+    chosen = {"theta0": 1.0, "x0": 0.0, "x_range": None, "formula": False, "tau": 3.0, "gamma": 0.01} | change
+    theta0, tau, gamma = (chosen.pop(name) for name in ("theta0", "tau", "gamma"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = verify(hard(text, theta0, **chosen), theta0, tau, 0.7, gamma)
+        data = found.to_json()
+    json.dumps(data, allow_nan=False)
+    numbers = (
+        found.derived[name] for name in ("theta", "p", "K", "alpha", "gap", "J", "C", "largest_violation")
+    )
+    assert all(np.isfinite(v).all() for v in numbers)
+    for row in found.sets:
+        assert row.get("error") or math.isfinite(row["value"] + row["policy"] + row["derived_J"])
+    differ = [row for row in found.comparisons if "error" not in row]
+    assert differ or found.comparisons == []
+    if found.derived["satisfies"] and gamma > 0:
+        assert all(row["C"] > 1e-6 for row in differ)
+    assert all(row["raised"] < 1 for row in differ)
+    assert found.conclusion[0].startswith("Given alpha K = tau")
+    told = " ".join(found.conclusion)
+    assert "optimal" not in told.replace("not optimal given", "")
+
+
+def test_a_search_without_an_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise LandscapeError("the grid is lost")
+
+    monkeypatch.setattr(verification, "programme", lost)
+    found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01)
+    assert found.holds  # by direct transcription
+    assert "dynamic programming gives no answer (the grid is lost)" in " ".join(found.conclusion)
+    monkeypatch.setattr(verification, "transcribe", lost)
+    found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01)
     assert not found.holds
-    assert found.better is not None
-    assert found.better["gain"] > 1e-3
-    assert "not optimal given" in " ".join(found.conclusion)
+    assert "was not found out" in " ".join(found.conclusion)
 
 
 def test_the_failure_on_the_paper_landscape_is_reported_with_something_better() -> None:

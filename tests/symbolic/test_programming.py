@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from controlat.symbolic.bolza import SETS, Bolza
-from controlat.symbolic.landscape import Branch, Landscape, LandscapeError
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Landscape, LandscapeError
 from controlat.symbolic.principle import derived_path, gamma_limit
 from controlat.symbolic.programming import _weights, programme, reachable
 

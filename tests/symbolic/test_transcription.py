@@ -1,5 +1,6 @@
 """Direct transcription: derivatives of the programme, agreement with the maximum principle where it holds."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from controlat.symbolic.bolza import Bolza
-from controlat.symbolic.landscape import Branch, Landscape
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Landscape
 from controlat.symbolic.principle import derived_path
 from controlat.symbolic.transcription import _Programme, midpoint_cost, transcribe
 
@@ -94,3 +96,38 @@ def test_refusals() -> None:
         transcribe(replace(make(), admissible="free"))
     with pytest.raises(ValueError, match="at least 2 intervals"):
         transcribe(make(), intervals=1)
+
+
+def test_controls_that_overshoot_cost_infinitely_much_or_are_replaced() -> None:
+    # log: steps just below alpha* pass x* later
+    problem = make("theta^2/2 - log(1 + (x - theta)^2)", theta0=1.4, tau=3)
+    q = np.full(20, 0.9)
+    assert midpoint_cost(problem, q) == math.inf
+    programme = _Programme(problem, 20)
+    z = programme.roll_out(q)
+    assert programme.admits(z).all()
+    assert programme.cost(z) == pytest.approx(midpoint_cost(problem, np.ones(20)))
+
+
+def test_the_gain_is_that_of_the_controls_whatever_the_optimiser_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = make(PAPER, 2.0, 1, 3, 0.1)
+    best = transcribe(problem).q
+
+    class Stopped:
+        """A minimiser that stopped early, with states that violate the dynamics."""
+
+        x, success = np.concatenate([np.zeros(40), best]), False
+
+    monkeypatch.setattr("controlat.symbolic.transcription.minimize", lambda *_, **__: Stopped)
+    found = transcribe(problem)
+    assert not found.success
+    assert found.better
+    assert found.found == pytest.approx(midpoint_cost(problem, best), rel=1e-12)
+    Stopped.x = np.concatenate(
+        [np.zeros(40), np.full(40, 0.3)]
+    )  # J of the violated states would be far lower
+    worse = transcribe(problem)
+    assert worse.found >= found.found
+    assert worse.found == min(worse.derived, midpoint_cost(problem, np.full(40, 0.3)))
