@@ -232,7 +232,7 @@ class Derivation:
         bent = land("xx")(at, np.full_like(at, land.point))
         start = float(land("xx")(float(self.task.theta0), land.point))
         if not (start < 0 and (bent < 0).all()):
-            self._without("newton", name, f"there is none: l_xx = {start:.4g} at the data point and theta_0")
+            self._without("newton", name, f"none: l_xx = {start:.4g} at the data point and theta_0")
             return
         newton = -1 / land.derivative("xx").subs(X, land.x0)
         self._find("newton", name, (THETA, at, -1 / bent), questions.tidy, newton)
@@ -502,7 +502,7 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
     ]
     for i in np.flatnonzero(y[:-1] * y[1:] < 0):
         root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)
-        if abs(float(slope(np.array([root]))[0])) <= 1e-3 * min(abs(y[i]), abs(y[i + 1])):  # else a pole
+        if abs(float(slope(np.array([root]))[0])) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
             found.append((float(root), y[i], y[i + 1]))
     found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
     kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]

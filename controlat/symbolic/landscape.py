@@ -145,7 +145,7 @@ class Landscape:
             root = float(
                 brentq(lambda v: float(slope(theta, v)), x[i], x[i + 1], xtol=1e-14, maxiter=500, disp=False)
             )
-            if abs(float(slope(theta, root))) <= 1e-3 * min(abs(y[i]), abs(y[i + 1])):  # else a pole
+            if abs(float(slope(theta, root))) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
                 roots.append(root)
         return [self._point(theta, root) for root in sorted(roots)]
 

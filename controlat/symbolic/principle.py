@@ -43,6 +43,7 @@ __all__ = [
 Array = NDArray[np.float64]
 POINTS = 101  # instants of [0, T] in results
 LARGEST_GAMMA = 1e4  # beyond it a limit on gamma is called infinite
+_EVALUATIONS = 3000  # of F along one path; some hundred are usual
 _PIECES = 200  # instants at which a rounded schedule decides
 # (t, theta) -> alpha/alpha*, K, and whether alpha sits on the bound alpha*(theta)
 Control = Callable[[Array, Array], tuple[Array, Array, NDArray[np.bool_]]]
@@ -103,7 +104,16 @@ def _forward(problem: Bolza, control: Control, accuracy: float = 1e-10) -> Calla
         LandscapeError: the flow leaves the range where the inner maximum exists.
     """
 
+    spent = 0
+
     def slope(t: float, y: Array) -> Array:
+        nonlocal spent
+        spent += 1
+        if spent > _EVALUATIONS:  # F jumps where ascents begin to overshoot
+            raise LandscapeError(
+                f"the flow from theta = {problem.theta0:g} changes too fast to be followed beyond "
+                f"t = {t:.4g}, theta = {float(y[0]):.6g}"
+            )
         q, k, _ = control(np.asarray(t), y)
         return problem.flow(y, q, k, clip=True)  # whether the controls belong to the set is checked after
 

@@ -351,7 +351,8 @@ def printed(result: Result) -> str:
     head = (
         f"Schedule derived from l(θ, x) = {greek(result['task']['landscape'])}\n{_given(result)}{calibrated}"
     )
-    parts = [f"{head}\ninner maximum: {_followed(result)}", *_formulas(result)]
+    followed = textwrap.fill(f"inner maximum: {_followed(result)}", _WIDTH, subsequent_indent="  ")
+    parts = [f"{head}\n{followed}", *_formulas(result)]
     if "text" not in result["formulas"]["K"]:
         parts.append(_course(result))
     lines = [_rising(result), _spent(result)]

@@ -210,7 +210,7 @@ def test_numbers_of_the_derivation(results):
     assert float(course[0][3]) == pytest.approx(bare["curves"]["K"][0], rel=1e-3)
     assert float(course[-1][3]) == pytest.approx(bare["curves"]["K"][-1], rel=1e-3)
     assert "K* increases nowhere" in printed(bare)
-    assert "Newton step" in printed(bare)
+    assert "-1/l_xx(θ, x0): numerically (scipy): none: l_xx = 4 at the data point" in printed(bare)
     assert "Newton step" not in printed(amata)
 
 
