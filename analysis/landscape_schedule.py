@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student
 
 import controlat
@@ -205,7 +206,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for i, row in enumerate(found["schedules"]):
         style = line_style(i)
         t = range(len(row["steps"]) + 1)
-        axes[0].step(t, [*row["steps"], row["steps"][-1]], where="post", label=row["name"], **style)
+        k = np.array([*row["steps"], row["steps"][-1]]) + 0.06 * (i - 3)  # apart, where they coincide
+        axes[0].step(t, k, where="post", label=row["name"], **style)
         robust = 100 * np.asarray(row["robust"])
         half = student.ppf(0.975, len(robust) - 1) * robust.std(ddof=1) / np.sqrt(len(robust))
         cost = statistics.fmean(row["gradients"])
@@ -221,7 +223,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes[1].set_ylim(bottom=0)
     axes[1].legend(fontsize=8)
     axes[2].set_xlabel("gradient evaluations of training")
-    axes[2].set_ylabel("robust accuracy (%), mean of seeds and its 95 % interval")
+    axes[2].set_ylabel("robust accuracy (%)")
+    axes[2].set_title("mean over seeds and its 95 % interval", fontsize=9)
+    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, path)
 
@@ -252,11 +256,15 @@ def main() -> None:
         threads=chosen.threads,
     )
     found = digest(part, named, result, calibrated.result["calibration"])
-    out = chosen.out / chosen.part
-    write_json(out / "result.json", found)
+    write_json(chosen.out / chosen.part / "result.json", found)
+    present(found, chosen.out / chosen.part)
+    print(markdown(found))
+
+
+def present(found: Mapping[str, Any], out: Path) -> None:
+    """The table and the figure, from the result file alone."""
     write_text(out / "table.md", markdown(found) + "\n")
     draw(found, out / "schedules.png")
-    print(markdown(found))
 
 
 if __name__ == "__main__":

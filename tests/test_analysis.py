@@ -107,3 +107,39 @@ def test_there_are_fourteen_schedules_and_all_are_admissible() -> None:
         assert len(every) == 14 * len(part["seeds"]) * len(part["dynamics"])
         for _, _, _, text in every[:14]:
             controlat.parse_schedule(text, part["problem"]["epochs"])
+
+
+LANDSCAPE: dict[str, Any] = runpy.run_path(str(HERE / "landscape_schedule.py"))
+COMPARED = sorted(path.parent for path in (HERE / "landscape_schedule").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("folder", COMPARED, ids=lambda path: path.name)
+def test_the_comparison_of_derived_schedules_follows_from_its_result_file(folder: Path) -> None:
+    found = read_json(folder / "result.json")
+    assert LANDSCAPE["markdown"](found) + "\n" == (folder / "table.md").read_text()
+    assert LANDSCAPE["markdown"](found) in (HERE.parent / "README.md").read_text()
+    assert found["measured"]["seed"] not in found["seeds"]
+    for row in found["schedules"]:
+        assert len(row["robust"]) == len(found["seeds"])
+
+
+def test_paired_differences_have_students_interval() -> None:
+    found = LANDSCAPE["difference"]([0.6, 0.7, 0.8], [0.5, 0.5, 0.5])
+    assert found["mean"] == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of two degrees of freedom at 97.5 %
+    assert found["interval"] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-5)
+
+
+def test_the_linear_ramp_beside_a_schedule_takes_as_many_steps() -> None:
+    schedule = controlat.parse_schedule("table:steps=1:3:5:7:8:9:9:9:10:10:10:10,tau=0.3", 12)
+    ramp = controlat.parse_schedule(LANDSCAPE["equal_cost"](schedule, 0.3), 12)
+    mean = [np.mean(LANDSCAPE["steps"](s)) for s in (schedule, ramp)]
+    assert mean[0] == pytest.approx(mean[1], abs=0.1)
+
+
+def test_the_derivation_that_is_shown_follows_from_its_result_file() -> None:
+    from controlat.symbolic.summary import markdown
+
+    found = read_json(HERE / "derive" / "result.json")
+    assert markdown(found) == (HERE / "derive" / "summary.md").read_text()
+    assert found["verification"]["holds"]
