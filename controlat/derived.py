@@ -77,7 +77,7 @@ class Derived:
         return self.derivation.K(t)
 
     def __str__(self) -> str:
-        from controlat.symbolic.summary import printed
+        from controlat.symbolic.terminal import printed
 
         return printed(self.result)
 
@@ -253,8 +253,8 @@ def _solution(found: Derivation) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
+    from controlat.symbolic.document import markdown
     from controlat.symbolic.figures import FIGURES
-    from controlat.symbolic.summary import markdown
 
     write_json(out / "schedule.json", result["network"]["schedule"])
     for name, figure in FIGURES.items():

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from controlat.drawing import line_style, panels, save
-from controlat.symbolic.summary import greek
+from controlat.symbolic.words import greek
 
 __all__ = ["FIGURES", "Figure"]
 

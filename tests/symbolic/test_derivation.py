@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
 
-from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task
+from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task, verify
 from controlat.symbolic.formula import THETA
 from controlat.symbolic.questions import T
 from controlat.symbolic.task import GAMMA, HORIZON, TAU
@@ -412,3 +412,35 @@ def test_bad_landscapes_are_refused() -> None:
         Landscape(AMATA, x0=5, x_range=(-1, 1))
     with pytest.raises(ValueError, match="b = 1 was given, but the formula has no such name"):
         Landscape(AMATA, parameters={"b": 1})
+
+
+# ---- random landscapes: what the checks say agrees with itself
+
+
+@given(quadratics())
+@settings(max_examples=4, deadline=None)
+def test_random_quadratics_are_checked_consistently(n: dict[str, Any]) -> None:
+    far = 2 * max(abs(float(n["theta0"])), abs(n["m"])) + 1
+    task = Task(
+        Landscape(written(n), n["x0"], {}, (-40, 40)),
+        theta0=str(n["theta0"]),
+        tau=4,
+        horizon=1,
+        theta_range=(-far, far),
+        seconds=1e-3,  # the numbers alone
+    )
+    found = Derivation(task)
+    checked = verify(found.branch, float(task.theta0), 4.0, 1.0, 0.01)
+    assert checked.derived["J"] == pytest.approx(found.cost, rel=1e-7)
+    assert checked.derived["C"] >= 0
+    assert checked.boundary is not None
+    assert checked.boundary["success"]
+    assert checked.boundary["theta_difference"] < 1e-6
+    assert checked.holds == (checked.derived["satisfies"] and checked.better is None)
+    if checked.derived["satisfies"]:  # then nothing else finds a better one, and all others are worse
+        assert checked.better is None
+        assert all(
+            row["C"] > 0 and row["J"] > checked.derived["J"] for row in checked.comparisons if "C" in row
+        )
+    else:
+        assert checked.derived["C"] > 0

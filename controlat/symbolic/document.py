@@ -1,0 +1,268 @@
+"""A derivation as summary.md: all of it, formulas in LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from controlat.symbolic.words import (
+    CRITERION,
+    HOLDS,
+    QUANTITIES,
+    Result,
+    answers_of,
+    bullets,
+    course_table,
+    greek,
+    network_table,
+    num,
+    say_checks,
+    say_cut,
+    say_fitted,
+    say_followed,
+    say_known,
+    say_polynomial,
+    say_rising,
+    say_spent,
+    say_theorem,
+    say_verdict,
+    say_zeros,
+    schedule_table,
+)
+from controlat.texts import table
+
+__all__ = ["markdown"]
+
+_LOWEST = ", where the measure is lowest"
+
+
+def _display(key: str, answer: Result) -> str:
+    """One quantity: its formula in LaTeX, or how it is known."""
+    left, latex, what = QUANTITIES[key]
+    head = f"{what[0].upper()}{what[1:]}"
+    if "latex" not in answer:
+        return f"{head}, {left}: {say_known(answer)}."
+    told = f" ({greek(answer['why'])})" if answer["why"] else ""
+    rest = r" + \dots" if key == "series" else ""
+    return f"{head}{told}:\n\n$$ {latex} = {answer['latex']}{rest} $$"
+
+
+def _settings(result: Result) -> str:
+    """What decides the result: name, value and meaning."""
+    task, s, network = result["task"], result["settings"], result["network"]["schedule"]
+    fitted = "; fitted to the run" if result["calibration"] is not None else ""
+    ends = {name: f"{num(task[name][0])} .. {num(task[name][1])}" for name in ("x_range", "theta_range")}
+    tau = network["knobs"]["alpha"]["values"][0]
+    branch = "largest that the ascent reaches" if s["branch"] is None else str(s["branch"])
+    rows = [
+        ["x0", num(task["x0"]), "data point, where the inner ascent starts"],
+        *([name, num(value), "parameter of the landscape"] for name, value in task["parameters"].items()),
+        ["theta0", num(task["theta0"]), f"θ at t = 0{fitted}"],
+        ["tau", num(task["tau"]), f"α K of the landscape, held fixed{fitted}"],
+        ["horizon", num(task["horizon"]), f"T, in the landscape's time{fitted}"],
+        ["gamma", num(task["gamma"]), "price of one inner step per unit of time"],
+        ["order", str(task["order"]), "highest power of t in the series of K*"],
+        ["branch", branch, "inner maximum at θ₀, by the value of l (0 is the largest)"],
+        ["x_range", ends["x_range"], "where inner maxima are looked for"],
+        ["theta_range", ends["theta_range"], "how far the inner maximum is followed"],
+        ["admissible", s["admissible"], "admissible set of the check"],
+        ["overshoot", num(s["overshoot"]), "c of the set 'overshoot'"],
+        ["checks", "yes" if s["checks"] else "no", "maximum principle and Theorem 1"],
+        ["epochs", num(network["epochs"]), "length of the network's training"],
+        ["k_min, k_max", f"{num(s['k_min'])}, {num(s['k_max'])}", "bounds on K of the network"],
+        ["tau_net", num(tau), "α K of the network, in pixels"],
+        ["mapping", s["mapping"], "affine: K* is stretched to the bounds; clip: it is cut off there"],
+        ["resolution", num(network["resolution"]), "length of a piece of the schedule, in epochs"],
+    ]
+    if result["calibration"] is not None:
+        rows.append(["calibrate", result["calibration"]["measured"]["run"], "run that was measured"])
+        rows.append(["measure", s["measure"], "what was fitted"])
+        since = f"{result['calibration']['fit']['times'][0]:g}"
+        rows.append(
+            ["since", since, "epoch from which on it was fitted" + _LOWEST * (s.get("since") is None)]
+        )
+    return table(["setting", "value", "meaning"], rows, words=(0, 2))
+
+
+def _inner(result: Result) -> list[str]:
+    """The inner problem: stationary points, branch, formulas."""
+    rows = [[num(p["x"]), p["kind"], num(p["value"]), num(p["curvature"])] for p in result["stationary"]]
+    shown = [_display(k, result["formulas"][k]) for k in ("x", "curvature") if k in result["formulas"]]
+    near = "" if result["task"]["quadratic"] else " Near x* only: l is not quadratic in x."
+    steps = [
+        _display(k, result["formulas"][k]) for k in ("rho", "alpha", "newton") if k in result["formulas"]
+    ]
+    if "rho" not in result["formulas"]:
+        steps.insert(0, "Contraction near x*: ρ = 1 + α l_xx(θ, x*), numerically (scipy).")
+    return [
+        "## Inner problem\n\nStationary points of l(θ₀, ·):",
+        table(["x", "kind", "l(θ₀, x)", "l_xx(θ₀, x)"], rows, words=(1,)),
+        f"Followed: {say_followed(result)}.",
+        *shown,
+        f"K steps of size α from the data point contract the distance to x* by ρ each.{near}",
+        *steps,
+    ]
+
+
+def _outer(result: Result) -> list[str]:
+    """Losses, flow, K*, series and cost."""
+    found, parts = result["formulas"], ["## Losses"]
+    for key in ("robust", "plain"):
+        zeros = say_zeros(result["minima"][key], "latex")
+        parts += [_display(key, found[key]), f"{zeros[0].upper()}{zeros[1:]}."]
+        parts += [f"({greek(z['why'])}.)" for z in result["minima"][key][:1] if "why" in z]
+    parts.append("## Flow and schedule")
+    parts += [_display(key, found[key]) for key in ("speed", "time", "theta", "K", "series") if key in found]
+    if values := result["series"]["values"]:
+        parts.append(f"In numbers: $K^*(t) = {say_polynomial(values, '^{{{}}}')} + \\dots$")
+    return [
+        *parts,
+        f"{say_rising(result)}.",
+        course_table(result),
+        _display("J", found["J"]),
+        f"{say_spent(result)}.",
+    ]
+
+
+def _sources(result: Result) -> str:
+    """Who found what."""
+    rows = [
+        [QUANTITIES[key][0] + " near 0" * (key == "series"), answer["by"], greek(answer["why"])]
+        for key, answer in answers_of(result)
+    ]
+    return table(["quantity", "by", "remark"], rows, words=range(3))
+
+
+def _verification(result: Result) -> list[str]:
+    found = result["verification"]
+    rows = []
+    for row in found["sets"]:
+        name, formula = row["admissible"], greek(row["formula"])
+        if "error" in row:
+            rows.append([name, formula, *["-"] * 5, row["error"]])
+            continue
+        told = "yes" if row["better_exists"] else "none found"
+        values = [num(row[k]) for k in ("derived_J", "policy", "value", "given_away", "tolerance")]
+        rows.append([name, formula, *values, told])
+    heads = ["set", "admissible", "J, derived", "same on the grid", "best on the grid", "given away"]
+    m = found["derived"]["m_nonnegative"]
+    lines = [*say_verdict(result), *say_checks(found), f"Looked at: {greek(found['derived']['searched'])}."]
+    lines.append(f"Largest max H − H(u): {num(found['derived']['largest_violation'])}.")
+    if m is not None:
+        lines.append(
+            f"Multiplier of α ≤ α*: {'nowhere negative' if m else 'negative or undefined somewhere'}."
+        )
+    parts = [
+        f"## Check against the maximum principle\n\n{CRITERION[0].upper()}{CRITERION[1:]}.",
+        bullets(lines),
+    ]
+    if found["better"] is not None:
+        better = found["better"]
+        parts.append(f"Better: J = {num(better['J'])}, by {better['by']}, lower by {num(better['gain'])}.")
+    parts += [
+        schedule_table(result),
+        _errors(found["comparisons"]),
+        "Given each admissible set, by dynamic programming:",
+    ]
+    parts.append(table([*heads, "tolerance", "better"], rows, words=(0, 1, 7)))
+    return [part for part in parts if part]
+
+
+def _errors(rows: Sequence[Result]) -> str:
+    return bullets(f"{row['name']}: {row['error']}" for row in rows if "error" in row)
+
+
+def _bound(result: Result) -> list[str]:
+    """Theorem 1: both sides, and the constants."""
+    found = result["bound"]
+    parts = ["## Theorem 1", say_theorem(result)]
+    if not any(row["left"] is not None for row in found["rows"]):
+        return parts
+    inner = found["inner"]
+    exact = f"The inner problem is solved to |x̂ − x*| = {num(inner['delta'])}"
+    if inner["alpha"] is not None:
+        exact = f"The inner ascent takes {inner['steps']} steps of size {num(inner['alpha'])}"
+    formulas = (
+        r"$$ \frac1T \sum_t E\,L'(\theta_t)^2 \;\le\; 4\sigma\sqrt{\beta\Delta/T} + 5 L_{\theta x}^2\delta^2"
+        r" \quad\text{(printed)}, \qquad 4\sigma\sqrt{\beta\Delta/T} + 2\beta\Delta/T +"
+        r" 2 L_{\theta x}^2\delta^2 \quad\text{(corrected)} $$"
+    )
+    sides, constants = _sides(found["rows"])
+    return [
+        *parts,
+        f"{exact}; {found['runs']} runs where there is noise, seed {found['seed']}. Undecided: within two "
+        "standard errors of the bound.",
+        formulas,
+        sides,
+        "Constants, on the range of θ and x that runs visited: β = L_θx²/μ + L_θθ, Δ = L(θ₀) − min L, η the "
+        "step size, δ the largest |x̂ − x*| met.",
+        constants,
+    ]
+
+
+def _sides(every: Sequence[Result]) -> tuple[str, str]:
+    """The table of both sides, and that of the constants."""
+    rows, constants = [], []
+    for row in every:
+        if row["left"] is None:
+            continue
+        where = [f"{row['sigma']:g}", str(row["T"])]
+        sides = [f"{num(row['left'])} ± {row['standard_error']:.2g}"]
+        for name in ("printed", "corrected", "sharper", "fosc_bound"):
+            sides += [num(row[name]), HOLDS[row[f"{name}_holds"]]]
+        rows.append([*where, *sides, "yes" if row["long_enough"] else "no"])
+        ends = [f"{num(a)} .. {num(b)}" for a, b in (row["theta_range"], row["x_range"])]
+        values = (row[name] for name in ("L_tt", "L_tx", "mu", "beta", "Delta", "eta", "delta"))
+        constants.append([*where, *ends, *map(num, values)])
+    bounds = [head for name in ("printed", "corrected", "sharper", "FOSC") for head in (name, "holds")]
+    heads = ["σ", "T", "measured ± standard error", *bounds, "T ≥ βΔ/σ²"]
+    names = ["σ", "T", "θ", "x", "L_θθ", "L_θx", "μ", "β", "Δ", "η", "δ"]
+    return table(heads, rows, words=()), table(names, constants, words=())
+
+
+def _calibration(result: Result) -> list[str]:
+    fit, m = result["calibration"]["fit"], result["calibration"]["measured"]
+    measure = m["measures"][result["settings"]["measure"]]
+    known = dict(zip(fit["times"], zip(fit["fitted"], fit["residuals"], strict=True), strict=True))
+    rows = []
+    for t, value, mark in zip(m["times"], measure["values"], measure["marks"], strict=True):
+        fitted = [num(known[t][0]), f"{known[t][1]:+.3g}"] if t in known else ["not used", ""]
+        rows.append([f"{t:g}", num(value), *fitted, mark])
+    heads = ["epoch", "measured", "fitted", "residual (log)", "bound only"]
+    return [
+        "## Calibration to a network",
+        r"$$ \log v_e = \log\frac{s}{\alpha^*(\theta(c\,(t_e - t_0)))} + r_e $$",
+        bullets(say_fitted(result)),
+        table(heads, rows, words=(4,)),
+    ]
+
+
+def markdown(result: Result) -> str:
+    """The content of summary.md.
+
+    Args:
+        result: the content of result.json.
+    """
+    from controlat.symbolic.figures import FIGURES
+
+    env = result["environment"]
+    machine = f"{env['hardware']}, {env['threads']} threads, python {env['python']}, numpy {env['numpy']}"
+    parts = [
+        "# Schedule derived from a landscape",
+        f"    l(theta, x) = {result['task']['landscape']}",
+        _settings(result),
+        *_inner(result),
+        *_outer(result),
+        "## What is symbolic and what is numerical\n\nEvery quantity is computed numerically (scipy); a "
+        "formula (sympy) stands only where it agrees with the numbers to seven digits.",
+        _sources(result),
+        f"## The network's schedule\n\n{say_cut(result)}.",
+        network_table(result, True),
+    ]
+    parts += _verification(result) if result["verification"] is not None else []
+    parts += _bound(result) if result["bound"] is not None else []
+    parts += _calibration(result) if result["calibration"] is not None else []
+    if result["notes"]:
+        parts += ["## Notes", bullets(greek(note) for note in result["notes"])]
+    shown = [f"![{figure.title}]({name})" for name, figure in FIGURES.items() if figure.wanted(result)]
+    made = f"Made on {machine}, controlat {env['controlat']}; {result['seconds']:.1f} seconds."
+    return "\n\n".join([*parts, "## Figures", "\n".join(shown), made]) + "\n"
