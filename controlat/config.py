@@ -62,6 +62,8 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     Raises:
         ValueError: as `parse_schedule` and `load_schedule`.
     """
+    if (Path(text) / "schedule.json").is_file():
+        raise ValueError(f"{text} is a directory; its schedule is {Path(text) / 'schedule.json'}")
     return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs, knobs)
 
 
@@ -391,15 +393,16 @@ class DeriveSettings:
 
     Args:
         landscape: Formula in theta, x and named parameters, such as theta^2/2 - (x - theta)^2/(theta^2 + 1),
-            which is Amata's and the default.
+            which is Amata's and the default. One that begins with a minus sign: --landscape=-theta...
         parameters: Values of the named parameters, such as {a: 2}.
         x0: Data point, where the inner ascent starts.
-        theta0: theta at t = 0.
+        theta0: theta at t = 0; with --calibrate it says on which side of the minimum to look.
         tau: Product alpha K of the landscape, held fixed.
         horizon: Length T of training in the landscape's time, theta' = -dL/dtheta.
         gamma: Price of one inner step per unit of that time.
         order: Highest power of t in the Taylor series of K*.
-        branch: Which inner maximum at theta0, by value (0 is the largest), where there are several.
+        branch: Which inner maximum at theta0, by value (0 is the largest), where there are several; the
+            largest, if the ascent from x0 reaches it, if left out.
         x_range: Where inner maxima are looked for; 10 to either side of x0 if left out.
         theta_range: How far the inner maximum is followed; +-max(3, 2 |theta0|) if left out.
         admissible: product (alpha K = tau, alpha <= alpha*), integer (K whole), free (alpha and K),
@@ -470,6 +473,10 @@ class DeriveSettings:
             raise ValueError(f"since must be an epoch >= 0, got {self.since:g}")
         if self.calibrate is not None:
             _check_run(Path(self.calibrate))
+            for name in ("tau", "horizon"):
+                default = type(self).__dataclass_fields__[name].default
+                if number(getattr(self, name), name) != number(default, name):
+                    raise ValueError(f"{name} is fitted to the run with calibrate: leave it out")
         if self.mapping is None:
             self.mapping = "affine" if self.calibrate is None else "clip"
         if self.mapping not in MAPPINGS:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,11 @@ class Derived:
         """K*(t), a real number."""
         return self.derivation.K(t)
 
+    def __repr__(self) -> str:
+        task = self.derivation.task
+        numbers = ", ".join(f"{n} = {getattr(task, n)}" for n in ("theta0", "tau", "horizon", "gamma"))
+        return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
+
     def __str__(self) -> str:
         from controlat.symbolic.terminal import printed
 
@@ -102,8 +108,13 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
     >>> print(found.derivation.formula("K"))
     2*tau*exp(2*t)/(theta_0**2 + exp(2*t))
     >>> [found.schedule(epoch)["steps"] for epoch in range(12)]
-    [1, 3, 5, 7, 8, 9, 9, 9, 10, 10, 10, 10]
+    [1, 3, 5, 7, 8, 9, 9, 10, 10, 10, 10, 10]
     """
+    names = {f.name for f in fields(DeriveSettings)}
+    for name in set(settings) - names:
+        near = get_close_matches(name, names, 1)
+        told = f", did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
+        raise ValueError(f"derive has no setting {name}{told}")
     chosen = DeriveSettings(landscape=landscape, **settings)
     plain = {"command": "derive"} | chosen.to_json()
     if out is None:

@@ -24,6 +24,7 @@ from controlat.parallel import World, joined
 from controlat.pmp import Grid, described, parse_terminal, try_terminal
 from controlat.recording import GIBI, Recording
 from controlat.runs import claimed, environment
+from controlat.schedules import Schedule
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.state import same_bits
 from controlat.training import deterministic, fit, load_checkpoint
@@ -63,6 +64,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
+        if world.first:
+            _note_length(chosen.schedule, schedule, chosen.epochs)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -84,6 +87,14 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
         "seconds": tally.seconds,
         "finished_before": known and finished,
     }
+
+
+def _note_length(text: str, schedule: Schedule, epochs: int) -> None:
+    """Say where a schedule from a file was made for another number of epochs."""
+    if schedule.epochs != epochs:
+        what = "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
+        told = f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}"
+        tqdm.write(f"controlat: note: {told}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -117,6 +128,8 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
+            for text in chosen.schedules if world.first else ():
+                _note_length(text, chosen.schedule_of(text), chosen.epochs)
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:

@@ -64,6 +64,25 @@ def test_the_schedule_runs_the_trainer(amata: tuple[Path, controlat.Derived], tm
     assert used[-1]["steps"] == 10
 
 
+def test_another_length_of_training_is_noted(
+    amata: tuple[Path, controlat.Derived], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controlat.train(tmp_path / "run", schedule=str(amata[0] / "schedule.json"), epochs=2, **FEW)
+    assert "made for 12 epochs, training has 2: only its beginning is used" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"is a directory; its schedule is .*schedule\.json"):
+        controlat.train(tmp_path / "other", schedule=str(amata[0]), epochs=2, **FEW)
+
+
+def test_a_setting_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="derive has no setting kmin, did you mean k_min"):
+        controlat.derive(kmin=2)
+
+
+def test_what_a_run_decides_cannot_be_given_beside_it(run: Path) -> None:
+    with pytest.raises(ValueError, match="tau is fitted to the run with calibrate: leave it out"):
+        controlat.derive(calibrate=str(run), tau=3)
+
+
 def test_for_another_network(amata: tuple[Path, controlat.Derived]) -> None:
     schedule = amata[1].for_network(epochs=30, k_min=2, k_max=7, tau=8 / 255)
     k = [schedule(epoch)["steps"] for epoch in range(30)]

@@ -17,9 +17,9 @@ __all__ = ["Branch", "choose"]
 _NODES = 600  # of a branch to either side of theta_0; more where it bends
 _ROUNDS = 20  # of Newton's method
 _GONE, _OUT, _UNDEFINED = (
-    "there the inner maximum ceases to exist",
-    "there the inner maximum leaves x_range: give a wider one",
-    "there l or a derivative is undefined",
+    "There the inner maximum ceases to exist, or is flat",
+    "There the inner maximum leaves x_range: give a wider one",
+    "There l or a derivative is undefined",
 )
 
 

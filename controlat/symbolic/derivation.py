@@ -66,6 +66,7 @@ class Derivation:
         self._flow()
         self._schedule()
         self._check_others()
+        self._remark()
 
     # ---- asking sympy
 
@@ -232,7 +233,8 @@ class Derivation:
         bent = land("xx")(at, np.full_like(at, land.point))
         start = float(land("xx")(float(self.task.theta0), land.point))
         if not (start < 0 and (bent < 0).all()):
-            self._without("newton", name, f"none: l_xx = {start:.4g} at the data point and theta_0")
+            why = f"no Newton step: l_xx = {start:.4g} at the data point and theta_0"
+            self.answers["newton"] = Answer(name, None, "", why)
             return
         newton = -1 / land.derivative("xx").subs(X, land.x0)
         self._find("newton", name, (THETA, at, -1 / bent), questions.tidy, newton)
@@ -306,11 +308,11 @@ class Derivation:
         why, near = "", 1e-6 * (high - low)
         for end, told in zip((low, high), self.branch.ends, strict=True):
             if abs(theta - end) <= near:
-                why = told or "there theta_range ends: give a wider one"
-        why = why or f"|theta'| = {float(np.abs(self.branch.robust_slope(theta))):.3g} there"
+                why = told or "There theta_range ends: give a wider one"
+        why = why or f"There |theta'| is {float(np.abs(self.branch.robust_slope(theta))):.3g}"
         return (
             f"the robust flow from theta = {float(self.task.theta0):g} comes to theta = {theta:.4g} at t = "
-            f"{t:.4g}, before the horizon {float(self.task.horizon):g}, and {why}; or take a shorter horizon"
+            f"{t:.4g}, before the horizon {float(self.task.horizon):g}. {why}; a shorter horizon helps too"
         )
 
     def _check_steps(self, t: Array) -> None:
@@ -320,8 +322,9 @@ class Derivation:
             first = int(np.argmax(bad))
             raise LandscapeError(
                 f"at t = {t[first]:.4g} (theta = {float(self.theta(t[first])):.4g}) no step from the data "
-                f"point lands on the inner maximum: (x* - x0)/l_x(theta, x0) = {step[first]:.4g}; take a "
-                "shorter horizon, or another branch"
+                f"point lands on the inner maximum: (x* - x0)/l_x(theta, x0) = {step[first]:.4g}; take "
+                + ("a shorter horizon, or " if first else "")
+                + "another branch or data point"
             )
 
     def theta(self, t: Any) -> Array:
@@ -379,7 +382,7 @@ class Derivation:
                 return
         # As it is read, lowest power first: sympy would order the terms by itself.
         terms = [self._tidy(c) for c in self.coefficients]
-        terms = [sympy.Mul(c, T**n, evaluate=False) if n else c for n, c in enumerate(terms) if c != 0]
+        terms = [_power(c, n) for n, c in enumerate(terms) if c != 0]
         total = sympy.Add(*terms, evaluate=False)
         self.answers["series"] = Answer("K*(t) near 0", total, by, f"to t^{order}", "none")
 
@@ -467,6 +470,18 @@ class Derivation:
         found = np.polynomial.polynomial.polyval(np.asarray(t, dtype=float), self.series_numbers or [np.nan])
         return np.asarray(found, dtype=float)
 
+    def _remark(self) -> None:
+        """What a reader might take for more than it is."""
+        t = np.linspace(0, float(self.task.horizon), _POINTS)
+        k = self.K(t)
+        if (k < 1).any():
+            self.notes.append(
+                f"K* < 1 during {np.mean(k < 1):.0%} of the time: less than one step of alpha*, which is "
+                "taken to reach x* at that share of a step's price; the set of whole K has no such control"
+            )
+        if (np.abs(self.branch(self.theta(t)) - self.landscape.point) < 1e-9).all():
+            self.notes.append("the data point is the inner maximum throughout: there is nothing to attack")
+
     def _check_others(self) -> None:
         """Say where l is larger elsewhere than at the inner maximum that is followed."""
         for t in np.linspace(0, float(self.task.horizon), 33):
@@ -480,6 +495,15 @@ class Derivation:
                     "what follows is about the maximum that is followed, not about the largest"
                 )
                 return
+
+
+def _power(c: sympy.Expr, n: int) -> sympy.Expr:
+    """c t^n with the coefficient first, and its sign in front."""
+    if n == 0:
+        return c
+    if c.could_extract_minus_sign():
+        return sympy.Mul(-1, _power(-c, n), evaluate=False)
+    return sympy.Mul(c, T**n, evaluate=False)
 
 
 def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float) -> list[dict[str, Any]]:

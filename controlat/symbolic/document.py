@@ -160,8 +160,14 @@ def _verification(result: Result) -> list[str]:
         parts.append(f"Better: J = {num(better['J'])}, by {better['by']}, lower by {num(better['gain'])}.")
     parts += [
         schedule_table(result),
+        "Schedules below K* are not admissible: 'raised by' says how far a line was shifted, the last column "
+        "for which share of the time K was raised to K*(θ)."
+        if found["comparisons"]
+        else "",
         _errors(found["comparisons"]),
-        "Given each admissible set, by dynamic programming:",
+        "Given each admissible set, by dynamic programming. 'J, derived' is exact, of the derived schedule "
+        "with K rounded up where it must be whole; 'same on the grid' is its J by the scheme that looked for "
+        "the best.",
     ]
     parts.append(table([*heads, "tolerance", "better"], rows, words=(0, 1, 7)))
     return [part for part in parts if part]
@@ -193,6 +199,8 @@ def _bound(result: Result) -> list[str]:
         "standard errors of the bound.",
         formulas,
         sides,
+        "Sharper: what the argument gives at once, 2 Δ/(η T) + β η σ² + L_θx² δ². FOSC: the form of Wang et "
+        "al., 4 σ √(β Δ/T) + 5 L_θx² δ_F/μ, δ_F the largest FOSC met.",
         "Constants, on the range of θ and x that runs visited: β = L_θx²/μ + L_θθ, Δ = L(θ₀) − min L, η the "
         "step size, δ the largest |x̂ − x*| met.",
         constants,

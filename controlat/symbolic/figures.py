@@ -350,7 +350,9 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             _principle,
             "the check against the maximum principle",
         ),
-        "bound.png": Figure(lambda result: bool(_sides(result)), _bound, "both sides of Theorem 1"),
+        "bound.png": Figure(
+            lambda result: any(row["left"] > 0 for row in _sides(result)), _bound, "both sides of Theorem 1"
+        ),
         "calibration.png": Figure(
             lambda result: result["calibration"] is not None, _calibration, "measurements, fit and residuals"
         ),

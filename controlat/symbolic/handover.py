@@ -111,6 +111,8 @@ def hand_over(
     if mapping == "affine" and high - low > 1e-9 * abs(high):
         mapped = k_min + (k_max - k_min) * (real - low) / (high - low)
         note += f", stretched to {bounds}"
+        if low > 0 and (k_min == 0 or k_max / k_min > 3 * high / low):
+            note += f" (NOTE: K* itself changes by a factor of {high / low:.3g} only; clip keeps its values)"
     else:
         mapped = np.clip(real, k_min, k_max)
         clipped = mapped != real

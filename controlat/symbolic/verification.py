@@ -306,8 +306,9 @@ def _conclusion(found: Mapping[str, Any]) -> list[str]:
     given = f"Given {problem['formula']} (set '{problem['admissible']}'), gamma = {problem['gamma']:g}"
     lines = []
     if derived["satisfies"]:
+        only = ", though the set leaves it hardly a rival" if (derived["isolated"] or 0) > 0.5 else ""
         lines.append(
-            f"{given}: the derived schedule satisfies the maximum principle (C = {derived['C']:.3g})."
+            f"{given}: the derived schedule satisfies the maximum principle (C = {derived['C']:.3g}){only}."
         )
     else:
         lines.append(

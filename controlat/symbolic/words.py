@@ -70,8 +70,8 @@ def on_a_line(text: str) -> str:
 
 def say_known(answer: Result) -> str:
     """How a quantity without a formula is known."""
-    head = "numerically (scipy)" if answer["by"] == "scipy" else answer["by"]
-    return f"{head}: {greek(answer['why'])}"
+    head = {"scipy": "numerically (scipy): ", "": ""}.get(answer["by"], f"{answer['by']}: ")
+    return f"{head}{greek(answer['why'])}"
 
 
 def say_given(result: Result) -> str:
@@ -116,8 +116,12 @@ def say_rising(result: Result) -> str:
     parts = [f"[{num(a)}, {num(b)}]" for a, b in result["rising"]]
     if result["rising"] == [[0, t]]:
         return f"K* increases on all of [0, {num(t)}], from {num(k[0])} to {num(k[-1])}"
+    if max(k) - min(k) <= 1e-9 * max(k):
+        return f"K* is constant, {num(k[0])}"
+    if not parts:
+        return f"K* decreases on all of [0, {num(t)}], from {num(k[0])} to {num(k[-1])}"
     ends = f"{num(k[0])} at t = 0, {num(k[-1])} at t = {num(t)}"
-    return f"K* increases on {', '.join(parts)} ({ends})" if parts else f"K* increases nowhere ({ends})"
+    return f"K* increases on {', '.join(parts)} and nowhere else ({ends})"
 
 
 def say_polynomial(values: Sequence[float], power: str) -> str:
@@ -199,7 +203,8 @@ def say_checks(found: Result) -> list[str]:
         lines.append(f"Direct transcription: {d['error']}.")
     elif d is not None:
         values = f"J = {num(d['found'])} found, {num(d['derived'])} derived by the same discretisation"
-        done = "" if d["success"] else "; the minimiser stopped before it converged"
+        done = f", lower by {d['difference']:.3g}" if d["better"] else ", none lower"
+        done += "" if d["success"] else "; the minimiser stopped before it converged"
         lines.append(
             f"Direct transcription, {d['intervals']} intervals, {d['starts']} starts: {values}{done}."
         )
@@ -267,4 +272,11 @@ def say_fitted(result: Result) -> list[str]:
         f"{same if m['same'] else 'WARNING: ' + str(m['warning'])}.",
         f"Measuring took {spent}{m['seconds']:.1f} seconds; training {trained}.",
     ]
+    early = [
+        f"{num(v)} in epoch {t:g}"
+        for t, v in zip(m["times"], m["measures"][name]["values"], strict=True)
+        if t < fit["times"][0]
+    ]
+    if early:
+        lines.append(f"NOTE: not fitted, as no such landscape describes it: {', '.join(early)}.")
     return lines + [f"NOTE: {greek(note)}." for note in fit["notes"]]
