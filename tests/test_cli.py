@@ -387,7 +387,7 @@ def test_control_c_is_one_line_and_resume_goes_on(
     words = ["train", "--out", "run", *TRAIN, "--model", "interrupting:net"]
     done = _child(tmp_path, *words, INTERRUPT="1")
     assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "controlat: interrupted; the same command goes on (train: with --resume)\n"
+    assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
     monkeypatch.chdir(tmp_path)
     assert "--resume" in _refused(capsys, *words)
     assert _run(*words, "--resume") == 0

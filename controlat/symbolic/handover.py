@@ -85,7 +85,7 @@ def hand_over(
         ValueError: a number is out of range.
 
     >>> found = hand_over(lambda t: 1 + t, 4.0, epochs=4, k_min=2, k_max=10, tau=0.3)
-    >>> [found.schedule(e)["steps"] for e in range(4)], found.schedule(2)["alpha"]
+    >>> [found.schedule(e)["steps"] for e in range(4)], round(found.schedule(2)["alpha"], 6)
     ([2, 4, 6, 8], 0.05)
     """
     if mapping not in MAPPINGS:
