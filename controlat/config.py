@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
@@ -26,9 +26,6 @@ from controlat.rates import Rate, parse_rate
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
-
-if TYPE_CHECKING:
-    from controlat.symbolic import Task
 
 __all__ = [
     "DEMO_EPS",
@@ -494,8 +491,8 @@ class DeriveSettings:
         self.task  # noqa: B018  (raises)
 
     @property
-    def task(self) -> Task:
-        """The problem on the landscape."""
+    def task(self) -> Any:  # named in full, the type would be imported, and sympy, when any command starts
+        """The problem on the landscape, a `controlat.symbolic.Task`."""
         from controlat.symbolic import Landscape, Task
 
         x_range, theta_range = (

@@ -143,3 +143,27 @@ def test_the_derivation_that_is_shown_follows_from_its_result_file() -> None:
     found = read_json(HERE / "derive" / "result.json")
     assert markdown(found) == (HERE / "derive" / "summary.md").read_text()
     assert found["verification"]["holds"]
+
+
+def test_the_checks_of_the_landscape_follow_from_their_result_file_and_are_what_the_text_says() -> None:
+    script = runpy.run_path(str(HERE / "landscape_checks.py"))
+    found = read_json(HERE / "landscape_checks" / "result.json")
+    assert script["markdown"](found) + "\n" == (HERE / "landscape_checks" / "table.md").read_text()
+    lost = [row for row in found["cases"] if row["better"]]
+    assert (len(found["cases"]), len(lost)) == (60, 4)
+    assert all((row["C"] > 1e-9) == row["better"] for row in found["cases"])  # the two checks agree
+    assert {(row["tau"], row["theta0"]) for row in lost} == {(1, 2)}
+    text = " ".join((HERE / "mathematics.md").read_text().split())
+    assert "in 56 of 60 cases" in text
+    for row in found["sets"]:
+        assert f"{row['derived']:.4f}" in text
+        assert row["set"] in ("product", "integer") or f"{row['best']:.4f}" in text
+    limits = [row["gamma"] for row in found["limits"]]
+    assert limits[-1] is None
+    for gamma, digits in zip(limits, ("0.603", "0.0063", "0.302", "0.0031", "0.0068"), strict=False):
+        assert digits in text
+        assert gamma == pytest.approx(float(digits), rel=0.02)
+    left = [row["left"] for row in found["bounds"]["no noise"]]
+    assert left[:3] == pytest.approx([1, 0.41, 0.045], rel=0.02)
+    assert [row["printed_holds"] for row in found["bounds"]["sigma = 0.1"]] == [False, False, True, True]
+    assert all(row["corrected_holds"] for rows in found["bounds"].values() for row in rows)

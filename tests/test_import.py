@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import controlat
+from controlat import symbolic
 
 PACKAGE = Path(controlat.__file__).parent
 
@@ -121,6 +122,14 @@ def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
     assert not brought & {"torchvision", "matplotlib", "hyperopt", "jsonargparse", "tensorboard", "PIL"}
 
 
+def test_the_command_line_starts_without_sympy() -> None:
+    """jsonargparse imports what annotations of settings name, even for type checkers only."""
+    code = "import sys, torch\nfrom controlat.cli import _parser\n_parser()\nprint(*sys.modules)"
+    brought = {name.partition(".")[0] for name in _python(code).split()}
+    assert "jsonargparse" in brought
+    assert "sympy" not in brought
+
+
 @pytest.mark.parametrize("name", controlat.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     assert getattr(controlat, name) is not None
@@ -137,6 +146,12 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily() -> None:
         if alias.asname
     }
     assert seen == set(controlat.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("name", symbolic.__all__)
+def test_every_name_of_the_landscapes_resolves(name: str) -> None:
+    assert getattr(symbolic, name) is not None
+    assert name in dir(symbolic)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

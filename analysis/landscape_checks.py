@@ -1,0 +1,142 @@
+"""In which sense is Amata's derived schedule the best? The cases behind the text of analysis/mathematics.md.
+
+    python analysis/landscape_checks.py [--out DIR]    # a minute on a core
+
+On the landscape of Ye et al. (2021), equation 11: dynamic programming beside the maximum principle for sixty
+problems, the prices up to which the principle holds, the four admissible sets, and Theorem 1 beside actual
+runs. Results go to analysis/landscape_checks: result.json (all numbers), table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from controlat.files import write_json, write_text
+from controlat.runs import environment
+from controlat.symbolic import Branch, Landscape, convergence
+from controlat.symbolic.bolza import SETS, Bolza
+from controlat.symbolic.principle import criterion, derived_path, gamma_limit
+from controlat.symbolic.programming import programme
+from controlat.texts import table
+
+HERE = Path(__file__).resolve().parent
+CASES = list(itertools.product((0.5, 1.0, 2.0), (1.0, 10.0), (1.0, 3.0), (0.0, 1e-3, 1e-2, 0.1, 1.0)))
+LIMITS = [(2.0, tau, horizon) for tau in (1.0, 2.0) for horizon in (1.0, 3.0)] + [
+    (2.0, 2.5, 3.0),
+    (1.0, 10.0, 1.0),
+]
+EXAMPLE = (1.0, 10.0, 1.0, 0.01)  # theta_0, tau, T, gamma
+BOUNDS: dict[str, dict[str, Any]] = {
+    "no noise": {},
+    "no noise, x in [-2, 2]": {"x_range": (-2.0, 2.0)},
+    "sigma = 0.1": {"sigma": 0.1},
+}
+
+
+def branch(theta0: float) -> Branch:
+    """x* = theta, from theta_0 on."""
+    landscape = Landscape()
+    (point,) = [p for p in landscape.stationary(theta0) if p.kind == "maximum"]
+    return Branch(landscape, theta0, point.x, (-5.0, 5.0))
+
+
+def case(theta0: float, tau: float, horizon: float, gamma: float) -> dict[str, Any]:
+    """One problem on alpha K = tau: is anything better than the derived schedule?"""
+    problem = Bolza(branch(theta0), theta0, tau, horizon, gamma)
+    found, gap = programme(problem, follow=False), criterion(problem, derived_path(problem))
+    return {
+        "theta0": theta0,
+        "tau": tau,
+        "horizon": horizon,
+        "gamma": gamma,
+        "derived": found.policy,
+        "best": found.value,
+        "given_away": found.difference,
+        "better": bool(found.better),
+        "C": gap.c,
+    }
+
+
+def sets() -> list[dict[str, Any]]:
+    """The four admissible sets for the example."""
+    theta0, tau, horizon, gamma = EXAMPLE
+    rows = []
+    for name in SETS:
+        found = programme(Bolza(branch(theta0), theta0, tau, horizon, gamma, name), follow=False)
+        rows.append({"set": name, "derived": found.policy, "best": found.value, "better": bool(found.better)})
+    return rows
+
+
+def limits() -> list[dict[str, Any]]:
+    """The largest gamma for which the derived schedule satisfies the principle; None above 1e4."""
+    rows = []
+    for theta0, tau, horizon in LIMITS:
+        found = gamma_limit(Bolza(branch(theta0), theta0, tau, horizon, 0.0))
+        gamma = found if math.isfinite(found) else None
+        rows.append({"theta0": theta0, "tau": tau, "horizon": horizon, "gamma": gamma})
+    return rows
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The tables, from the result file alone."""
+    lost = [row for row in found["cases"] if row["better"]]
+    keys = ("theta0", "tau", "horizon", "gamma", "derived", "best", "given_away", "C")
+    bounds = [
+        [name, f"{r['T']}", f"{r['left']:.3g}", f"{r['printed']:.3g}", f"{r['corrected']:.3g}"]
+        for name, rows in found["bounds"].items()
+        for r in rows
+    ]
+    return "\n\n".join(
+        [
+            f"Nothing better was found in {len(found['cases']) - len(lost)} of {len(found['cases'])} cases; "
+            f"C is 0 in {sum(row['C'] < 1e-9 for row in found['cases'])}. The others:",
+            table(keys, [[f"{row[key]:.4g}" for key in keys] for row in lost], words=()),
+            "Largest gamma for which the maximum principle holds:",
+            table(
+                ["theta0", "tau", "horizon", "gamma"],
+                [
+                    [f"{v:.4g}" if v is not None else "above 1e4" for v in row.values()]
+                    for row in found["limits"]
+                ],
+                words=(),
+            ),
+            "Admissible sets, theta0 = 1, tau = 10, T = 1, gamma = 0.01:",
+            table(
+                ["set", "derived", "best"],
+                [[r["set"], f"{r['derived']:.4f}", f"{r['best']:.4f}"] for r in found["sets"]],
+            ),
+            "Theorem 1, theta0 = 1:",
+            table(["runs", "T", "measured", "printed", "corrected"], bounds),
+        ]
+    )
+
+
+def main() -> None:
+    """Compute and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "landscape_checks")
+    out = parser.parse_args().out
+    found = {
+        "environment": environment(),
+        "cases": [case(*numbers) for numbers in CASES],
+        "limits": limits(),
+        "sets": sets(),
+        "bounds": {
+            name: convergence(branch(1.0), 1.0, **options).to_json()["rows"]
+            for name, options in BOUNDS.items()
+        },
+    }
+    write_json(out / "result.json", found)
+    write_text(out / "table.md", markdown(found) + "\n")
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
