@@ -1,6 +1,6 @@
 """In which sense is Amata's derived schedule the best? The cases behind the text of analysis/mathematics.md.
 
-    python analysis/landscape_checks.py [--out DIR]    # a minute on a core
+    python analysis/landscape_checks.py [--out DIR]    # 15 seconds on a core
 
 On the landscape of Ye et al. (2021), equation 11: dynamic programming beside the maximum principle for sixty
 problems, the prices up to which the principle holds, the four admissible sets, and Theorem 1 beside actual
