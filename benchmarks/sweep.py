@@ -51,8 +51,8 @@ def score(way: Way, total: int, label: str) -> Run:
     """Run one way to its end."""
     meter, values = Meter(), {}
     began = time.perf_counter()
-    for i, (v, _, gradients) in enumerate(way(meter), start=1):
-        values[v] = [float(sum(g.double().square().sum() for g in batch)) for batch in gradients]
+    for i, (v, _, fields) in enumerate(way(meter), start=1):
+        values[v] = [float(sum(g.double().square().sum() for g in field.gradients)) for field in fields]
         if i % 50 == 0 or i == total:
             progress(f"{label}: {i} of {total} candidates")
     return Run(values, meter.gradients, time.perf_counter() - began)

@@ -1,9 +1,10 @@
 """The outer step as a differentiable map: the vector-Jacobian product of z' = S(z, u).
 
-The state is the parameters, the optimiser's momentum buffers, and what the method carries. Whatever the
-method froze stays frozen: exact for signs, stopping rules and indices, which are piecewise constant in the
-state; smooth quantities that it detached are named in `Update.dropped`. `verify` compares the product with
-finite differences of the step itself, for any method, and shows how much was dropped.
+The state is the parameters, the optimiser's momentum buffers, the running statistics of normalisation layers,
+and what the method carries. Whatever the method froze stays frozen: exact for signs, stopping rules and
+indices, which are piecewise constant in the state; smooth quantities that it detached are named in
+`Update.dropped`. `verify` compares the product with finite differences of the step itself, for any method,
+and shows how much was dropped.
 """
 
 from __future__ import annotations
@@ -30,18 +31,21 @@ class State(NamedTuple):
     Args:
         parameters: theta, one tensor per parameter that is trained.
         momentum: the optimiser's buffers v, alike; 0 before the first step.
+        statistics: running means and variances of normalisation layers, as `Driver.statistics`.
         memory: what the method carries, floating-point tensors only.
         rows: what the samples of the batch carry, (N, ...).
     """
 
     parameters: list[Tensor]
     momentum: list[Tensor]
+    statistics: list[Tensor]
     memory: dict[str, Tensor]
     rows: dict[str, Tensor]
 
     def tensors(self) -> list[Tensor]:
         """All of them, in order."""
-        return [*self.parameters, *self.momentum, *self.memory.values(), *self.rows.values()]
+        carried = [*self.memory.values(), *self.rows.values()]
+        return [*self.parameters, *self.momentum, *self.statistics, *carried]
 
     def like(self, tensors: list[Tensor]) -> State:
         """The same structure with other tensors, in the order of `tensors`."""
@@ -49,6 +53,7 @@ class State(NamedTuple):
         return State(
             [next(left) for _ in self.parameters],
             [next(left) for _ in self.momentum],
+            [next(left) for _ in self.statistics],
             {name: next(left) for name in self.memory},
             {name: next(left) for name in self.rows},
         )
@@ -64,7 +69,7 @@ class State(NamedTuple):
     def _pairs(self, other: State) -> Iterator[tuple[Tensor, Tensor]]:
         memory = {name: other.memory[name] for name in self.memory}
         rows = {name: other.rows[name] for name in self.rows}
-        theirs = State(other.parameters, other.momentum, memory, rows)
+        theirs = other._replace(memory=memory, rows=rows)
         return zip(self.tensors(), theirs.tensors(), strict=True)
 
 
@@ -104,6 +109,7 @@ def state(driver: Driver, batch: Batch) -> State:
     return State(
         [p.detach().clone() for p in driver.parameters],
         buffers(driver) if driver.optimizer.momentum > 0 else [],
+        [r.detach().clone() for r in driver.statistics],
         {name: t.clone() for name, t in driver.memory.items() if t.is_floating_point()},
         {name: rows.values.clone() for name, rows in context.rows.items()},
     )
@@ -123,7 +129,8 @@ def pullback(
     """p_t = (dS/dz)^T p_{t+1} for one outer step under u at the driver's present state, which stays.
 
     The step runs again with a graph through torch.optim.SGD's recursion (momentum, Nesterov, weight decay)
-    and through all of the method's updates; BatchNorm's running statistics are not part of the state.
+    and through all of the method's updates. Buffers of other layers that a forward pass writes to are not
+    followed, and named.
 
     Args:
         driver: at the state before the step.
@@ -177,7 +184,8 @@ def pullbacks(
         start = ctx.rows
         ctx.rows = {name: Rows(leaves.rows[name], rows.seen) for name, rows in ctx.rows.items()}
         theta, momentum = leaves.parameters, leaves.momentum
-        ctx.theta = dict(zip(names, theta, strict=True))
+        ctx.theta, ctx.statistics = dict(zip(names, theta, strict=True)), list(leaves.statistics)
+        others = _other_buffers(driver)
         for update, _, gradients in driver._updates(ctx, batch, u):
             shift = [torch.zeros_like(t) for t in theta] if update.shift is None else list(update.shift)
             theta, momentum = _sgd(driver, theta, momentum, gradients, shift, rate)
@@ -185,9 +193,12 @@ def pullbacks(
             dropped.update(update.dropped)
             with torch.no_grad():  # views of the network run at the present parameters
                 torch._foreach_copy_(driver.parameters, [t.detach() for t in theta])
+        written = [name for name, b in _other_buffers(driver).items() if not torch.equal(b, others[name])]
+        dropped.update(f"the buffer {name}, which forward passes write to" for name in written)
     after = State(
         theta,
         momentum,
+        ctx.statistics,
         {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
         {name: rows.values for name, rows in ctx.rows.items()},
     )
@@ -200,6 +211,13 @@ def pullbacks(
             q.rows[name][~seen] = 0
     meter.gradients += 2 * len(costates) * ctx.passes
     return found, tuple(sorted(dropped))
+
+
+def _other_buffers(driver: Driver) -> dict[str, Tensor]:
+    """Copies of the floating-point buffers that are no running statistics."""
+    known = {id(r) for r in driver.statistics}
+    named = driver.model.named_buffers()
+    return {name: b.clone() for name, b in named if b.is_floating_point() and id(b) not in known}
 
 
 def _sgd(
@@ -229,8 +247,8 @@ def _pull(after: State, costate: State, leaves: State, keep: bool = False) -> li
             if name in theirs and value.requires_grad:
                 outputs.append(value)
                 weights.append(theirs[name])
-    outputs += [*after.parameters, *after.momentum]
-    weights += [*costate.parameters, *costate.momentum]
+    outputs += [*after.parameters, *after.momentum, *after.statistics]
+    weights += [*costate.parameters, *costate.momentum, *costate.statistics]
     inputs = leaves.tensors()
     found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=keep)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
@@ -377,6 +395,8 @@ def _put(driver: Driver, batch: Batch, z: State) -> None:
     """Make z the driver's state."""
     with torch.no_grad():
         torch._foreach_copy_(driver.parameters, z.parameters)
+        for r, value in zip(driver.statistics, z.statistics, strict=True):
+            r.copy_(value)
     for p, v in zip(driver.parameters, z.momentum, strict=bool(z.momentum)):
         driver.sgd.state[p]["momentum_buffer"] = v.clone()
     driver.memory.update({name: t.clone() for name, t in z.memory.items()})

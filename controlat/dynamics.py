@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat import batchnorm, rng
 from controlat.balls import Ball
 from controlat.control import Control
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
@@ -25,7 +25,7 @@ from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
 
-__all__ = ["Driver", "SGDSettings", "Step", "arrivals", "rollout"]
+__all__ = ["Driver", "Field", "SGDSettings", "Step", "arrivals", "rollout"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,20 @@ class Step(NamedTuple):
     spent: Meter
     dropped: tuple[str, ...]
     moves: int
+
+
+class Field(NamedTuple):
+    """What one outer step would do under a control.
+
+    Args:
+        control: v.
+        gradients: -F(theta, v), the sum of the gradients of the step, one tensor per parameter.
+        statistics: running statistics after it, as `Driver.statistics`.
+    """
+
+    control: Control
+    gradients: list[Tensor]
+    statistics: list[Tensor]
 
 
 @dataclass
@@ -116,6 +130,11 @@ class Driver:
         """Where the parameters are."""
         return self.parameters[0].device
 
+    @property
+    def statistics(self) -> list[Tensor]:
+        """Running mean and variance of every normalisation layer that has them; part of the state."""
+        return batchnorm.statistics(self.model)
+
     def step(self, batch: Batch, u: Control, rate: float) -> Step:
         """One outer step z <- S(z, u).
 
@@ -156,8 +175,8 @@ class Driver:
         counts = share.sum(torch.tensor([spent.gradients, spent.forwards, spent.layers], device=self.device))
         return Meter(*map(int, counts))
 
-    def field(self, batch: Batch, v: Control, rate: float = 0.0, meter: Meter | None = None) -> list[Tensor]:
-        """-F(theta, v): the sum of the gradients of one outer step under v; nothing of the state changes.
+    def field(self, batch: Batch, v: Control, rate: float = 0.0, meter: Meter | None = None) -> Field:
+        """What one outer step under v would do; nothing of the state changes.
 
         A method with several updates moves by plain gradient steps of size `rate` in between.
         """
@@ -170,11 +189,11 @@ class Driver:
                 torch._foreach_add_(total, gradients)
                 with torch.no_grad():
                     torch._foreach_add_(self.parameters, gradients, alpha=-rate)
-        return total
+            return Field(v, total, [r.clone() for r in self.statistics])
 
     def fields(
         self, batch: Batch, u: Control, rate: float = 0.0, meter: Meter | None = None
-    ) -> Iterator[tuple[Control, list[Tensor]]]:
+    ) -> Iterator[Field]:
         """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
 
         Raises:
@@ -193,7 +212,8 @@ class Driver:
                 if found is None:
                     return
                 _, gradients, _ = self._differentiate(ctx, batch, found[0], found[1], 0)
-            yield found[0], gradients
+                after = [r.clone() for r in self.statistics]
+            yield Field(found[0], gradients, after)
 
     def snapshot(self, touched: Tensor | None = None) -> Snapshot:
         """A copy of the state z.
@@ -295,7 +315,7 @@ class Driver:
 
         Where the step itself is being differentiated (``ctx.theta``), the gradients keep their graph.
         """
-        graph, before = ctx.theta is not None, ctx.theta
+        graph, before, statistics = ctx.theta is not None, ctx.theta, list(ctx.statistics)
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
             cast = torch.autocast(self.device.type, dtype=self.autocast)
@@ -315,6 +335,8 @@ class Driver:
             wanted = [*parameters, *([] if update.also is None else update.also())]
             found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
         ctx.theta = before
+        if not update.add:
+            ctx.statistics = statistics
         every = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
         ours = {id(p) for p in parameters}
         shared = [i for i, t in enumerate(wanted) if i < len(parameters) or id(t) in ours]
@@ -400,14 +422,16 @@ class Driver:
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Notice what memory a hook sets anew or removes, and what it writes to in place."""
-        before, theta = dict(self.memory), {id(p): p._version for p in self.parameters}
+        before, network = dict(self.memory), {"theta": self.parameters, "running statistics": self.statistics}
+        counts = {name: [t._version for t in tensors] for name, tensors in network.items()}
         versions = {name: t._version for name, t in before.items()}
         self._reloaded = False
         yield
         if self.notice is None:
             return
-        if not self._reloaded and theta != {id(p): p._version for p in self.parameters}:
-            self.notice("moved", "theta")
+        for name, tensors in network.items():
+            if not self._reloaded and counts[name] != [t._version for t in tensors]:
+                self.notice("moved", name)
         for name, t in before.items():
             if t.is_floating_point() and self.memory.get(name) is not t:
                 self.notice("set", name)

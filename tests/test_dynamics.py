@@ -266,7 +266,7 @@ def test_under_plain_sgd_the_field_is_the_step_over_the_rate(
     shape, rate = SHAPE if build is cnn_bn else (1, 2, 2), 0.25
     driver = Driver(build(), PgdAT(attack_mode="train"), BALL, SGD)
     before = flat(driver.parameters)
-    found = flat(driver.field(probe(shape=shape), u))
+    found = flat(driver.field(probe(shape=shape), u).gradients)
     driver.step(probe(shape=shape), u, rate)
     torch.testing.assert_close(found, (before - flat(driver.parameters)) / rate, rtol=1e-9, atol=1e-13)
     assert found.norm() > 1e-3
@@ -276,7 +276,9 @@ def test_parameters_that_the_loss_does_not_use_have_gradient_zero() -> None:
     model = mlp()
     model.register_parameter("spare", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     driver = Driver(model, PgdAT(), BALL, SGD)
-    found = dict(zip((n for n, _ in model.named_parameters()), driver.field(probe(), V), strict=True))
+    found = dict(
+        zip((n for n, _ in model.named_parameters()), driver.field(probe(), V).gradients, strict=True)
+    )
     assert same(found["spare"], torch.zeros(2, dtype=torch.float64))
     driver.step(probe(), V, 0.1)
     assert same(model.spare.detach(), torch.ones(2, dtype=torch.float64))
@@ -400,7 +402,7 @@ def test_the_field_of_several_updates_is_the_sum_of_their_gradients_along_plain_
     driver, model, rate = Driver(mlp(), Free(), BALL, HEAVY), mlp(), 0.2
     u = Control(alpha=0.06, steps=3)
     _, gradients = free_by_hand(model, [probe()], SGD, 0.1, 0.06, 3, rate)
-    found = flat(driver.field(probe(), u, rate))
+    found = flat(driver.field(probe(), u, rate).gradients)
     torch.testing.assert_close(found, sum(gradients), rtol=1e-12, atol=1e-14)
     plain = Driver(mlp(), Free(), BALL, SGD)
     before = flat(plain.parameters)
@@ -410,12 +412,12 @@ def test_the_field_of_several_updates_is_the_sum_of_their_gradients_along_plain_
 
 def test_the_field_starts_from_the_memory_and_leaves_it_alone() -> None:
     driver, u = Driver(mlp(), Free(), BALL, SGD), Control(alpha=0.01, steps=3)
-    fresh = flat(driver.field(probe(), u, 0.2))
+    fresh = flat(driver.field(probe(), u, 0.2).gradients)
     assert driver.memory == {}
     driver.step(probe(), u, 0.0)
     assert 0.02 < driver.memory["delta"].abs().max() < 0.09  # it has room to move
     state = driver.snapshot()
-    carried = flat(driver.field(probe(), u, 0.2))
+    carried = flat(driver.field(probe(), u, 0.2).gradients)
     assert same(driver.snapshot(), state)
     assert not same(carried, fresh)
 
@@ -479,7 +481,7 @@ def test_parameters_that_need_no_gradient_stay_as_they_are() -> None:
         False,
         False,
     ]
-    assert len(driver.field(probe(), V)) == 2
+    assert len(driver.field(probe(), V).gradients) == 2
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_scoring_shifts_too() -> None:
         yield Update(half(ctx, b.x))
 
     d, model, b = bowl(step)
-    (found,) = d.field(b, U, RATE)
+    (found,) = d.field(b, U, RATE).gradients
     first = START + shift - X
     torch.testing.assert_close(found, first + START - RATE * first - X, rtol=1e-14, atol=0)
     assert same(model.w.detach(), START)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from controlat import network, rng
+from controlat import batchnorm, network, rng
 from controlat.augment import Placement
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
@@ -106,6 +106,7 @@ class Context:
         share: the rows of the whole batch that this process works on.
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
             (`controlat.adjoint`); None otherwise.
+        statistics: running statistics of the network's normalisation layers, alike.
         passes: samples that `logits` has been asked about.
     """
 
@@ -122,6 +123,7 @@ class Context:
     channels_last: bool = True
     share: Share = Share(0, 1, 0)  # noqa: RUF009
     theta: dict[str, Tensor] | None = None
+    statistics: list[Tensor] = field(default_factory=list)
     passes: int = 0
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -190,7 +192,8 @@ class Context:
         # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
         buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         try:
-            found = functional_call(self.model, self.theta | buffers, (x,))
+            with batchnorm.followed(self.model, self.statistics):
+                found = functional_call(self.model, self.theta | buffers, (x,))
         finally:
             with torch.no_grad():
                 for name, b in self.model.named_buffers():

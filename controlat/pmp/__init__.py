@@ -13,6 +13,7 @@ from controlat.pmp.terminal import (
     Weighted,
     build_terminal,
     described,
+    differentiated,
     parse_terminal,
     try_terminal,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "calibrate",
     "criterion",
     "described",
+    "differentiated",
     "examine",
     "interval",
     "looked_at",

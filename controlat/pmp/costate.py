@@ -21,6 +21,10 @@ from controlat.state import gather, put
 __all__ = ["Costate", "Swept", "sweep", "to_come"]
 
 
+# Costates of theta, of the optimiser's buffers and of running statistics: what a method puts back together.
+Network = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
 @dataclass
 class Costate:
     """p, in the structure of the state z, with a row for every sample that carries something.
@@ -28,6 +32,7 @@ class Costate:
     Args:
         parameters: of theta.
         momentum: of the optimiser's buffers; empty without momentum.
+        statistics: of the running statistics of normalisation layers.
         memory: of what the method carries.
         rows: of what samples carry.
         held: of networks that the method keeps to put them back.
@@ -35,9 +40,10 @@ class Costate:
 
     parameters: list[Tensor]
     momentum: list[Tensor]
+    statistics: list[Tensor] = field(default_factory=list)
     memory: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
-    held: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    held: dict[str, Network] = field(default_factory=dict)
 
     @classmethod
     def terminal(cls, driver: Driver, gradient: Sequence[Tensor], to_come: float) -> Costate:
@@ -45,16 +51,18 @@ class Costate:
 
         Args:
             driver: at the end of the window.
-            gradient: grad Phi there.
+            gradient: grad Phi there, in theta and in running statistics, as `Terminal.gradient` gives it.
             to_come: by how much a unit of the buffer will still move theta against it, as `to_come` says.
         """
-        parameters = [-g for g in gradient]
-        return cls(parameters, [-to_come * p for p in parameters] if driver.optimizer.momentum > 0 else [])
+        n = len(driver.parameters)
+        parameters, statistics = [-g for g in gradient[:n]], [-g for g in gradient[n:]]
+        momentum = [-to_come * p for p in parameters] if driver.optimizer.momentum > 0 else []
+        return cls(parameters, momentum, statistics or [torch.zeros_like(r) for r in driver.statistics])
 
     def seen(self, driver: Driver, visit: Visit) -> State:
         """The part that a step acts on: rows of the samples of its batch only."""
         rows = {name: gather(store, visit.batch.indices).values for name, store in self.rows.items()}
-        return State(self.parameters, self.momentum, self.memory, rows)
+        return State(self.parameters, self.momentum, self.statistics, self.memory, rows)
 
     def pulled(self, visit: Visit, before: State) -> Costate:
         """The costate before a step, of which `before` is the part that the step acted on."""
@@ -65,33 +73,36 @@ class Costate:
                 values = torch.zeros_like(gather(rows[name], index).values)
             mask = torch.ones(len(index), dtype=torch.bool, device=values.device)
             rows[name] = put(rows.get(name), index, Rows(values, mask))
-        return Costate(before.parameters, before.momentum, before.memory, rows, self.held)
+        return Costate(before.parameters, before.momentum, before.statistics, before.memory, rows, self.held)
 
     def through(self, what: str, name: str) -> None:
-        """Pass what a hook did with a network that it keeps: theta and v came from where it was saved."""
+        """Pass what a hook did with a network that it keeps: all of it came from where it was saved."""
+        mine: Network = (self.parameters, self.momentum, self.statistics)
         if what == "reload":
             theirs = self.held.get(name)
-            mine = (self.parameters, self.momentum)
             self.held[name] = mine if theirs is None else _sum(mine, theirs)
-            self.parameters, self.momentum = (list(map(torch.zeros_like, part)) for part in mine)
+            self.parameters, self.momentum, self.statistics = (
+                list(map(torch.zeros_like, part)) for part in mine
+            )
         elif what == "set":
             self.memory = {n: t for n, t in self.memory.items() if n != name}
         elif what == "save" and name in self.held:
-            self.parameters, self.momentum = _sum((self.parameters, self.momentum), self.held.pop(name))
+            self.parameters, self.momentum, self.statistics = _sum(mine, self.held.pop(name))
 
     def norm(self) -> float:
         """||p||, over everything."""
         rows = [store.values for store in self.rows.values()]
         held = [t for pair in self.held.values() for part in pair for t in part]
-        every = [*self.parameters, *self.momentum, *self.memory.values(), *rows, *held]
+        network = [*self.parameters, *self.momentum, *self.statistics]
+        every = [*network, *self.memory.values(), *rows, *held]
         return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in every]).norm())
 
 
-def _sum(
-    a: tuple[list[Tensor], list[Tensor]], b: tuple[list[Tensor], list[Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    parameters, momentum = ([s + t for s, t in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True))
-    return parameters, momentum
+def _sum(a: Network, b: Network) -> Network:
+    parameters, momentum, statistics = (
+        [s + t for s, t in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)
+    )
+    return parameters, momentum, statistics
 
 
 class Swept(NamedTuple):
@@ -171,6 +182,8 @@ def sweep(
         if not needed:
             return
         gradient, left = terminal.gradient(driver, meter), to_come(recording, number)
+        if len(gradient) < len(driver.parameters) + len(driver.statistics):
+            dropped.add("BatchNorm's running statistics (Phi)")
         for h in needed:
             costates[h] = Costate.terminal(driver, gradient, left)
         carries = driver.rows or any(t.is_floating_point() for t in driver.memory.values())

@@ -74,14 +74,16 @@ def measure(
     if len({len(b.x) for b in batches}) != 1:
         raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
     meter = Meter()
-    phi = None if terminal is None else _flat(terminal.gradient(driver, meter))
+    phi = None
+    if terminal is not None:  # a step of length eta moves theta alone: running statistics have no rate
+        phi = _flat(terminal.gradient(driver, meter)[: len(driver.parameters)])
     if phi is not None and not bool(torch.isfinite(phi).all()):
         raise NonFiniteError("the gradient of the terminal cost is not finite")
     rows: dict[Control, tuple[float, Array, Array | None]] = {}
 
     def keep(scored: Scored) -> None:
-        v, n, gradients = scored
-        rows.setdefault(v, (n, *_products(gradients, phi)))
+        v, n, fields = scored
+        rows.setdefault(v, (n, *_products([f.gradients for f in fields], phi)))
         if progress is not None:
             progress()
 

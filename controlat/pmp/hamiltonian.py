@@ -100,7 +100,8 @@ def gains(
 
     Where the method offers the exact sweep over K, and so makes one update whose gradient alone depends on
     u, one trajectory for each step size scores every K, and the difference of two steps is that of their
-    gradients: -eta (g_v - g_u) in theta, g_v - g_u in the buffer. Otherwise each candidate takes the step.
+    gradients, -eta (g_v - g_u) in theta and g_v - g_u in the buffer, and of their running statistics.
+    Otherwise each candidate takes the step.
 
     Args:
         driver: at the state before the step; it stays there.
@@ -139,17 +140,19 @@ _Scores = dict[Control, tuple[float, list[float], float]]
 def _by_gradients(
     driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
 ) -> _Scores:
-    """From gradients, as S is affine in the gradient of its only update."""
+    """From gradients, as S is affine in the gradient of its only update, and running statistics."""
     o, batches, u = driver.optimizer, [visit.batch], visit.control
     # Nesterov looks ahead by the buffer, into which the gradient has gone already.
     rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
-    weights = [_weights(p, rate) for p in costates.values()]
+    weights = [(_weights(p, rate), p.statistics) for p in costates.values()]
     first = rerun(driver, batches, u, visit.rate, meter)
+    (base,) = first[2]
     found: _Scores = {}
-    for v, n, (gradient,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
-        moved = torch._foreach_sub(gradient, first[2][0])
-        size = (rate**2 + (o.momentum > 0)) * _dot(moved, moved)
-        found.setdefault(v, (n, [_dot(w, moved) for w in weights], size))
+    for v, n, (field,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
+        moved = _minus(field.gradients, base.gradients)
+        drift = _minus(field.statistics, base.statistics)
+        size = (rate**2 + (o.momentum > 0)) * _dot(moved, moved) + _dot(drift, drift)
+        found.setdefault(v, (n, [_dot(w, moved) + _dot(q, drift) for w, q in weights], size))
     return found
 
 
@@ -190,10 +193,15 @@ def _by_steps(
     return found
 
 
+def _minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    return [s - t for s, t in zip(a, b, strict=True)]
+
+
 def _difference(a: State, b: State) -> State:
     return State(
-        [s - t for s, t in zip(a.parameters, b.parameters, strict=True)],
-        [s - t for s, t in zip(a.momentum, b.momentum, strict=True)],
+        _minus(a.parameters, b.parameters),
+        _minus(a.momentum, b.momentum),
+        _minus(a.statistics, b.statistics),
         {name: a.memory[name] - b.memory[name] for name in a.memory},
         {name: a.rows[name] - b.rows[name] for name in a.rows},
     )
@@ -201,7 +209,8 @@ def _difference(a: State, b: State) -> State:
 
 def _common(a: State, b: State) -> float:
     """The inner product; names that one of them lacks count as 0."""
-    total = _dot(a.parameters, b.parameters) + _dot(a.momentum, b.momentum)
+    pairs = (a.parameters, b.parameters), (a.momentum, b.momentum), (a.statistics, b.statistics)
+    total = sum(_dot(s, t) for s, t in pairs)
     for mine, theirs in ((a.memory, b.memory), (a.rows, b.rows)):
         names = [name for name in mine if name in theirs]
         total += _dot([mine[n] for n in names], [theirs[n] for n in names])

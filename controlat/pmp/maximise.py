@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS
 from controlat.control import Control, Knob, number
-from controlat.dynamics import Driver
+from controlat.dynamics import Driver, Field
 from controlat.methods import Batch, Method, Prefixes
 from controlat.network import Meter, NonFiniteError
 
@@ -22,8 +21,8 @@ __all__ = ["MAXIMISERS", "Grid", "Scored", "rerun", "sweep", "tpe"]
 
 MAXIMISERS = ("sweep", "tpe")
 
-# One candidate: the control, its cost n(v) per sample, and its gradient on every probe batch.
-Scored = tuple[Control, float, list[list[Tensor]]]
+# One candidate: the control, its cost n(v) per sample, and what it would do on every probe batch.
+Scored = tuple[Control, float, list[Field]]
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ class Grid:
 def rerun(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, meter: Meter) -> Scored:
     """Score one candidate by running it from the start on every probe batch; its cost is counted."""
     before = meter.gradients
-    gradients = [driver.field(batch, v, rate, meter) for batch in batches]
-    return v, (meter.gradients - before) / sum(len(b.x) for b in batches), gradients
+    found = [driver.field(batch, v, rate, meter) for batch in batches]
+    return v, (meter.gradients - before) / sum(len(b.x) for b in batches), found
 
 
 def sweep(
@@ -122,8 +121,8 @@ def sweep(
     for alpha in grid.alphas:
         longest = grid.control(u, alpha, grid.max_steps)
         for scored in zip(*(driver.fields(b, longest, rate, meter) for b in batches), strict=True):
-            v = scored[0][0]
-            yield v, driver.method.controls.cost(v), [gradients for _, gradients in scored]
+            v = scored[0].control
+            yield v, driver.method.controls.cost(v), list(scored)
 
 
 def tpe(

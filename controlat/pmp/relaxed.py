@@ -134,7 +134,7 @@ def relaxed(
         if left:
             after = buffers(mixing)
             driver.restore(recording.end)
-            gradient = terminal.gradient(driver)
+            gradient = terminal.gradient(driver)[: len(driver.parameters)]
             parts = zip(gradient, after, buffers(driver), strict=True)
             phi -= left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
     return Outcome(phi, mixing.evaluations, mixing.meter.gradients)

@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlat import registry
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
+from controlat.batchnorm import followed
 from controlat.control import number
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
@@ -30,6 +31,7 @@ __all__ = [
     "Weighted",
     "build_terminal",
     "described",
+    "differentiated",
     "parse_terminal",
     "try_terminal",
 ]
@@ -54,7 +56,10 @@ class Terminal(Protocol):
         """Phi at the driver's present parameters."""
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """grad Phi, one tensor per parameter that is trained."""
+        """grad Phi: one tensor per parameter that is trained, then one for each of ``driver.statistics``.
+
+        `differentiated` gives both. Without the latter, results say that they were left out.
+        """
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """What the gradient leaves out, by name; results print it."""
@@ -138,30 +143,22 @@ class AdversarialLoss:
         return _finite_value(total)
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """grad Phi(theta), one tensor per parameter, with the adversary held fixed.
+        """grad Phi in theta and in running statistics, with the adversary held fixed.
 
         Raises:
             NonFiniteError: it is not finite.
         """
         meter = Meter() if meter is None else meter
-        total = [torch.zeros_like(p) for p in driver.parameters]
-        with self._evaluating(driver), torch.enable_grad():
+        total = [torch.zeros_like(t) for t in (*driver.parameters, *driver.statistics)]
+        with self._evaluating(driver):
             for part in self._parts(driver, meter):
-                found = torch.autograd.grad(part(), driver.parameters, allow_unused=True)
-                for t, g in zip(total, found, strict=True):
-                    if g is not None:
-                        t += g
+                torch._foreach_add_(total, differentiated(driver, part))
         meter.gradients += len(self.x)
         return _finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
-        """BatchNorm's running statistics depend on theta; so does an attack by l_2 steps."""
-        norms = [m for m in driver.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        running = any(m.running_mean is not None for m in norms)
-        names = ["BatchNorm's running statistics (Phi)"] if running else []
-        if self.ball.norm != "linf" and self.steps:
-            names.append("the adversary's (l_2 steps of Phi)")
-        return tuple(names)
+        """An attack by l_2 steps depends on theta."""
+        return ("the adversary's (l_2 steps of Phi)",) if self.ball.norm != "linf" and self.steps else ()
 
     def _parts(self, driver: Driver, meter: Meter) -> Iterator[Callable[[], Tensor]]:
         """Phi as a sum over batches, each under its attack."""
@@ -231,19 +228,42 @@ class Weighted:
         return _finite_value(sum(weight * part.value(driver, meter) for weight, part in self.parts))
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """The sum of weight * grad Phi.
+        """The sum of weight * grad Phi, in running statistics where all parts have it.
 
         Raises:
             NonFiniteError: it is not finite.
         """
-        total = [torch.zeros_like(p) for p in driver.parameters]
-        for weight, part in self.parts:
-            torch._foreach_add_(total, part.gradient(driver, meter), alpha=weight)
+        found = [part.gradient(driver, meter) for _, part in self.parts]
+        known = min(map(len, found))  # without running statistics where one part leaves them out
+        total = [torch.zeros_like(t) for t in found[0][:known]]
+        for (weight, _), gradient in zip(self.parts, found, strict=True):
+            torch._foreach_add_(total, gradient[:known], alpha=weight)
         return _finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """What any part leaves out."""
         return tuple(sorted({name for _, part in self.parts for name in part.dropped(driver)}))
+
+
+def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
+    """The gradient of a loss at the driver's state, in its parameters and then in its running statistics.
+
+    Args:
+        driver: at the state; its network is in the mode that the loss is meant for (``model.eval()``).
+        loss: computes a scalar with ``driver.model``.
+
+    >>> from controlat.methods import build
+    >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)
+    >>> model = torch.nn.Sequential(*layers).eval()
+    >>> driver, x = Driver(model, build("pgd_at"), Ball(0.1)), torch.rand(5, 1, 2, 2)
+    >>> [tuple(g.shape) for g in differentiated(driver, lambda: model(x).square().mean())]
+    [(3, 4), (3,), (3,), (3,), (3,), (3,)]
+    """
+    r = [t.detach().clone().requires_grad_() for t in driver.statistics]
+    inputs = [*driver.parameters, *r]
+    with torch.enable_grad(), followed(driver.model, list(r)):
+        found = torch.autograd.grad(loss(), inputs, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 
 def _finite_value(total: float) -> float:
@@ -304,7 +324,7 @@ def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
         )
     shapes = [tuple(g.shape) for g in gradient]
     wanted = [tuple(p.shape) for p in driver.parameters]
-    if shapes != wanted:
+    if shapes not in (wanted, wanted + [tuple(r.shape) for r in driver.statistics]):
         raise ValueError(f"gradient of terminal {name} must return tensors of shapes {wanted}, got {shapes}")
     if not all(bool(torch.isfinite(g).all()) for g in gradient):
         raise ValueError(f"gradient of terminal {name} is not finite for the untrained network")

@@ -117,7 +117,7 @@ def test_batches_and_epochs_draw_other_numbers(case: Case) -> None:
     if case.name == "free":
         pytest.skip("draws nothing")
     d, u = driver(case, ball=Ball(EPS, "l2")), case.control()
-    found = [flat(d.field(batch(epoch=e, number=i), u)) for e, i in ((0, 0), (0, 1), (1, 0))]
+    found = [flat(d.field(batch(epoch=e, number=i), u).gradients) for e, i in ((0, 0), (0, 1), (1, 0))]
     assert not same(found[0], found[1])
     assert not same(found[0], found[2])
 
@@ -342,7 +342,7 @@ def test_scoring_the_control_that_is_used_gives_the_step(case: Case, norm: str) 
     rate, d = 0.1, driver(case, ball=Ball(EPS, norm), optimizer=PLAIN_SGD)
     for i in range(3):
         b, u = batch(number=i), case.control()
-        found, before = flat(d.field(b, u, rate)), flat(d.parameters)
+        found, before = flat(d.field(b, u, rate).gradients), flat(d.parameters)
         d.step(b, u, rate)
         torch.testing.assert_close(found, (before - flat(d.parameters)) / rate, rtol=1e-9, atol=1e-12)
         assert found.norm() > 1e-3
@@ -357,8 +357,8 @@ def test_the_sweep_over_k_is_offered_by_those_who_can(case: Case) -> None:
         return
     found = list(d.fields(b, u))
     assert len(found) == 3
-    for v, gradients in found:
-        assert same(gradients, d.field(b, v))
+    for field in found:
+        assert same(field, d.field(b, field.control))
 
 
 # -------------------------------------------------------------------------------------------------- no attack
@@ -382,8 +382,10 @@ def test_a_ball_of_radius_zero_gives_standard_training(case: Case, norm: str) ->
     d = driver(bare, ball=Ball(0.0, norm))
     clean = driver(Case("pgd_at"), ball=Ball(0.0, norm))
     b = batch()
-    expected = times * flat(clean.field(b, Control(alpha=0, steps=0)))
-    torch.testing.assert_close(flat(d.field(b, bare.control(), 0.1)), expected, rtol=1e-10, atol=1e-13)
+    expected = times * flat(clean.field(b, Control(alpha=0, steps=0)).gradients)
+    torch.testing.assert_close(
+        flat(d.field(b, bare.control(), 0.1).gradients), expected, rtol=1e-10, atol=1e-13
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong

@@ -39,7 +39,7 @@ def seen_by(
 
 
 def field(case: Case, u: Control, b: Batch, model: nn.Module | None = None, norm: str = "linf") -> Tensor:
-    return flat(driver(case, model, Ball(EPS, norm)).field(b, u, RATE))
+    return flat(driver(case, model, Ball(EPS, norm)).field(b, u, RATE).gradients)
 
 
 def draws(b: Batch, purpose: str) -> torch.Generator:
@@ -99,7 +99,7 @@ def test_yopo_without_movement_has_the_direct_gradient_as_its_hamiltonian_one() 
     for mode in ("both", "direct", "hamiltonian"):
         case = Case("yopo", {"first_layer_grad": mode})
         d = driver(case)
-        found[mode] = d.field(batch(margin=0.1), case.control(alpha=0.0, inner=2))
+        found[mode] = d.field(batch(margin=0.1), case.control(alpha=0.0, inner=2)).gradients
     for i in range(len(found["both"])):
         direct = found["direct"][i]
         torch.testing.assert_close(found["hamiltonian"][i], direct, rtol=1e-11, atol=1e-14)

@@ -211,8 +211,8 @@ def test_the_clean_term_is_added_with_its_weight(build: Callable[[], nn.Module])
 def test_without_attack_the_clean_term_multiplies_the_gradient() -> None:
     batch = Batch(*samples(6), torch.arange(6), 0, 0)
     none = Control(alpha=0, steps=0)
-    plain = Driver(mlp(), PgdAT(), Ball(0.1)).field(batch, none)
-    both = Driver(mlp(), PgdAT(clean_weight=0.5), Ball(0.1)).field(batch, none)
+    plain = Driver(mlp(), PgdAT(), Ball(0.1)).field(batch, none).gradients
+    both = Driver(mlp(), PgdAT(clean_weight=0.5), Ball(0.1)).field(batch, none).gradients
     torch.testing.assert_close(flat(both), 1.5 * flat(plain), rtol=1e-14, atol=1e-16)
 
 
@@ -237,16 +237,18 @@ def test_every_prefix_is_the_update_of_that_k(
     method = PgdAT(attack_mode=mode, clean_weight=clean_weight)
     driver, batch = driver_and_batch(build, 5, method, Ball(0.3, norm))
     found = list(driver.fields(batch, Control(alpha=0.06, steps=4)))
-    assert [v for v, _ in found] == [Control(alpha=0.06, steps=k) for k in (1, 2, 3, 4)]
-    for v, gradients in found:
-        assert same(gradients, driver.field(batch, v)), v
-    assert not same(found[0][1], found[3][1])
+    assert [field.control for field in found] == [Control(alpha=0.06, steps=k) for k in (1, 2, 3, 4)]
+    for field in found:
+        assert same(field, driver.field(batch, field.control)), field.control
+    assert not same(found[0].gradients, found[3].gradients)
 
 
 def test_every_prefix_is_the_update_of_that_k_when_the_attack_works_in_parts() -> None:
     driver, batch = driver_and_batch(cnn_bn, 70, PgdAT(), Ball(0.1))  # more than the 64 of one part
-    for v, gradients in driver.fields(batch, Control(alpha=0.03, steps=2)):
-        torch.testing.assert_close(flat(gradients), flat(driver.field(batch, v)), rtol=1e-9, atol=1e-12)
+    for v, gradients, _ in driver.fields(batch, Control(alpha=0.03, steps=2)):
+        torch.testing.assert_close(
+            flat(gradients), flat(driver.field(batch, v).gradients), rtol=1e-9, atol=1e-12
+        )
 
 
 @seeded
@@ -257,8 +259,8 @@ def test_prefixes_and_updates_agree_for_every_control(
     eps: float, alpha: float, steps: int, start: bool, norm: str
 ) -> None:
     driver, batch = driver_and_batch(mlp, 5, PgdAT(random_start=start), Ball(eps, norm))
-    for v, gradients in driver.fields(batch, Control(alpha=alpha, steps=steps)):
-        assert same(gradients, driver.field(batch, v))
+    for v, gradients, _ in driver.fields(batch, Control(alpha=alpha, steps=steps)):
+        assert same(gradients, driver.field(batch, v).gradients)
 
 
 def test_the_method_offers_the_sweep() -> None:
@@ -320,7 +322,7 @@ def test_holding_the_adversary_fixed_is_exact_for_linf_and_not_for_l2(norm: str,
 
     total, partial = ((loss(h, a) - loss(-h, a)) / (2 * h) for a in (None, attack(mlp(), batch)))
     driver = Driver(mlp(), PgdAT(), Ball(0.3, norm), seed=SEED)
-    field = driver.field(batch, Control(alpha=0.1, steps=3))
+    field = driver.field(batch, Control(alpha=0.1, steps=3)).gradients
     assert partial == pytest.approx(flat(field).sum().item(), rel=1e-6)
     assert (abs(total - partial) > 1e-3 * abs(partial)) == drops
 

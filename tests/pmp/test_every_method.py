@@ -35,7 +35,7 @@ def test_the_gap_is_that_of_every_candidate_run_by_hand_and_training_is_not_dist
     values = {}
     for v in surface.controls:
         meter = Meter()
-        fields = [flat(d.field(b, v, RATE, meter)) for b in probe]
+        fields = [flat(d.field(b, v, RATE, meter).gradients) for b in probe]
         mean = (fields[0] + fields[1]) / 2
         reward = mean @ mean if form == "norm" else flat(phi.gradient(d, Meter())) @ mean
         values[v] = float(reward) - GAMMA * meter.gradients / sum(len(b.x) for b in probe)

@@ -289,11 +289,11 @@ def test_the_sweep_equals_running_every_candidate_by_itself(
     )
     found = surface(model=build(), method=PgdAT(attack_mode=mode), batches=batches, terminal=phi)
     driver = Driver(build(), PgdAT(attack_mode=mode), BALL)
-    p = flat(phi.gradient(driver))
+    p = flat(phi.gradient(driver)[: len(driver.parameters)])
     assert set(found.controls) == set(candidates())
     for v, n, gram, costate in zip(found.controls, found.evaluations, found.gram, found.costate, strict=True):
-        _, cost, gradients = rerun(driver, batches, v, 0.0, Meter())
-        g = torch.stack([flat(g) for g in gradients])
+        _, cost, fields = rerun(driver, batches, v, 0.0, Meter())
+        g = torch.stack([flat(field.gradients) for field in fields])
         np.testing.assert_allclose(gram, g @ g.T, rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(costate, g @ p, rtol=1e-12, atol=1e-15)
         assert n == cost == v["steps"] + 1
@@ -348,7 +348,7 @@ def population(form: str, members: Iterable[int], count: int) -> tuple[float, fl
 def per_sample(n: int, u: Control = OUTSIDE) -> Tensor:
     x, y = samples(n, seed=11)
     driver = Driver(mlp(), PgdAT(random_start=False), BALL)
-    return torch.stack([flat(driver.field(b, u)) for b in probe_batches(x, y, n)])
+    return torch.stack([flat(driver.field(b, u).gradients) for b in probe_batches(x, y, n)])
 
 
 def test_with_batches_of_one_sample_the_unbiased_estimate_is_the_per_sample_formula() -> None:
@@ -464,14 +464,14 @@ def test_the_probe_is_split_in_order_into_equal_batches_with_numbers_of_their_ow
 
 
 def frozen_terminal(phi: AdversarialLoss, model: nn.Module, shift: float, direction: Tensor) -> float:
-    """Phi at theta + shift * direction with the adversary of theta, in eval mode."""
+    """Phi at (theta, r) + shift * direction with the adversary of (theta, r), in eval mode."""
     twin = copy.deepcopy(model).eval()
     draws = rng.generator(phi.seed, "terminal", 0)
     start = (phi.x + torch.empty_like(phi.x).uniform_(-EPS, EPS, generator=draws)).clamp(0, 1)
     x = hand_attack(twin, phi.x, phi.y, start, EPS / 4, phi.steps)
+    z = [*twin.parameters(), *(b for b in twin.buffers() if b.is_floating_point())]
     with torch.no_grad():
-        theta = torch.nn.utils.parameters_to_vector(twin.parameters())
-        torch.nn.utils.vector_to_parameters(theta + shift * direction, twin.parameters())
+        torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(z) + shift * direction, z)
         return F.cross_entropy(twin(x), phi.y).item()
 
 

@@ -69,7 +69,7 @@ class Mixed(NamedTuple):
     norms: dict[int, float]
 
 
-def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID) -> Mixed:
+def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID, h: float = H) -> Mixed:
     """Every step goes towards the best control that is not its own."""
     price, whole = GAMMA * rec.plan.mean_rate(), rec.last - rec.first
     gap, others, looked, norms, dropped = 0.0, {}, {}, {}, ()
@@ -81,8 +81,8 @@ def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID) -> Mix
             gap += float(value[i])
             others[s.visit.number], looked[s.visit.number] = g.controls[i], g
             norms[s.visit.number], dropped = s.norms[whole], s.dropped
-    ends = [relaxed(rec, others, part, phi).objective(price) for part in (H, -H)]
-    return Mixed(gap, (ends[1] - ends[0]) / (2 * H), dropped, looked, norms)
+    ends = [relaxed(rec, others, part, phi).objective(price) for part in (h, -h)]
+    return Mixed(gap, (ends[1] - ends[0]) / (2 * h), dropped, looked, norms)
 
 
 def check(found: Mixed, dropped: tuple[str, ...] = ()) -> None:
@@ -428,7 +428,7 @@ def test_one_step_goes_a_part_of_the_way(o: SGDSettings, part: float) -> None:
     for control in (plan.control(first), v):
         d = driver(case, noisy(), optimizer=o, channels_last=False)
         start = [p.detach().clone() for p in d.parameters]
-        gradients.append(d.field(first, control))
+        gradients.append(d.field(first, control).gradients)
         d.step(first, control, plan.learning_rate(0, 0))
         ends.append({name: t.clone() for name, t in d.model.state_dict().items()})
     rec = Recording.of(driver(case, noisy(), optimizer=o, channels_last=False), plan, last=1)

@@ -1,0 +1,103 @@
+"""Running statistics of normalisation layers as part of the state z: r' = (1 - m) r + m s(x).
+
+torch writes them in place, without a graph. While a step or a terminal cost is differentiated, `followed`
+keeps a graph: layers in training mode move the statistics, layers in evaluation mode read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["followed", "statistics"]
+
+
+_INSTANCE: Any = nn.modules.instancenorm._InstanceNorm
+# A class of the user's own may use its buffers otherwise in a forward pass of its own.
+_KNOWN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _INSTANCE.forward)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """torch's layers with running statistics, in the order of ``model.modules()``, each once."""
+    known: list[Any] = [m for m in model.modules() if type(m).forward in _KNOWN]
+    return [m for m in known if m.running_mean is not None]
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """Running mean and variance of every layer that has them: the model's own tensors.
+
+    >>> [tuple(t.shape) for t in statistics(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))]
+    [(3,), (3,)]
+    """
+    return [t for layer in _layers(model) for t in (layer.running_mean, layer.running_var)]
+
+
+@contextmanager
+def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
+    """Forward passes in the block read and move the statistics r, with a graph, in place of the model's own.
+
+    The model's own move too, as torch moves them.
+
+    Args:
+        model: the network.
+        r: copies, in the structure of `statistics`; replaced as layers in training mode move them.
+
+    >>> model = nn.BatchNorm1d(1, momentum=0.5).train()
+    >>> x, r = torch.tensor([[1.0], [3.0]], requires_grad=True), [t.clone() for t in statistics(model)]
+    >>> with followed(model, r):
+    ...     y = model(x)
+    >>> r[0].item(), torch.autograd.grad(r[0], x)[0].flatten().tolist()
+    (1.0, [0.25, 0.25])
+    """
+    handles = []
+    for i, layer in enumerate(_layers(model)):
+
+        def hook(layer: Any, arguments: tuple[Tensor, ...], output: Tensor, i: int = 2 * i) -> Tensor | None:
+            x, (mean, variance) = arguments[0], r[i : i + 2]
+            if not layer.training:
+                return _normalised(layer, x, mean, variance).to(output.dtype)
+            if layer.track_running_stats:
+                m = _momentum(layer)
+                r[i : i + 2] = [
+                    (1 - m) * t + m * s for t, s in zip((mean, variance), _of(layer, x), strict=True)
+                ]
+            return None
+
+        handles.append(layer.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _momentum(layer: Any) -> float:
+    """m of the pass that is just over: 1/n after n passes where the layer averages over all of them."""
+    if layer.momentum is not None:
+        return float(layer.momentum)
+    if isinstance(layer, _INSTANCE):
+        return 0.0
+    return 1.0 / float(layer.num_batches_tracked)
+
+
+def _of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch takes the running mean and variance (unbiased) of: batches, or the mean over instances."""
+    x = x.to(layer.running_mean.dtype)
+    if isinstance(layer, _INSTANCE):
+        pixels = x.flatten(2)
+        return pixels.mean((0, 2)), pixels.var(2).mean(0)
+    others = [d for d in range(x.dim()) if d != 1]
+    return x.mean(others), x.var(others)
+
+
+def _normalised(layer: Any, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + eps), scaled and shifted: torch's has no derivative in the statistics."""
+    shape = [-1, *[1] * (x.dim() - 2)]
+    found = (x - mean.view(shape)) * torch.rsqrt(variance + layer.eps).view(shape)
+    for t, combine in ((layer.weight, torch.mul), (layer.bias, torch.add)):
+        found = found if t is None else combine(found, t.view(shape))
+    return found
