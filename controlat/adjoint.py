@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from controlat.dynamics import Driver
 from controlat.methods import Batch, Rows
 from controlat.network import Meter
 
-__all__ = ["Pulled", "State", "Verified", "pullback", "state", "verify"]
+__all__ = ["Kinks", "Pulled", "State", "Verified", "pullback", "state", "verify"]
+
+_ULPS = 16  # of 1: how far inside carried perturbations are kept, beyond the rounding of pixels
 
 
 class State(NamedTuple):
@@ -103,6 +106,65 @@ class Verified(NamedTuple):
         return float((d - p).norm() / d.norm())
 
 
+@dataclass
+class Kinks:
+    """Where a perturbation that depends on the state lies on a clip, which has another slope on either side.
+
+    Products take torch's, 1. With a perturbation inside, moves to either side are possible, and no linear
+    product describes both.
+
+    Args:
+        on: sum of squares of the costate of pixels that lie on a clip.
+        every: of all pixels that are clipped or might be.
+    """
+
+    on: float = 0.0
+    every: float = 0.0
+
+    def names(self) -> tuple[str, ...]:
+        """What is dropped, with its share."""
+        if not self.on:
+            return ()
+        share = (self.on / self.every) ** 0.5
+        return (f"the second slope where carried perturbations lie on a clip ({share:.2g} of their costate)",)
+
+    @contextlib.contextmanager
+    def watched(self, driver: Driver) -> Iterator[None]:
+        """Notice the clips of the block, and their costates when they are differentiated."""
+        plain, kinks, near = driver.ball, self, driver.margin / 4
+        kind: Any = type(plain)
+
+        class Watching(kind):  # type: ignore[misc]
+            def project(self, x: Tensor, x0: Tensor) -> Tensor:
+                low, high = self.bounds(x0)
+                kinks._note(x, ((x - x0 - low).abs() <= near) | ((x - x0 - high).abs() <= near))
+                return plain.project(x, x0)
+
+            def shrink(self, delta: Tensor, *radius: float) -> Tensor:
+                low, high = self.bounds()
+                kinks._note(delta, ((delta - low).abs() <= near) | ((delta - high).abs() <= near))
+                return plain.shrink(delta, *radius)
+
+            def box(self, x: Tensor) -> Tensor:
+                kinks._note(x, (x.abs() <= near) | ((x - 1).abs() <= near))
+                return plain.box(x)
+
+        driver.ball = Watching(plain.eps, plain.norm)
+        try:
+            yield
+        finally:
+            driver.ball = plain
+
+    def _note(self, t: Tensor, on: Tensor) -> None:
+        def seen(gradient: Tensor) -> None:
+            squares = gradient.detach().square()
+            self.on += float(squares[on].sum())
+            self.every += float(squares.sum())
+
+        if t.requires_grad:
+            t.register_hook(seen)
+
+
 def state(driver: Driver, batch: Batch) -> State:
     """A copy of the driver's present state, as far as a step on that batch sees it."""
     context = driver._context(batch, 0.0, Meter(), driver.memory)
@@ -156,8 +218,9 @@ def pullback(
     >>> [t.shape for t in found.costate.parameters]
     [torch.Size([3, 4]), torch.Size([3])]
     """
-    found, dropped = pullbacks(driver, batch, u, rate, [costate], meter)
-    return Pulled(found[0], dropped)
+    kinks = Kinks()
+    found, dropped = pullbacks(driver, batch, u, rate, [costate], meter, kinks)
+    return Pulled(found[0], tuple(sorted({*dropped, *kinks.names()})))
 
 
 def pullbacks(
@@ -167,18 +230,19 @@ def pullbacks(
     rate: float,
     costates: Sequence[State],
     meter: Meter | None = None,
+    kinks: Kinks | None = None,
 ) -> tuple[list[State], tuple[str, ...]]:
     """`pullback` of several costates at once: the step runs once, and each takes one pass backward.
 
     Beside the step itself, each costate is counted as two gradient evaluations for every sample that the loss
     was taken of: it differentiates a forward and a backward pass.
     """
-    meter = Meter() if meter is None else meter
+    meter, kinks = Meter() if meter is None else meter, Kinks() if kinks is None else kinks
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
     names = [name for name, p in driver.model.named_parameters() if p.requires_grad]
     dropped: set[str] = set()
-    with driver._scoring(), torch.enable_grad():
+    with driver._scoring(), torch.enable_grad(), _inward(driver), kinks.watched(driver):
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
         ctx = driver._context(batch, rate, meter, memory)
         start = ctx.rows
@@ -211,6 +275,17 @@ def pullbacks(
             q.rows[name][~seen] = 0
     meter.gradients += 2 * len(costates) * ctx.passes
     return found, tuple(sorted(dropped))
+
+
+@contextlib.contextmanager
+def _inward(driver: Driver, margin: float | None = None) -> Iterator[None]:
+    """Carried perturbations off the edge of their set, by a hair where no margin is given."""
+    before = driver.margin
+    driver.margin = before or margin or _ULPS * torch.finfo(driver.parameters[0].dtype).eps
+    try:
+        yield
+    finally:
+        driver.margin = before
 
 
 def _other_buffers(driver: Driver) -> dict[str, Tensor]:
@@ -278,9 +353,9 @@ def verify(
     meter too. The cost is that of 2 * directions + 2 steps.
 
     Other kinks are not seen: a network with ReLU or max-pooling agrees to all digits only if no unit
-    switches between the ends, so take a smooth one (Softplus, Tanh, average pooling) to judge a method. The
-    same holds for a pixel that lies exactly where the ball or [0, 1] clips it. Where perturbations are
-    carried, that happens when steps of one size go back and forth: take another alpha than the steps before.
+    switches between the ends, so take a smooth one (Softplus, Tanh, average pooling) to judge a method.
+    Carried perturbations that lie where they are clipped are moved inside by 4 h. One that comes to lie
+    exactly on a clip, as happens when steps of one size go back and forth, is a kink, and named.
 
     Args:
         driver: at the state before the step, in float64. Its method may be anybody's.
@@ -316,6 +391,14 @@ def verify(
         raise ValueError(f"directions must be >= 1 and h > 0, got {directions} and {h:g}")
     before = state(driver, batch)
     _check_float64(driver, batch, before)
+    with _inward(driver, 4 * h):
+        return _compare(driver, batch, u, rate, before, directions, h, seed)
+
+
+def _compare(
+    driver: Driver, batch: Batch, u: Control, rate: float, before: State, directions: int, h: float, seed: int
+) -> Verified:
+    """`verify`, with carried perturbations far enough from the edge for both ends of a difference."""
 
     def after() -> State:
         driver.step(batch, u, rate)

@@ -5,6 +5,7 @@ A norm is a value: four functions of a batch. Everything else is the same for al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -147,6 +148,15 @@ class Ball:
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The admissible point for x (see the class)."""
         return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
+
+    def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
+        """Smallest and largest perturbation of a pixel: +-eps for l_inf, and around x0 what [0, 1] allows."""
+        eps = self.eps if self.norm == "linf" else math.inf
+        return (-eps, eps) if x0 is None else ((-x0).clamp_min(-eps), (1 - x0).clamp_max(eps))
+
+    def box(self, x: Tensor) -> Tensor:
+        """The nearest point of the pixel box [0, 1]."""
+        return x.clamp(0, 1)
 
     def support(self, gradient: Tensor) -> Tensor:
         """max of <d, gradient> over ||d|| <= eps: eps times the dual norm, per sample, shape (N,)."""

@@ -94,6 +94,7 @@ class Driver:
         rows: what training samples carry, by name, a row for each; part of the state.
         kept: copies of network and optimiser that the method put aside; part of the state.
         stopped: why the method ended training; empty while it goes on.
+        margin: as in `Context`.
         notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and a name,
             ``"set"`` and the name of memory that is new, ``"moved"`` and what it wrote to in place.
     """
@@ -110,6 +111,7 @@ class Driver:
     rows: dict[str, Rows] = field(default_factory=dict)
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: str = ""
+    margin: float = 0.0
     notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
@@ -398,6 +400,7 @@ class Driver:
             self.autocast,
             self.channels_last,
             batch.share or World().share(len(batch.x)),
+            margin=self.margin,
         )
 
     def _scatter(self, batch: Batch, ctx: Context) -> None:

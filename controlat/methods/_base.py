@@ -107,6 +107,7 @@ class Context:
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
             (`controlat.adjoint`); None otherwise.
         statistics: running statistics of the network's normalisation layers, alike.
+        margin: how far inside the perturbation set `carried` puts what lies on its edge; 0 in training.
         passes: samples that `logits` has been asked about.
     """
 
@@ -124,6 +125,7 @@ class Context:
     share: Share = Share(0, 1, 0)  # noqa: RUF009
     theta: dict[str, Tensor] | None = None
     statistics: list[Tensor] = field(default_factory=list)
+    margin: float = 0.0
     passes: int = 0
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -205,6 +207,22 @@ class Context:
         if self.theta is not None:
             return list(self.theta.items())
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def carried(self, delta: Tensor, x: Tensor | None = None) -> Tensor:
+        """A perturbation of an earlier step; where a step is differentiated, off the edge of its set.
+
+        A pixel on the edge can only move inwards. A hair inside, the derivative of the clips to come is that
+        of such a move; on the edge torch's is that of a move to either side.
+
+        Args:
+            delta: (N, ...) perturbations within the ball.
+            x: (N, ...) inputs, if x + delta was kept within the pixel box too.
+        """
+        if not self.margin:
+            return delta
+        low, high = self.ball.bounds(x)
+        near = self.margin / 2
+        return delta + self.margin * ((delta < low + near).to(delta) - (delta > high - near).to(delta))
 
     def leaf(self, t: Tensor) -> Tensor:
         """A carried tensor that a loss can be differentiated in.

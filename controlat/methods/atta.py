@@ -74,7 +74,7 @@ class Atta:
                     ball=ctx.ball,
                     alpha=u["alpha"],
                     steps=int(u["steps"]),
-                    start=x + (frame if placement is None else placement.apply(frame)),
+                    start=x + ctx.carried(frame if placement is None else placement.apply(frame), x),
                 )
             moved = x_adv - x
             frame = moved if placement is None else placement.invert(moved, frame)

@@ -74,7 +74,7 @@ class Fast:
         """One update on the batch that one step produced."""
         x, y, ball = batch.x, batch.y, ctx.ball
         start = x + self._start(ctx, x, u)
-        start = start.clamp(0, 1) if self.clamp_start else start
+        start = ball.box(start) if self.clamp_start else start
         with ctx.view(self.attack_mode) as view:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         x_adv = ball.step(start, gradient, u["alpha"], x)
@@ -103,7 +103,7 @@ class Fast:
     def _start(self, ctx: Context, x: Tensor, u: Control) -> Tensor:
         if self.init != "random":
             kept = ctx.here(ctx.memory.get("delta", x[:0]))
-            return torch.cat([kept, torch.zeros_like(x[len(kept) :])])
+            return torch.cat([ctx.carried(kept, x[: len(kept)]), torch.zeros_like(x[len(kept) :])])
         found = ctx.noise(x, u["start"] * u["random"])
         if u["random"] < 1:
             size = u["start"] * (1 - u["random"]) * ctx.ball.eps

@@ -40,12 +40,12 @@ class Free:
         """m updates, and the perturbation carried on."""
         x, y, n = batch.x, batch.y, len(batch.x)
         kept = ctx.memory.get("delta", x[:0])
-        delta = ctx.here(kept)
+        delta = ctx.carried(ctx.here(kept))
         delta = torch.cat([delta, torch.zeros_like(x[len(delta) :])])
         for _ in range(int(u["steps"])):
             point = ctx.leaf(delta)
             (gradient,) = yield Update(
-                lambda point=point: F.cross_entropy(ctx.logits((x + point).clamp(0, 1)), y),  # type: ignore[misc]
+                lambda point=point: F.cross_entropy(ctx.logits(ctx.ball.box(x + point)), y),  # type: ignore[misc]
                 also=lambda point=point: (point,),  # type: ignore[misc]
             )
             alone = n * gradient  # of each sample's own loss, whatever the batch size

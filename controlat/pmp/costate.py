@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from controlat.adjoint import State, pullbacks
+from controlat.adjoint import Kinks, State, pullbacks
 from controlat.dynamics import Driver
 from controlat.methods import Rows
 from controlat.network import Meter, NonFiniteError
@@ -169,6 +169,7 @@ def sweep(
         events.setdefault(number, []).append((what, name))
     costates: dict[int, Costate] = {}
     dropped: set[str] = set(terminal.dropped(driver))
+    kinks = Kinks()
     if driver.autocast is not None:
         dropped.add(f"rounding to {str(driver.autocast).removeprefix('torch.')}")
 
@@ -208,13 +209,13 @@ def sweep(
         if costates:
             seen = {h: p.seen(driver, visit) for h, p in costates.items()}
             before = driver.snapshot(visit.batch.indices) if driver.rows else driver.snapshot()
-            yield Swept(visit, seen, norms, tuple(sorted(dropped)))
+            yield Swept(visit, seen, norms, tuple(sorted({*dropped, *kinks.names()})))
             driver.restore(before)
             start = {h: _begins(recording.first, visit.number + 1, h) for h in costates}
             costates = {h: p for h, p in costates.items() if any(start[h] <= n < visit.number for n in every)}
         if costates:
             arguments = (driver, visit.batch, visit.control, visit.rate)
-            found, names = pullbacks(*arguments, [seen[h] for h in costates], meter)
+            found, names = pullbacks(*arguments, [seen[h] for h in costates], meter, kinks)
             dropped.update(names)
             costates = {h: p.pulled(visit, q) for (h, p), q in zip(costates.items(), found, strict=True)}
         begin(visit.number)

@@ -1,6 +1,7 @@
 """The criterion over any horizon, and the meaning of its size, on small systems in float64."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,12 +51,17 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     found = examine(r, terminal, GRID, gamma=GAMMA)
     best = {b.index: b.maximiser for b in found.best()}
     others = {i: best[index] for i, index in enumerate(found.blocks)}
-    h = 1e-5
-    j = [relaxed(r, others, part, terminal).objective(found.price) for part in (h, -h)]
+    h = 1e-5  # forward, as carried perturbations cannot go beyond the edge of the ball
+    j = [relaxed(r, others, part, terminal).objective(found.price) for part in (0.0, h, 2 * h)]
     assert found.total() > 0
-    # Where perturbations are carried a pixel may meet the edge of the ball, where clamp has two slopes.
-    tolerance = 1e-3 if case.name in ("free", "atta") else 1e-6
-    assert (j[1] - j[0]) / (2 * h) == pytest.approx(found.total(), rel=tolerance)
+    slope, tolerance = (3 * j[0] - 4 * j[1] + j[2]) / (2 * h), 1e-6
+    if case.name == "free" and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
+        (share,) = re.findall(r"lie on a clip \((\S+) of their costate", *found.dropped)
+        tolerance = float(share)
+        assert 0 < tolerance < 0.1
+    else:
+        assert found.dropped == ()
+    assert slope == pytest.approx(found.total(), rel=tolerance)
     assert found.value() == pytest.approx(found.total() / (r.plan.mean_rate() * 6))
 
 

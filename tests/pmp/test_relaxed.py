@@ -165,6 +165,34 @@ def test_perturbations_that_meet_the_edge_of_the_ball_are_followed(name: str) ->
     check(mixing(rec, replace(PHI, ball=Ball(0.011)), Grid((0.0043, 0.0137), 1)))
 
 
+def on_the_edge(name: str, steps: int, eps: float = 0.1) -> Mixed:
+    """Steps of size eps: every pixel lies on the edge, or comes exactly to it. lambda goes forward alone."""
+    case = CASES[name]._replace(knobs={"steps": steps})
+    d = driver(case, ball=Ball(eps), optimizer=SETTINGS["momentum"], channels_last=False)
+    plan = replace(planned(case, epochs=3), schedule=lambda t: case.control(alpha=eps))
+    rec = Recording.of(d, plan, stride=4)
+    found, price = mixing(rec), GAMMA * plan.mean_rate()
+    others = {n: g.controls[1 + int(g.value(9, price)[1:].argmax())] for n, g in found.looked.items()}
+    j = [relaxed(rec, others, part, PHI).objective(price) for part in (0.0, H, 2 * H)]
+    return found._replace(slope=(3 * j[0] - 4 * j[1] + j[2]) / (2 * H))
+
+
+def test_a_perturbation_on_the_edge_can_only_move_inwards() -> None:
+    """Two steps of eps from one edge: back to it with what it had, or to the other, which takes it away."""
+    check(on_the_edge("atta", 2))
+
+
+@pytest.mark.parametrize("name", ["free", "atta"])
+def test_a_perturbation_that_comes_to_the_edge_from_inside_is_named(name: str) -> None:
+    """Moves to either side are possible there: no costate describes both."""
+    found = on_the_edge(name, 1)
+    (told,) = found.dropped
+    share = float(told.rpartition("(")[2].split()[0])
+    assert "carried perturbations lie on a clip" in told
+    assert 0.005 < share < 0.5
+    assert 1e-6 < abs(found.slope - found.gap) / abs(found.slope) < share
+
+
 WINDOWS = [(0, 4), (1, 5), (2, 9), (4, 9)]
 
 
