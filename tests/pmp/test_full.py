@@ -56,9 +56,9 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     assert found.total() > 0
     slope, tolerance = (3 * j[0] - 4 * j[1] + j[2]) / (2 * h), 1e-6
     if case.name == "free" and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
-        (share,) = re.findall(r"lie on a clip \((\S+) of their costate", *found.dropped)
-        tolerance = float(share)
-        assert 0 < tolerance < 0.1
+        (share,) = re.findall(r"lie on a clip \((\S+)% of their costate", *found.dropped)
+        tolerance = float(share) / 100
+        assert 0 < tolerance < 0.2
     else:
         assert found.dropped == ()
     assert slope == pytest.approx(found.total(), rel=tolerance)
@@ -173,7 +173,9 @@ def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
     assert again.value() == found.value()
     assert again.interval(2) == found.interval(2)
     assert again.norms == found.norms
-    assert again.dropped == found.dropped == ("what the method carries beyond the end of a window",)
+    assert again.dropped == found.dropped
+    assert found.dropped[1:] == ("what the method carries beyond the end of a window",)
+    assert "carried perturbations lie on a clip" in found.dropped[0]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
