@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["OneChannelConvolutions", "applies"]
+__all__ = ["OneChannelWeight", "one_channel_weights"]
 
 
-def applies(model: nn.Module) -> bool:
-    """Whether a model has a convolution that this is for."""
-    return any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in model.modules())
+def one_channel_weights(model: nn.Module) -> set[int]:
+    """The weights that this is for, by id."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 1}
 
 
 class _Convolution(torch.autograd.Function):
@@ -58,18 +57,23 @@ def _convolve(
     return F.conv2d(x, w, b, stride, padding, dilation, groups)
 
 
-class OneChannelConvolutions(TorchFunctionMode):
-    """A context in which conv2d of one-channel CPU inputs with frozen weights has the faster gradient.
+class OneChannelWeight(Tensor):
+    """A frozen weight with which conv2d of one-channel CPU inputs has the faster gradient.
+
+    The weight carries it, and no context: what a backward pass computes again (activation checkpointing)
+    must save the same tensors.
 
     >>> x = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     >>> w = torch.rand(3, 1, 3, 3, dtype=torch.float64)
     >>> (expected,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
-    >>> with OneChannelConvolutions():
-    ...     (found,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
+    >>> w = w.as_subclass(OneChannelWeight)
+    >>> (found,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
     >>> torch.allclose(found, expected)
     True
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Send conv2d elsewhere, everything else on."""
-        return (_convolve if func is torch.conv2d else func)(*args, **(kwargs or {}))
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Send conv2d elsewhere, everything else on; results are plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return (_convolve if func is torch.conv2d else func)(*args, **(kwargs or {}))
