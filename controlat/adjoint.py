@@ -169,7 +169,8 @@ def pullbacks(
     meter = Meter() if meter is None else meter
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
-    names = [name for name, p in driver.model.named_parameters() if p.requires_grad]
+    trained = {id(p) for p in driver.parameters}
+    names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
     dropped: set[str] = set()
     with driver._scoring(), torch.enable_grad():
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
@@ -185,16 +186,18 @@ def pullbacks(
             dropped.update(update.dropped)
             with torch.no_grad():  # views of the network run at the present parameters
                 torch._foreach_copy_(driver.parameters, [t.detach() for t in theta])
-    after = State(
-        theta,
-        momentum,
-        {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
-        {name: rows.values for name, rows in ctx.rows.items()},
-    )
-    found = [
-        leaves.like(_pull(after, costate, leaves, keep=i + 1 < len(costates)))
-        for i, costate in enumerate(costates)
-    ]
+        after = State(
+            theta,
+            momentum,
+            {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
+            {name: rows.values for name, rows in ctx.rows.items()},
+        )
+        ctx.theta = dict(zip(names, leaves.parameters, strict=True))
+        with driver._placed(ctx, once=True):  # for layers that are computed again
+            found = [
+                leaves.like(_pull(after, costate, leaves, keep=i + 1 < len(costates)))
+                for i, costate in enumerate(costates)
+            ]
     for q in found:  # samples that carried nothing have no state there
         for name, (_, seen) in start.items():
             q.rows[name][~seen] = 0

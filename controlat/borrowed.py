@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["alone", "in_mode", "owned", "replaced"]
+__all__ = ["alone", "in_mode", "merges", "owned", "replaced"]
 
 _CHANGED = threading.Condition()
 _TAKEN: dict[int, int] = {}  # modules and tensors by id, and the thread that works with them
@@ -77,6 +77,18 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
                 m.training = flag
         if put_back is not None:
             put_back()
+
+
+def merges(model: nn.Module) -> bool:
+    """Whether eval mode runs on other parameters than training mode has, as layers do that merge them."""
+    if not any(map(_does_more, model.modules())):
+        return False
+    with in_mode(model, True):
+        before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+        with in_mode(model, False):
+            now = dict(model.named_parameters())
+            same = [now.get(name) is p and torch.equal(p, value) for name, (p, value) in before.items()]
+            return len(now) != len(before) or not all(same)
 
 
 def _does_more(module: nn.Module) -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from controlat import rng
 from controlat.balls import Ball
+from controlat.borrowed import alone, in_mode, owned, replaced
 from controlat.control import Control
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
-from controlat.network import Meter, NonFiniteError
+from controlat.network import Meter, NonFiniteError, check_model
 from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
@@ -99,7 +100,13 @@ class Driver:
     notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
-        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        check_model(self.model)
+        with in_mode(self.model, True):  # some networks freeze parts of themselves there
+            self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
+            raise ValueError(
+                "the model was made under torch.inference_mode(), where tensors cannot be trained: make it outside"
+            )
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
         o = self.optimizer
@@ -241,6 +248,7 @@ class Driver:
         What other requests drop counts for the move that follows.
         """
         self.model.train()
+        batch = batch._replace(x=owned(batch.x), y=owned(batch.y))
         total: list[Tensor] | None = None
         losses: list[float] = []
         dropped: set[str] = set()
@@ -305,7 +313,13 @@ class Driver:
             moved = before.values() if update.shift is None else map(torch.add, before.values(), update.shift)
             ctx.theta = {name: t.view_as(t) for name, t in zip(before, moved, strict=True)}
         parameters = self.parameters if ctx.theta is None else list(ctx.theta.values())
-        with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(shift):
+        with (
+            self._scope(batch, "update", i),
+            torch.enable_grad(),
+            kept,
+            self._shifted(shift),
+            self._placed(ctx, once=i == 0 and update.shift is None),
+        ):
             with cast:
                 loss = update.loss()
             if loss.dim():
@@ -328,6 +342,25 @@ class Driver:
             where = f"epoch {batch.epoch}, batch {batch.number}, {u}"
             raise NonFiniteError(f"training loss {value:g}, gradient norm {norm:g} ({where})")
         return value, every[: len(parameters)], every[len(parameters) :]
+
+    @contextlib.contextmanager
+    def _placed(self, ctx: Context, once: bool) -> Iterator[None]:
+        """The parameters of ``ctx.theta`` in the network: the backward pass may compute layers again.
+
+        The second derivative computes them once more, with the parameters before the step: right where it
+        asks for one gradient, `once`, there.
+        """
+        if ctx.theta is None:
+            yield
+            return
+        hooks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not once:
+            hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+                f"costates of {type(self.method).__name__} need every layer kept: turn activation checkpointing "
+                "off (torch.utils.checkpoint)"
+            )
+        with hooks, replaced(self.model, dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))):
+            yield
 
     @contextlib.contextmanager
     def _shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
@@ -462,18 +495,15 @@ class Driver:
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
         """Put parameters, buffers and training flags back, as scoring moves them."""
-        flags = [(m, m.training) for m in self.model.modules()]
-        saved = [(p, p.detach().clone()) for p in self.parameters]
-        self.model.train()
-        try:
-            with self._buffers_kept():
-                yield
-        finally:
-            with torch.no_grad():
-                for p, before in saved:
-                    p.copy_(before)
-            for module, training in flags:
-                module.training = training
+        with alone(self.model), in_mode(self.model, True):
+            saved = [(p, p.detach().clone()) for p in self.parameters]
+            try:
+                with self._buffers_kept():
+                    yield
+            finally:
+                with torch.no_grad():
+                    for p, before in saved:
+                        p.copy_(before)
 
 
 def void(_: object) -> None:
@@ -505,6 +535,7 @@ def rollout(
         begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
     """
     first = epoch * plan.batches_per_epoch + batch
+    driver.model.train()  # what is recorded are the weights of training mode
     for number, b in arrivals(driver, plan, epoch, batch, until=until, begun=begun):
         if record is not None and (number - first) % stride == 0:
             touched = plan.indices(number, number + stride) if driver.rows else None

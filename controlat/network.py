@@ -24,6 +24,7 @@ __all__ = [
     "Tap",
     "View",
     "channels_last",
+    "check_model",
     "first_layer",
     "in_layout",
     "is_convolutional",
@@ -216,7 +217,7 @@ def _couples_samples(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", 0) is None
 
 
-def _check(model: object) -> None:
+def check_model(model: object) -> None:
     """Refuse what is no network, and wrappers that work only as a whole."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
@@ -265,7 +266,7 @@ class View:
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        _check(model)
+        check_model(model)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.mode = model, mode

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from controlat import registry
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
+from controlat.borrowed import alone, in_mode, merges, owned
 from controlat.control import number
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
@@ -100,6 +101,8 @@ class AdversarialLoss:
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         check_batch(self.x, self.y)
+        object.__setattr__(self, "x", owned(self.x))
+        object.__setattr__(self, "y", owned(self.y))
         steps = number(self.steps, "steps")
         if steps < 0 or not steps.is_integer():
             raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
@@ -147,7 +150,10 @@ class AdversarialLoss:
         total = [torch.zeros_like(p) for p in driver.parameters]
         with self._evaluating(driver), torch.enable_grad():
             for part in self._parts(driver, meter):
-                found = torch.autograd.grad(part(), driver.parameters, allow_unused=True)
+                value = part()
+                if not value.requires_grad:  # all that is trained is merged, see `dropped`
+                    continue
+                found = torch.autograd.grad(value, driver.parameters, allow_unused=True)
                 for t, g in zip(total, found, strict=True):
                     if g is not None:
                         t += g
@@ -159,6 +165,8 @@ class AdversarialLoss:
         norms = [m for m in driver.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         running = any(m.running_mean is not None for m in norms)
         names = ["BatchNorm's running statistics (Phi)"] if running else []
+        if merges(driver.model):
+            names.append("weights that the network merges in eval mode (Phi)")
         if self.ball.norm != "linf" and self.steps:
             names.append("the adversary's (l_2 steps of Phi)")
         return tuple(names)
@@ -173,19 +181,13 @@ class AdversarialLoss:
             with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
                 with View(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
-                driver.model.eval()
                 yield lambda x=x, y=y: LOSSES[self.loss](driver.model(x), y).sum() / len(self.x)  # type: ignore[misc]
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
-        """Training flags as they were, afterwards."""
-        flags = [(m, m.training) for m in driver.model.modules()]
-        try:
-            with driver._buffers_kept():
-                yield
-        finally:
-            for module, training in flags:
-                module.training = training
+        """Eval mode; flags and buffers as they were, afterwards."""
+        with alone(driver.model), in_mode(driver.model, False), driver._buffers_kept():
+            yield
 
 
 @dataclass(frozen=True)
