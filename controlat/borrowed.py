@@ -1,7 +1,8 @@
-"""A user's network while the library works with it: alone, in another mode, with other tensors; then as it was.
+"""A user's network while the library works with it: alone, in another mode, with other tensors.
 
-Nothing is copied but values: the very modules run, so that hooks, compiled code and references between modules
-keep their meaning, and what the backward pass computes again (activation checkpointing) finds the same tensors.
+The very modules run, so that hooks, compiled code and references between modules keep their meaning, and
+what a backward pass computes again (activation checkpointing) finds the same tensors. After the block the
+network is as it was: the very Parameters and buffers, their bits, flags and gradients.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ class Driver:
             self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
             raise ValueError(
-                "the model was made under torch.inference_mode(), where tensors cannot be trained: make it outside"
+                "the model was made under torch.inference_mode(), and its tensors cannot be trained: make it "
+                "outside"
             )
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
@@ -356,10 +357,13 @@ class Driver:
         hooks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not once:
             hooks = torch.autograd.graph.disable_saved_tensors_hooks(
-                f"costates of {type(self.method).__name__} need every layer kept: turn activation checkpointing "
-                "off (torch.utils.checkpoint)"
+                f"costates of {type(self.method).__name__} need the output of every layer: turn activation "
+                "checkpointing off (torch.utils.checkpoint)"
             )
-        with hooks, replaced(self.model, dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))):
+        with (
+            hooks,
+            replaced(self.model, dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))),
+        ):
             yield
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from controlat import kernels
+from controlat import kernels, rng
 from controlat.borrowed import alone, in_mode, owned, replaced
 
 __all__ = [
@@ -105,8 +105,8 @@ _NCHW: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary
 def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]) -> Tensor:
     """run(x, True), x in NHWC layout, or run(x, False), x in NCHW, for a network that does not run in NHWC.
 
-    Such flatten by ``h.view(N, -1)``, which needs NCHW. A first pass that fails in NHWC and not in NCHW decides
-    for good, and is told once. Other errors are the network's own.
+    Such flatten by ``h.view(N, -1)``, which needs NCHW. A first pass that fails in NHWC and not in NCHW
+    decides for good, and is told once. Other errors are the network's own.
 
     Warns:
         LayoutWarning: the network runs in NCHW only.
@@ -142,11 +142,14 @@ def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]
 
 def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether a network runs in NHWC layout, tried in both modes on two black images of a shape (C, H, W)."""
+    if not is_convolutional(model):
+        return True
     first = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.zeros(2, *shape, dtype=first.dtype, device=first.device)
-    for mode in MODES:
-        with View(model, mode) as view, torch.no_grad():
-            view.logits(x)
+    with rng.scoped(0, "layout", device=first.device), torch.no_grad():
+        for mode in MODES:
+            with View(model, mode) as view:
+                view.logits(x)
     return _NCHW.get(id(model)) is not model
 
 
@@ -222,7 +225,9 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("model is wrapped in DistributedDataParallel, which attacks must go around: give .module")
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
+        )
 
 
 class View:

@@ -1,4 +1,4 @@
-"""Networks as users have them, in float64 for images (1, 4, 4): with what a frozen copy of them trips over."""
+"""Networks as users have them, in float64 for images (1, 4, 4)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,7 @@ class Tied(nn.Module):
 
 
 class LowRank(nn.Linear):
-    """W + B A, whose product is added to W in eval mode and taken out again in training mode, as LoRA does."""
+    """W + B A, added up in eval mode and taken apart again in training mode, as LoRA layers do."""
 
     def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
         super().__init__(inputs, outputs)
