@@ -84,7 +84,7 @@ def merges(model: nn.Module) -> bool:
     """Whether eval mode runs on other parameters than training mode has, as layers do that merge them."""
     if not any(map(_does_more, model.modules())):
         return False
-    with in_mode(model, True):
+    with alone(model), in_mode(model, True):
         before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
         with in_mode(model, False):
             now = dict(model.named_parameters())
@@ -137,7 +137,7 @@ def replaced(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
         for home, content in homes:
             for name, t in content.items():
                 if id(t) in tensors:
-                    home[name] = tensors[id(t)]
+                    home[name] = tensors[id(t)]  # type: ignore[assignment]
         for m, weights in lists:
             m._flat_weights = [tensors.get(id(w), w) for w in weights]
         yield

@@ -101,7 +101,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        with in_mode(self.model, True):  # some networks freeze parts of themselves there
+        with alone(self.model), in_mode(self.model, True):  # some networks freeze parts of themselves there
             self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
             raise ValueError(
@@ -176,8 +176,9 @@ class Driver:
             ctx = self._context(batch, rate, spent, memory)
             for _, _, gradients in self._updates(ctx, batch, v):
                 torch._foreach_add_(total, gradients)
-                with torch.no_grad():
-                    torch._foreach_add_(self.parameters, gradients, alpha=-rate)
+                if rate:
+                    with torch.no_grad():
+                        torch._foreach_add_(self.parameters, gradients, alpha=-rate)
         return total
 
     def fields(
@@ -192,6 +193,7 @@ class Driver:
             raise ValueError(
                 f"{type(self.method).__name__} offers no sweep over K: score its controls one by one"
             )
+        batch = _owned(batch)
         ctx = self._context(batch, rate, Meter() if meter is None else meter, dict(self.memory))
         candidates = self.method.prefixes(ctx, batch, u)
         while True:
@@ -249,7 +251,7 @@ class Driver:
         What other requests drop counts for the move that follows.
         """
         self.model.train()
-        batch = batch._replace(x=owned(batch.x), y=owned(batch.y))
+        batch = _owned(batch)
         total: list[Tensor] | None = None
         losses: list[float] = []
         dropped: set[str] = set()
@@ -387,17 +389,8 @@ class Driver:
     @contextlib.contextmanager
     def _buffers_kept(self) -> Iterator[None]:
         """Buffers as they were, after the block."""
-        buffers = [
-            (module._buffers, name, b, None if b is None else b.detach().clone())
-            for module in self.model.modules()
-            for name, b in module._buffers.items()
-        ]
-        try:
+        with replaced(self.model, {id(b): b.detach().clone() for b in self.model.buffers()}):
             yield
-        finally:
-            with torch.no_grad():
-                for home, name, b, value in buffers:  # some modules replace a buffer instead of filling it
-                    home[name] = b if b is None or value is None else b.copy_(value)
 
     def _context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
         return Context(
@@ -507,7 +500,13 @@ class Driver:
             finally:
                 with torch.no_grad():
                     for p, before in saved:
-                        p.copy_(before)
+                        if not torch.equal(p, before):  # a graph of the caller's may need the very values
+                            p.copy_(before)
+
+
+def _owned(batch: Batch) -> Batch:
+    """A batch that autograd can work with."""
+    return batch._replace(x=owned(batch.x), y=owned(batch.y))
 
 
 def void(_: object) -> None:

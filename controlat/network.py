@@ -153,6 +153,12 @@ def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
     return _NCHW.get(id(model)) is not model
 
 
+_COMPILED = (
+    "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give the "
+    "network as it was before"
+)
+
+
 class _Reached(Exception):
     """The layer that was asked for has been computed."""
 
@@ -165,6 +171,9 @@ class Tap:
         stop: leave the model's forward pass once the layer has run (see `until`).
         cut: hand the rest of the model a copy without a graph to what came before, so that gradients with
             respect to the output stop there.
+
+    Raises:
+        ValueError: the layer does not run as a module of its own, as in compiled networks.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> with Tap(model[0]) as tap:
@@ -179,11 +188,15 @@ class Tap:
         self.layer, self.stop, self.cut = layer, stop, cut
 
     def __enter__(self) -> Self:
+        if isinstance(self.layer, torch.jit.ScriptModule):
+            raise ValueError(_COMPILED)
         self._handle = self.layer.register_forward_hook(self._hook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._handle.remove()
+        if kind is None and not hasattr(self, "output"):
+            raise ValueError(_COMPILED)
         return kind is _Reached
 
     def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:

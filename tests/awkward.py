@@ -247,7 +247,7 @@ def held(net: nn.Module) -> dict[str, Any]:
     """Everything that a network holds, by every name: the very objects, their bits and their flags."""
     found: dict[str, Any] = {}
     for name, m in net.named_modules(remove_duplicate=False):
-        found[name] = [id(m), m.training, [*m._modules], getattr(m, "merged", None)]
+        found[name] = [id(m), m.training, [*m._modules.keys()], getattr(m, "merged", None)]
         for key, t in [*m._parameters.items(), *m._buffers.items()]:
             what = None if t is None else [id(t), t.detach().clone(), t.requires_grad, t.stride(), t._version]
             grad = None if t is None or t.grad is None else [id(t.grad), t.grad.clone()]
