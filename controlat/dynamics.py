@@ -20,6 +20,7 @@ from controlat import rng
 from controlat.balls import Ball
 from controlat.borrowed import alone, in_mode, owned, replaced
 from controlat.control import Control
+from controlat.kernels import SecondDerivatives
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
 from controlat.network import Meter, NonFiniteError, check_model
 from controlat.parallel import Share, World
@@ -348,10 +349,10 @@ class Driver:
 
     @contextlib.contextmanager
     def _placed(self, ctx: Context, once: bool) -> Iterator[None]:
-        """The parameters of ``ctx.theta`` in the network: the backward pass may compute layers again.
+        """``ctx.theta`` in place of the parameters, for layers that the backward pass computes again.
 
-        The second derivative computes them once more, with the parameters before the step: right where it
-        asks for one gradient, `once`, there.
+        A second derivative computes such layers once more, with the parameters before the step: allowed where
+        the step asks for one gradient, there (`once`).
         """
         if ctx.theta is None:
             yield
@@ -362,10 +363,11 @@ class Driver:
                 f"costates of {type(self.method).__name__} need the output of every layer: turn activation "
                 "checkpointing off (torch.utils.checkpoint)"
             )
-        with (
-            hooks,
-            replaced(self.model, dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))),
-        ):
+        second: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if SecondDerivatives.needed(self.model):
+            second = SecondDerivatives()
+        theta = dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))
+        with hooks, second, replaced(self.model, theta):
             yield
 
     @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """Derivatives in place of torch's own: a faster one, and one that is right.
 
 `OneChannelWeight` is a faster input gradient for convolutions of one-channel images, which attacks need and
-training does not. On CPU torch's kernel takes three to four times as long for it as one matrix product and a fold, a third of an
-attack on LeNet. With more channels torch's own is as good, and it is used.
+training does not. On CPU torch's kernel takes three to four times as long for it as one matrix product and a
+fold, a third of an attack on LeNet. With more channels torch's own is as good, and it is used.
 
-`SecondDerivatives` is for weight normalisation, whose fused kernel has a wrong second derivative in torch 2.13
-(``torch.autograd.gradgradcheck`` fails).
+`SecondDerivatives` is for weight normalisation, whose fused kernel has a wrong second derivative in torch
+2.13 (``torch.autograd.gradgradcheck`` fails).
 """
 
 from __future__ import annotations
@@ -107,4 +107,5 @@ class SecondDerivatives(TorchFunctionMode):
 def _normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g v / ||v||, the norm over all dimensions but one; over all for dim = -1."""
     over = [d for d in range(v.dim()) if d != dim]
-    return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+    found: Tensor = v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+    return found

@@ -154,8 +154,8 @@ def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 _COMPILED = (
-    "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give the "
-    "network as it was before"
+    "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give "
+    "the network as it was before"
 )
 
 
