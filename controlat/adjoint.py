@@ -253,7 +253,8 @@ def pullbacks(
     meter, kinks = Meter() if meter is None else meter, Kinks() if kinks is None else kinks
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
-    names = [name for name, p in driver.model.named_parameters() if p.requires_grad]
+    trained = {id(p) for p in driver.parameters}
+    names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
     dropped: set[str] = set()
     with driver._scoring(), torch.enable_grad(), _inward(driver), kinks.watched(driver):
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
@@ -272,18 +273,20 @@ def pullbacks(
                 torch._foreach_copy_(driver.parameters, [t.detach() for t in theta])
         written = [name for name, b in _other_buffers(driver).items() if not torch.equal(b, others[name])]
         dropped.update(f"the buffer {name}, which forward passes write to" for name in written)
-    after = State(
-        theta,
-        momentum,
-        ctx.statistics,
-        {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
-        {name: rows.values for name, rows in ctx.rows.items()},
-    )
-    found = [
-        leaves.like(_pull(after, costate, leaves, keep=kinks.found or i + 1 < len(costates)))
-        for i, costate in enumerate(costates)
-    ]
-    kinks.measure(found[0], lambda: leaves.like(_pull(after, costates[0], leaves)))
+        after = State(
+            theta,
+            momentum,
+            ctx.statistics,
+            {name: t for name, t in ctx.memory.items() if t.is_floating_point()},
+            {name: rows.values for name, rows in ctx.rows.items()},
+        )
+        ctx.theta = dict(zip(names, leaves.parameters, strict=True))
+        with driver._placed(ctx, once=True):  # for layers that are computed again
+            found = [
+                leaves.like(_pull(after, costate, leaves, keep=kinks.found or i + 1 < len(costates)))
+                for i, costate in enumerate(costates)
+            ]
+            kinks.measure(found[0], lambda: leaves.like(_pull(after, costates[0], leaves)))
     for q in found:  # samples that carried nothing have no state there
         for name, (_, seen) in start.items():
             q.rows[name][~seen] = 0

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from controlat import rng
 from controlat.balls import Ball
+from controlat.borrowed import owned
 from controlat.config import EvaluateSettings
 from controlat.dynamics import Driver, rollout
 from controlat.losses import Loss, cross_entropy
@@ -177,7 +178,7 @@ def inner_problem(
     """
     _check(ball, steps)
     with View(model, mode, channels_last=channels_last, meter=meter) as view:
-        probe = _Probe(view, x.detach(), y, loss, batch_size, seed)
+        probe = _Probe(view, owned(x.detach()), owned(y), loss, batch_size, seed)
         points = probe.path(ball, steps)
         first, gradient = next(points)
         assert gradient is not None

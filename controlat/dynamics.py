@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from controlat import batchnorm, rng
 from controlat.balls import Ball
+from controlat.borrowed import alone, in_mode, owned, replaced
 from controlat.control import Control
+from controlat.kernels import SecondDerivatives
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
-from controlat.network import Meter, NonFiniteError
+from controlat.network import Meter, NonFiniteError, check_model
 from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
@@ -115,7 +117,14 @@ class Driver:
     notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
-        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        check_model(self.model)
+        with alone(self.model), in_mode(self.model, True):  # some networks freeze parts of themselves there
+            self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
+            raise ValueError(
+                "the model was made under torch.inference_mode(), and its tensors cannot be trained: make it "
+                "outside"
+            )
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
         o = self.optimizer
@@ -189,8 +198,9 @@ class Driver:
             ctx = self._context(batch, rate, spent, memory)
             for _, _, gradients in self._updates(ctx, batch, v):
                 torch._foreach_add_(total, gradients)
-                with torch.no_grad():
-                    torch._foreach_add_(self.parameters, gradients, alpha=-rate)
+                if rate:
+                    with torch.no_grad():
+                        torch._foreach_add_(self.parameters, gradients, alpha=-rate)
             return Field(v, total, [r.clone() for r in self.statistics])
 
     def fields(
@@ -205,6 +215,7 @@ class Driver:
             raise ValueError(
                 f"{type(self.method).__name__} offers no sweep over K: score its controls one by one"
             )
+        batch = _owned(batch)
         ctx = self._context(batch, rate, Meter() if meter is None else meter, dict(self.memory))
         candidates = self.method.prefixes(ctx, batch, u)
         while True:
@@ -263,6 +274,7 @@ class Driver:
         What other requests drop counts for the move that follows.
         """
         self.model.train()
+        batch = _owned(batch)
         total: list[Tensor] | None = None
         losses: list[float] = []
         dropped: set[str] = set()
@@ -327,7 +339,13 @@ class Driver:
             moved = before.values() if update.shift is None else map(torch.add, before.values(), update.shift)
             ctx.theta = {name: t.view_as(t) for name, t in zip(before, moved, strict=True)}
         parameters = self.parameters if ctx.theta is None else list(ctx.theta.values())
-        with self._scope(batch, "update", i), torch.enable_grad(), kept, self._shifted(shift):
+        with (
+            self._scope(batch, "update", i),
+            torch.enable_grad(),
+            kept,
+            self._shifted(shift),
+            self._placed(ctx, once=i == 0 and update.shift is None),
+        ):
             with cast:
                 loss = update.loss()
             if loss.dim():
@@ -354,6 +372,29 @@ class Driver:
         return value, every[: len(parameters)], every[len(parameters) :]
 
     @contextlib.contextmanager
+    def _placed(self, ctx: Context, once: bool) -> Iterator[None]:
+        """``ctx.theta`` in place of the parameters, for layers that the backward pass computes again.
+
+        A second derivative computes such layers once more, with the parameters before the step: allowed where
+        the step asks for one gradient, there (`once`).
+        """
+        if ctx.theta is None:
+            yield
+            return
+        hooks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not once:
+            hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+                f"costates of {type(self.method).__name__} need the output of every layer: turn activation "
+                "checkpointing off (torch.utils.checkpoint)"
+            )
+        second: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if SecondDerivatives.needed(self.model):
+            second = SecondDerivatives()
+        theta = dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))
+        with hooks, second, replaced(self.model, theta):
+            yield
+
+    @contextlib.contextmanager
     def _shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
         """The parameters with something added, inside the block; their own bits after it, unless it moves."""
         if shift is None:
@@ -374,17 +415,8 @@ class Driver:
     @contextlib.contextmanager
     def _buffers_kept(self) -> Iterator[None]:
         """Buffers as they were, after the block."""
-        buffers = [
-            (module._buffers, name, b, None if b is None else b.detach().clone())
-            for module in self.model.modules()
-            for name, b in module._buffers.items()
-        ]
-        try:
+        with replaced(self.model, {id(b): b.detach().clone() for b in self.model.buffers()}):
             yield
-        finally:
-            with torch.no_grad():
-                for home, name, b, value in buffers:  # some modules replace a buffer instead of filling it
-                    home[name] = b if b is None or value is None else b.copy_(value)
 
     def _context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
         return Context(
@@ -489,18 +521,21 @@ class Driver:
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
         """Put parameters, buffers and training flags back, as scoring moves them."""
-        flags = [(m, m.training) for m in self.model.modules()]
-        saved = [(p, p.detach().clone()) for p in self.parameters]
-        self.model.train()
-        try:
-            with self._buffers_kept():
-                yield
-        finally:
-            with torch.no_grad():
-                for p, before in saved:
-                    p.copy_(before)
-            for module, training in flags:
-                module.training = training
+        with alone(self.model), in_mode(self.model, True):
+            saved = [(p, p.detach().clone()) for p in self.parameters]
+            try:
+                with self._buffers_kept():
+                    yield
+            finally:
+                with torch.no_grad():
+                    for p, before in saved:
+                        if not torch.equal(p, before):  # a graph of the caller's may need the very values
+                            p.copy_(before)
+
+
+def _owned(batch: Batch) -> Batch:
+    """A batch that autograd can work with."""
+    return batch._replace(x=owned(batch.x), y=owned(batch.y))
 
 
 def void(_: object) -> None:
@@ -532,6 +567,7 @@ def rollout(
         begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
     """
     first = epoch * plan.batches_per_epoch + batch
+    driver.model.train()  # what is recorded are the weights of training mode
     for number, b in arrivals(driver, plan, epoch, batch, until=until, begun=begun):
         if record is not None and (number - first) % stride == 0:
             touched = plan.indices(number, number + stride) if driver.rows else None

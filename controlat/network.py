@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,19 +12,23 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from controlat import kernels
+from controlat import kernels, rng
+from controlat.borrowed import alone, in_mode, owned, replaced
 
 __all__ = [
     "MODES",
+    "LayoutWarning",
     "Meter",
     "NonFiniteError",
     "Tap",
     "View",
     "channels_last",
+    "check_model",
     "first_layer",
+    "in_layout",
     "is_convolutional",
+    "runs_channels_last",
 ]
 
 MODES = ("eval", "train")
@@ -72,10 +78,85 @@ def channels_last(t: Tensor) -> Tensor:
     Unlike ``t.contiguous(memory_format=...)`` it sets the strides for one channel too, where both layouts
     hold the same bytes but only these strides select the fast kernels (pooling above all).
     """
+    return _laid_out(t, torch.channels_last)
+
+
+def _channels_first(t: Tensor) -> Tensor:
+    """A 4-d tensor laid out as NCHW, strides for one channel too."""
+    return _laid_out(t, torch.contiguous_format)
+
+
+def _laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
     if t.dim() != 4:
         return t
-    like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+    like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=layout)
     return t if t.stride() == like.stride() else like.copy_(t)
+
+
+class LayoutWarning(UserWarning):
+    """A network does not run in NHWC layout, and is run in NCHW."""
+
+
+# Networks that ran in NHWC, by id and mode, and that do not: users' modules need not be hashable.
+_NHWC: weakref.WeakValueDictionary[tuple[int, bool], nn.Module] = weakref.WeakValueDictionary()
+_NCHW: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """run(x, True), x in NHWC layout, or run(x, False), x in NCHW, for a network that does not run in NHWC.
+
+    Such flatten by ``h.view(N, -1)``, which needs NCHW. A first pass that fails in NHWC and not in NCHW
+    decides for good, and is told once. Other errors are the network's own.
+
+    Warns:
+        LayoutWarning: the network runs in NCHW only.
+    """
+    if _NCHW.get(id(model)) is model:
+        return run(_channels_first(x), False)
+    key = id(model), model.training
+    if _NHWC.get(key) is model:
+        return run(channels_last(x), True)
+    before = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        found = run(channels_last(x), True)
+        _NHWC[key] = model
+        return found
+    except (_Reached, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+    with torch.no_grad():
+        for b, value in before:  # of a forward pass that got half way
+            b.copy_(value)
+    found = run(_channels_first(x), False)
+    _NCHW[id(model)] = model
+    kind = type(model).__name__
+    warnings.warn(
+        f"{kind} runs in NCHW layout only, which is used from here on (in NHWC: {reason}). With h.flatten(1) "
+        "in place of h.view(len(h), -1) it would run in the faster one; channels_last=False asks for NCHW",
+        LayoutWarning,
+        stacklevel=2,
+    )
+    return found
+
+
+def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network runs in NHWC layout, tried in both modes on two black images of a shape (C, H, W)."""
+    if not is_convolutional(model):
+        return True
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    x = torch.zeros(2, *shape, dtype=first.dtype, device=first.device)
+    with rng.scoped(0, "layout", device=first.device), torch.no_grad():
+        for mode in MODES:
+            with View(model, mode) as view:
+                view.logits(x)
+    return _NCHW.get(id(model)) is not model
+
+
+_COMPILED = (
+    "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give "
+    "the network as it was before"
+)
 
 
 class _Reached(Exception):
@@ -91,6 +172,9 @@ class Tap:
         cut: hand the rest of the model a copy without a graph to what came before, so that gradients with
             respect to the output stop there.
 
+    Raises:
+        ValueError: the layer does not run as a module of its own, as in compiled networks.
+
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> with Tap(model[0]) as tap:
     ...     y = model(torch.ones(1, 2))
@@ -104,11 +188,15 @@ class Tap:
         self.layer, self.stop, self.cut = layer, stop, cut
 
     def __enter__(self) -> Self:
+        if isinstance(self.layer, torch.jit.ScriptModule):
+            raise ValueError(_COMPILED)
         self._handle = self.layer.register_forward_hook(self._hook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._handle.remove()
+        if kind is None and not hasattr(self, "output"):
+            raise ValueError(_COMPILED)
         return kind is _Reached
 
     def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
@@ -145,11 +233,24 @@ def _couples_samples(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", 0) is None
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no network, and wrappers that work only as a whole."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
+        )
+
+
 class View:
     """A context in which a model can be asked for logits and input gradients, and nothing of it changes.
 
-    Inside, the model runs on detached weights and on copies of its buffers; outside, the training flag of
-    every module, buffers, ``.grad`` and ``requires_grad`` are as they were, also after an error.
+    Inside, the model has detached weights and copies of its buffers in place of its own; outside it has the
+    very Parameters and buffers that it had, and the training flag of every module, ``.grad`` and
+    ``requires_grad`` are as they were, also after an error. Modes are entered and left through `train`, for
+    modules that do more there than set a flag. Views of one model in several threads take turns; nothing
+    else may use it while a view is open.
 
     Args:
         model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
@@ -183,32 +284,42 @@ class View:
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+        check_model(model)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.mode = model, mode
         self.channels_last = channels_last and is_convolutional(model)
-        self._one_channel = self.channels_last and kernels.applies(model)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
-        layout = channels_last if self.channels_last else (lambda t: t)
-        self._state = {name: layout(p.detach()) for name, p in self.model.named_parameters()}
-        self._state |= {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        self._flags = [(m, m.training) for m in self.model.modules()]
-        self.model.train(self.mode == "train")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(alone(self.model))
+            stack.enter_context(in_mode(self.model, self.mode == "train"))
+            self._weights = stack.enter_context(contextlib.ExitStack())
+            self._freeze(self.channels_last and _NCHW.get(id(self.model)) is not self.model)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module, training in self._flags:
-            module.training = training
-        del self._state, self._flags
+        self._stack.close()
+
+    def _freeze(self, nhwc: bool) -> None:
+        """Put detached weights and copies of buffers in place, in one layout."""
+        self._weights.close()
+        self._nhwc = nhwc
+        frozen = {id(p): owned(p.detach()) for p in self.model.parameters()}
+        if self.channels_last:
+            layout = channels_last if nhwc else _channels_first
+            frozen = {i: layout(w) for i, w in frozen.items()}
+            for i in kernels.one_channel_weights(self.model):
+                frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
+        frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
+        self._weights.enter_context(replaced(self.model, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch that can be worked on in turn: faster on CPU where samples do not interact."""
@@ -219,16 +330,22 @@ class View:
 
     def prepare(self, x: Tensor) -> Tensor:
         """x in the memory layout that this view runs in."""
-        return channels_last(x) if self.channels_last else x
+        return channels_last(x) if self.channels_last and self._nhwc else x
 
     def _forward(self, x: Tensor) -> Tensor:
-        with contextlib.ExitStack() as stack:
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(x.device.type, dtype=self.autocast))
-            if self._one_channel:
-                stack.enter_context(kernels.OneChannelConvolutions())
-            logits: Tensor = functional_call(self.model, self._state, (x,))
-        return logits.float() if self.autocast is not None else logits
+        if self.autocast is None:
+            return self._run(x)
+        with torch.autocast(x.device.type, dtype=self.autocast):
+            return self._run(x).float()
+
+    def _run(self, x: Tensor) -> Tensor:
+        def run(x: Tensor, nhwc: bool) -> Tensor:
+            if nhwc != self._nhwc:
+                self._freeze(nhwc)
+            found: Tensor = self.model(x)
+            return found
+
+        return in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits, without a graph; counted as forward passes.
@@ -265,7 +382,7 @@ class View:
     def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
         self.meter.layers += len(x)
-        x = x.detach().requires_grad_()
+        x = owned(x.detach()).requires_grad_()
         with torch.enable_grad():
             with Tap(layer, stop=True) as tap:
                 self._forward(x)
@@ -278,7 +395,7 @@ class View:
         The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
         """
         self.meter.gradients += len(x)
-        x = x.detach().requires_grad_()
+        x = owned(x.detach()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
         return gradient

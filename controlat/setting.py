@@ -93,7 +93,7 @@ class Setting:
         """The network at its initial weights."""
         p = self.problem
         model = initial_model(lambda: models.build(p.model, self.data.in_shape, self.data.num_classes), seed)
-        return place(model, self.device, p.channels_last)
+        return place(model.train(), self.device, p.channels_last, self.data.in_shape)
 
     def driver(self, seed: int) -> Driver:
         """The system at its initial state."""
@@ -128,7 +128,7 @@ class Setting:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
-        model = models.build(there["model"], self.data.in_shape, self.data.num_classes)
+        model = models.build(there["model"], self.data.in_shape, self.data.num_classes).train()
         try:
             model.load_state_dict(found["model"])
         except RuntimeError:
@@ -136,7 +136,7 @@ class Setting:
                 f"surrogate {checkpoint} holds weights that do not fit {there['model']} for inputs "
                 f"{tuple(self.data.in_shape)} and {self.data.num_classes} classes"
             ) from None
-        return place(model, self.device, self.problem.channels_last)
+        return place(model, self.device, self.problem.channels_last, self.data.in_shape)
 
     def evaluate(
         self, model: nn.Module, settings: EvaluateSettings | AttackSettings, seed: int, batch_size: int = 256
@@ -159,13 +159,14 @@ class Setting:
                 batch_size=batch_size,
                 seed=seed,
                 progress=lambda n, name: (bar.set_description(name), bar.update(n)),
+                channels_last=self.problem.channels_last,
             )
 
     def _announce(self, model: nn.Module, cost: Meter, points: int, batch_size: int) -> str:
         """What AutoAttack will cost at most, from a few timed passes of the batch that it will use."""
         x, y = self.test.take(torch.arange(min(points, batch_size)))
         calls = -(-points // batch_size) / points
-        with View(model) as view:
+        with View(model, channels_last=self.problem.channels_last) as view:
             backward = fastest(
                 lambda: view.gradient(view.prepare(x), lambda logits: cross_entropy(logits, y)).sum().item()
             )

@@ -20,7 +20,7 @@ from controlat.data import Samples
 from controlat.dynamics import Driver, Step, rollout
 from controlat.evaluation.robust import measure
 from controlat.files import append_json_line, read_json_lines, write, write_text
-from controlat.network import Meter, NonFiniteError, channels_last
+from controlat.network import Meter, NonFiniteError, channels_last, runs_channels_last
 from controlat.parallel import World
 from controlat.plan import Plan
 from controlat.runs import environment
@@ -88,10 +88,18 @@ class Tally:
         self.loss, self.samples, self.epoch_gradients, self.epoch_seconds = 0.0, 0, 0, 0.0
 
 
-def place(model: nn.Module, device: torch.device | str, nhwc: bool = True) -> nn.Module:
-    """Move a model to its device and, where `nhwc`, its convolution weights to NHWC layout."""
+def place(
+    model: nn.Module,
+    device: torch.device | str,
+    nhwc: bool = True,
+    in_shape: tuple[int, int, int] | None = None,
+) -> nn.Module:
+    """Move a model to its device and, where `nhwc`, its convolution weights to NHWC layout.
+
+    Where the shape of its inputs is given, it is tried first whether the model runs in that layout.
+    """
     model = model.to(device)
-    if nhwc:
+    if nhwc and (in_shape is None or runs_channels_last(model, in_shape)):
         for p in model.parameters():
             p.data = channels_last(p.data)
     return model
@@ -194,7 +202,8 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
     if held_out is None:
         return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
-    found = measure(driver.model, held_out, driver.ball, attacks=["pgd-10"], seed=driver.seed)
+    how: dict[str, Any] = {"attacks": ["pgd-10"], "seed": driver.seed, "channels_last": driver.channels_last}
+    found = measure(driver.model, held_out, driver.ball, **how)
     return {
         "clean": found.clean.value,
         "robust": found.robust.value,

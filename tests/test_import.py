@@ -30,6 +30,7 @@ ORDER = (
     "vision",
     "balls",
     "kernels",
+    "borrowed",
     "network",
     "attacks",
     "evaluation",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from controlat.kernels import OneChannelConvolutions, applies
+from controlat.kernels import OneChannelWeight, one_channel_weights
 from controlat.losses import cross_entropy
 from controlat.models import lenet
 from controlat.network import View
@@ -35,13 +35,11 @@ def test_gradients_and_values_are_those_of_torch(
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     x.requires_grad_()
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run(w: Tensor) -> tuple[Tensor, Tensor]:
         y = F.conv2d(x, w, b, stride, padding, dilation)
         return y.detach(), torch.autograd.grad(y.sin().sum(), x)[0]
 
-    expected = run()
-    with OneChannelConvolutions():
-        found = run()
+    expected, found = run(w), run(w.as_subclass(OneChannelWeight))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -54,24 +52,25 @@ def test_layers_with_several_channels_groups_or_named_padding_are_left_to_torch(
     model.requires_grad_(False)
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
-    with OneChannelConvolutions():
-        (found,) = torch.autograd.grad(model(x).sin().sum(), x)
+    for i in (0, 2):
+        model[i]._parameters["weight"] = model[i].weight.detach().as_subclass(OneChannelWeight)
+    (found,) = torch.autograd.grad(model(x).sin().sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_weights_that_are_trained_keep_their_gradient() -> None:
     layer = nn.Conv2d(1, 2, 3)
-    with OneChannelConvolutions():
-        layer(torch.rand(2, 1, 5, 5)).sum().backward()
+    x = torch.rand(2, 1, 5, 5, requires_grad=True)
+    weight = layer.weight.as_subclass(OneChannelWeight)
+    F.conv2d(x, weight, layer.bias).sum().backward()
     assert layer.weight.grad is not None
     assert float(layer.weight.grad.abs().sum()) > 0
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number() -> None:
     x = torch.rand(2, 1, 5, 5, requires_grad=True)
-    w = torch.rand(2, 1, 3, 3)
-    with OneChannelConvolutions():
-        (first,) = torch.autograd.grad(F.conv2d(x, w).pow(3).sum(), x, create_graph=True)
+    w = torch.rand(2, 1, 3, 3).as_subclass(OneChannelWeight)
+    (first,) = torch.autograd.grad(F.conv2d(x, w).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -84,6 +83,6 @@ def test_a_view_of_lenet_has_the_gradient_of_the_plain_layout() -> None:
     for fast in (True, False):
         with View(model, channels_last=fast) as view:
             found.append(view.gradient(view.prepare(x), lambda logits: cross_entropy(logits, y)))
-    assert applies(model)
+    assert one_channel_weights(model) == {id(model[1].weight)}
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
     assert float(found[0].abs().sum()) > 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat.balls import Ball
+from controlat.borrowed import owned
 from controlat.control import Knob, number
 from controlat.losses import Loss, cross_entropy
 from controlat.network import NonFiniteError, View
@@ -158,7 +159,7 @@ def pgd(
     values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
     for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
         knob.check(name, values[name])
-    x, top = x.detach(), int(y.max())
+    x, y, top = owned(x.detach()), owned(y), int(y.max())
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         check_labels(top, logits.shape[1])
@@ -187,6 +188,7 @@ def fgsm(
     eps: float | str | None = None,
     norm: str = "linf",
     mode: str = "eval",
+    channels_last: bool = True,
 ) -> Tensor:
     """Adversarial examples by one step of size eps from the clean input: x + eps sign grad_x l, clamped.
 
@@ -195,4 +197,5 @@ def fgsm(
     Source:
         Goodfellow et al. (2015).
     """
-    return pgd(model, x, y, eps=eps, alpha=eps, steps=1, norm=norm, random_start=False, mode=mode)
+    once = {"eps": eps, "alpha": eps, "steps": 1, "random_start": False}
+    return pgd(model, x, y, norm=norm, mode=mode, channels_last=channels_last, **once)  # type: ignore[arg-type]

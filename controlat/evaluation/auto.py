@@ -138,6 +138,7 @@ def autoattack(
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
+    channels_last: bool = True,
 ) -> AutoAttacked:
     """The standard AutoAttack on some points, in eval mode; the model is left as it was.
 
@@ -155,6 +156,7 @@ def autoattack(
         seed: of everything random.
         progress: called with (samples done, name of the attack); samples that earlier attacks broke count
             as done.
+        channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
 
     Raises:
         ValueError: pyautoattack is missing, or inputs are not images.
@@ -167,7 +169,7 @@ def autoattack(
     positions = spread(torch.arange(len(source.y)), points)
     logger = logging.Logger("controlat.autoattack")
     logger.addHandler(notes)
-    with View(model, "eval", meter=meter) as view:
+    with View(model, "eval", channels_last=channels_last, meter=meter) as view:
         standing = correct(view, _Some(source, positions), batch_size)
         clean = Accuracy(int(standing.sum()), len(standing))
         (_, first, _), *_ = parts(source, positions[:1], 1)

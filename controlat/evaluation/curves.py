@@ -82,6 +82,7 @@ def curves(
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
+    channels_last: bool = True,
 ) -> Curves:
     """Sweeps over eps and over steps.
 
@@ -95,6 +96,7 @@ def curves(
         batch_size: samples at a time.
         seed: of the random starts.
         progress: called with (samples done, what).
+        channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
     """
     began, meter = time.perf_counter(), Meter()
     chosen, told = spread(torch.arange(len(source.y)), points), progress or (lambda n, name: None)
@@ -102,7 +104,7 @@ def curves(
     grey = 0.5 if ball.norm == "linf" else 0.5 * first.numel() ** 0.5
     by_eps = dict.fromkeys([*(f * ball.eps for f in RADII if f * ball.eps < grey), grey], 0)
     by_steps, losses = dict.fromkeys(STEPS, 0), dict.fromkeys(STEPS, 0.0)
-    with View(model, "eval", meter=meter) as view:
+    with View(model, "eval", channels_last=channels_last, meter=meter) as view:
         for part, x, y in parts(source, chosen, batch_size):
             for i, radius in enumerate(by_eps):
                 start = generator(seed, "curves", "eps", i, int(part[0]), device=x.device)

@@ -112,6 +112,7 @@ def protocol(
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
+    channels_last: bool = True,
 ) -> Evaluation:
     """Attack a network in every way that is asked for; it is left as it was.
 
@@ -124,6 +125,7 @@ def protocol(
         batch_size: samples at a time.
         seed: of everything random.
         progress: called with (samples done, what).
+        channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
 
     Raises:
         ValueError: what one of the parts raises.
@@ -131,6 +133,7 @@ def protocol(
     if extras.surrogate is not None:
         check_surrogate(model, extras.surrogate)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    common["channels_last"] = channels_last
     found = measure(model, source, ball, attacks=attacks, checks=extras.checks, **common)
     auto = sent = swept = None
     if extras.surrogate is not None:

@@ -81,6 +81,7 @@ def robustness(
     device: torch.device | str | None = None,
     progress: Callable[[int, str], object] | None = None,
     checks: int = CHECKS,
+    channels_last: bool = True,
 ) -> Robustness:
     """Clean and robust accuracy, in eval mode and full precision; the model is left as it was.
 
@@ -101,6 +102,7 @@ def robustness(
         device: where to attack; that of x by default.
         progress: called with (samples done, name of the attack) as it goes.
         checks: points that are checked for gradient masking; 0 for no checks.
+        channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
 
     Returns:
         `Robustness`, with Wilson intervals.
@@ -129,6 +131,7 @@ def robustness(
         seed=seed,
         progress=progress,
         checks=checks,
+        channels_last=channels_last,
     )
     for warning in found.warnings:
         warnings.warn(warning, MaskingWarning, stacklevel=2)
@@ -155,11 +158,12 @@ def measure(
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
     checks: int = 0,
+    channels_last: bool = True,
 ) -> Robustness:
     """`robustness` on any source of test points; warnings are in the result only."""
     chosen = read_attacks(attacks)
     began, meter = time.perf_counter(), Meter()
-    with View(model, "eval", meter=meter) as view:
+    with View(model, "eval", channels_last=channels_last, meter=meter) as view:
         clean = correct(view, source, batch_size)
         standing = clean.clone()
         after: dict[str, Accuracy] = {}

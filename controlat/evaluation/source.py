@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from controlat.attacks.pgd import check_batch
+from controlat.borrowed import owned
 
 __all__ = ["Pair", "Source", "parts", "spread"]
 
@@ -39,6 +40,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_batch(self.x, self.y)
+        object.__setattr__(self, "x", owned(self.x))
+        object.__setattr__(self, "y", owned(self.y))
 
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels at the positions of each chunk in turn."""

@@ -81,6 +81,7 @@ def transfer(
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
+    channels_last: bool = True,
 ) -> Transfer:
     """Accuracy under adversarial examples of another network.
 
@@ -94,6 +95,7 @@ def transfer(
         batch_size: samples at a time.
         seed: of the random starts.
         progress: called with (samples done, name of the attack).
+        channels_last: run convolutions of both in NHWC layout; False keeps the layout of the weights.
 
     Raises:
         ValueError: the surrogate is the network itself, or has no logit for some label.
@@ -104,7 +106,8 @@ def transfer(
     check_surrogate(model, surrogate)
     began, meter = time.perf_counter(), Meter()
     chosen = read_attacks(attacks)
-    with View(model, meter=meter) as view, View(surrogate, meter=meter) as other:
+    how: dict[str, Any] = {"channels_last": channels_last, "meter": meter}
+    with View(model, **how) as view, View(surrogate, **how) as other:
         clean, known = correct(view, source, batch_size), correct(other, source, batch_size)
         standing, after = clean.clone(), {}
         for attack in chosen:

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from controlat import batchnorm, network, rng
 from controlat.augment import Placement
 from controlat.balls import Ball
+from controlat.borrowed import replaced
 from controlat.control import Control, ControlSpace
 from controlat.network import Meter, View
 from controlat.parallel import Share
@@ -187,19 +187,25 @@ class Context:
         return tap.output
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = network.channels_last(x) if self.channels_last else x
+        if self.channels_last and network.is_convolutional(self.model):
+            return network.in_layout(self.model, x, lambda x, nhwc: self._run(x))
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         if self.theta is None:
             found: Tensor = self.model(x)
             return found
         # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
-        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        try:
-            with batchnorm.followed(self.model, self.statistics):
-                found = functional_call(self.model, self.theta | buffers, (x,))
-        finally:
-            with torch.no_grad():
-                for name, b in self.model.named_buffers():
-                    b.copy_(buffers[name])
+        buffers = dict(self.model.named_buffers())
+        placed = {id(b): b.detach().clone() for b in buffers.values()}
+        for name, p in self.model.named_parameters():
+            placed[id(p)] = self.theta.get(name, p)
+        with replaced(self.model, placed), batchnorm.followed(self.model, self.statistics):
+            found = self.model(x)
+            after = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, b in buffers.items():
+                b.copy_(after[name])
         return found
 
     def weights(self) -> list[tuple[str, Tensor]]:

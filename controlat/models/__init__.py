@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from controlat import registry
+from controlat.borrowed import in_mode
 from controlat.models._layers import ANY
 
 __all__ = ["build", "describe", "names"]
@@ -125,16 +126,11 @@ def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], n
     """Try two zero images in evaluation mode, then put every module back into its own mode."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.zeros(2, *in_shape, dtype=first.dtype, device=first.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_mode(model, False), torch.no_grad():
             logits = model(x)
     except Exception as error:
         raise ValueError(f"model {name!r} fails on images of shape {tuple(x.shape)}: {error}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(

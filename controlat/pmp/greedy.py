@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from controlat.attacks.pgd import check_batch, check_labels
 from controlat.augment import Augment
 from controlat.balls import Ball
+from controlat.borrowed import owned
 from controlat.control import Control, number
 from controlat.dynamics import Driver
 from controlat.methods import Batch, Method, build
@@ -213,6 +214,7 @@ def criterion(
     (True, ['alpha', 'steps'])
     """
     check_batch(x, y)
+    x, y = owned(x), owned(y)
     found = build(method) if isinstance(method, str) else method
     u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
     gamma, scale = number(gamma, "gamma"), number(scale, "scale")

@@ -18,6 +18,7 @@ from controlat import registry
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
 from controlat.batchnorm import followed
+from controlat.borrowed import alone, in_mode, merges, owned
 from controlat.control import number
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
@@ -105,6 +106,8 @@ class AdversarialLoss:
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         check_batch(self.x, self.y)
+        object.__setattr__(self, "x", owned(self.x))
+        object.__setattr__(self, "y", owned(self.y))
         steps = number(self.steps, "steps")
         if steps < 0 or not steps.is_integer():
             raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
@@ -157,8 +160,11 @@ class AdversarialLoss:
         return _finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
-        """An attack by l_2 steps depends on theta."""
-        return ("the adversary's (l_2 steps of Phi)",) if self.ball.norm != "linf" and self.steps else ()
+        """Weights that are merged in eval mode have no path to what is trained; l_2 steps depend on theta."""
+        names = ["weights that the network merges in eval mode (Phi)"] if merges(driver.model) else []
+        if self.ball.norm != "linf" and self.steps:
+            names.append("the adversary's (l_2 steps of Phi)")
+        return tuple(names)
 
     def _parts(self, driver: Driver, meter: Meter) -> Iterator[Callable[[], Tensor]]:
         """Phi as a sum over batches, each under its attack."""
@@ -170,19 +176,13 @@ class AdversarialLoss:
             with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
                 with View(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
-                driver.model.eval()
                 yield lambda x=x, y=y: LOSSES[self.loss](driver.model(x), y).sum() / len(self.x)  # type: ignore[misc]
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
-        """Training flags as they were, afterwards."""
-        flags = [(m, m.training) for m in driver.model.modules()]
-        try:
-            with driver._buffers_kept():
-                yield
-        finally:
-            for module, training in flags:
-                module.training = training
+        """Eval mode; flags and buffers as they were, afterwards."""
+        with alone(driver.model), in_mode(driver.model, False), driver._buffers_kept():
+            yield
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,10 @@ def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
     r = [t.detach().clone().requires_grad_() for t in driver.statistics]
     inputs = [*driver.parameters, *r]
     with torch.enable_grad(), followed(driver.model, list(r)):
-        found = torch.autograd.grad(loss(), inputs, allow_unused=True)
+        value = loss()
+        if not value.requires_grad:  # all that is trained is merged, see `AdversarialLoss.dropped`
+            return [torch.zeros_like(t) for t in inputs]
+        found = torch.autograd.grad(value, inputs, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 
