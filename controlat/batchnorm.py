@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["followed", "statistics"]
+__all__ = ["followed", "statistics", "still"]
 
 
 _INSTANCE: Any = nn.modules.instancenorm._InstanceNorm
@@ -53,18 +53,14 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
     >>> r[0].item(), torch.autograd.grad(r[0], x)[0].flatten().tolist()
     (1.0, [0.25, 0.25])
     """
-    handles = []
+    handles, seen = [], []
     for i, layer in enumerate(_layers(model)):
 
         def hook(layer: Any, arguments: tuple[Tensor, ...], output: Tensor, i: int = 2 * i) -> Tensor | None:
-            x, (mean, variance) = arguments[0], r[i : i + 2]
             if not layer.training:
-                return _normalised(layer, x, mean, variance).to(output.dtype)
+                return _normalised(layer, arguments[0], r[i], r[i + 1]).to(output.dtype)
             if layer.track_running_stats:
-                m = _momentum(layer)
-                r[i : i + 2] = [
-                    (1 - m) * t + m * s for t, s in zip((mean, variance), _of(layer, x), strict=True)
-                ]
+                seen.append((i, layer, _momentum(layer), arguments[0]))
             return None
 
         handles.append(layer.register_forward_hook(hook))
@@ -73,6 +69,29 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        # Not in the hook: what a forward pass saves there would be missed where it is computed again.
+        for i, layer, m, x in seen:
+            r[i : i + 2] = (
+                (1 - m) * old + m * new for old, new in zip(r[i : i + 2], _of(layer, x), strict=True)
+            )
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Forward passes in the block leave statistics as they are: for layers that are computed again.
+
+    With activation checkpointing torch would move them twice for each batch, and training would depend on it.
+    """
+    before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in _layers(model)]
+    for layer, *_ in before:
+        layer.momentum = 0.0
+        layer._buffers["num_batches_tracked"] = None
+    try:
+        yield
+    finally:
+        for layer, momentum, seen in before:
+            layer.momentum = momentum
+            layer._buffers["num_batches_tracked"] = seen
 
 
 def _momentum(layer: Any) -> float:

@@ -353,7 +353,8 @@ class Driver:
                     f"the loss of an Update must be one number, got shape {tuple(loss.shape)}: take the mean"
                 )
             wanted = [*parameters, *([] if update.also is None else update.also())]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
+            with batchnorm.still(self.model):
+                found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
         ctx.theta = before
         if not update.add:
             ctx.statistics = statistics

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, samples
+from helpers import CLASSES, flat, same, samples
 from systems import CASES, PLAIN, Case, driver, trained_on
 from test_costate import PHI, SETTINGS, SIZE, last_point, planned
 from test_relaxed import check, mixing
 from test_relaxed import planned as apart
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from controlat import rng
 from controlat.adjoint import pullback, state, verify
@@ -54,15 +55,20 @@ class Network(nn.Module):
         self.inputs, self.convolution, self.norm = nn.BatchNorm2d(1, affine=False), nn.Conv2d(1, 3, 3), norm
         self.middle, self.twice, self.out = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
 
+    def features(self, x: Tensor) -> Tensor:
+        return F.softplus(self.norm(self.convolution(self.inputs(x)))).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        h = F.softplus(self.norm(self.convolution(self.inputs(x)))).flatten(1)
+        h = self.features(x)
         return self.out(self.twice(torch.tanh(self.twice(self.middle(h)))))  # type: ignore[no-any-return]
 
 
-def network(make: Callable[[], nn.Module] = NORMS["momentum 0.1"]) -> nn.Module:
+def network(
+    make: Callable[[], nn.Module] = NORMS["momentum 0.1"], kind: type[Network] = Network
+) -> nn.Module:
     """With statistics that are not those of a new layer."""
     with rng.scoped(4, "network"):
-        model = Network(make()).double()
+        model = kind(make()).double()
         for _ in range(2):
             model(samples(7, SIZE, seed=8)[0])
         for m in model.modules():
@@ -70,6 +76,13 @@ def network(make: Callable[[], nn.Module] = NORMS["momentum 0.1"]) -> nn.Module:
                 m.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
                 m.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
         return model.train()
+
+
+class Checkpointed(Network):
+    """The convolution and its statistics are computed again in the backward pass."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return checkpoint(super().features, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 class ByHand(nn.Module):
@@ -197,6 +210,21 @@ def test_verify_sees_running_statistics() -> None:
     found = verify(d, b, u, 0.1, directions=4)
     assert found.dropped == ()
     assert found.share < 1e-7
+
+
+@pytest.mark.parametrize("make", [NORMS["momentum 0.6"], NORMS["cumulative"]], ids=["momentum", "cumulative"])
+def test_checkpointing_changes_neither_training_nor_costates(make: Callable[[], nn.Module]) -> None:
+    """torch alone would move the statistics once more in the backward pass."""
+    ends, costates = [], []
+    for kind in (Network, Checkpointed):
+        d = driver(PLAIN["pgd_at"], network(make, kind), channels_last=False)
+        rec = Recording.of(d, planned(PLAIN["pgd_at"].control()), stride=4)
+        ends.append(rec.end)
+        *_, s = sweep(rec, PHI)
+        costates.append(s.costates[rec.last])
+    assert same(*ends)
+    for a, b in zip(*(p.tensors() for p in costates), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
 # ------------------------------------------------------------------------------------------ what is left out
