@@ -102,6 +102,8 @@ class Driver:
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
+        if hasattr(self.method, "check_ball"):
+            self.method.check_ball(self.ball)
         o = self.optimizer
         self.sgd = torch.optim.SGD(
             self.parameters,
