@@ -30,8 +30,8 @@ class Dynamic:
     is PGD-K (measured from the start, where the condition can be negative, it is not).
 
     Args:
-        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"`` (l_inf), the Frank-Wolfe gap of the true set:
-            max of <x' - x, g> over ||x' - x0|| <= eps and pixels in [0, 1].
+        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"`` (l_inf), the Frank-Wolfe gap of the true
+            set: max of <x' - x, g> over ||x' - x0|| <= eps and pixels in [0, 1].
         displacement: of the paper's gap: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released
             code. The true set lies around x0, wherever the ascent starts.
         outer_weight: ``"none"``, or ``"loss"``: from the second epoch on the released code weights each
@@ -57,8 +57,8 @@ class Dynamic:
         check_choice(self, "displacement", ("clean", "start"))
         if self.gap == "box" and self.displacement == "start":
             raise ValueError(
-                "gap 'box' is a maximum over the true set, which lies around the clean input, got displacement "
-                "'start': leave displacement at 'clean', or take gap 'paper'"
+                "gap 'box' is a maximum over the true set, which lies around the clean input, got "
+                "displacement 'start': leave displacement at 'clean', or take gap 'paper'"
             )
         check_choice(self, "outer_weight", ("none", "loss"))
         check_flag(self, "random_start")
