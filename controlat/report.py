@@ -56,8 +56,9 @@ def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
         }
         for i, price in enumerate(runs[0]["criterion"][0]["prices"])
     ]
-    found["dropped"] = sorted({d for gap in every for d in gap.get("dropped", ())})
-    return found | {"interval": interval(found["mean"], list(left_out), least=0.0)}
+    found["dropped"] = sorted({d for gap in every for d in gap["dropped"]})
+    doubt = statistics.fmean(gap["doubt"] for gap in every)
+    return found | {"interval": interval(found["mean"], list(left_out), least=0.0, more=doubt)}
 
 
 def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

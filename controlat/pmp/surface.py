@@ -43,6 +43,7 @@ class Gap:
         jackknife: the gap between maximiser and u without each probe batch in turn.
         spent: gradient evaluations that it took, in samples.
         dropped: what the number leaves out, by name.
+        doubt: where u is the best, the largest upper end of the intervals of all candidates' gains over it.
     """
 
     form: str
@@ -56,15 +57,16 @@ class Gap:
     jackknife: tuple[float, ...]
     spent: int
     dropped: tuple[str, ...] = ()
+    doubt: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the value over probe batches: jackknife, Student t, and no number below 0.
 
         The maximiser is held fixed. As C >= 0, the part of an interval at and above 0 covers it as often as
-        the whole does.
+        the whole does. Where u is the best, its own gain has no noise: the upper end is `doubt`.
         """
-        return interval(self.value, self.jackknife, least=0.0)
+        return interval(self.value, self.jackknife, least=0.0, more=self.doubt)
 
     def __str__(self) -> str:
         """The gap in one line, with what it leaves out."""
@@ -83,6 +85,7 @@ class Gap:
             "interval": self.interval,
             "spent": self.spent,
             "dropped": list(self.dropped),
+            "doubt": self.doubt,
         }
 
 
@@ -91,7 +94,7 @@ def _knobs(u: Control) -> str:
 
 
 def interval(
-    value: float, jackknife: Sequence[float], least: float = -math.inf
+    value: float, jackknife: Sequence[float], least: float = -math.inf, more: float = 0.0
 ) -> tuple[float, float] | None:
     """95 % interval from leave-one-out values: value +- t sqrt((m - 1)/m sum (j - mean j)^2), cut at `least`.
 
@@ -99,15 +102,21 @@ def interval(
         value: the estimate.
         jackknife: the m estimates without each part in turn; None comes back where there are less than two.
         least: what is estimated is at least this: numbers below it are cut off, which costs no coverage.
+        more: what is added at the upper end.
 
     Source:
         Tukey (1958), for the jackknife.
     """
-    m = len(jackknife)
-    if m < 2:
+    if len(jackknife) < 2:
         return None
-    half = float(stdtrit(m - 1, 0.975)) * float(np.sqrt((m - 1) * np.var(jackknife)))
-    return max(least, value - half), max(least, value + half)
+    half = float(_half(np.asarray(jackknife)))
+    return max(least, value - half), max(least, value + half + more)
+
+
+def _half(jackknife: Array) -> Array:
+    """Half the interval, of values without each of m parts, (m, ...)."""
+    m = len(jackknife)
+    return np.asarray(stdtrit(m - 1, 0.975) * np.sqrt((m - 1) * jackknife.var(0)))
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,9 @@ class Surface:
             raise ValueError(f"gamma must be >= 0, got {gamma:g}")
         u, price = self.controls.index(control), gamma * self.evaluations
         reward = self.reward(form)
-        best = self._argmax(reward - price, u)
-        every, unbiased, crossed = range(self.batches), None, None
+        plain = reward - price
+        best = self._argmax(plain, u)
+        every, unbiased, crossed, doubt = range(self.batches), None, None, 0.0
         jackknife: tuple[float, ...] = ()
         if self.batches > 1:
             value = self.reward(form, unbiased=True) - price
@@ -182,11 +192,14 @@ class Surface:
             if form == "costate" or len(halves[1]) > 1:  # each half scores the other's choice without bias
                 both = [self._crossed(a, b, u, price, form) for a, b in (halves, halves[::-1])]
                 crossed = float(np.mean(both))
-            without = [self.reward(form, [i for i in every if i != m]) - price for m in every]
-            jackknife = tuple(float(w[best] - w[u]) for w in without)
+            without = np.stack([self.reward(form, [i for i in every if i != m]) - price for m in every])
+            gains = without - without[:, [u]]
+            jackknife = tuple(map(float, gains[:, best]))
+            if best == u:
+                doubt = float((plain - plain[u] + _half(gains)).max())
         return Gap(
             form,
-            float((reward - price)[best] - (reward - price)[u]),
+            float(plain[best] - plain[u]),
             control,
             self.controls[best],
             (float(reward[best]), float(reward[u])),
@@ -196,6 +209,7 @@ class Surface:
             jackknife,
             self.spent,
             self.dropped,
+            doubt,
         )
 
     def _argmax(self, value: Array, u: int) -> int:
