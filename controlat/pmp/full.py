@@ -210,7 +210,7 @@ class Criterion:
         return [b.gain / (self.rate * b.steps) for b in self.best(horizon)]
 
     def interval(self, horizon: int | None = None) -> tuple[float, float] | None:
-        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t); 0 at least, as C.
+        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t), not below 0.
 
         Blocks are strata of a finite population: the variance of a sum is the sum of their variances, and a
         block whose steps were all looked at has none. Maximisers are held fixed; where u is the best, the

@@ -739,13 +739,13 @@ def test_the_scale_is_how_far_torchs_sgd_moves(sgd: dict[str, Any]) -> None:
 def test_with_momentum_the_advice_is_that_of_scale_10_and_not_that_of_plain_sgd() -> None:
     model, (x, y), gamma = mlp(), samples(12, seed=1), 0.04
     heavy = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    plain, ten, read = (
+    plain, ten, exact, read = (
         criterion(model, x, y, INSIDE, eps=EPS, gamma=gamma, batches=3, alphas=(0.02,), max_steps=10, **how)
-        for how in ({}, {"scale": 10.0}, {"optimizer": heavy})
+        for how in ({}, {"scale": 10.0}, {"scale": 1 / (1 - 0.9)}, {"optimizer": heavy})
     )
-    assert read == replace(ten, value=read.value, reward=read.reward, jackknife=read.jackknife,
-                           unbiased=read.unbiased)  # fmt: skip
+    assert read == exact
     assert read.value == pytest.approx(ten.value, rel=1e-12)
+    assert read.maximiser == ten.maximiser
     assert read.maximiser["steps"] > plain.maximiser["steps"]
 
 
