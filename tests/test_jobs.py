@@ -1,5 +1,6 @@
 """The jobs as Python calls, end to end on real data: what they write, and that it is what was computed."""
 
+import copy
 import json
 import math
 import os
@@ -390,6 +391,18 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
         assert {p.name for p in folder.iterdir()} == wanted
         assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
         assert read_json_lines(folder / "log.jsonl") == run["epochs"]
+
+
+def test_the_notes_name_what_the_greedy_forms_leave_out(result: dict[str, Any]) -> None:
+    assert not any("leave out" in line or "leaves out" in line for line in report.notes(result))
+    changed = copy.deepcopy(result)
+    changed["settings"]["weight_decay"] = 5e-4
+    for i, schedule in enumerate(changed["schedules"]):
+        schedule["summary"]["criterion"]["norm"]["dropped"] = [f"{k} of 9 trials" for k in range(2 + 3 * i)]
+    lines = report.notes(changed)
+    told = "0 of 9 trials; 1 of 9 trials; 2 of 9 trials; 2 more in result.json"
+    assert f"C norm, C costate leave out: {told}." in lines
+    assert "C norm leaves out weight decay, which moves theta, too; in C costate it cancels." in lines
 
 
 # ---------------------------------------------------------------------------------------------- interrupted

@@ -203,7 +203,8 @@ def criterion(
         alphas: step sizes of G; five spaced logarithmically in [eps/40, 2 eps] by default.
         max_steps: largest K of G; 10 or that of `control` by default.
         trials: evaluations of TPE, that of u_t not counted.
-        batches: number M of probe batches; the batch size N / M is that of the training step looked at.
+        batches: number M of probe batches, four at least for a cross-fitted value in the norm form; the batch
+            size N / M is that of the training step looked at.
         held_out: (x, y) of the terminal cost.
         optimizer: the one that trains the model: s_t and, for methods that make several updates in a step,
             the rate between them are read from it. Without it plain SGD at a constant rate is meant, and no
