@@ -27,7 +27,7 @@ from controlat.training import fit
 
 __all__ = ["Candidate", "candidates"]
 
-_MAX_PROBE_BATCHES = 16
+_PROBE_BATCHES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,15 @@ class Candidate:
     grid: Grid
 
     def probe(self, epoch: int) -> list[Batch]:
-        """The probe at one epoch: fixed training samples, in batches of the training batch size."""
+        """The probe at one epoch: fixed training samples, in batches of the training batch size.
+
+        Of these there are four at least, which are smaller then, as cross-fitting needs two in each half; and
+        16 at most.
+        """
         data, size = self.setting.training, self.settings.batch_size
         order = torch.randperm(len(data), generator=rng.generator(0, "probe"))[: self.settings.probe]
-        count = min(max(len(order) // size, 2), _MAX_PROBE_BATCHES)
+        least, most = _PROBE_BATCHES
+        count = min(max(len(order) // size, 2, min(least, len(order) // 2)), most)
         augment = self.settings.augmentation
         return probe_batches(*data.take(order), count, epoch, order, augment)
 

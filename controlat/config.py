@@ -147,7 +147,9 @@ class Problem:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1, got {value}")
-        build(self.method, self.method_options)
+        method = build(self.method, self.method_options)
+        if hasattr(method, "check_ball"):
+            method.check_ball(self.ball)
 
     @property
     def ball(self) -> Ball:

@@ -127,6 +127,8 @@ class Driver:
             )
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
+        if hasattr(self.method, "check_ball"):
+            self.method.check_ball(self.ball)
         o = self.optimizer
         self.sgd = torch.optim.SGD(
             self.parameters,

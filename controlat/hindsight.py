@@ -145,10 +145,11 @@ def shown(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
         for h in criterion.horizons
     ]
     best = criterion.best()
+    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
     per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
     blocks = [
         {
-            "t": criterion.blocks.index(b.index) / per_epoch,
+            "t": begins[b.index] / per_epoch,
             "control": dict(b.control),
             "maximiser": dict(b.maximiser),
             "gain": b.gain,

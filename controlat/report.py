@@ -56,7 +56,9 @@ def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
         }
         for i, price in enumerate(runs[0]["criterion"][0]["prices"])
     ]
-    return found | {"interval": interval(found["mean"], list(left_out))}
+    found["dropped"] = sorted({d for gap in every for d in gap["dropped"]})
+    doubt = statistics.fmean(gap["doubt"] for gap in every)
+    return found | {"interval": interval(found["mean"], list(left_out), least=0.0, more=doubt)}
 
 
 def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -250,8 +252,20 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         for e in result["schedules"]
         if e["schedule"]["epochs"] != s["epochs"]
     ]
+    lines += _greedy_notes(result)
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+def _greedy_notes(result: Mapping[str, Any]) -> list[str]:
+    """What the greedy forms leave out."""
+    criteria = [schedule["summary"]["criterion"] for schedule in result["schedules"]]
+    found = sorted({d for c in criteria for form in FORMS for d in c[form].get("dropped", ())})
+    if len(found) > 3:
+        found = [*found[:3], f"{len(found) - 3} more in result.json"]
+    lines = [f"C norm, C costate leave out: {'; '.join(found)}."] * bool(found)
+    decay = "C norm leaves out weight decay, which moves theta, too; in C costate it cancels."
+    return lines + [decay] * bool(result["settings"].get("weight_decay", 0))
 
 
 def _phi(result: Mapping[str, Any]) -> str:

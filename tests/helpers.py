@@ -1,6 +1,6 @@
 """What several test files share: small float64 systems, and comparison to the last bit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -101,3 +101,36 @@ def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: 
     patch.setattr(pyautoattack, "AutoAttack", Short)
     patch.setattr(auto, "_ITERATIONS", iterations)
     patch.setattr(auto, "_QUERIES", queries)
+
+
+class Counted(int):
+    """A whole number that counts how often numbers of its kind are compared: what bookkeeping costs."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return int(self) == other
+
+    def __lt__(self, other: int) -> bool:
+        Counted.compared += 1
+        return int(self) < other
+
+    def __le__(self, other: int) -> bool:
+        Counted.compared += 1
+        return int(self) <= other
+
+    def __gt__(self, other: int) -> bool:
+        return not self <= other
+
+    def __ge__(self, other: int) -> bool:
+        return not self < other
+
+    __hash__ = int.__hash__
+
+    @classmethod
+    def during(cls, work: Callable[[], object]) -> int:
+        """Comparisons in the course of some work."""
+        before = cls.compared
+        work()
+        return cls.compared - before

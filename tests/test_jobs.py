@@ -1,5 +1,6 @@
 """The jobs as Python calls, end to end on real data: what they write, and that it is what was computed."""
 
+import copy
 import json
 import math
 import os
@@ -114,7 +115,9 @@ def test_the_result_holds_every_schedule_seed_and_epoch(result: dict[str, Any]) 
         for epoch in run["criterion"]:
             for form in FORMS:
                 assert epoch[form]["value"] >= 0
-                assert len(epoch[form]["jackknife"]) == 2
+                assert len(epoch[form]["jackknife"]) == 4  # 64 samples, two batches in each half
+                assert epoch[form]["cross_fitted"] is not None
+                assert epoch[form]["interval"][0] >= 0
             assert epoch["candidates"] == 5 * 3 + 1 + (schedule["text"] != "none")
             assert epoch["scale"] == pytest.approx(1 / (1 - 0.9))
         assert set(run["evaluation"]["after"]) == set(SMALL["attacks"])
@@ -390,6 +393,18 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
         assert read_json_lines(folder / "log.jsonl") == run["epochs"]
 
 
+def test_the_notes_name_what_the_greedy_forms_leave_out(result: dict[str, Any]) -> None:
+    assert not any("leave out" in line or "leaves out" in line for line in report.notes(result))
+    changed = copy.deepcopy(result)
+    changed["settings"]["weight_decay"] = 5e-4
+    for i, schedule in enumerate(changed["schedules"]):
+        schedule["summary"]["criterion"]["norm"]["dropped"] = [f"{k} of 9 trials" for k in range(2 + 3 * i)]
+    lines = report.notes(changed)
+    told = "0 of 9 trials; 1 of 9 trials; 2 of 9 trials; 2 more in result.json"
+    assert f"C norm, C costate leave out: {told}." in lines
+    assert "C norm leaves out weight decay, which moves theta, too; in C costate it cancels." in lines
+
+
 # ---------------------------------------------------------------------------------------------- interrupted
 
 
@@ -411,10 +426,10 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
     wanted = jobs.evaluate("undisturbed", **settings)
     moments = [
         (20, 0, 0),  # in the criterion of epoch 0
-        (36, 1, 0),  # in the training of epoch 0
+        (70, 1, 0),  # in the training of epoch 0
         (10, 1, 1),  # in the criterion of epoch 1
-        (90, 2, 1),  # in the full criterion of the first run
-        (140, 3, 2),  # in the second run
+        (124, 2, 1),  # in the full criterion of the first run
+        (174, 3, 2),  # in the second run
     ]
     for passes, instants, checkpoints in moments:
         assert _killed(tmp_path, passes) == -signal.SIGKILL, passes

@@ -293,7 +293,13 @@ class Held(Protocol):
 
 @runtime_checkable
 class Hooks(Protocol):
-    """A method with something to do at the beginning or the end of an epoch; either may be left out."""
+    """A method with something to do before training, or at the beginning or end of an epoch.
+
+    Each may be left out.
+    """
+
+    def check_ball(self, ball: Ball) -> None:
+        """Called before anything is run; raises ValueError where the method is none for this ball."""
 
     def start_epoch(self, ctx: Epoch, u: Control) -> None:
         """Called before the first step of an epoch, with the control of that step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS
 from controlat.attacks.stopped import fosc, stopped
+from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
@@ -29,15 +30,17 @@ class Dynamic:
     is PGD-K (measured from the start, where the condition can be negative, it is not).
 
     Args:
-        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"``, the same over the pixels in [0, 1] (l_inf).
-        displacement: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released code.
+        gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"`` (l_inf), the Frank-Wolfe gap of the true
+            set: max of <x' - x, g> over ||x' - x0|| <= eps and pixels in [0, 1].
+        displacement: of the paper's gap: ``"clean"``, x - x0, or ``"start"``, x - x_start as in the released
+            code. The true set lies around x0, wherever the ascent starts.
         outer_weight: ``"none"``, or ``"loss"``: from the second epoch on the released code weights each
             sample by its own cross-entropy, held fixed; that is the gradient of half the mean square.
         random_start: start at a random point of the ball.
         attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
 
     Raises:
-        ValueError: an option is not allowed.
+        ValueError: an option is not allowed, or two of them together; ``"box"`` with another norm than l_inf.
 
     Source:
         Wang et al. (2019), equation 4 and algorithm 1.
@@ -52,9 +55,19 @@ class Dynamic:
     def __post_init__(self) -> None:
         check_choice(self, "gap", ("paper", "box"))
         check_choice(self, "displacement", ("clean", "start"))
+        if self.gap == "box" and self.displacement == "start":
+            raise ValueError(
+                "gap 'box' is a maximum over the true set, which lies around the clean input, got "
+                "displacement 'start': leave displacement at 'clean', or take gap 'paper'"
+            )
         check_choice(self, "outer_weight", ("none", "loss"))
         check_flag(self, "random_start")
         check_mode(self.attack_mode)
+
+    def check_ball(self, ball: Ball) -> None:
+        """The gap over the box is known for l_inf only."""
+        if self.gap == "box" and ball.norm != "linf":
+            raise ValueError(f"gap 'box' is for the norm linf, got {ball.norm}: take gap 'paper'")
 
     @property
     def controls(self) -> ControlSpace:

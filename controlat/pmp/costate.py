@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -173,11 +174,15 @@ def sweep(
     if driver.autocast is not None:
         dropped.add(f"rounding to {str(driver.autocast).removeprefix('torch.')}")
 
+    def asked(start: int, stop: int) -> bool:
+        """Whether any of the steps start, ..., stop - 1 is looked at."""
+        return bisect_left(every, start) < bisect_left(every, stop)
+
     def begin(number: int) -> None:
         """Start the windows that end before step `number`, with the driver at the state there."""
         ending = [h for h in wanted if number == recording.last or (number - recording.first) % h == 0]
         windows = {h: _begins(recording.first, number, h) for h in ending}
-        needed = [h for h, start in windows.items() if any(start <= n < number for n in every)]
+        needed = [h for h, start in windows.items() if asked(start, number)]
         for h in ending:
             costates.pop(h, None)
         if not needed:
@@ -212,7 +217,7 @@ def sweep(
             yield Swept(visit, seen, norms, tuple(sorted({*dropped, *kinks.names()})))
             driver.restore(before)
             start = {h: _begins(recording.first, visit.number + 1, h) for h in costates}
-            costates = {h: p for h, p in costates.items() if any(start[h] <= n < visit.number for n in every)}
+            costates = {h: p for h, p in costates.items() if asked(start[h], visit.number)}
         if costates:
             arguments = (driver, visit.batch, visit.control, visit.rate)
             found, names = pullbacks(*arguments, [seen[h] for h in costates], meter, kinks)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -57,6 +58,23 @@ class Block:
     size: float
     looked: int
     steps: int
+
+
+class _Part(NamedTuple):
+    """What is known of a block: its steps that were looked at, u and the candidates that all of these have,
+    where each has them, and the number of all its steps."""
+
+    members: list[Gains]
+    controls: list[Control]
+    where: list[list[int]]
+    steps: int
+
+    @classmethod
+    def of(cls, members: list[Gains], steps: int) -> _Part:
+        places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
+        common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
+        where = [[0, *(known[v] for v in common)] for known in places]
+        return cls(members, [members[0].controls[0], *common], where, steps)
 
 
 @dataclass(frozen=True)
@@ -123,47 +141,38 @@ class Criterion:
         Sums over the steps that were looked at stand for those over all steps of the block.
         """
         h = self._known(horizon)
-        return [self._best(index, h, rho) for index in dict.fromkeys(self.blocks)]
+        return [self._best(index, h, rho) for index in self._parts]
 
     def _best(self, index: int, h: int, rho: float) -> Block:
-        members, total = self._members(index), self.blocks.count(index)
-        names, value, size = self._table(members, h)
+        members, names, _, total = self._parts[index]
         scale = total / len(members)
+        value, size = self._table(index, h)
         worth = scale * (value - rho / 2 * size).sum(0)
         i = int(np.argmax(worth)) if worth.max() > 0 else 0
-        u = members[0].controls[0]
-        best = names[i] if i else u
-        return Block(index, u, best, float(worth[i]), float(scale * size[:, i].sum()), len(members), total)
-
-    def _members(self, index: int) -> list[Gains]:
-        """What was looked at in a block."""
-        return self._aligned[index][0]
+        gain, moved = float(worth[i]), float(scale * size[:, i].sum())
+        return Block(index, names[0], names[i], gain, moved, len(members), total)
 
     @functools.cached_property
-    def _aligned(self) -> dict[int, tuple[list[Gains], list[Control], list[list[int]]]]:
-        """By block: what was looked at, u and the candidates that all of it has, and where each has them."""
-        found = {}
-        for index in dict.fromkeys(self.blocks):
-            members = [g for g in self.looked if self.blocks[g.number - self.first] == index]
-            places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
-            common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
-            where = [[0, *(known[v] for v in common)] for known in places]
-            found[index] = members, [members[0].controls[0], *common], where
-        return found
+    def _parts(self) -> dict[int, _Part]:
+        """What is known of every block, by its number."""
+        members: dict[int, list[Gains]] = {index: [] for index in self.blocks}
+        for g in self.looked:
+            members[self.blocks[g.number - self.first]].append(g)
+        steps = Counter(self.blocks)
+        return {index: _Part.of(found, steps[index]) for index, found in members.items()}
 
-    def _table(self, members: Sequence[Gains], h: int) -> tuple[list[Control], Array, Array]:
-        """Candidates that all members have, u_t of each step as the first, and their values and sizes."""
-        _, names, where = self._aligned[self.blocks[members[0].number - self.first]]
+    def _table(self, index: int, h: int) -> tuple[Array, Array]:
+        """Values and sizes (steps looked at, candidates) of a block's candidates, u_t of each step first."""
+        members, _, where, _ = self._parts[index]
         value = np.stack([g.value(h, self.price)[w] for g, w in zip(members, where, strict=True)])
         size = np.stack([g.sizes[w] for g, w in zip(members, where, strict=True)])
-        return names, value, size
+        return value, size
 
     def surface(self, index: int, horizon: int | None = None) -> list[tuple[Control, float]]:
         """(v, sum of DeltaH(v) over the block) for every candidate of a block, u first."""
         h = self._known(horizon)
-        members = self._members(index)
-        names, value, _ = self._table(members, h)
-        worth = value.sum(0) * self.blocks.count(index) / len(members)
+        members, names, _, total = self._parts[index]
+        worth = self._table(index, h)[0].sum(0) * total / len(members)
         return list(zip(names, map(float, worth), strict=True))
 
     def total(self, horizon: int | None = None, rho: float = 0.0) -> float:
@@ -182,7 +191,7 @@ class Criterion:
         h = self._known(horizon)
         found = []
         for block in self.best(h):
-            members = self._members(block.index)
+            members = self._parts[block.index].members
             found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
         return found
 
@@ -201,7 +210,7 @@ class Criterion:
         return [b.gain / (self.rate * b.steps) for b in self.best(horizon)]
 
     def interval(self, horizon: int | None = None) -> tuple[float, float] | None:
-        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t).
+        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t), not below 0.
 
         Blocks are strata of a finite population: the variance of a sum is the sum of their variances, and a
         block whose steps were all looked at has none. Maximisers are held fixed; where u is the best, the
@@ -214,13 +223,13 @@ class Criterion:
         total, variance, degrees = 0.0, 0.0, 0
         seconds: list[tuple[float, float]] = []
         for block in self.best(h):
-            members, n, left = self._members(block.index), block.looked, 1 - block.looked / block.steps
+            n, left = block.looked, 1 - block.looked / block.steps
             if left == 0:
                 total += block.gain
                 continue
             if n < 2:
                 return None
-            _, value, _ = self._table(members, h)
+            value, _ = self._table(block.index, h)
             mean, spread = block.steps * value.mean(0), block.steps * value.std(0, ddof=1) * (left / n) ** 0.5
             degrees += n - 1
             if block.gain > 0:
@@ -329,11 +338,14 @@ def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
     >>> looked_at([0, 0, 0, 0, 1], 2)
     [1, 3, 4]
     """
-    found: set[int] = set()
-    for index in dict.fromkeys(blocks):
-        first, n = blocks.index(index), blocks.count(index)
+    members: dict[int, list[int]] = {}
+    for i, index in enumerate(blocks):
+        members.setdefault(index, []).append(i)
+    found: list[int] = []
+    for steps in members.values():
+        n = len(steps)
         k = n if looks is None else min(looks, n)
-        found |= {first + (2 * i + 1) * n // (2 * k) for i in range(k)}
+        found += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
     return sorted(found)
 
 

@@ -3,13 +3,20 @@
 For a step of length eta, (13) becomes (14): with g_v = grad_theta l(A_v) and n(v) evaluations per sample,
     gap_t = max_v [ s_t q(v) - gamma n(v) ] - [ s_t q(u_t) - gamma n(u_t) ],    C = mean over t,
     q(v) = ||g_v||^2 (form "norm", the paper's) or <grad Phi, g_v> (form "costate"),
-    s_t = (eta_t / mean eta) / (1 - mu): one unit of time is mean(eta), and heavy ball with momentum mu moves
-    1/(1 - mu) times as far per unit of gradient. s_t = 1 for plain SGD at a constant rate.
+    s_t = (eta_t / mean eta) (1 - d)/(1 - mu): one unit of time is mean(eta), and heavy ball with momentum mu
+    and dampening d moves (1 - d)/(1 - mu) times as far per unit of gradient, Nesterov's form (d = 0) as well.
+    s_t = 1 for plain SGD at a constant rate.
+
+Where the mean rate of the run is not known, the present one stands for it: gap_t is then that of a run at
+eta_t throughout. Under a schedule of rates the price weighs more where steps are shorter, which only the
+mean tells.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +31,7 @@ from controlat.dynamics import Driver
 from controlat.methods import Batch, Method, build
 from controlat.network import Meter, NonFiniteError, View
 from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
+from controlat.pmp.pace import Pace
 from controlat.pmp.surface import FORMS, Array, Gap, Surface
 from controlat.pmp.terminal import AdversarialLoss, Terminal
 
@@ -68,7 +76,8 @@ def measure(
 
     Raises:
         ValueError: unknown maximiser, or probe batches of unequal size.
-        NonFiniteError: the gradient under u_t or of Phi is not finite, or, in a sweep, that of a candidate.
+        NonFiniteError: the gradient under u_t or of Phi is not finite, or, in a sweep, that of a candidate;
+            or all trials of TPE failed. Where only some did, ``dropped`` of the surface says so.
     """
     if maximiser not in MAXIMISERS:
         raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
@@ -81,6 +90,7 @@ def measure(
     if phi is not None and not bool(torch.isfinite(phi).all()):
         raise NonFiniteError("the gradient of the terminal cost is not finite")
     rows: dict[Control, tuple[float, Array, Array | None]] = {}
+    dropped: tuple[str, ...] = ()
 
     def keep(scored: Scored) -> None:
         v, n, fields = scored
@@ -91,7 +101,7 @@ def measure(
     def surface() -> Surface:
         n, gram, costate = zip(*rows.values(), strict=True)
         inner = None if phi is None else np.stack([c for c in costate if c is not None])
-        return Surface(tuple(rows), np.array(n), np.stack(gram), inner, scale, meter.gradients)
+        return Surface(tuple(rows), np.array(n), np.stack(gram), inner, scale, meter.gradients, dropped)
 
     keep(rerun(driver, batches, control, rate, meter))
     if maximiser == "sweep":
@@ -105,7 +115,9 @@ def measure(
         found, i = surface(), list(rows).index(v)
         return float(found.reward(form)[i] - gamma * found.evaluations[i])
 
-    tpe(objective, grid, trials, driver.seed, [control], driver.method.controls)
+    failed = tpe(objective, grid, trials, driver.seed, [control], driver.method.controls)
+    if failed:
+        dropped = (f"{len(failed)} of {trials} trials of TPE, which failed (the first: {failed[0]})",)
     return surface()
 
 
@@ -167,7 +179,9 @@ def criterion(
     trials: int = 100,
     batches: int = 8,
     held_out: tuple[Tensor, Tensor] | None = None,
-    scale: float = 1.0,
+    optimizer: torch.optim.Optimizer | None = None,
+    mean_rate: float | str | None = None,
+    scale: float | None = None,
     seed: int = 0,
     channels_last: bool = True,
 ) -> Gap:
@@ -186,14 +200,21 @@ def criterion(
         norm: ``"linf"`` or ``"l2"``.
         method: a method's name or object.
         form: ``"norm"`` (the paper's) or ``"costate"`` (inner product with the gradient of the adversarial
-            loss, on `held_out`, or on the probe itself without it).
+            loss, on `held_out`, or on the probe itself without it: then the noise that both share is in the
+            value, and no unbiased or cross-fitted one is given).
         maximiser: ``"sweep"`` or ``"tpe"``.
         alphas: step sizes of G; five spaced logarithmically in [eps/40, 2 eps] by default.
         max_steps: largest K of G; 10 or that of `control` by default.
         trials: evaluations of TPE, that of u_t not counted.
-        batches: number M of probe batches; the batch size N / M is that of the training step looked at.
+        batches: number M of probe batches, four at least for a cross-fitted value in the norm form; the batch
+            size N / M is that of the training step looked at.
         held_out: (x, y) of the terminal cost.
-        scale: s_t, 1 for plain SGD at a constant rate, 1/(1 - mu) with momentum mu.
+        optimizer: the one that trains the model: s_t and, for methods that make several updates in a step,
+            the rate between them are read from it. Without it plain SGD at a constant rate is meant, and no
+            motion between the updates of a step. What of it the number does not cover (other optimisers than
+            SGD, groups that differ, weight decay in the norm form) is named in ``dropped``.
+        mean_rate: mean learning rate of your run, if it changes: s_t has (present rate / mean_rate).
+        scale: s_t itself, in place of `optimizer`.
         seed: of everything random.
         channels_last: run the attack in NHWC layout.
 
@@ -201,7 +222,9 @@ def criterion(
         The `Gap`: value, maximiser, both terms, unbiased and cross-fitted values, interval.
 
     Raises:
-        ValueError: a number is missing or out of range; x is not in [0, 1].
+        ValueError: a number is missing or out of range; x is not in [0, 1]; both `scale` and `optimizer`, or
+            `mean_rate` without `optimizer`; the optimizer is not one of this model.
+        NonFiniteError: a gradient that is needed is not finite, or every trial of TPE failed.
 
     Source:
         Ye et al. (2021), equation 14.
@@ -209,15 +232,18 @@ def criterion(
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     >>> x, y = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
-    >>> gap = criterion(model, x, y, {"alpha": 0.02, "steps": 3}, eps=0.1, gamma=0.001)
-    >>> gap.value >= 0, sorted(gap.maximiser)
-    (True, ['alpha', 'steps'])
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> u = {"alpha": 0.02, "steps": 3}
+    >>> gap = criterion(model, x, y, u, eps=0.1, gamma=0.001, optimizer=optimizer)
+    >>> gap.value >= 0, sorted(gap.maximiser), gap.dropped
+    (True, ['alpha', 'steps'], ())
     """
     check_batch(x, y)
     x, y = owned(x), owned(y)
     found = build(method) if isinstance(method, str) else method
     u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
-    gamma, scale = number(gamma, "gamma"), number(scale, "scale")
+    pace = _pace(model, optimizer, mean_rate, scale, form)
+    gamma, scale = number(gamma, "gamma"), pace.scale
     for name, value, least in (("gamma", gamma, 0), ("scale", scale, 0), ("batches", batches, 1)):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value:g}")
@@ -242,9 +268,33 @@ def criterion(
         grid,
         terminal=AdversarialLoss(*phi, ball, seed=seed) if form == "costate" else None,
         scale=scale,
+        rate=pace.rate,
         maximiser=maximiser,
         gamma=gamma,
         form=form,
         trials=trials,
     )
-    return surface.gap(u, gamma, form)
+    gap = replace(surface, dropped=surface.dropped + pace.dropped).gap(u, gamma, form)
+    if form == "costate" and held_out is None:  # grad Phi has the noise of every probe batch in it
+        gap = replace(gap, unbiased=None, cross_fitted=None)
+    return gap
+
+
+def _pace(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    mean_rate: float | str | None,
+    scale: float | None,
+    form: str,
+) -> Pace:
+    """How far theta moves per unit of time, by the optimiser or by the scale that is given."""
+    if optimizer is None:
+        if mean_rate is not None:
+            raise ValueError("mean_rate needs optimizer, whose present rate is compared with it")
+        return Pace(1.0 if scale is None else number(scale, "scale"), 0.0, ())
+    if scale is not None:
+        raise ValueError("give scale or optimizer, not both: s_t is read from the optimizer")
+    found = Pace.of(optimizer, model, mean_rate, form)
+    if type(optimizer) is not torch.optim.SGD:
+        warnings.warn(f"C leaves out: {'; '.join(found.dropped)}", stacklevel=3)
+    return found

@@ -132,7 +132,7 @@ def tpe(
     seed: int,
     first: Sequence[Control] = (),
     knobs: Mapping[str, Knob] = MappingProxyType({"alpha": ALPHA, "steps": STEPS}),
-) -> None:
+) -> list[str]:
     """Maximise objective(v) over log alpha and K in the bounds of G with hyperopt's Parzen estimators.
 
     The caller keeps what it scored; a candidate whose value is not finite counts as failed and never wins.
@@ -146,8 +146,12 @@ def tpe(
             of them says what knobs other than alpha and K are.
         knobs: what the method has; those of PGD by default.
 
+    Returns:
+        Why trials failed, one text for each that did; those of `first` do not count.
+
     Raises:
         ValueError: trials is less than 1.
+        NonFiniteError: all trials failed, so that nothing was searched.
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
@@ -164,16 +168,18 @@ def tpe(
         "steps": hp.quniform("steps", least - 0.5, most + 0.5, 1),
     }
 
+    outcomes: list[str] = []  # of every trial: why it failed, or nothing
+
     def loss(point: dict[str, float]) -> dict[str, Any]:
         steps = min(max(int(point["steps"]), least), most)
         alpha = min(max(point["alpha"], grid.alphas[0]), grid.alphas[-1])
+        v = grid.control(base, alpha, steps)
         try:
-            value = objective(grid.control(base, alpha, steps))
+            value = objective(v)
+            outcomes.append("" if math.isfinite(value) else f"the value of {v} is {value}")
         except NonFiniteError as error:
-            return {"status": STATUS_FAIL, "error": str(error)}
-        if not math.isfinite(value):
-            return {"status": STATUS_FAIL, "error": f"value {value}"}
-        return {"status": STATUS_OK, "loss": -value}
+            outcomes.append(str(error))
+        return {"status": STATUS_FAIL} if outcomes[-1] else {"status": STATUS_OK, "loss": -value}
 
     # A point outside the bounds would come back with its K cut: a control that nobody asked for.
     points = [
@@ -181,7 +187,7 @@ def tpe(
         for v in first
         if grid.within(v)
     ]
-    with contextlib.suppress(AllTrialsFailed):  # then nothing was found, which is no error of the search
+    with contextlib.suppress(AllTrialsFailed):  # told below, with the reason
         fmin(
             loss,
             space,
@@ -192,3 +198,8 @@ def tpe(
             show_progressbar=False,
             verbose=False,
         )
+    searched = outcomes[len(points) :]
+    failed = [outcome for outcome in searched if outcome]
+    if len(failed) == len(searched):
+        raise NonFiniteError(f"all {len(failed)} trials of TPE failed: nothing was searched ({failed[0]})")
+    return failed

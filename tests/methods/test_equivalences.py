@@ -1,5 +1,6 @@
 """Where one method is another, or a loop written by hand; and what each promises of itself."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,12 @@ from controlat.attacks.pgd import path
 from controlat.attacks.stopped import fosc
 from controlat.augment import Augment
 from controlat.balls import Ball
+from controlat.config import TrainSettings
 from controlat.control import Control
 from controlat.data import Split
 from controlat.dynamics import Driver, SGDSettings, rollout
 from controlat.losses import cross_entropy, divergence
-from controlat.methods import Batch, Update, Updates
+from controlat.methods import Batch, Update, Updates, build
 from controlat.network import View
 from controlat.plan import Plan
 
@@ -452,6 +454,42 @@ def test_the_boxed_condition_is_at_most_the_papers_and_vanishes_in_the_corner_of
     torch.testing.assert_close(fosc(x, inner.x, g, BALL, box=True), fosc(x, inner.x, g, BALL))
     with pytest.raises(ValueError, match="boxed FOSC is for linf, got l2"):
         fosc(x, x, g, Ball(EPS, "l2"), box=True)
+
+
+def test_dynamic_in_the_box_stops_by_the_largest_gain_over_its_corners() -> None:
+    """The maximum of a linear function over the feasible box, by trying all its 16 corners."""
+    b, model, alpha, steps = batch(16, (1, 2, 2)), mlp(), 0.02, 6
+    b = b._replace(x=(1.6 * b.x - 0.3).clamp(0, 1))  # some pixels are black or white
+    walk = iterates(model, b, BALL.start(b.x, draws(b, "start")), alpha, steps)
+    low, high = (b.x - EPS).clamp(0, 1), (b.x + EPS).clamp(0, 1)
+    masks = [torch.tensor(m).view(1, 1, 2, 2) for m in itertools.product((False, True), repeat=4)]
+    corners = [torch.where(mask, high, low) for mask in masks]
+    levels = []
+    for x in walk:
+        g = input_gradient(model, x, b.y)
+        levels.append(torch.stack([((c - x) * g).flatten(1).sum(1) for c in corners]).amax(0))
+    stopped_at = set()
+    for c in torch.stack(levels)[1:].flatten().quantile(torch.tensor([0.1, 0.4, 0.8]).double()).tolist():
+        seen = trained_on(model)
+        u = Case("dynamic").control(alpha=alpha, steps=steps, fosc=c)
+        driver(Case("dynamic", {"gap": "box"}), model, optimizer=SGD).step(b, u, 0.0)
+        stops = [next((k for k in range(1, steps) if levels[k][i] <= c), steps) for i in range(16)]
+        expected = torch.stack([walk[k][i] for i, k in enumerate(stops)])
+        torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-12)
+        model._forward_pre_hooks.clear()
+        stopped_at |= set(stops)
+    assert len(stopped_at) > 3
+
+
+def test_a_gap_over_the_box_is_refused_before_the_first_step_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="lies around the clean input, got displacement 'start'"):
+        build("dynamic", {"gap": "box", "displacement": "start"})
+    boxed = build("dynamic", {"gap": "box"})
+    with pytest.raises(ValueError, match="gap 'box' is for the norm linf, got l2: take gap 'paper'"):
+        Driver(mlp(), boxed, Ball(EPS, "l2"))
+    given = {"schedule": "pgd:steps=2,alpha=0.1,fosc=0", "method": "dynamic", "eps": EPS, "norm": "l2"}
+    with pytest.raises(ValueError, match="gap 'box' is for the norm linf, got l2"):
+        TrainSettings(**given, method_options={"gap": "box"})
 
 
 def test_dynamic_weighted_by_the_loss_descends_half_its_square_after_the_first_epoch() -> None:

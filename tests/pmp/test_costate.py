@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, same, samples, split
+from helpers import CLASSES, Counted, flat, same, samples, split
 from systems import CASES, PLAIN, Case, constant, driver, passes, smooth, trained_on
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -350,6 +350,20 @@ def test_looking_at_some_steps_gives_what_looking_at_all_gives(name: str, looked
             )
             assert any(n // h == number // h and n <= number for n in looked)  # else nobody needs it
     assert meters[1].gradients < meters[0].gradients
+
+
+def test_what_is_looked_at_is_compared_a_few_times_for_each_step_however_long_the_run() -> None:
+    """The windows of one and of four steps: none of them goes through all steps that are looked at."""
+
+    def compared(steps: int) -> int:
+        d = driver(PLAIN["pgd_at"], optimizer=SETTINGS["plain"], channels_last=False)
+        rec = Recording.of(d, planned(Control(alpha=0.1, steps=1), 3, epochs=steps))
+        looked = [Counted(n) for n in range(steps)]
+        return Counted.during(lambda: list(sweep(rec, PHI, (1, 4), looked=looked)))
+
+    short, long = compared(32), compared(128)
+    assert short > 0
+    assert long < 1.5 * 4 * short  # a factor of 4 in steps, and log 4 more for bisection
 
 
 def test_looking_at_nothing_costs_nothing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import flat, same, split
+from helpers import Counted, flat, same, split
 from systems import CASES, PLAIN, Case, constant, driver
 
 from controlat.balls import Ball
@@ -20,6 +20,7 @@ from controlat.files import read_json, write_json
 from controlat.methods import Batch, Context, Update
 from controlat.network import NonFiniteError
 from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, full, sweep
+from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
 from controlat.recording import Recording
 from controlat.rng import generator, scoped
@@ -63,6 +64,30 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
         assert found.dropped == ()
     assert slope == pytest.approx(found.total(), rel=tolerance)
     assert found.value() == pytest.approx(found.total() / (r.plan.mean_rate() * 6))
+
+
+def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() -> None:
+    """Every step is a block of its own: comparisons of block numbers, in all that is read off a criterion."""
+    controls = tuple(Control(alpha=0.1, steps=k) for k in range(3))
+
+    def compared(steps: int) -> int:
+        blocks = tuple(Counted(n) for n in range(steps))
+        worth = {1: np.array([0.0, 1.0, -1.0])}
+        looked = tuple(Gains(n, n, controls, np.ones(3), worth, np.ones(3), {1: 1.0}) for n in range(steps))
+        norms = tuple((n, 1.0) for n in range(steps))
+        c = Criterion(looked, blocks, 0, 0.1, 0.1, 1.0, 1.0, 0.0, norms, (), 0, 0)
+
+        def work() -> None:
+            assert c.value() == pytest.approx(10)
+            assert len(c.interval() or ()) == 2
+            assert len(c.cosines()) == len(c.per_block()) == steps
+            assert len([c.surface(block.index) for block in c.best()]) == steps
+            assert full.looked_at(blocks, 1) == list(range(steps))
+
+        return Counted.during(work)
+
+    short, long = compared(50), compared(200)
+    assert long < 1.1 * 4 * (short + 50)
 
 
 @every

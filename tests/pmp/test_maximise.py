@@ -212,11 +212,35 @@ def test_values_that_are_not_finite_do_not_mislead_the_search() -> None:
     assert min(v["alpha"] for v in late) < 0.02
 
 
-def test_a_search_in_which_everything_fails_ends_with_u_alone() -> None:
-    tpe(lambda v: np.nan, BOX, 5, 0)
+def test_a_search_in_which_everything_fails_is_an_error_with_the_number_of_trials_and_the_first_reason() -> (
+    None
+):
+    with pytest.raises(
+        NonFiniteError, match=r"all 5 trials of TPE failed.*the value of Control\(.*\) is nan"
+    ):
+        tpe(lambda v: np.nan, BOX, 5, 0)
     everywhere = type("Fails", (FailsAt,), {"at": (0, 1, 2, 3, 4)})
-    found = by_tpe(Control(alpha=0.05, steps=5), method=everywhere(), trials=5)
-    assert found.controls == (Control(alpha=0.05, steps=5),)
+    with pytest.raises(NonFiniteError, match=r"all 5 trials of TPE failed.*training loss nan"):
+        by_tpe(Control(alpha=0.05, steps=5), method=everywhere(), trials=5)
+
+    def only_u(v: Control) -> float:
+        return 1.0 if v == U else np.nan
+
+    with pytest.raises(NonFiniteError, match="all 5 trials of TPE failed"):  # u is no trial of the search
+        tpe(only_u, BOX, 5, 0, first=[U])
+
+
+def test_trials_that_failed_are_named_with_the_gap_and_kept_in_files() -> None:
+    found = by_tpe(grid=Grid((0.05,), 3), gamma=0.0, method=FailsAt(), trials=40)
+    (name,) = found.gap(U, 0.0).dropped
+    failed = int(name.split()[0])
+    assert 0 < failed < 40
+    assert name.startswith(f"{failed} of 40 trials of TPE, which failed (the first: training loss nan")
+    again = Surface.from_json(found.to_json())
+    assert again.gap(U, 0.0).dropped == (name,)
+    old = {key: value for key, value in found.to_json().items() if key != "dropped"}
+    assert Surface.from_json(old).dropped == ()
+    assert by_tpe(trials=10).dropped == scored().dropped == ()
 
 
 def test_tpe_takes_the_first_controls_within_its_bounds_first_and_then_makes_its_trials() -> None:
