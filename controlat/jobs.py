@@ -195,7 +195,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
 
 
 def labels(texts: Sequence[str]) -> list[str]:
-    """The schedules' texts for tables and figures: long ones cut, and numbered where that makes them equal."""
+    """The schedules' texts for tables and figures: long ones cut, and numbered if that makes them equal."""
     names = list(map(short, texts))
     return [n if names.count(n) == 1 else f"{i}: {n}" for i, n in enumerate(names, start=1)]
 
