@@ -8,6 +8,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+def open_file(path: str | Path, limit: float = math.inf) -> BufferedReader:
     """Open a regular file for reading; anything else is refused at once.
 
     A plain `open` of a named pipe waits for a writer, a device may have no end, and a folder gives an error
@@ -66,19 +67,20 @@ def open_file(path: str | Path) -> IO[bytes]:
 
     Args:
         path: the file; links are followed.
+        limit: the most bytes that it may have.
 
     Raises:
-        ValueError: it is a folder, a named pipe, a socket or a device; the message names it.
+        ValueError: it is larger, or a folder, a named pipe, a socket or a device; the message names it.
         OSError: it cannot be opened (missing, no permission).
 
     >>> open_file("/dev/zero")
     Traceback (most recent call last):
     ValueError: /dev/zero: is a device, not a regular file; give the path of a file
     """
-    _check_regular(path, os.stat(path).st_mode)  # before it is opened: a device may act on that
+    _check(path, os.stat(path), limit)  # before it is opened: a device may act on that
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     try:
-        _check_regular(path, os.fstat(file.fileno()).st_mode)  # what is there now
+        _check(path, os.fstat(file.fileno()), limit)  # what is there now
     except BaseException:
         file.close()
         raise
@@ -89,12 +91,13 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # no effect on regular files
 
 
-def _check_regular(path: str | Path, mode: int) -> None:
-    if stat.S_ISREG(mode):
-        return
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe (FIFO)", stat.S_IFSOCK: "a socket"}
-    kind = kinds.get(stat.S_IFMT(mode), "a device")
-    raise ValueError(f"{path}: is {kind}, not a regular file; give the path of a file")
+def _check(path: str | Path, found: os.stat_result, limit: float) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe (FIFO)", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise ValueError(f"{path}: is {kind}, not a regular file; give the path of a file")
+    if found.st_size > limit:
+        raise ValueError(f"{path}: has {found.st_size:,} bytes, but at most {limit:,} are read here")
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -108,11 +111,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         ValueError: it is larger, or no regular file; the message names it.
         OSError: it cannot be read (missing, no permission).
     """
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"{path}: has {size:,} bytes, but at most {limit:,} are read here")
-        return file.read(size)
+    with open_file(path, limit) as file:
+        return file.read(os.fstat(file.fileno()).st_size)  # no more, though it may grow meanwhile
 
 
 def _plain(value: Any) -> Any:
