@@ -81,8 +81,8 @@ class Problem:
         data: A data set (controlat data lists them), or your own package.module:factory returning a
             controlat.Dataset.
         data_dir: Folder of the data files; the cache that controlat data downloads to if left out.
-        data_options: Options of the data set, such as {size: 64} for a folder of pictures (which are turned as
-            their EXIF orientation says).
+        data_options: Options of the data set, such as {size: 64} for a folder of pictures; these are turned
+            as their EXIF orientation says.
         augment: none, flip, crop:pad=4 or crop-flip:pad=4 in training; as is usual for the data if left out.
         model: A network (controlat models lists them), or your own package.module:factory returning an
             nn.Module.
