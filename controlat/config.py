@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from controlat.rates import Rate, parse_rate
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
+from controlat.texts import short
 
 __all__ = [
     "DEMO_EPS",
@@ -59,7 +61,7 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     Raises:
         ValueError: as `parse_schedule` and `load_schedule`.
     """
-    if (Path(text) / "schedule.json").is_file():
+    if os.path.isfile(Path(text) / "schedule.json"):  # False too for a text that is too long for a name
         raise ValueError(f"{text} is a directory; its schedule is {Path(text) / 'schedule.json'}")
     return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs, knobs)
 
@@ -79,7 +81,8 @@ class Problem:
         data: A data set (controlat data lists them), or your own package.module:factory returning a
             controlat.Dataset.
         data_dir: Folder of the data files; the cache that controlat data downloads to if left out.
-        data_options: Options of the data set, such as {size: 64} for a folder of pictures.
+        data_options: Options of the data set, such as {size: 64} for a folder of pictures; these are turned
+            as their EXIF orientation says.
         augment: none, flip, crop:pad=4 or crop-flip:pad=4 in training; as is usual for the data if left out.
         model: A network (controlat models lists them), or your own package.module:factory returning an
             nn.Module.
@@ -183,12 +186,16 @@ class Problem:
         Raises:
             ValueError: it is malformed, or not admissible for the method.
         """
-        space = build(self.method, self.method_options).controls
-        schedule = read_schedule(text, self.epochs, space)
-        try:
-            return schedule.bound(space.check)
-        except ValueError as error:
-            raise ValueError(f"schedule {text!r}: {error}") from None
+        known: dict[tuple[object, ...], Schedule] = self.__dict__.setdefault("_schedules", {})
+        key = text, self.epochs, self.method, str(self.method_options)
+        if key not in known:  # a file is read once, and may not change in the middle of a command
+            space = build(self.method, self.method_options).controls
+            schedule = read_schedule(text, self.epochs, space)
+            try:
+                known[key] = schedule.bound(space)
+            except ValueError as error:
+                raise ValueError(f"schedule {short(text)!r}: {error}") from None
+        return known[key]
 
 
 @dataclass

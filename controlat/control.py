@@ -69,7 +69,7 @@ class Control(Mapping[str, Any]):
 
     __slots__ = ("_knobs",)
 
-    def __init__(self, **knobs: float) -> None:
+    def __init__(self, /, **knobs: float) -> None:
         values = {name: v if type(v) is int else number(v, name) for name, v in knobs.items()}
         if float(values.get("steps", 0.5)).is_integer():
             values["steps"] = int(values["steps"])

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from controlat.control import Knob, number
 from controlat.schedules import Curve, Schedule
-from controlat.texts import numbers, only, split
+from controlat.texts import numbers, only, short, split
 
 __all__ = ["FAMILIES", "Family", "parse_schedule"]
 
@@ -145,7 +145,7 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     family, found = split(text)
     if family not in FAMILIES:
         examples = "; ".join(f.example for f in FAMILIES.values())
-        raise ValueError(f"unknown schedule {family!r} in {text!r}; write one of: {examples}")
+        raise ValueError(f"unknown schedule {short(family)!r} in {short(text)!r}; write one of: {examples}")
     entry = FAMILIES[family]
     resolution = number(found.pop("resolution", "1"), "resolution")
     own = {*entry.required, *entry.optional}
@@ -162,4 +162,6 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
         curves |= {name: _free(found[name], whole.get(name)) for name in free}
         return Schedule(curves, epochs, resolution, text.strip())
     except ValueError as error:
-        raise ValueError(f"{error} (in schedule {text!r}; write for example {entry.example})") from None
+        raise ValueError(
+            f"{error} (in schedule {short(text)!r}; write for example {entry.example})"
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.state import same_bits
+from controlat.texts import short
 from controlat.training import deterministic, fit, load_checkpoint
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
@@ -65,7 +66,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
         if world.first:
-            _note_length(chosen.schedule, schedule, chosen.epochs)
+            _note_unreached(chosen, {chosen.schedule: schedule})
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -77,7 +78,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=chosen.schedule,
+            label=short(chosen.schedule),
         )
         records = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
     return {
@@ -89,12 +90,33 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     }
 
 
-def _note_length(text: str, schedule: Schedule, epochs: int) -> None:
-    """Say where a schedule from a file was made for another number of epochs."""
-    if schedule.epochs != epochs:
-        what = "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
-        told = f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}"
-        tqdm.write(f"controlat: note: {told}", file=sys.stderr)
+def _note_unreached(chosen: Problem, schedules: Mapping[str, Schedule]) -> None:
+    """Say where a schedule was made for another number of epochs, and what training never comes to."""
+    epochs, told = chosen.epochs, []
+    for text, schedule in ((short(text), schedule) for text, schedule in schedules.items()):
+        if schedule.epochs != epochs:
+            what = (
+                "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
+            )
+            told.append(f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}")
+        for at, knobs in _by_value(schedule.unreached()).items():
+            reach, times = "reach" if len(knobs) > 1 else "reaches", ", ".join(f"{t:g}" for t in at)
+            pieces = f"it has {schedule.epochs:g} epochs, in pieces of {schedule.resolution:g}"
+            told.append(
+                f"{text}: {', '.join(knobs)} never {reach} the value of epoch {short(times)}; {pieces}"
+            )
+    if late := [f"{t:g}" for t in chosen.rate.at if t >= epochs]:
+        when = short(", ".join(late))
+        told.append(f"lr {chosen.lr}: never changes at epoch {when}, as training has {epochs} epochs")
+    for line in told:
+        tqdm.write(f"controlat: note: {line}", file=sys.stderr)
+
+
+def _by_value(found: Mapping[str, tuple[float, ...]]) -> dict[tuple[float, ...], list[str]]:
+    names: dict[tuple[float, ...], list[str]] = {}
+    for name, value in found.items():
+        names.setdefault(value, []).append(name)
+    return names
 
 
 @contextlib.contextmanager
@@ -128,23 +150,28 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
-            for text in chosen.schedules if world.first else ():
-                _note_length(text, chosen.schedule_of(text), chosen.epochs)
+            if world.first:
+                _note_unreached(chosen, {text: chosen.schedule_of(text) for text in chosen.schedules})
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:
                 _strides(setting, chosen, every[0])
             runs: dict[int, list[dict[str, Any]]] = {}
             for i, candidate in enumerate(every):
-                which, label = i // len(chosen.seeds), f"[{i + 1}/{len(every)}] {candidate.schedule.text}"
+                which, label = (
+                    i // len(chosen.seeds),
+                    f"[{i + 1}/{len(every)}] {short(candidate.schedule.text)}",
+                )
                 found = candidate.run(f"{label}, seed {candidate.seed}")
                 runs.setdefault(which, []).append(found)
                 if chosen.progress and world.first:
                     left = found["evaluation"]["robust"]["value"]
                     tqdm.write(f"{label}, seed {candidate.seed}: robust {left:.1%}", file=sys.stderr)
             schedules = [
-                {"text": text, "schedule": chosen.schedule_of(text).to_json(), "runs": runs[i]}
-                for i, text in enumerate(chosen.schedules)
+                {"text": label, "schedule": chosen.schedule_of(text).to_json(), "runs": runs[i]}
+                for i, (text, label) in enumerate(
+                    zip(chosen.schedules, labels(chosen.schedules), strict=True)
+                )
             ]
             if world.first:
                 result = report.assemble(
@@ -165,6 +192,12 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if world.first:
             report.write(result, out)
     return dict(result)
+
+
+def labels(texts: Sequence[str]) -> list[str]:
+    """The schedules' texts for tables and figures: long ones cut, and numbered if that makes them equal."""
+    names = list(map(short, texts))
+    return [n if names.count(n) == 1 else f"{i}: {n}" for i, n in enumerate(names, start=1)]
 
 
 def _phi(setting: Setting, chosen: EvaluateSettings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from controlat.control import number
@@ -59,13 +60,14 @@ class Rate:
         if not 0 < self.peak < 1:
             raise ValueError(f"peak must be in (0, 1), a fraction of the run, got {self.peak:g}")
         object.__setattr__(self, "at", tuple(number(edge, "at") for edge in self.at))
-        if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
-            raise ValueError(f"at must be increasing epochs > 0, got {self.at}")
+        for a, b in zip((0.0, *self.at), self.at, strict=False):
+            if b <= a:
+                raise ValueError(f"at must be increasing epochs > 0, got {b:g} after {a:g}")
 
     def __call__(self, t: float, epochs: float) -> float:
         """eta at time t (epochs) of a run of `epochs`."""
         if self.kind == "multistep":
-            return self.lr * self.factor ** sum(t >= edge for edge in self.at)
+            return self.lr * self.factor ** bisect_right(self.at, t)
         if self.kind == "onecycle":
             rise, fall = t / (self.peak * epochs), (epochs - t) / ((1 - self.peak) * epochs)
             return self.lr * max(0.0, min(rise, fall))  # 0 also beyond the end

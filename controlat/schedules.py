@@ -6,23 +6,29 @@ Every text is shorthand for curves, so that a found or derived schedule and a na
 
 from __future__ import annotations
 
-import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from controlat.control import Control, number
+from controlat.control import Control, ControlSpace, number
 from controlat.files import read_json, write_json
-from controlat.texts import only
+from controlat.texts import only, short
 
 __all__ = ["CURVES", "Curve", "Schedule", "load_schedule"]
 
 FORMAT, VERSION = "controlat schedule", 1
 _MAX_PIECES = 1_000_000
 _ULP = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
+
+
+def _place(c: Curve, t: float) -> int:
+    """How many of the epochs `at` have come by time t; a bisection, as there may be a million of them."""
+    return bisect_right(c.at, t, key=lambda edge: edge - _ULP)
+
 
 # kind -> value at time t of a run of T epochs, from the curve's numbers.
 CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
@@ -34,8 +40,8 @@ CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
             c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
         ),
         "ramp": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * min(t / c.at[0], 1.0),
-        "step": lambda c, t, T: c.values[sum(t >= edge - _ULP for edge in c.at)],
-        "table": lambda c, t, T: c.values[min(sum(t >= edge - _ULP for edge in c.at), len(c.values) - 1)],
+        "step": lambda c, t, T: c.values[_place(c, t)],
+        "table": lambda c, t, T: c.values[min(_place(c, t), len(c.values) - 1)],
         "ratio": lambda c, t, T: c.values[0],
     }
 )
@@ -84,18 +90,29 @@ class Curve:
             raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
         if self.at and self.kind not in ("step", "table", "ramp"):
             raise ValueError(
-                f"only a step changes at given epochs, but a {self.kind} curve got at = {self.at}"
+                f"only a step changes at given epochs, but a {self.kind} curve got at = {short(self.at)}"
             )
         if self.kind == "ramp" and len(self.at) != 1:
-            raise ValueError(f"a ramp curve ends at one epoch, got at = {self.at}")
+            raise ValueError(f"a ramp curve ends at one epoch, got at = {short(self.at)}")
         if self.kind == "exponential" and min(self.values) <= 0:
             raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
-        if any(b <= a for a, b in zip((0.0, *self.at), self.at, strict=False)):
-            raise ValueError(f"a step changes at increasing epochs > 0, got {self.at}")
+        for a, b in zip((0.0, *self.at), self.at, strict=False):
+            if b <= a:
+                raise ValueError(f"a step changes at increasing epochs > 0, got {b:g} after {a:g}")
         if self.rounding is not None and self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
         if (self.kind == "ratio") != (self.of is not None):
             raise ValueError("a ratio curve, and only that, names the knob it divides by (of)")
+
+    def round(self, value: float, knob: str = "value") -> float:
+        """The value as the knob takes it: rounded where the curve says so.
+
+        Raises:
+            ValueError: it is not finite; names the knob.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"{knob} must be finite, got {value}")
+        return ROUNDINGS[self.rounding](value) if self.rounding else value
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
@@ -121,10 +138,11 @@ class Schedule:
         epochs: T, the length of the run that it was made for.
         resolution: length of a piece, in epochs.
         text: what the user wrote, for tables; any label.
+        defaults: constant values of knobs that have no curve, as `bound` takes them from a method.
 
     Raises:
-        ValueError: a number is out of range, or the control is not admissible somewhere (steps a whole
-            number >= 0, alpha >= 0).
+        ValueError: a number is out of range, a knob has a curve and a default, or the control is not
+            admissible somewhere (steps a whole number >= 0, alpha >= 0).
 
     >>> from controlat import parse_schedule
     >>> s = parse_schedule("amata:min=5,max=40,tau=0.4", epochs=7)
@@ -138,6 +156,7 @@ class Schedule:
     epochs: float
     resolution: float = 1.0
     text: str = ""
+    defaults: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", number(self.epochs, "epochs"))
@@ -158,7 +177,11 @@ class Schedule:
         object.__setattr__(
             self, "curves", MappingProxyType({k: self._bound(k, c) for k, c in self.curves.items()})
         )
-        object.__setattr__(self, "_pieces", tuple(self._at(i) for i in range(self.pieces)))
+        if twice := sorted(set(self.curves) & set(self.defaults)):
+            raise ValueError(f"{', '.join(twice)} cannot have both a curve and a default")
+        object.__setattr__(self, "defaults", MappingProxyType(dict(Control(**self.defaults))))
+        known: dict[tuple[float, ...], Control] = {}  # most pieces share their control with others
+        object.__setattr__(self, "_pieces", tuple(self._at(i, known) for i in range(self.pieces)))
 
     def _bound(self, knob: str, curve: Curve) -> Curve:
         if curve.of is not None and (curve.of not in self.curves or self.curves[curve.of].of is not None):
@@ -171,31 +194,41 @@ class Schedule:
                 f"resolution of {self.resolution:g} have {self.pieces} pieces"
             )
         edges = tuple(self.resolution * i for i in range(1, len(curve.values)))
-        return Curve("table", curve.values, edges, curve.rounding)
+        return curve if curve.at == edges else replace(curve, at=edges)
 
     @property
     def pieces(self) -> int:
         """Number of pieces on which u is constant."""
         return max(1, math.ceil(self.epochs / self.resolution - _ULP))
 
-    def _at(self, piece: int) -> Control:
+    def _at(self, piece: int, known: dict[tuple[float, ...], Control]) -> Control:
         t = piece * self.resolution
-        where = f"at epoch {t:g} of {self.text!r}"
-        real = {k: number(CURVES[c.kind](c, t, self.epochs), f"{k} {where}") for k, c in self.curves.items()}
-        value = {k: ROUNDINGS[c.rounding](real[k]) if c.rounding else real[k] for k, c in self.curves.items()}
+        try:
+            values = tuple(self._values(t))
+            if values not in known:
+                known[values] = self._control(dict(zip(self.curves, values, strict=True)))
+        except ValueError as error:
+            raise ValueError(f"{error} at epoch {t:g} of {short(self.text)!r}") from None
+        return known[values]
+
+    def _values(self, t: float) -> Iterable[float]:
+        """The value of every knob at time t, in the order of the curves."""
+        real = {knob: CURVES[c.kind](c, t, self.epochs) for knob, c in self.curves.items()}
         for knob, curve in self.curves.items():
             if curve.of is not None:
-                below = (value if curve.rounded else real)[curve.of]
-                value[knob] = curve.values[0] / below if value[curve.of] and below else 0.0
+                below = self.curves[curve.of].round(real[curve.of], curve.of)
+                divisor = below if curve.rounded else real[curve.of]
+                real[knob] = curve.values[0] / divisor if below and divisor else 0.0
+            yield curve.round(real[knob], knob)
+
+    def _control(self, value: dict[str, float]) -> Control:
         steps = value.get("steps", 0)
         if steps != int(steps):
-            raise ValueError(f"steps must be a whole number, got {steps:g} {where}")
-        if "steps" in value:
-            value["steps"] = int(steps)
+            raise ValueError(f"steps must be a whole number, got {steps:g}")
         for knob in ("steps", "alpha"):
             if value.get(knob, 0) < 0:
-                raise ValueError(f"{knob} must be >= 0, got {value[knob]:g} {where}")
-        return Control(**value)
+                raise ValueError(f"{knob} must be >= 0, got {value[knob]:g}")
+        return Control(**self.defaults, **value)
 
     def __call__(self, t: float) -> Control:
         """u(t), t in epochs since the start of training.
@@ -209,14 +242,59 @@ class Schedule:
         pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
         return pieces[int(min(t / self.resolution + _ULP, self.pieces - 1))]
 
-    def bound(self, check: Callable[[Control], Control]) -> Schedule:
-        """This schedule with every control passed through a check, which may fill in defaults or raise."""
-        found = Schedule(self.curves, self.epochs, self.resolution, self.text)
-        object.__setattr__(found, "_pieces", tuple(map(check, self._pieces)))  # type: ignore[attr-defined]
-        return found
+    def bound(self, space: ControlSpace) -> Schedule:
+        """This schedule for a method: knobs without a curve take the method's defaults.
+
+        Raises:
+            ValueError: the method has no such knob, lacks one, or does not admit a control.
+
+        >>> from controlat import parse_schedule
+        >>> from controlat.methods import build
+        >>> dict(parse_schedule("fgsm:alpha=0.1", 5).bound(build("fast").controls)(0))
+        {'alpha': 0.1, 'random': 1.0, 'start': 1.0, 'steps': 1}
+        """
+        plain = replace(self, defaults={}) if self.defaults else self
+        for u in dict.fromkeys(plain._pieces):  # type: ignore[attr-defined]
+            space.check(u)
+        curves = {
+            name: replace(c, rounding="half_up")  # of whole numbers, so that they come as int
+            if c.rounding is None and name != "steps" and space[name].kind == "integer"
+            else c
+            for name, c in self.curves.items()
+        }
+        defaults = {
+            name: int(knob.default) if knob.kind == "integer" else knob.default
+            for name, knob in space.items()
+            if name not in curves and knob.default is not None
+        }
+        if not defaults and curves == self.curves:
+            return plain
+        return replace(plain, curves=curves, defaults=defaults)
+
+    def unreached(self) -> dict[str, tuple[float, ...]]:
+        """Epochs at which a knob would change, or its ramp end, but which no piece within `epochs` reaches.
+
+        Returns:
+            Knob to those epochs, none where all are reached. Between two changes within one piece the first
+            is not reached.
+
+        >>> from controlat import parse_schedule
+        >>> parse_schedule("step:steps=0:2:10,at=3:8,alpha=0.1", epochs=5).unreached()
+        {'steps': (8.0,)}
+        """
+        starts = [piece * self.resolution for piece in range(self.pieces)]
+        found = {}
+        for knob, curve in self.curves.items():
+            if curve.kind == "step":
+                taken = {_place(curve, t) for t in starts}
+                found[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in taken)
+            elif curve.kind == "ramp" and curve.at[0] > self.epochs + _ULP:
+                found[knob] = curve.at
+        return {knob: at for knob, at in found.items() if at}
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_json(), sort_keys=True))
+        held = frozenset(self.curves.items()), frozenset(self.defaults.items())
+        return hash((*held, self.epochs, self.resolution, self.text))
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickles and deep copies, which a mapping proxy refuses
         return Schedule.from_json, (self.to_json(),)
@@ -230,6 +308,7 @@ class Schedule:
             "epochs": self.epochs,
             "resolution": self.resolution,
             "knobs": {knob: curve.to_json() for knob, curve in self.curves.items()},
+            **({"defaults": dict(self.defaults)} if self.defaults else {}),
         }
 
     @classmethod
@@ -245,7 +324,8 @@ class Schedule:
             raise ValueError(
                 f"schedule version {found.get('version')!r}; this release reads version {VERSION}"
             )
-        only(found, {"format", "version", "text", "epochs", "knobs"}, {"resolution"}, "a schedule")
+        optional = {"resolution", "defaults"}
+        only(found, {"format", "version", "text", "epochs", "knobs"}, optional, "a schedule")
         knobs = found["knobs"]
         if not isinstance(knobs, dict) or not all(isinstance(c, dict) for c in knobs.values()):
             raise ValueError('"knobs" must map each knob to a curve')
@@ -262,7 +342,11 @@ class Schedule:
         _plain_numbers((found["epochs"], found.get("resolution", 1.0)), "epochs and resolution")
         if not isinstance(found["text"], str):
             raise ValueError(f"text must be a string, got {found['text']!r}")
-        return cls(curves, found["epochs"], found.get("resolution", 1.0), found["text"])
+        defaults = found.get("defaults", {})
+        if not isinstance(defaults, dict):
+            raise ValueError('"defaults" must map each knob to a number')
+        _plain_numbers(defaults.values(), "defaults")
+        return cls(curves, found["epochs"], found.get("resolution", 1.0), found["text"], defaults)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the JSON form.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from controlat.control import number
 
-__all__ = ["count", "duration", "numbers", "only", "split", "table"]
+__all__ = ["count", "duration", "numbers", "only", "short", "split", "table"]
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
@@ -48,6 +48,17 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
     (0.0, 1.0, 2.5)
     """
     return tuple(number(part, name) for part in text.split(":"))
+
+
+def short(value: object, length: int = 100) -> str:
+    """A text, or anything else as a text, cut in the middle: a schedule may list a million numbers.
+
+    >>> short("table:steps=0:1:2:3:4:5,tau=0.3", length=20)
+    'table:steps...au=0.3'
+    """
+    text = str(value)
+    end = length // 3
+    return text if len(text) <= length else f"{text[: length - end - 3]}...{text[-end:]}"
 
 
 def count(value: float) -> str:

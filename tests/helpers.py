@@ -1,6 +1,8 @@
 """What several test files share: small float64 systems, and comparison to the last bit."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -134,3 +136,19 @@ class Counted(int):
         before = cls.compared
         work()
         return cls.compared - before
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail with a TimeoutError where the block does not end, such as by waiting for a named pipe."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

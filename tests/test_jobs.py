@@ -761,6 +761,42 @@ def test_autoattack_needs_its_library_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------------------------------------- never reached
+
+
+def test_what_training_never_comes_to_is_noted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few: dict[str, Any] = {"epochs": 2, "train_points": 40, "threads": 1, "progress": False}
+    parse_schedule("step:steps=1:2:3,at=1:2,alpha=0.1:0.2:0.3", 2).save(tmp_path / "late.json")
+    texts = ["set:steps=1..3@9,alpha=0.1:0.2@1", str(tmp_path / "late.json"), "amata:min=1,max=2,tau=0.1"]
+    notes = []
+    for i, text in enumerate(texts):
+        jobs.train(tmp_path / str(i), schedule=text, lr="multistep:lr=0.1,at=1:2:3" if i == 2 else 0.1, **few)
+        notes.append([line for line in capsys.readouterr().err.splitlines() if "note:" in line])
+    pieces = "it has 2 epochs, in pieces of 1"
+    assert notes == [
+        [f"controlat: note: {texts[0]}: steps never reaches the value of epoch 9; {pieces}"],
+        [f"controlat: note: {texts[1]}: steps, alpha never reach the value of epoch 2; {pieces}"],
+        [
+            "controlat: note: lr multistep:lr=0.1,at=1:2:3: never changes at epoch 2, 3, "
+            "as training has 2 epochs"
+        ],
+    ]
+
+
+def test_a_schedule_longer_than_a_file_name_trains_under_a_short_label(tmp_path: Path) -> None:
+    steps = ":".join(str(i % 2) for i in range(200))
+    texts = [f"table:steps={steps},alpha={a},resolution=1/100" for a in (0.1, 0.2)]
+    few: dict[str, Any] = {"epochs": 2, "train_points": 40, "threads": 1, "progress": False}
+    jobs.train(tmp_path / "out", schedule=texts[0], **few)
+    assert load_schedule(tmp_path / "out" / "schedule.json").text == texts[0]
+    labels = jobs.labels([*texts, texts[0].replace(":0:", ":1:"), "none"])
+    assert [len(label) <= 110 for label in labels] == [True] * 4
+    assert len(set(labels)) == 4
+    assert labels[3] == "none"
+
+
 # ---------------------------------------------------------------------------------------------------- MNIST
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"

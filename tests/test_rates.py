@@ -84,7 +84,7 @@ def test_what_is_no_rate_is_refused_with_examples(bad: object) -> None:
         ("onecycle:lr=0,peak=0.5", "lr must be > 0, got 0"),
         ("multistep:lr=-1,at=3", "lr must be > 0, got -1"),
         ("multistep:lr=0.1,at=3,factor=0", "factor must be > 0, got 0"),
-        ("multistep:lr=0.1,at=5:3", r"at must be increasing epochs > 0, got \(5.0, 3.0\)"),
+        ("multistep:lr=0.1,at=5:3", "at must be increasing epochs > 0, got 3 after 5"),
         ("multistep:lr=0.1,at=3:3", "at must be increasing"),
         ("multistep:lr=0.1,at=0:3", "at must be increasing"),
         ("multistep:lr=0.1,at=a", "at must be a number .* got 'a'"),

@@ -1,23 +1,38 @@
 """Schedules: every family against values written out by hand; files come back equal or are refused."""
 
+import contextlib
 import copy
 import json
 import math
+import os
 import pickle
 import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from helpers import split, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import controlat
+from controlat import plots
+from controlat.balls import Ball
 from controlat.control import Control
+from controlat.dynamics import Driver, SGDSettings
 from controlat.families import FAMILIES, parse_schedule
+from controlat.methods import build, names
+from controlat.plan import Plan
+from controlat.rates import parse_rate
 from controlat.schedules import CURVES, Curve, Schedule, load_schedule
+from controlat.training import Tally
+from controlat.training import _bar as progress_of_training
 
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -307,11 +322,60 @@ def test_a_file_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     assert load_schedule(file) == parse_schedule("fgsm:alpha=1", 1)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_schedules_copy_and_pickle(again) -> None:
-    s = parse_schedule("table:steps=1:2,tau=1", 5)
-    assert again(s) == s
-    assert again(s)(1) == s(1)
+AGAIN: dict[str, Callable[[Schedule], Schedule]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda s: pickle.loads(pickle.dumps(s)),
+    "replace": replace,
+    "json": lambda s: Schedule.from_json(json.loads(json.dumps(s.to_json()))),
+}
+
+
+def bound(method: str) -> Iterator[tuple[Schedule, Schedule]]:
+    """What the method must be given, and the families that have such controls: plain and bound."""
+    space = build(method).controls
+    least = (f"{n}={min(max(k.low, 1), k.high):g}" for n, k in space.items() if k.default is None)
+    for text in ["set:" + ",".join(least), *(f.example for f in FAMILIES.values())]:
+        with contextlib.suppress(ValueError):
+            plain = parse_schedule(text, 8, space)
+            yield plain, plain.bound(space)
+
+
+@pytest.mark.parametrize("method", names())
+def test_what_a_schedule_was_bound_to_survives_every_copy(method: str) -> None:
+    pairs, space = list(bound(method)), build(method).controls
+    assert pairs
+    for plain, s in pairs:
+        known = {name: knob.default for name, knob in space.items() if name not in plain.curves}
+        for name, again in AGAIN.items():
+            found = again(s)
+            assert (found, hash(found), repr(found)) == (s, hash(s), repr(s)), name
+            for t in range(8):
+                assert dict(found(t)) == dict(plain(t)) | known == dict(space.check(plain(t)))
+                assert [type(v) for v in found(t).values()] == [type(v) for v in s(t).values()]
+        assert (s == plain, repr(s) == repr(plain)) == (not known, not known)
+
+
+def test_the_defaults_of_fast_by_hand() -> None:
+    s = parse_schedule("fgsm:alpha=0.1", 5).bound(build("fast").controls)
+    assert dict(pickle.loads(pickle.dumps(s))(4)) == {"alpha": 0.1, "random": 1.0, "start": 1.0, "steps": 1}
+    other = s.bound(build("pgd_at").controls)  # what another method filled in is no choice of the user's
+    assert other == parse_schedule("fgsm:alpha=0.1", 5)
+    assert replace(s, defaults={**s.defaults, "start": 0.5})(0)["start"] == 0.5
+    with pytest.raises(ValueError, match="alpha cannot have both a curve and a default"):
+        replace(s, defaults={"alpha": 1})
+
+
+def test_a_whole_number_comes_as_int_from_a_file_without_rounding() -> None:
+    knobs = {"steps": Curve("constant", (2,)), "alpha": Curve("constant", (0.1,))}
+    s = Schedule({**knobs, "reset": Curve("step", (3, 5), at=(1,))}, 2).bound(build("atta").controls)
+    assert [(type(u["reset"]), u["reset"]) for u in map(s, (0, 1))] == [(int, 3), (int, 5)]
+
+
+def test_equal_schedules_have_equal_hashes() -> None:
+    a, b = (Schedule({"sigma": Curve("constant", (v,))}, 3) for v in (0.0, -0.0))
+    assert a == b
+    assert hash(a) == hash(b)
 
 
 def test_schedules_compare_by_value_and_are_frozen() -> None:
@@ -323,6 +387,87 @@ def test_schedules_compare_by_value_and_are_frozen() -> None:
         s.epochs = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
         s.curves["steps"] = Curve("constant", (1,))  # type: ignore[index]
+
+
+# ------------------------------------------------------------------------------------------------ not reached
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs", "expected"),
+    [
+        ("step:steps=0:2:10,at=3:8,alpha=0.1", 5, {"steps": (8,)}),
+        ("step:steps=0:2:10,at=3:8,alpha=0.1", 8, {"steps": (8,)}),  # training ends where it would change
+        ("step:steps=0:2:10,at=3:8,alpha=0.1", 9, {}),
+        ("step:steps=0:2:10,at=6:8,alpha=0.1:0.2:0.3", 5, {"steps": (6, 8), "alpha": (6, 8)}),
+        ("step:steps=0:2:10,at=3:4.5,alpha=0.1", 5, {"steps": (4.5,)}),  # in the last piece
+        ("step:steps=0:2:10,at=3:4.5,alpha=0.1,resolution=0.5", 5, {}),
+        ("step:steps=0:2:10,at=3.2:3.4,alpha=0.1", 5, {"steps": (3.2,)}),  # both within one piece
+        ("set:steps=1,alpha=0.1:0.2@8,start=0..1@9", 5, {"alpha": (8,), "start": (9,)}),
+        ("set:steps=1,alpha=0.1:0.2@4,start=0..1@5", 5, {}),  # as a..b, whose end is T
+        ("amata:min=1,max=5,tau=1", 5, {}),
+        ("table:steps=1:2:3:4:5,alpha=0.1", 5, {}),
+        ("pgd:steps=1,alpha=0.1", 5, {}),
+    ],
+)
+def test_switches_that_training_never_comes_to(text: str, epochs: int, expected: dict[str, Any]) -> None:
+    s = parse_schedule(text, epochs)
+    assert s.unreached() == expected
+    assert Schedule.from_json(s.to_json()).unreached() == expected
+    for knob in (k for k in expected if s.curves[k].kind == "step"):  # by looking at every piece
+        taken = {s(i * s.resolution)[knob] for i in range(s.pieces)}
+        values = dict(zip(s.curves[knob].at, s.curves[knob].values[1:], strict=True))
+        assert not taken & {values[e] for e in expected[knob]}
+
+
+# ----------------------------------------------------------------------------------------------- many pieces
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """Calls of functions of controlat, generators that go on included."""
+    found = 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal found
+        found += event == "call" and "controlat" in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def _whole_path(text: str, n: int, folder: Path) -> None:
+    """All that the commands do with a schedule of n pieces, one for each of n steps."""
+    space, data = build("pgd_at").controls, split(20)
+    s = parse_schedule(text, n / 20, space).bound(space)
+    s.save(folder / "s.json", overwrite=True)
+    again = load_schedule(folder / "s.json")
+    assert again == s == pickle.loads(pickle.dumps(s))
+    assert hash(again) == hash(s)
+    assert s.unreached() == {}
+    p = Plan(data, 1, n // 20, s, parse_rate("multistep:lr=0.1,at=" + ":".join(map(str, range(1, n // 20)))))
+    assert len(p.blocks(0, n)) == n
+    assert p.mean_rate() > 0
+    driver = Driver(torch.nn.Linear(4, 3), build("pgd_at"), Ball(0.1), SGDSettings())
+    progress_of_training(p, driver, Tally(), "train", False)
+    plots.schedules({"schedules": [{"text": "many", "schedule": s.to_json()}]}, folder / "s.png")
+
+
+@pytest.mark.parametrize("kind", ["table", "step", "amata"])
+def test_the_work_grows_with_the_number_of_pieces_not_its_square(tmp_path: Path, kind: str) -> None:
+    def text(n: int) -> str:
+        steps = ":".join(str(i % 3) for i in range(n))
+        at = ":".join(f"{i}/20" for i in range(1, n))
+        return {
+            "table": f"table:steps={steps},tau=0.3,resolution=1/20",
+            "step": f"step:steps={steps},at={at},tau=0.3,resolution=1/20",
+            "amata": "amata:min=1,max=10,tau=0.3,alpha_from=real,resolution=1/20",
+        }[kind]
+
+    few, many = (_calls(lambda n=n: _whole_path(text(n), n, tmp_path)) for n in (100, 800))  # type: ignore[misc]
+    assert many / few < 1.6 * 8  # 8 in proportion, 64 as its square; a bisection adds log(800) / log(100)
 
 
 # ------------------------------------------------------------------------------------------- malformed files
@@ -371,7 +516,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_schedule(tmp_path / "no.json")
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "huge.json").touch()
+    os.truncate(tmp_path / "huge.json", 1 << 40)
+    for name, what in (("pipe", "is a named pipe"), ("zero", "is a device"), ("folder", "is a folder")):
+        with within(5), pytest.raises(ValueError, match=f"{name}.json: {what}"):
+            load_schedule(tmp_path / f"{name}.json")
+    with within(5), pytest.raises(ValueError, match="has 1,099,511,627,776 bytes, but at most"):
+        load_schedule(tmp_path / "huge.json")
+
+
 MALFORMED: list[tuple[Any, str]] = [
+    *[(spoilt("defaults", v), '"defaults" must map') for v in (None, [], 3, "beta")],
+    *[(spoilt("defaults", {"beta": v}), "defaults: expected plain") for v in ("2", None, [2], True)],
+    *[(spoilt("defaults", {"beta": v}), "finite") for v in (math.nan, math.inf)],
+    (spoilt("defaults", {"steps": 1}), "steps cannot have both a curve and a default"),
     (None, "not a schedule"),
     ([], "not a schedule"),
     ("amata", "not a schedule"),
@@ -383,7 +545,7 @@ MALFORMED: list[tuple[Any, str]] = [
     (spoilt("epochs", ...), "lacks epochs"),
     (spoilt("knobs", ...), "lacks knobs"),
     (spoilt("text", ...), "lacks text"),
-    (spoilt("other", 1), "does not take other; it takes epochs"),
+    (spoilt("other", 1), "does not take other; it takes defaults, epochs"),
     (spoilt("text", None), "text must be a string, got None"),
     *[(spoilt("epochs", v), "epochs") for v in ("4", None, [4], {}, True, 0, -1, math.nan, math.inf, 1e300)],
     *[(spoilt("resolution", v), "resolution") for v in ("1", None, [1], True, 0, -1, 5, math.nan, 1e-300)],

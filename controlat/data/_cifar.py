@@ -18,11 +18,14 @@ from torch import Tensor
 
 from controlat.data import _cache
 from controlat.data._types import Dataset, Split
+from controlat.files import open_file, read_bytes
 
 __all__ = ["Layout", "load"]
 
 SHAPE = (3, 32, 32)  # red, green, blue plane, each row by row
 PIXELS = 3072
+LARGEST = 256 << 20  # bytes of a file, or of all in an archive; the archives of both sets hold 0.19 GB
+MOST = 100  # files and folders in an archive; there are 9
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ def _parts(layout: Layout, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Images and labels of each file, from the first place that has them all."""
     folders, archive = (root, root / layout.folder), root / layout.archive
     for place in folders:
-        if all((place / name).is_file() for name in layout.files):
+        if all(_there(place / name) for name in layout.files):
             files = ((name, place / name) for name in layout.files)
-            return {name: _decode(layout, str(path), path.read_bytes()) for name, path in files}
-    if archive.is_file():
+            return {name: _decode(layout, str(path), read_bytes(path, LARGEST)) for name, path in files}
+    if _there(archive):
         members = _members(layout, archive)
         parts = {name: _decode(layout, f"{archive}, {name}", data) for name, data in members}
         if lost := [name for name in layout.files if name not in parts]:
@@ -109,19 +112,42 @@ def _parts(layout: Layout, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
             f"{pickled} is of the pickled python version, which is never read (pickles can run any code)"
         )
         raise ValueError(f"{layout.name}: {version}; take the binary version: {_cache.cure(layout.name)}")
-    nearest = max(folders, key=lambda place: sum((place / name).is_file() for name in layout.files))
-    missing = ", ".join(name for name in layout.files if not (nearest / name).is_file())
+    nearest = max(folders, key=lambda place: sum(_there(place / name) for name in layout.files))
+    missing = ", ".join(name for name in layout.files if not _there(nearest / name))
     places = ", ".join(map(str, (*folders, archive)))
     raise ValueError(f"{layout.name}: no file {missing} in any of {places}; {_cache.cure(layout.name)}")
 
 
+def _there(path: Path) -> bool:
+    """Whether there is something to read; a pipe or a device is refused when it is opened."""
+    return path.exists() and not path.is_dir()
+
+
+@dataclass
+class _Bounded:
+    """A stream of which no more than `left` bytes can be read."""
+
+    stream: gzip.GzipFile
+    left: int
+
+    def read(self, size: int) -> bytes:
+        found = self.stream.read(min(size, self.left + 1))
+        self.left -= len(found)
+        if self.left < 0:
+            raise tarfile.TarError(f"it unpacks to more than {LARGEST:,} bytes")
+        return found
+
+
 def _members(layout: Layout, archive: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files in the archive, in one pass; nothing is written to disk."""
-    with archive.open("rb") as file:
+    with open_file(archive, LARGEST) as file:
         try:
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                with tarfile.open(fileobj=unpacked, mode="r|") as tar:
-                    for member in tar:
+            with gzip.GzipFile(fileobj=file) as packed:
+                unpacked = _Bounded(packed, LARGEST)
+                with tarfile.open(fileobj=unpacked, mode="r|") as tar:  # type: ignore[call-overload]
+                    for number, member in enumerate(tar, start=1):
+                        if number > MOST:
+                            raise tarfile.TarError(f"it holds more than {MOST} files")
                         name = PurePosixPath(member.name).name
                         if name in layout.files and member.isreg() and (content := tar.extractfile(member)):
                             yield name, content.read()

@@ -12,11 +12,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from controlat.files import open_file
 
 __all__ = ["Remote", "fetch"]
 
@@ -139,7 +141,7 @@ def _kept(remote: Remote, path: Path) -> bool:
     if not path.is_file():
         fault: str | None = "no regular file"
     else:
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
             fault = _fault(file, remote)
     if fault:
         cure = "it stays as it is; move it away or give another folder (--data-dir)"
@@ -147,7 +149,7 @@ def _kept(remote: Remote, path: Path) -> bool:
     return True
 
 
-def _fault(file: FileIO, remote: Remote) -> str | None:
+def _fault(file: FileIO | BufferedReader, remote: Remote) -> str | None:
     """What is wrong with the content, None if nothing."""
     if (size := _size(file)) != remote.size:
         return f"expected {remote.size} bytes, found {size}"
@@ -156,7 +158,7 @@ def _fault(file: FileIO, remote: Remote) -> str | None:
     return None if found == remote.sha256 else f"expected SHA-256 {remote.sha256}, found {found}"
 
 
-def _size(file: FileIO) -> int:
+def _size(file: FileIO | BufferedReader) -> int:
     return os.fstat(file.fileno()).st_size
 
 
@@ -164,6 +166,8 @@ def _size(file: FileIO) -> int:
 def _claim(part: Path) -> Iterator[FileIO]:
     """Open a .part that no other process writes, for reading and appending; an empty one does not stay."""
     while True:
+        if part.exists() and not part.is_file():
+            raise ValueError(f"{part}: is in the way and no regular file; move it away")
         with part.open("a+b", buffering=0) as file:
             _lock(file, part)
             if not _is_at(file, part):  # its owner gave it the final name while we waited for the lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Shape", "boolean", "halves", "whole"]
+
+PIXELS = (
+    1 << 28
+) // 3  # of one picture, 256 MiB in colour: where Pillow begins to warn of decompression bombs
 
 
 def whole(value: object, name: str) -> int:
@@ -57,11 +62,17 @@ class Shape:
             raise ValueError(f"resize must be at least size, got resize {self.resize}, size {self.size}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """The image (C, H, W), uint8.
+        """The image (C, H, W), uint8, turned and mirrored as the EXIF orientation of the picture says.
 
         Raises:
-            ValueError: a grey picture of 32 bits, whose white is not known.
+            ValueError: more than 89 million pixels, or a grey picture of 32 bits, whose white is not known.
         """
+        from PIL import ImageOps
+
+        _check_pixels(*picture.size, "")
+        picture.load()  # turns a TIFF itself
+        with contextlib.suppress(SyntaxError):  # what is no EXIF at all, as every viewer passes over
+            ImageOps.exif_transpose(picture, in_place=True)
         picture = _eight_bits(picture)
         if "transparency" in picture.info:  # Pillow wants it to be dropped in two steps
             picture = picture.convert("RGBA")
@@ -79,6 +90,7 @@ class Shape:
         factor = (self.resize or size) / min(width, height)
         if factor != 1:
             sides = max(round(width * factor), size), max(round(height * factor), size)
+            _check_pixels(*sides, f" once its shorter side has {self.resize or size}")
             picture = picture.resize(sides, Image.Resampling.BILINEAR)
         left, top = ((side - size) // 2 for side in picture.size)
         return picture.crop((left, top, left + size, top + size))
@@ -94,6 +106,11 @@ class Shape:
         sizes = [f"{shape[2]} x {shape[1]} (width x height)" for shape in (image.shape, expected)]
         cure = "give a size to resize and crop all of them, such as --data-options.size 64"
         raise ValueError(f"{name} has {sizes[0]}, the first picture {sizes[1]}; {cure}")
+
+
+def _check_pixels(width: int, height: int, when: str) -> None:
+    if width * height > PIXELS:
+        raise ValueError(f"{width} x {height} pixels{when}, more than the {PIXELS:,} that are decoded here")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@
     ROOT/CLASS/*.jpg, of which a fixed share of every class becomes the test set.
 
 Classes are numbered in the order of their names. Pictures are decoded as they are needed, by threads, and
-are never all in memory unless asked for.
+are never all in memory unless asked for. They are turned as their EXIF orientation says.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from torch import Tensor
 from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
 from controlat.data._types import Dataset, Samples
+from controlat.files import open_file
 
 __all__ = ["AUGMENT", "load"]
 
 AUGMENT = "crop-flip:pad=4"
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # Pillow would run Ghostscript on others
+LARGEST = 512 << 20  # bytes of one picture file
 TESTS = ("test", "val", "valid", "validation")
 
 
@@ -80,10 +83,11 @@ def load(
     channels, height, width = _read(listing.files, shape, None, 0).shape
     in_shape = (channels, height, width)
     read = functools.partial(_read, listing.files, shape, in_shape)
+    stamp = functools.partial(_stamp, listing.files, root)
     y = torch.tensor(listing.labels)
 
     def split(positions: Tensor) -> Samples:
-        found = Streamed(read, y[positions], in_shape, positions, threads)
+        found = Streamed(read, y[positions], in_shape, positions, threads, stamp=stamp)
         return found.in_memory() if keep else found
 
     return Dataset(root.resolve().name or "folder", split(train), split(test), len(listing.classes))
@@ -139,8 +143,16 @@ def _read(files: list[str], shape: Shape, expected: tuple[int, int, int] | None,
 
     name = files[position]
     try:
-        with Image.open(name) as picture:
+        with open_file(name, LARGEST) as file, Image.open(file, formats=FORMATS) as picture:
             image = shape(picture)
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"{name}: cannot be read as a picture ({error}); mend or remove it") from None
+        told = str(error).removeprefix(f"{name}: ")
+        raise ValueError(f"{name}: cannot be read as a picture ({told}); mend or remove it") from None
     return image if expected is None else shape.check(image, expected, name)
+
+
+def _stamp(files: list[str], root: Path, position: int) -> str:
+    """Name in the folder, size and time of change of a picture."""
+    name = files[position]
+    found = os.stat(name)
+    return f"{os.path.relpath(name, root)} {found.st_size} {found.st_mtime_ns}"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from controlat.data import _cache
 from controlat.data._download import Remote
 from controlat.data._types import Dataset, Split
+from controlat.files import read_bytes
 
 __all__ = ["REMOTES", "load", "read_idx"]
 
@@ -56,6 +57,8 @@ REMOTES = tuple(
 )
 
 IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: uint8 of rank 3, uint8 of rank 1
+LARGEST = 2 << 30  # bytes of a file, packed or not; MNIST's images have 47 million
+LONGEST_HEADER = 4 + 4 * 255
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -106,7 +109,7 @@ def _find(root: Path, stem: str, kind: str) -> Path:
     folders = [root, root / "MNIST" / "raw", root / "raw"]
     files = [f"{stem}{dot}{kind}{end}" for dot in "-." for end in ("", ".gz")]
     for path in (folder / file for folder in folders for file in files):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
     places = ", ".join(map(str, folders))
     raise ValueError(f"mnist: no file {', '.join(files)} in any of {places}; {_cache.cure('mnist')}")
@@ -126,7 +129,8 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
         A new array in the byte order of this machine.
 
     Raises:
-        ValueError: wrong magic, file cut short, bytes left over, damaged gzip; names file and numbers.
+        ValueError: wrong magic, file cut short, bytes left over, damaged gzip, more than 2 GiB, no regular
+            file; names file and numbers. A gzipped file is unpacked as far as its header says, no further.
 
     Example:
         >>> import tempfile
@@ -138,16 +142,22 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
 
     Source: LeCun, Cortes and Burges, 1998, "the IDX file format".
     """
-    data, cut = _contents(Path(path))
-    if len(data) < 4:
-        raise ValueError(f"{path}: truncated: expected at least 4 bytes, found {len(data)}; fetch it again")
-    dtype, header = _layout(path, int.from_bytes(data[:4], "big"), magic)
-    sizes = data[4:header].ljust(header - 4, b"\0")  # a missing size counts as 0: then the header is short
+    stored = read_bytes(path, LARGEST)
+    head, _ = _contents(path, stored, LONGEST_HEADER)
+    if len(head) < 4:
+        raise ValueError(f"{path}: truncated: expected at least 4 bytes, found {len(head)}; fetch it again")
+    dtype, header = _layout(path, int.from_bytes(head[:4], "big"), magic)
+    sizes = head[4:header].ljust(header - 4, b"\0")  # a missing size counts as 0: then the header is short
     shape = np.frombuffer(sizes, ">u4").tolist()
     size = header + math.prod(shape) * dtype.itemsize
-    if cut or len(data) != size:
-        fault = "gzip stream cut short" if cut else "truncated" if len(data) < size else "trailing bytes"
-        raise ValueError(f"{path}: {fault}: expected {size} bytes, found {len(data)}; fetch it again")
+    if size > LARGEST:
+        raise ValueError(f"{path}: sizes {shape[:8]} are {size:,} bytes, at most {LARGEST:,} are read here")
+    data, complete = _contents(path, stored, size + 1)  # 1: to see what is too much
+    if not complete or len(data) != size:
+        fault = "truncated" if complete else "gzip stream cut short"
+        found = f"{len(data)}" if complete or len(data) <= size else f"more than {size}"
+        fault = "trailing bytes" if len(data) > size else fault
+        raise ValueError(f"{path}: {fault}: expected {size} bytes, found {found}; fetch it again")
     try:
         values = np.frombuffer(data, dtype, offset=header) if size > header else np.empty(0, dtype)
         return values.reshape(shape).astype(dtype.newbyteorder("="))
@@ -169,14 +179,13 @@ def _layout(path: str | Path, found: int, magic: int | None) -> tuple[np.dtype[A
     return np.dtype(DTYPES[code]), 4 + 4 * rank
 
 
-def _contents(path: Path) -> tuple[bytes, bool]:
-    """The bytes of a file, unpacked if it is gzipped, and whether the gzip stream was cut short."""
-    data = path.read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
-        return data, False
+def _contents(path: str | Path, stored: bytes, limit: int) -> tuple[bytes, bool]:
+    """The bytes of a file, at most `limit` if it is gzipped, and whether its gzip stream came to its end."""
+    if not stored.startswith(b"\x1f\x8b"):
+        return stored, True
     stream = zlib.decompressobj(wbits=31)  # 31: gzip; unlike the gzip module it keeps what it got
     try:
-        unpacked = stream.decompress(data)
+        unpacked = stream.decompress(stored, limit)
     except zlib.error as error:
         raise ValueError(f"{path}: damaged gzip stream ({error}); fetch it again") from error
-    return unpacked + stream.unused_data, not stream.eof
+    return unpacked + stream.unused_data, stream.eof

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from controlat.data import _cache
 from controlat.data._download import Remote
 from controlat.data._types import Dataset, Split
+from controlat.files import read_bytes
 
 __all__ = ["REMOTES", "load", "read_mat"]
 
@@ -29,6 +30,7 @@ REMOTES = tuple(
 FLAGS, MATRIX, COMPRESSED = 6, 14, 15  # types of data elements
 STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 NUMERIC = range(6, 16)  # classes of variables: double, single, eight kinds of whole numbers
+LARGEST = 1 << 30  # bytes of a file, and of all its variables unpacked; those of SVHN have 0.23 GB
 OPAQUE, COMPLEX = 17, 0x0800
 AGAIN = "move it away and fetch it again: controlat data svhn"
 
@@ -56,7 +58,7 @@ def load(root: Path | None = None) -> Dataset:
     """
     place = _cache.folder("svhn", root)
     paths = [place / remote.name for remote in REMOTES]
-    if missing := [path.name for path in paths if not path.is_file()]:
+    if missing := [path.name for path in paths if not path.exists() or path.is_dir()]:
         raise ValueError(f"svhn: no file {', '.join(missing)} in {place}; {_cache.cure('svhn')}")
     train, test = map(_split, paths)
     return Dataset("svhn", train, test, num_classes=10)
@@ -96,7 +98,8 @@ def read_mat(path: str | Path, names: Collection[str]) -> dict[str, NDArray[Any]
         that is always a small whole number as uint8); everything else in the file is passed over.
 
     Raises:
-        ValueError: another format, a damaged file, a variable that is no full array of real numbers.
+        ValueError: another format, a damaged file, more than 1 GiB packed or unpacked, no regular file, a
+            variable that is no full array of real numbers.
 
     Example:
         >>> import tempfile
@@ -108,20 +111,25 @@ def read_mat(path: str | Path, names: Collection[str]) -> dict[str, NDArray[Any]
 
     Source: The MathWorks, MAT-File Format, chapter 1, "Level 5".
     """
-    data = memoryview(Path(path).read_bytes())
+    data = memoryview(read_bytes(path, LARGEST))
     order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(bytes(data[124:128]))
     if order is None:
         raise ValueError(f"{path}: is no MATLAB file of level 5; {AGAIN}")
     found: dict[str, NDArray[Any]] = {}
-    rest = data[128:]
+    rest, left = data[128:], LARGEST
     try:
         while rest and len(found) < len(names):
             kind, body, rest = _element(rest, order)
             if kind == COMPRESSED:
-                kind, body, _ = _element(_unpacked(body, order), order)
+                content = _unpacked(body, order, left)
+                left -= len(content)
+                kind, body, _ = _element(content, order)
             if kind != MATRIX:
                 raise ValueError(f"an element of unknown type {kind}")
-            found |= _variable(body, order, names)
+            variable = _variable(body, order, names)
+            if twice := set(found) & set(variable):
+                raise ValueError(f"variable {twice.pop()!r} comes twice")
+            found |= variable
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
     return found
@@ -141,9 +149,11 @@ def _element(data: memoryview, order: str) -> tuple[int, memoryview, memoryview]
     return kind, body, data[following:]
 
 
-def _unpacked(body: memoryview, order: str) -> memoryview:
+def _unpacked(body: memoryview, order: str, limit: int) -> memoryview:
     head = zlib.decompressobj().decompress(body[:1024], 8)
     size = struct.unpack(f"{order}4xI", head)[0] if len(head) == 8 else 0
+    if 8 + size > limit:
+        raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
     stream = zlib.decompressobj()
     content = stream.decompress(body, 8 + size + 1)  # 1: to see what is too much
     if not stream.eof or len(content) != 8 + size:

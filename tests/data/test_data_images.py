@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,54 @@ def single(path: Path, channels: int = 3) -> Tensor:
     assert found.dtype == torch.uint8
     assert found.is_contiguous()
     return found
+
+
+# orientation -> what a viewer does with the stored pixels (EXIF 2.32, tag 274), rows and columns first
+UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])  # that store every pixel as it is
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_pictures_are_turned_as_their_orientation_says(tmp_path: Path, ending: str, orientation: int) -> None:
+    stored, exif = pixels(3)[:3], Image.Exif()
+    exif[274] = orientation
+    lossless = {"lossless": True, "exact": True} if ending == "webp" else {}
+    path = write(tmp_path / f"x.{ending}", stored, exif=exif, **lossless)
+    upright = torch.from_numpy(UPRIGHT[orientation](stored).copy()).permute(2, 0, 1)
+    assert same(single(path), upright)
+    with Image.open(path) as picture:
+        assert same(Shape(3)(picture.convert("RGB")), upright)  # as torchvision hands pictures over
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0garbage", b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 274, 3, 1, 9, 0)]
+)
+def test_an_orientation_that_is_none_leaves_a_picture_as_it_is(
+    tmp_path: Path, ending: str, exif: bytes
+) -> None:
+    path = write(tmp_path / f"x.{ending}", pixels(3), exif=exif, lossless=True)
+    assert same(single(path), torch.from_numpy(pixels(3)).permute(2, 0, 1))
+
+
+def test_pictures_too_large_to_decode_are_refused_before_that(tmp_path: Path) -> None:
+    side = 9460  # 89.49 million pixels; Pillow refuses from twice that on, and warns from 89.48 million on
+    write(tmp_path / "x.png", Image.new("1", (side, side)))
+    with warnings.catch_warnings(action="ignore"), Image.open(tmp_path / "x.png") as picture:
+        with pytest.raises(ValueError, match="9460 x 9460 pixels, more than the 89,478,485 that are decoded"):
+            Shape(3)(picture)
+        assert picture._im is None  # nothing was decoded
+    with pytest.raises(ValueError, match="6400000 x 64 pixels once its shorter side has 64, more than"):
+        Shape(3, 64)(Image.new("L", (100_000, 1)))
 
 
 RAMP = np.arange(0, 256, 17, dtype=np.uint8).reshape(2, 8)
