@@ -238,7 +238,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
         f"norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi {said} "
-        "(eval mode; the dependence of BatchNorm statistics on theta is dropped). "
+        "(eval mode; the greedy forms hold BatchNorm's running statistics fixed). "
         f"Searched: {searched}. Intervals: 95 % over probe batches"
         + (", ± standard deviation over seeds." if several else "."),
         f"robust: survives {', '.join(s['attacks'])}; 95 % Wilson interval for {sizes['test']} points"
