@@ -83,7 +83,8 @@ def show(found: dict[str, Any]) -> str:
     return (
         f"{where['cpu']}, {where['threads']} thread(s), device {of['device']}\n"
         f"PGD-{of['inner']}, batch of {of['batch']}, minimum of {of['repeats']} rounds\n\n"
-        f"{table(heads, cells)}\n\ntarget: a ratio of at most {TARGET['ratio']}: {'met' if found['met'] else 'MISSED'}"
+        f"{table(heads, cells)}\n\n"
+        f"target: a ratio of at most {TARGET['ratio']}: {'met' if found['met'] else 'MISSED'}"
     )
 
 
