@@ -169,8 +169,6 @@ def pullbacks(
     meter = Meter() if meter is None else meter
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
-    trained = {id(p) for p in driver.parameters}
-    names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
     dropped: set[str] = set()
     with driver._scoring(), torch.enable_grad():
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
@@ -178,6 +176,8 @@ def pullbacks(
         start = ctx.rows
         ctx.rows = {name: Rows(leaves.rows[name], rows.seen) for name, rows in ctx.rows.items()}
         theta, momentum = leaves.parameters, leaves.momentum
+        trained = {id(p) for p in driver.parameters}
+        names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
         ctx.theta = dict(zip(names, theta, strict=True))
         for update, _, gradients in driver._updates(ctx, batch, u):
             shift = [torch.zeros_like(t) for t in theta] if update.shift is None else list(update.shift)

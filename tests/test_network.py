@@ -191,7 +191,7 @@ def test_a_thread_that_would_wait_for_ever_is_told() -> None:
             with View(two), View(one):
                 pass
 
-        with pytest.raises(RuntimeError, match="another thread works with this Sequential.*of its own"):
+        with pytest.raises(RuntimeError, match=r"another thread works with this Sequential.*of its own"):
             pool.submit(other).result()
         with View(two), View(one):  # in one thread they may nest
             pass
@@ -296,7 +296,7 @@ def test_every_part_of_an_evaluation_keeps_to_the_layout(
     assert seen == [{not channels_last}] * 2
 
 
-# ------------------------------------------------------------------------------------- inference, jit, wrappers
+# ----------------------------------------------------------------------------------- inference, jit, wrappers
 
 
 def test_batches_of_inference_mode_are_as_good_as_others() -> None:
@@ -327,7 +327,7 @@ def test_a_network_of_inference_mode_is_attacked_and_not_trained() -> None:
         net = mlp(16)
     expected = pgd(mlp(16), X, Y, eps=EPS, alpha=ALPHA, steps=2, random_start=False)
     assert same(pgd(net, X, Y, eps=EPS, alpha=ALPHA, steps=2, random_start=False), expected)
-    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
         criterion(net, X, Y, U, **SMALL)
 
 
@@ -368,7 +368,7 @@ def test_wrapped_networks_give_the_numbers_of_the_network(kind: str) -> None:
 def test_single_layers_of_compiled_networks_cannot_be_asked_for(kind: str) -> None:
     net = WRAPPED[kind]()
     pgd(net, X, Y, eps=EPS, alpha=ALPHA, steps=1)
-    with pytest.raises(ValueError, match="single layer is asked for.*give the network as it was before"):
+    with pytest.raises(ValueError, match=r"single layer is asked for.*give the network as it was before"):
         criterion(net, X, Y, {"alpha": 0.05, "steps": 2, "inner": 1}, method="yopo", **SMALL)
 
 
