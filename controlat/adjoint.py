@@ -253,8 +253,6 @@ def pullbacks(
     meter, kinks = Meter() if meter is None else meter, Kinks() if kinks is None else kinks
     before = state(driver, batch)
     leaves = before.like([t.requires_grad_() for t in before.tensors()])
-    trained = {id(p) for p in driver.parameters}
-    names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
     dropped: set[str] = set()
     with driver._scoring(), torch.enable_grad(), _inward(driver), kinks.watched(driver):
         memory = {name: t.clone() for name, t in driver.memory.items()} | leaves.memory
@@ -262,6 +260,8 @@ def pullbacks(
         start = ctx.rows
         ctx.rows = {name: Rows(leaves.rows[name], rows.seen) for name, rows in ctx.rows.items()}
         theta, momentum = leaves.parameters, leaves.momentum
+        trained = {id(p) for p in driver.parameters}
+        names = [name for name, p in driver.model.named_parameters() if id(p) in trained]
         ctx.theta, ctx.statistics = dict(zip(names, theta, strict=True)), list(leaves.statistics)
         others = _other_buffers(driver)
         for update, _, gradients in driver._updates(ctx, batch, u):

@@ -56,7 +56,8 @@ def _convolve(
 ) -> Tensor:
     only_x = x.requires_grad and not w.requires_grad and (b is None or not b.requires_grad)
     plain = x.dim() == 4 and x.shape[1] == groups == 1 and not isinstance(padding, str)
-    if only_x and plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    eager = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if only_x and plain and x.device.type == "cpu" and eager:
         found: Tensor = _Convolution.apply(x, w, b, stride, padding, dilation)  # type: ignore[no-untyped-call]
         return found
     return F.conv2d(x, w, b, stride, padding, dilation, groups)

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from controlat import kernels, rng
 from controlat.borrowed import alone, in_mode, owned, replaced
@@ -173,7 +174,8 @@ class Tap:
             respect to the output stop there.
 
     Raises:
-        ValueError: the layer does not run as a module of its own, as in compiled networks.
+        ValueError: the layer does not run as a module of its own, as in compiled networks; its output is no
+            tensor, or depends on nothing that is trained.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> with Tap(model[0]) as tap:
@@ -200,6 +202,13 @@ class Tap:
         return kind is _Reached
 
     def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        kind = type(module).__name__
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the layer {kind} puts out a {type(output).__name__}; name one that gives a tensor"
+            )
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise ValueError(f"nothing is trained up to the layer {kind}; name a later one")
         self.output = output.detach().requires_grad_() if self.cut else output
         if self.stop:
             raise _Reached
@@ -207,7 +216,7 @@ class Tap:
 
 
 def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
-    """A module by its dotted name; by default the first one with parameters, and none in modules within it.
+    """A module by its dotted name; by default the first with parameters that are trained, and none within it.
 
     Raises:
         ValueError: there is none of that name; the message lists the first ones.
@@ -219,7 +228,14 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
             raise ValueError(f"the model has no layer {name!r}; its first ones are: {listed}")
         found: nn.Module = modules[name]
     else:
-        owners = [m for m in modules.values() if next(m.parameters(recurse=False), None) is not None]
+        inner = {
+            id(part) for m in modules.values() if is_parametrized(m) for part in m.parametrizations.modules()
+        }
+        owners = [
+            m
+            for m in modules.values()
+            if id(m) not in inner and any(p.requires_grad for p in m.parameters(recurse=is_parametrized(m)))
+        ]
         found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
     return found
 

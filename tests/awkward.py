@@ -118,7 +118,8 @@ class Rebuilt(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.out = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, CLASSES)
+        self.one, self.two = nn.Linear(16, 8), nn.Linear(16, 8, bias=False)
+        self.out = nn.Linear(8, CLASSES)
         self.deployed = False
 
     def train(self, mode: bool = True) -> "Rebuilt":
@@ -135,7 +136,7 @@ class Rebuilt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
-        h = self.one(x) if self.deployed else self.one(x) + F.linear(x, self.two.weight)
+        h = self.one(x) if self.deployed else self.one(x) + self.two(x)
         out: Tensor = self.out(h.tanh())
         return out
 
@@ -243,13 +244,18 @@ def awkward(kind: str, seed: int = 0) -> nn.Module:
     return net
 
 
-def held(net: nn.Module) -> dict[str, Any]:
-    """Everything that a network holds, by every name: the very objects, their bits and their flags."""
+def held(net: nn.Module, versions: bool = True) -> dict[str, Any]:
+    """Everything that a network holds, by every name: the very objects, their bits and their flags.
+
+    With `versions`, also how often they were written to: where that changes, a graph made before is no good.
+    """
     found: dict[str, Any] = {}
     for name, m in net.named_modules(remove_duplicate=False):
         found[name] = [id(m), m.training, [*m._modules.keys()], getattr(m, "merged", None)]
         for key, t in [*m._parameters.items(), *m._buffers.items()]:
-            what = None if t is None else [id(t), t.detach().clone(), t.requires_grad, t.stride(), t._version]
+            what = None
+            if t is not None:
+                what = [id(t), t.detach().clone(), t.requires_grad, t.stride(), t._version * versions]
             grad = None if t is None or t.grad is None else [id(t.grad), t.grad.clone()]
             found[f"{name}.{key}"] = [what, grad]
     return found

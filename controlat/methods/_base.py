@@ -201,11 +201,13 @@ class Context:
         for name, p in self.model.named_parameters():
             placed[id(p)] = self.theta.get(name, p)
         with replaced(self.model, placed), batchnorm.followed(self.model, self.statistics):
-            found = self.model(x)
-            after = dict(self.model.named_buffers())
-        with torch.no_grad():
-            for name, b in buffers.items():
-                b.copy_(after[name])
+            try:
+                found = self.model(x)
+            finally:
+                after = dict(self.model.named_buffers())
+                with torch.no_grad():
+                    for name, b in buffers.items():
+                        b.copy_(after[name])
         return found
 
     def weights(self) -> list[tuple[str, Tensor]]:
