@@ -6,17 +6,17 @@ believed only where it agrees with the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import sympy
-from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
+from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
 from controlat.symbolic.landscape import Array, LandscapeError
 from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
@@ -26,12 +26,7 @@ __all__ = ["Derivation"]
 T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
 _TIDY = 5.0  # seconds for a shorter form of what is known already
-_CALLS = 40_000  # of the flow's right side, beyond which another method is tried, and then none
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
-
-
-class _TooMany(Exception):
-    """The flow took too many evaluations."""
 
 
 class Derivation:
@@ -150,7 +145,7 @@ class Derivation:
                 f"the inner maximum x = {self.point.x:.6g} at theta = {theta0:g} is flat (l_xx = 0), and "
                 f"{why}"
             )
-        self.path = self._integrate()
+        self.path = integrate(self.branch, theta0, float(self.task.horizon))
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
         at = self._sample
         for formula, by in mine:
@@ -261,59 +256,6 @@ class Derivation:
             return
         self.answers["time"] = Answer("t(theta) - t(theta_0) = t with t(theta)", time, by)
         self._find("theta", name, (T, t, self.theta(t)), questions.flow, time, start)
-
-    def _integrate(self) -> Callable[[Any], Any]:
-        """theta(t) by Runge-Kutta of order 8, or by LSODA where that needs too many steps."""
-        low, high = self.branch.domain
-        horizon = float(self.task.horizon)
-
-        def left(t: float, y: Array) -> float:
-            return min(float(y[0]) - low, high - float(y[0])) - 1e-9 * (high - low)
-
-        left.terminal = True  # type: ignore[attr-defined]
-        methods: tuple[Any, ...] = ("DOP853", "LSODA")
-        for method in methods:
-            calls = iter(range(_CALLS))
-
-            def slope(t: float, y: Array, calls: Iterator[int] = calls) -> Array:
-                if next(calls, None) is None:
-                    raise _TooMany
-                return -self.branch.robust_slope(np.clip(y, low, high))
-
-            try:
-                found = solve_ivp(
-                    slope,
-                    (0.0, horizon),
-                    [float(self.task.theta0)],
-                    method=method,
-                    dense_output=True,
-                    events=left,
-                    rtol=1e-12,
-                    atol=1e-14 * max(abs(low), abs(high)),
-                    max_step=horizon / 20,
-                )
-            except _TooMany:
-                continue
-            dense = found.sol
-            if found.status == 0 and dense is not None and np.isfinite(found.y).all():
-                return lambda t: dense(t)[0]
-            raise LandscapeError(self._gone(float(found.t[-1]), float(found.y[0, -1])))
-        raise LandscapeError(
-            f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
-        )
-
-    def _gone(self, t: float, theta: float) -> str:
-        """Why the flow cannot be followed to the horizon."""
-        low, high = self.branch.domain
-        why, near = "", 1e-6 * (high - low)
-        for end, told in zip((low, high), self.branch.ends, strict=True):
-            if abs(theta - end) <= near:
-                why = told or "There theta_range ends: give a wider one"
-        why = why or f"There |theta'| is {float(np.abs(self.branch.robust_slope(theta))):.3g}"
-        return (
-            f"the robust flow from theta = {float(self.task.theta0):g} comes to theta = {theta:.4g} at t = "
-            f"{t:.4g}, before the horizon {float(self.task.horizon):g}. {why}; a shorter horizon helps too"
-        )
 
     def _check_steps(self, t: Array) -> None:
         step = self.branch.exact_step(self.theta(t))

@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 
 from controlat.symbolic import AMATA
 from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
+from controlat.symbolic.limits import check
 
 __all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled"]
 
@@ -168,10 +169,14 @@ class Landscape:
 
 
 def compiled(expression: sympy.Expr, *symbols: sympy.Symbol) -> Callable[..., Array]:
-    """An expression as a function of numbers and arrays; nan or inf where undefined, without warnings."""
+    """An expression as a function of numbers and arrays; nan or inf where undefined, without warnings.
+
+    Each call first looks at the deadline of `controlat.symbolic.limits.within`.
+    """
     raw = sympy.lambdify(symbols, expression, modules=["numpy", "scipy"], cse=True)
 
     def call(*values: Any) -> Array:
+        check()
         arrays = [np.asarray(v, dtype=float) for v in values]
         with np.errstate(all="ignore"):
             found = raw(*arrays)
