@@ -123,27 +123,12 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
         return _derive(chosen, plain, Path(out))
 
 
+@np.errstate(all="ignore")  # what is not finite is named in the result
 def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> Derived:
-    from controlat.symbolic import Derivation, convergence, verify
-
-    began = time.perf_counter()
     measured = _measured(chosen)
-    task, fit = chosen.task, None
-    if measured is not None:
-        task, fit = _fitted(chosen, measured)
+    began = time.perf_counter()
     with progress_bar(4, "", chosen.progress) as bar:
-        bar.set_description("deriving")
-        found = Derivation(task)
-        bar.update()
-        verification, bound = None, None
-        if chosen.checks:
-            bar.set_description("the maximum principle")
-            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
-            verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
-            bar.update()
-            bar.set_description("Theorem 1")
-            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
-            bar.update()
+        found, fit, verification, bound, late = _solved(chosen, measured, bar)
         handover = _hand_over(chosen, found, measured, fit)
         result = {
             "format": FORMAT,
@@ -156,12 +141,56 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
             "bound": None if bound is None else bound.to_json(),
             "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
             "network": handover.to_json(),
+            "left_out": late,
             "seconds": time.perf_counter() - began,
         }
         if out is not None:
             bar.set_description("figures")
             _write(result, out)
     return Derived(found, handover, verification, bound, fit, result)
+
+
+def _solved(
+    chosen: DeriveSettings, measured: dict[str, Any] | None, bar: Any
+) -> tuple[Derivation, Fit | None, Verification | None, Bound | None, list[str]]:
+    """Derivation, fit, the two checks, and what was left out, within the time limit.
+
+    Raises:
+        ValueError: the time was over before the numbers were there.
+    """
+    from controlat.symbolic import Derivation, convergence, verify
+    from controlat.symbolic.limits import LATE, TimeLimit, within
+
+    task, fit = chosen.task, None
+    verification, bound = None, None
+    with within(chosen.seconds):
+        bar.set_description("deriving")
+        try:
+            if measured is not None:
+                task, fit = _fitted(chosen, measured)
+            found = Derivation(task)
+        except TimeLimit:
+            raise ValueError(
+                f"seconds: the numbers alone take longer than {chosen.seconds:g} seconds; give more, or a "
+                "shorter horizon"
+            ) from None
+        late = list(found.budget.late)
+        bar.update()
+        if chosen.checks:
+            bar.set_description("the maximum principle")
+            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
+            try:
+                verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
+                late += verification.left_out
+            except TimeLimit:
+                late.append("the check against the maximum principle")
+            bar.update()
+            bar.set_description("Theorem 1")
+            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
+            if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
+                late.append("rows of Theorem 1")
+            bar.update()
+    return found, fit, verification, bound, late
 
 
 def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:

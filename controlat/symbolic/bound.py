@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from controlat.symbolic.branch import Branch
+from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 
@@ -371,7 +372,7 @@ def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Kn
     row: dict[str, Any] = {"T": T, "sigma": sigma, "reason": ""} | dict.fromkeys(_KEYS)
     try:
         return row | _row(case, T, sigma, theta, x, known)
-    except _NoAnswer as why:
+    except (_NoAnswer, TimeLimit) as why:
         return row | {"reason": str(why)}
 
 
@@ -414,6 +415,7 @@ def _case(
     return _Case(branch, float(theta0), alpha, steps, float(delta), runs, seed)
 
 
+@np.errstate(all="ignore")  # what is not finite is named
 def convergence(
     branch: Branch,
     theta0: float,
@@ -482,6 +484,6 @@ def convergence(
             theta = _within("theta_range", theta_range, case.theta0, branch.domain)
         known: Known = {}
         rows = [_answer(case, T, s, theta, x, known) for s in sigmas for T in horizons]
-    except _NoAnswer as why:
+    except (_NoAnswer, TimeLimit) as why:
         reason = str(why)
     return Bound(formula, case.theta0, x0, inner, case.runs, case.seed, tuple(rows), reason)

@@ -14,18 +14,18 @@ import sympy
 from scipy.optimize import brentq
 
 from controlat.symbolic import questions
-from controlat.symbolic.answers import Answer, agrees, attempts
+from controlat.symbolic.answers import Answer, Budget, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
 from controlat.symbolic.landscape import Array, LandscapeError
+from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
 
 __all__ = ["Derivation"]
 
 T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
-_TIDY = 5.0  # seconds for a shorter form of what is known already
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
 
 
@@ -43,10 +43,12 @@ class Derivation:
     0.211
     """
 
+    @np.errstate(all="ignore")  # what is not finite is named
     def __init__(self, task: Task) -> None:
         self.task, self.landscape = task, task.landscape
         self.answers: dict[str, Answer] = {}
         self.notes: list[str] = []
+        self.budget = Budget(task.seconds)
         theta0 = float(task.theta0)
         if self._tidy(self.landscape.derivative("x")) == 0:
             raise LandscapeError(
@@ -55,21 +57,20 @@ class Derivation:
         self.points = self.landscape.stationary(theta0)
         chosen = choose(self.landscape, theta0, self.points, task.branch)
         self.index, self.point = chosen
-        self._branch()
-        self._losses()
-        self._steps()
-        self._flow()
-        self._schedule()
-        self._check_others()
-        self._remark()
+        mine, why = self._branch()
+        with unhurried():  # the numbers that follow are quick, and sympy has its budget
+            self._maximum(mine, why)
+            self._losses()
+            self._steps()
+            self._flow()
+            self._schedule()
+            self._check_others()
+            self._remark()
 
     # ---- asking sympy
 
     def _attempts(self, name: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        numbers, seconds = self.landscape.values, self.task.seconds
-        if function is questions.tidy:
-            seconds = min(seconds, _TIDY)
-        return attempts(name, function, *arguments, numbers=numbers, seconds=seconds)
+        return attempts(name, function, *arguments, numbers=self.landscape.values, budget=self.budget)
 
     def _ask(self, name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:
         """The first answer that there is, by whom, and why there is none."""
@@ -85,13 +86,13 @@ class Derivation:
         return found if shorter is None else shorter
 
     def _agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
-        return agrees(formula.subs(self.task.values), symbol, at, values, self.task.seconds)
+        return agrees(formula.subs(self.task.values), symbol, at, values, self.budget)
 
     def _find(self, key: str, name: str, check: Check, function: Callable[..., Any], *arguments: Any) -> None:
         """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values)."""
         why = ""
         for found, by, told in self._attempts(name, function, *arguments):
-            why = told or f"what sympy finds for {name} does not agree with the numbers"
+            why = told or f"what sympy finds for {name} is not borne out by the numbers"
             for formula in found if isinstance(found, list) else [found]:
                 if formula is not None and self._agrees(formula, *check):
                     self.answers[key] = Answer(name, formula, by)
@@ -123,8 +124,12 @@ class Derivation:
 
     # ---- the inner problem
 
-    def _branch(self) -> None:
-        """Follow the chosen maximum as far as it goes, and along the robust flow."""
+    def _branch(self) -> tuple[list[tuple[sympy.Expr, str]], str]:
+        """Follow the chosen maximum as far as it goes, and along the robust flow.
+
+        Returns:
+            Formulas that sympy finds for it and by whom, and why there is none.
+        """
         theta0 = float(self.task.theta0)
         name, why = "the zeros of l_x", ""
         mine: list[tuple[sympy.Expr, str]] = []
@@ -147,6 +152,10 @@ class Derivation:
             )
         self.path = integrate(self.branch, theta0, float(self.task.horizon))
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
+        return mine, why
+
+    def _maximum(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
+        """Keep the first formula for x*(theta) that holds along the flow."""
         at = self._sample
         for formula, by in mine:
             if self._agrees(formula, THETA, at, self.branch(at)):
@@ -279,7 +288,8 @@ class Derivation:
 
     def K(self, t: Any) -> Array:
         """K*(t) = tau/alpha*(theta(t)), as a real number."""
-        return float(self.task.tau) / self.alpha(t)
+        with np.errstate(all="ignore"):
+            return np.asarray(float(self.task.tau) / self.alpha(t), dtype=float)
 
     # ---- the schedule
 
@@ -319,7 +329,7 @@ class Derivation:
             )
             by = "sympy (numbers inserted)"
             if not self._take(found):
-                told = why or "what sympy finds for the series does not agree with the numbers"
+                told = why or "what sympy finds for the series is not borne out by the numbers"
                 self._without("series", "K*(t) near 0", told)
                 return
         # As it is read, lowest power first: sympy would order the terms by itself.
@@ -367,7 +377,7 @@ class Derivation:
             if self._agrees(formula.subs(values), HORIZON, where, exact_cost):
                 self.answers["J"] = Answer(name, formula, by)
                 return
-        self._without("J", name, why or "what sympy finds for J does not agree with the numbers")
+        self._without("J", name, why or "what sympy finds for J is not borne out by the numbers")
 
     def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
         """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
@@ -466,7 +476,7 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
         for i in range(1, len(y) - 1)
         if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
     ]
-    for i in np.flatnonzero(y[:-1] * y[1:] < 0):
+    for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):
         root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)
         if abs(float(slope(np.array([root]))[0])) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
             found.append((float(root), y[i], y[i + 1]))

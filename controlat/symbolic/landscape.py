@@ -142,7 +142,7 @@ class Landscape:
         # A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages.
         alone = [i for i in touched if 0 < i < _GRID - 1 and y[i - 1] != 0 and y[i + 1] != 0]
         roots = [float(x[i]) for i in alone if np.isfinite(y[i - 1 : i + 2]).all()]
-        for i in np.flatnonzero(y[:-1] * y[1:] < 0):
+        for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):  # a product of values overflows
             root = float(
                 brentq(lambda v: float(slope(theta, v)), x[i], x[i + 1], xtol=1e-14, maxiter=500, disp=False)
             )

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
+    "LATE",
     "SECONDS",
     "NotFound",
     "TimeLimit",
@@ -42,10 +43,12 @@ __all__ = [
     "limited",
     "remaining",
     "serve",
+    "unhurried",
     "within",
 ]
 
-SECONDS = 20.0
+SECONDS = 60.0  # of a derivation in all
+LATE = "the time limit was over"
 _START = 120.0  # seconds for the child to import sympy, on a busy machine with a cold disk
 _MEMORY = 4 << 30  # bytes of address space of the child
 _HOME = "controlat.symbolic"
@@ -82,6 +85,16 @@ def within(seconds: float) -> Iterator[None]:
         _deadline.reset(token)
 
 
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """Suspend the deadline of `within`."""
+    token = _deadline.set(math.inf)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 def remaining() -> float:
     """Seconds to the deadline; infinite without one."""
     return _deadline.get() - time.monotonic()
@@ -90,7 +103,7 @@ def remaining() -> float:
 def check() -> None:
     """Raise TimeLimit if the deadline has passed."""
     if time.monotonic() > _deadline.get():
-        raise TimeLimit("the time limit was over")
+        raise TimeLimit(LATE)
 
 
 def limited(function: Callable[..., Result], *args: object, seconds: float = SECONDS) -> Result:
@@ -243,7 +256,7 @@ def _ask(question: bytes, name: str, seconds: float) -> tuple[str, Any]:
         if _child is None or _child.process.poll() is not None:
             _end()
             _child = _Child()
-        deadline = time.monotonic() + seconds
+        deadline = min(time.monotonic() + seconds, _deadline.get())
         _child.send(question, deadline)
         status, result = _child.receive(deadline)
     except BaseException as error:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one

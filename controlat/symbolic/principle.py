@@ -266,7 +266,7 @@ def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
         return np.asarray(count(np.asarray(t)) - problem.count(theta_at(np.asarray(t))), dtype=float)
 
     above = excess(fine)
-    crossings = np.flatnonzero(above[:-1] * above[1:] < 0)
+    crossings = np.flatnonzero(np.sign(above[:-1]) * np.sign(above[1:]) < 0)
     breaks = [float(brentq(lambda s: float(excess(s)), fine[i], fine[i + 1])) for i in crossings]
     return _costate(problem, name, theta_at, control, breaks)
 
