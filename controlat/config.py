@@ -408,7 +408,8 @@ class DeriveSettings:
         checks: Check the schedule against the maximum principle, by transcription and by dynamic programming,
             and compare Theorem 1 with actual runs.
         seconds: Time limit of the whole derivation, after the measuring of --calibrate and before figures:
-            formulas get half of it, checks the rest. What was left out for lack of time is named.
+            formulas get half of it, checks the rest; what was left out for lack of time is named. The numbers
+            alone may take 10 seconds in any case.
         epochs: Length of the network's training; 12, or that of the run with --calibrate, if left out.
         k_min: Smallest K of the network's schedule.
         k_max: Largest K of the network's schedule.

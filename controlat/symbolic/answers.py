@@ -12,7 +12,7 @@ import sympy
 
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
-from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited
+from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
 
 __all__ = ["Answer", "Budget", "agrees", "attempts"]
 
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass
 class Budget:
-    """Time for sympy: a question gets half of what is left of it, so that one that hangs leaves some to others.
+    """Time for sympy: a question gets half of what is left of it, so that others get some if it hangs.
 
     Args:
         seconds: in all, from now on.
@@ -80,7 +80,8 @@ class Budget:
         try:
             if left <= 0:
                 raise TimeLimit(LATE)
-            return limited(function, *arguments, seconds=min(left, most))
+            with within(2 * left):  # the start of a child process counts, too
+                return limited(function, *arguments, seconds=min(left, most))
         except TimeLimit:
             if name and name not in self.late:
                 self.late.append(name)
@@ -138,9 +139,8 @@ def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, 
         return False  # undefined, or by way of complex numbers, as Cardano's formula goes
     few = np.unique(np.linspace(0, len(at) - 1, 5).astype(int))
     try:
-        exact = budget.ask(
-            "the comparison of a formula with the numbers", questions.values, formula, symbol, at[few].tolist()
-        )
+        what = "the comparison of a formula with the numbers"
+        exact = budget.ask(what, questions.values, formula, symbol, at[few].tolist())
     except (TimeLimit, NotFound):
         return False
     return _close(np.array(exact), values[few], values)

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import crossing
 from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
@@ -260,7 +260,10 @@ def _minimiser(branch: Branch, theta0: float) -> float:
         raise _NoAnswer(f"the slope of the robust loss is undefined at theta = {row[i]:.6g}, on the way down")
     if along[i] == 0:
         return float(row[i])
-    return float(brentq(lambda t: float(branch.robust_slope(t)), row[i - 1], row[i], xtol=1e-15))
+    root = crossing(lambda t: float(branch.robust_slope(t)), float(row[i - 1]), float(row[i]))
+    if root is None:
+        raise _NoAnswer(f"the slope of the robust loss jumps near theta = {row[i]:.6g}, on the way down")
+    return root
 
 
 def _reached(case: _Case, theta: Array, best: Array) -> Array:

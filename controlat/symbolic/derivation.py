@@ -6,19 +6,18 @@ believed only where it agrees with the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import sympy
-from scipy.optimize import brentq
 
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.landscape import Array, LandscapeError
+from controlat.symbolic.landscape import Array, LandscapeError, crossing
 from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
 
@@ -50,22 +49,31 @@ class Derivation:
         self.notes: list[str] = []
         self.budget = Budget(task.seconds)
         theta0 = float(task.theta0)
-        if self._tidy(self.landscape.derivative("x")) == 0:
-            raise LandscapeError(
-                f"l = {self.landscape.text} does not depend on x: every x is an inner maximum"
-            )
+        self._check_x()
         self.points = self.landscape.stationary(theta0)
         chosen = choose(self.landscape, theta0, self.points, task.branch)
         self.index, self.point = chosen
-        mine, why = self._branch()
+        mine, why = self._formulas() if self.point.flat else ([], "")
+        self._branch(mine, why)
         with unhurried():  # the numbers that follow are quick, and sympy has its budget
-            self._maximum(mine, why)
+            self._maximum(*((mine, why) if self.point.flat else self._formulas()))
             self._losses()
             self._steps()
             self._flow()
             self._schedule()
             self._check_others()
             self._remark()
+
+    def _check_x(self) -> None:
+        """Refuse what does not depend on x; sympy is asked where l_x is no more than rounding."""
+        land, grid = (
+            self.landscape,
+            (np.linspace(*self.task.reach, 41), np.linspace(*self.landscape.ends, 41)),
+        )
+        theta, x = np.meshgrid(*grid)
+        slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max() for by in ("x", ""))
+        if slope <= 1e-12 * value and self._tidy(land.derivative("x")) == 0:
+            raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
 
     # ---- asking sympy
 
@@ -124,20 +132,20 @@ class Derivation:
 
     # ---- the inner problem
 
-    def _branch(self) -> tuple[list[tuple[sympy.Expr, str]], str]:
-        """Follow the chosen maximum as far as it goes, and along the robust flow.
-
-        Returns:
-            Formulas that sympy finds for it and by whom, and why there is none.
-        """
-        theta0 = float(self.task.theta0)
-        name, why = "the zeros of l_x", ""
-        mine: list[tuple[sympy.Expr, str]] = []
-        for found, by, told in self._attempts(name, questions.stationary, self.landscape.expression):
+    def _formulas(self) -> tuple[list[tuple[sympy.Expr, str]], str]:
+        """Zeros of l_x that are the chosen maximum at theta_0, by whom, and why there is none."""
+        why, mine = "", list[tuple[sympy.Expr, str]]()
+        every = self._attempts("the zeros of l_x", questions.stationary, self.landscape.expression)
+        for found, by, told in every:
             why = told or "sympy does not find this one among the real zeros of l_x"
             mine += [(formula, by) for formula in self._mine(found or [])]
             if mine:
                 break
+        return mine, why
+
+    def _branch(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
+        """Follow the chosen maximum as far as it goes, by a formula if it is flat, and along the flow."""
+        theta0 = float(self.task.theta0)
         where = self.landscape, theta0, self.point.x, self.task.reach
         if not self.point.flat:
             self.branch = Branch(*where)
@@ -152,7 +160,6 @@ class Derivation:
             )
         self.path = integrate(self.branch, theta0, float(self.task.horizon))
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
-        return mine, why
 
     def _maximum(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
         """Keep the first formula for x*(theta) that holds along the flow."""
@@ -477,9 +484,8 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
         if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
     ]
     for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):
-        root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)
-        if abs(float(slope(np.array([root]))[0])) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
-            found.append((float(root), y[i], y[i + 1]))
+        root = crossing(lambda v: float(slope(np.array([v]))[0]), float(theta[i]), float(theta[i + 1]))
+        found += [] if root is None else [(root, y[i], y[i + 1])]
     found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
     kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]
     points = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]

@@ -87,9 +87,9 @@ def _infinite(theta0: float, horizon: float, when: float | None) -> str:
     if when is None:
         return ""
     return (
-        f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds as "
-        f"t comes to {when:.6g}, not after the horizon {horizon:g}, and no theta_range is wide enough; take a "
-        "shorter horizon"
+        f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds "
+        f"as t comes to {when:.6g}, not after the horizon {horizon:g}, and no theta_range is wide enough; "
+        "take a shorter horizon"
     )
 
 
@@ -155,11 +155,14 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
     u, y = float(found.t[-1]), found.y[:, -1]
     if found.status == 1:
         return _Beyond(None, at(u, float(y[0]))[0])
-    before, middle, last = (float(slopes(v, found.sol(v))[1]) for v in (0.6 * u, 0.8 * u, u))
+    path: Any = found.sol
+    before, middle, last = (float(slopes(v, path(v))[1]) for v in (0.6 * u, 0.8 * u, u))
     if last == 0:  # theta' is beyond all floats
         return _Beyond(float(y[1]), None)
     if not before > middle > last > 0:
         return _Beyond(None, None)
     early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
-    steady = decay > _DECAY and decay > 0.9 * early  # theta' as |theta| log^2 |theta| is not told from |theta|
+    steady = (
+        decay > _DECAY and decay > 0.9 * early
+    )  # theta' as |theta| log^2 |theta| is not told from |theta|
     return _Beyond(float(y[1]) + last / decay if steady else None, None)

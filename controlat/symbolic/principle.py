@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.integrate import solve_bvp, solve_ivp
 from scipy.interpolate import CubicHermiteSpline
-from scipy.optimize import brentq
 
 from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, smallest_q, whole_cap
-from controlat.symbolic.landscape import LandscapeError
+from controlat.symbolic.landscape import LandscapeError, crossing
 
 __all__ = [
     "Criterion",
@@ -267,8 +266,8 @@ def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
 
     above = excess(fine)
     crossings = np.flatnonzero(np.sign(above[:-1]) * np.sign(above[1:]) < 0)
-    breaks = [float(brentq(lambda s: float(excess(s)), fine[i], fine[i + 1])) for i in crossings]
-    return _costate(problem, name, theta_at, control, breaks)
+    found = (crossing(lambda s: float(excess(s)), float(fine[i]), float(fine[i + 1])) for i in crossings)
+    return _costate(problem, name, theta_at, control, [v for v in found if v is not None])
 
 
 def comparisons(problem: Bolza, derived: Path) -> dict[str, Count]:

@@ -145,9 +145,7 @@ def verify(
         "gamma": prices,
         "sets": [_row(name, *rows[name]) for name in SETS],
         "better": better,
-        "holds": bool(
-            derived["satisfies"] and better is None and _searched(rows[admissible][0], direct)
-        ),
+        "holds": bool(derived["satisfies"] and better is None and _searched(rows[admissible][0], direct)),
     }
     return Verification(**found, conclusion=_conclusion(found), left_out=late)
 
