@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from controlat import jobs
+from controlat import calibration, jobs
 from controlat.balls import Ball
-from controlat.data import Split
-from controlat import calibration
 from controlat.calibration import Inner, inner_problem, measure, measured
+from controlat.data import Split
 from controlat.files import read_json, write_json
 from controlat.losses import cross_entropy
 from controlat.network import Meter, NonFiniteError

@@ -242,7 +242,7 @@ def _held_path(problem: Bolza) -> Path:
 
 
 def _held_step(problem: Bolza, theta: float, k: float, h: float) -> tuple[float, float]:
-    """theta after a time h under K and alpha = tau/K, by one Runge-Kutta step of order 4; and its slope before."""
+    """theta after a time h under K and alpha = tau/K, by a Runge-Kutta step of order 4; its slope before."""
 
     def flow(y: float) -> float:
         at = np.asarray(y)
