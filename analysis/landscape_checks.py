@@ -3,8 +3,9 @@
     python analysis/landscape_checks.py [--out DIR]    # 15 seconds on a core
 
 On the landscape of Ye et al. (2021), equation 11: dynamic programming beside the maximum principle for sixty
-problems, the prices up to which the principle holds, the four admissible sets, and Theorem 1 beside actual
-runs. Results go to analysis/landscape_checks: result.json (all numbers), table.md.
+problems, the prices up to which the principle holds, the four admissible sets, other step sizes at gamma = 0,
+and Theorem 1 beside actual runs. Results go to analysis/landscape_checks: result.json (all numbers) and
+table.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scipy.integrate import solve_ivp
 
 from controlat.files import write_json, write_text
 from controlat.runs import environment
@@ -31,6 +34,7 @@ LIMITS = [(2.0, tau, horizon) for tau in (1.0, 2.0) for horizon in (1.0, 3.0)] +
     (1.0, 10.0, 1.0),
 ]
 EXAMPLE = (1.0, 10.0, 1.0, 0.01)  # theta_0, tau, T, gamma
+TAUS, RATIOS = (1.0, 10.0), (0.9, 0.7, 0.5, 0.3, 0.1)  # of alpha/alpha*, at gamma = 0
 BOUNDS: dict[str, dict[str, Any]] = {
     "no noise": {},
     "no noise, x in [-2, 2]": {"x_range": (-2.0, 2.0)},
@@ -63,12 +67,30 @@ def case(theta0: float, tau: float, horizon: float, gamma: float) -> dict[str, A
 
 
 def sets() -> list[dict[str, Any]]:
-    """The four admissible sets for the example."""
+    """The four sets for the example: J of the derived schedule, the same on the grid, and the best there."""
     theta0, tau, horizon, gamma = EXAMPLE
     rows = []
     for name in SETS:
-        found = programme(Bolza(branch(theta0), theta0, tau, horizon, gamma, name), follow=False)
-        rows.append({"set": name, "derived": found.policy, "best": found.value, "better": bool(found.better)})
+        problem = Bolza(branch(theta0), theta0, tau, horizon, gamma, name)
+        found, exact = programme(problem, follow=False), derived_path(problem).cost
+        on_grid = {"grid": found.policy, "best": found.value, "better": bool(found.better)}
+        rows.append({"set": name, "derived": exact} | on_grid)
+    return rows
+
+
+def ties() -> list[dict[str, Any]]:
+    """By how much, relatively, constant alpha/alpha* below 1 raises J = L(theta_T) at gamma = 0."""
+    theta0, _, horizon, _ = EXAMPLE
+    rows = []
+    for tau, q in itertools.product(TAUS, RATIOS):
+        problem = Bolza(branch(theta0), theta0, tau, horizon, 0.0)
+
+        def slope(t: float, y: Any, problem: Bolza = problem, q: float = q) -> Any:
+            return problem.flow(y, q, problem.count(y) / q)
+
+        end = solve_ivp(slope, (0, horizon), [theta0], "DOP853", rtol=1e-13, atol=1e-15).y[:, -1]
+        best = theta0**2 * math.exp(-2 * horizon) / 2
+        rows.append({"tau": tau, "ratio": q, "raised": float(problem.branch.robust(end)[0]) / best - 1})
     return rows
 
 
@@ -107,8 +129,20 @@ def markdown(found: Mapping[str, Any]) -> str:
             ),
             "Admissible sets, theta0 = 1, tau = 10, T = 1, gamma = 0.01:",
             table(
-                ["set", "derived", "best"],
-                [[r["set"], f"{r['derived']:.4f}", f"{r['best']:.4f}"] for r in found["sets"]],
+                ["set", "derived", "derived, on the grid", "best, on the grid"],
+                [
+                    [r["set"], f"{r['derived']:.5f}", *(f"{r[key]:.4f}" for key in ("grid", "best"))]
+                    for r in found["sets"]
+                ],
+            ),
+            "gamma = 0, theta0 = 1, T = 1: by how much constant alpha/alpha* raises J, relatively:",
+            table(
+                ["tau", *(f"{q:g}" for q in RATIOS)],
+                [
+                    [f"{tau:g}", *(f"{r['raised']:.2g}" for r in found["ties"] if r["tau"] == tau)]
+                    for tau in TAUS
+                ],
+                words=(),
             ),
             "Theorem 1, theta0 = 1:",
             table(["runs", "T", "measured", "printed", "corrected"], bounds),
@@ -128,6 +162,7 @@ def main() -> None:
         "cases": [case(*numbers) for numbers in CASES],
         "limits": limits(),
         "sets": sets(),
+        "ties": ties(),
         "bounds": {
             name: convergence(branch(1.0), 1.0, **options).to_json()["rows"]
             for name, options in BOUNDS.items()

@@ -22,6 +22,8 @@ the untrained network: K is large there, falls until something has been learnt, 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
 import time
@@ -37,22 +39,26 @@ from controlat import rng
 from controlat.balls import Ball
 from controlat.borrowed import owned
 from controlat.config import EvaluateSettings
+from controlat.data import Samples, Split
 from controlat.dynamics import Driver, rollout
+from controlat.files import read_json, write_json
 from controlat.losses import Loss, cross_entropy
 from controlat.network import MODES, Meter, NonFiniteError, View
 from controlat.parallel import World
 from controlat.plan import Plan
 from controlat.runs import environment
-from controlat.setting import Setting, progress_bar
+from controlat.setting import Setting, pick_device, progress_bar
 from controlat.state import same_bits
 from controlat.training import deterministic, load_checkpoint
 
-__all__ = ["BUDGET", "SHARE", "Inner", "inner_problem", "measure"]
+__all__ = ["BUDGET", "SHARE", "Inner", "inner_problem", "measure", "measured"]
 
 BUDGET = 2.0  # tau in units of eps
 SHARE = 0.95  # of the gain, at which an ascent counts as converged
 _ROUNDING = 1e-6  # of float32: what the loss rises less than this, relatively, is no gain
 _LEAST = 10  # steps of the finest ascent: with fewer it is no yardstick
+_PROBED, _FINEST = 512, 20  # training samples, and K of the finest ascent, if nothing is said
+_KEPT, _VERSION = "calibration.json", 1  # where a measurement stays with its run, and the form of its key
 _PROBE = "probe"  # the random order that the criterion takes its probe from
 
 _WHAT = {
@@ -271,8 +277,8 @@ def measure(
     data_dir: str | None = None,
     device: str = "auto",
     threads: int | None = None,
-    probe: int = 512,
-    steps: int = 20,
+    probe: int = _PROBED,
+    steps: int = _FINEST,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a finished run again, in memory, and measure its inner problem before every epoch and at the end.
@@ -337,6 +343,69 @@ def measure(
         "warning": None if same else _warning(theirs, ours),
         "environment": ours,
     }
+
+
+def measured(
+    run: str | Path,
+    *,
+    data_dir: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    probe: int = _PROBED,
+    steps: int = _FINEST,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`measure`, or what an earlier call left in the run's directory, if all that decides it is the same.
+
+    Args: as of `measure`.
+
+    Returns:
+        As `measure`, and under ``key`` what decided it: digests of the run's checkpoint, settings, schedule
+        and training data, probe, steps, budget, share, device, threads, versions.
+
+    Raises: as of `measure`.
+    """
+    run = Path(run)
+    settings, _ = _read(run, data_dir, device, threads, probe, progress)
+    _check(settings.ball, steps)
+    key = _key(run, settings, steps)
+    with contextlib.suppress(ValueError):  # missing or damaged
+        kept = read_json(run / _KEPT)
+        if isinstance(kept, dict) and kept.get("key") == key:
+            return kept
+    options: dict[str, Any] = {"data_dir": data_dir, "device": device, "threads": threads}
+    found = measure(run, probe=probe, steps=steps, progress=progress, **options) | {"key": key}
+    with contextlib.suppress(OSError):  # a run that may not be written to is measured anew each time
+        write_json(run / _KEPT, found)
+    return found
+
+
+def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:
+    """All that decides a measurement, as plain data."""
+    files = ("last.pt", "settings.json", "schedule.json")
+    with deterministic(settings.threads):
+        there = environment(pick_device(settings.device))
+    return {
+        "version": _VERSION,
+        "files": {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files},
+        "data": _digest(Setting.of(settings).training),
+        "probe": settings.probe,
+        "steps": steps,
+        "budget": BUDGET,
+        "share": SHARE,
+        **{name: there[name] for name in ("controlat", "torch", "device", "hardware", "threads")},
+    }
+
+
+def _digest(samples: Samples) -> str:
+    """SHA-256 of labels and pixels; of 512 pictures spread over them where they are files of their own."""
+    some = torch.linspace(0, len(samples) - 1, min(_PROBED, len(samples))).long()
+    pixels = samples.x if isinstance(samples, Split) else samples.take(some)[0]
+    found = hashlib.sha256()
+    for values in (samples.y, pixels):
+        found.update(repr(tuple(values.shape)).encode())
+        found.update(values.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import time
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,7 +12,7 @@ import numpy as np
 
 from controlat.config import DeriveSettings
 from controlat.control import number
-from controlat.files import read_json, write_json, write_text
+from controlat.files import write_json, write_text
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import progress_bar
@@ -29,6 +27,7 @@ __all__ = ["Derived", "derive"]
 FORMAT, VERSION = "controlat derivation", 1
 DEMO_TAU, RUN_TAU = 0.3, 2.0  # alpha K of the network: that of the demo; in units of eps of a run
 DEMO_EPOCHS = 12
+_NUMBERS = 10.0  # seconds that the numbers alone may take, however short the time limit
 _POINTS = 101  # of t in the result file
 
 
@@ -123,27 +122,12 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
         return _derive(chosen, plain, Path(out))
 
 
+@np.errstate(all="ignore")  # what is not finite is named in the result
 def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> Derived:
-    from controlat.symbolic import Derivation, convergence, verify
-
-    began = time.perf_counter()
     measured = _measured(chosen)
-    task, fit = chosen.task, None
-    if measured is not None:
-        task, fit = _fitted(chosen, measured)
+    began = time.perf_counter()
     with progress_bar(4, "", chosen.progress) as bar:
-        bar.set_description("deriving")
-        found = Derivation(task)
-        bar.update()
-        verification, bound = None, None
-        if chosen.checks:
-            bar.set_description("the maximum principle")
-            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
-            verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
-            bar.update()
-            bar.set_description("Theorem 1")
-            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
-            bar.update()
+        found, fit, verification, bound, late = _solved(chosen, measured, bar)
         handover = _hand_over(chosen, found, measured, fit)
         result = {
             "format": FORMAT,
@@ -156,6 +140,7 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
             "bound": None if bound is None else bound.to_json(),
             "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
             "network": handover.to_json(),
+            "left_out": late,
             "seconds": time.perf_counter() - began,
         }
         if out is not None:
@@ -164,25 +149,58 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     return Derived(found, handover, verification, bound, fit, result)
 
 
+def _solved(
+    chosen: DeriveSettings, measured: dict[str, Any] | None, bar: Any
+) -> tuple[Derivation, Fit | None, Verification | None, Bound | None, list[str]]:
+    """Derivation, fit, the two checks, and what was left out, within the time limit.
+
+    Raises:
+        ValueError: the time was over before the numbers were there.
+    """
+    from controlat.symbolic import Derivation, convergence, verify
+    from controlat.symbolic.limits import LATE, TimeLimit, within
+
+    task, fit = chosen.task, None
+    verification, bound = None, None
+    began, least = time.monotonic(), max(chosen.seconds, _NUMBERS)
+    bar.set_description("deriving")
+    try:
+        with within(least):
+            if measured is not None:
+                task, fit = _fitted(chosen, measured)
+            found = Derivation(task)
+    except TimeLimit:
+        raise ValueError(
+            f"seconds: the numbers alone take longer than {least:g} seconds; give more, or a shorter horizon"
+        ) from None
+    bar.update()
+    late = list(found.budget.late)
+    with within(chosen.seconds - (time.monotonic() - began)):
+        if chosen.checks:
+            bar.set_description("the maximum principle")
+            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
+            try:
+                verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
+                late += verification.left_out
+            except TimeLimit:
+                late.append("the check against the maximum principle")
+            bar.update()
+            bar.set_description("Theorem 1")
+            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
+            if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
+                late.append("rows of Theorem 1")
+            bar.update()
+    return found, fit, verification, bound, late
+
+
 def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
     """What was measured on the run: now, or by an earlier call, which left it with the run."""
     if chosen.calibrate is None:
         return None
-    run = Path(chosen.calibrate)
-    mark = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
-    kept = run / "calibration.json"
-    if kept.exists():
-        known = dict(read_json(kept))
-        if known.get("checkpoint") == mark:
-            return known
-    from controlat.calibration import measure
+    from controlat.calibration import measured
 
-    found = measure(
-        run, data_dir=chosen.data_dir, device=chosen.device, threads=chosen.threads, progress=chosen.progress
-    ) | {"checkpoint": mark}
-    with contextlib.suppress(OSError):  # a run that may not be written to is measured anew each time
-        write_json(kept, found)
-    return found
+    options: dict[str, Any] = {"data_dir": chosen.data_dir, "device": chosen.device}
+    return measured(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
 
 
 def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]:

@@ -123,6 +123,18 @@ def test_the_comparison_of_derived_schedules_follows_from_its_result_file(folder
         assert len(row["robust"]) == len(found["seeds"])
 
 
+def test_the_costs_of_the_landscape_are_those_of_closed_forms() -> None:
+    """On equation 11 with theta_0 = 1, tau = 10, T = 1, gamma = 0.01: theta = e^-t, K* = 20/(1 + e^-2t)."""
+    found = {row["set"]: row for row in read_json(HERE / "landscape_checks" / "result.json")["sets"]}
+    end, k = np.exp(-2) / 2, np.arange(11, 18)
+    assert found["product"]["derived"] == pytest.approx(end + 0.1 * np.log((1 + np.exp(2)) / 2), rel=1e-9)
+    switches = -np.log(20 / k - 1) / 2  # where K* passes a whole number
+    rounded = end + 0.01 * np.diff([0, *switches, 1]) @ np.arange(11, 19)
+    for name in ("integer", "free", "overshoot"):
+        assert found[name]["derived"] == pytest.approx(rounded, rel=1e-6)
+    assert found["free"]["best"] == pytest.approx(end + 0.01, rel=1e-5)  # one exact step
+
+
 def test_paired_differences_have_students_interval() -> None:
     found = LANDSCAPE["difference"]([0.6, 0.7, 0.8], [0.5, 0.5, 0.5])
     assert found["mean"] == pytest.approx(0.2)
@@ -156,13 +168,28 @@ def test_the_checks_of_the_landscape_follow_from_their_result_file_and_are_what_
     text = " ".join((HERE / "mathematics.md").read_text().split())
     assert "in 56 of 60 cases" in text
     for row in found["sets"]:
-        assert f"{row['derived']:.4f}" in text
-        assert row["set"] in ("product", "integer") or f"{row['best']:.4f}" in text
+        shown = next(line for line in text.split("| `") if line.startswith(f"{row['set']}`"))
+        assert f"| {row['derived']:.5f} |" in shown
+        assert ("none better" in shown) == (not row["better"])
+        assert row["better"] == any(f"| {row['best']:.4f}{end}" in shown for end in (" |", ":"))
+    grid = [f"{row['grid']:.4f}" for row in found["sets"]]
+    assert f"{', '.join(grid[:-1])} and {grid[-1]}: K kept" in text
+    ends = {tau: [row["raised"] for row in found["ties"] if row["tau"] == tau] for tau in (1, 10)}
+    assert f"relative {ends[10][0]:.0e} to {ends[10][-1]:.0e} for tau = 10".replace("e-0", "e-") in text
+    assert (
+        f"by {ends[1][0]:.0%} to {ends[1][-1]:.0%} for tau = 1".replace("% to", " to").replace("%", " %")
+        in text
+    )
     limits = [row["gamma"] for row in found["limits"]]
     assert limits[-1] is None
     for gamma, digits in zip(limits, ("0.603", "0.0063", "0.302", "0.0031", "0.0068"), strict=False):
         assert digits in text
         assert gamma == pytest.approx(float(digits), rel=0.02)
+    for rows in found["bounds"].values():  # the form that the argument gives at once is never larger
+        for row in rows:
+            assert row["sharper"] <= row["corrected"] * (1 + 1e-12)
+            if row["sigma"] == row["delta"] == 0:
+                assert row["sharper"] == pytest.approx(row["corrected"], rel=1e-12)
     left = [row["left"] for row in found["bounds"]["no noise"]]
     assert left[:3] == pytest.approx([1, 0.41, 0.045], rel=0.02)
     assert [row["printed_holds"] for row in found["bounds"]["sigma = 0.1"]] == [False, False, True, True]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from controlat import jobs
+from controlat import calibration, jobs
 from controlat.balls import Ball
-from controlat.calibration import Inner, inner_problem, measure
+from controlat.calibration import Inner, inner_problem, measure, measured
+from controlat.data import Split
 from controlat.files import read_json, write_json
 from controlat.losses import cross_entropy
 from controlat.network import Meter, NonFiniteError
@@ -258,6 +259,52 @@ def test_a_run_that_its_method_ended_is_measured_up_to_there(tmp_path: Path) -> 
     assert found["same"] is True
     assert found["times"] == [0, 1, 2]
     assert found["epochs"] == 2
+
+
+def test_a_measurement_is_kept_under_everything_that_decides_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = tmp_path / "run", list[dict[str, Any]]()
+    shutil.copytree(run, folder)
+    options: dict[str, Any] = {"probe": 64, "steps": 10, "threads": 1, "progress": False}
+
+    def counted(run: Path, **given: Any) -> dict[str, Any]:
+        made.append(given)
+        return {"number": len(made)}
+
+    monkeypatch.setattr(calibration, "measure", counted)
+
+    def number() -> int:
+        return int(measured(folder, **options)["number"])
+
+    assert [number(), number()] == [1, 1]
+    for other in ({"probe": 63}, {"steps": 11}, {"threads": 2}):
+        assert [measured(folder, **options | other)["number"], number()] == [len(made) - 1, len(made)]
+    for name, value in (("_VERSION", 0), ("BUDGET", 3.0), ("SHARE", 0.9)):
+        with monkeypatch.context() as there:
+            there.setattr(calibration, name, value)
+            assert number() == len(made)
+        assert number() == len(made)
+    before = len(made)
+    settings = read_json(folder / "settings.json")
+    write_json(folder / "settings.json", settings | {"train_points": settings["train_points"] - 1})
+    assert number() == len(made) == before + 1  # other data
+    stored = torch.load(folder / "last.pt", weights_only=True)
+    next(iter(stored["model"].values()))[0, 0] += 1e-6
+    torch.save(stored, folder / "last.pt")
+    assert number() == len(made) == before + 2  # another network
+    (folder / "calibration.json").write_text("[1, 2")
+    assert [number(), number()] == [before + 3, before + 3]  # a damaged one is made again
+
+
+def test_the_digest_of_data_sees_every_pixel_and_label() -> None:
+    x, y = torch.zeros(600, 1, 2, 2), torch.arange(600) % 3
+    every = {calibration._digest(Split(x, y))}
+    changed = x.clone()
+    changed[301, 0, 1, 1] = 0.5
+    every |= {calibration._digest(Split(changed, y)), calibration._digest(Split(x, y.flip(0)))}
+    every |= {calibration._digest(Split(x.reshape(600, 1, 1, 4), y))}
+    assert len(every) == 4
 
 
 def test_other_bits_are_told_with_what_differs(run: Path, tmp_path: Path) -> None:

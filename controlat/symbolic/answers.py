@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import sympy
 
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
-from controlat.symbolic.limits import NotFound, TimeLimit, limited
+from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
 
-__all__ = ["Answer", "agrees", "attempts"]
+__all__ = ["Answer", "Budget", "agrees", "attempts"]
 
+_TIDY = 5.0  # seconds for a shorter form of what is known already
 _LONG = 160  # operations of an expression that nobody wants to read
 
 
@@ -54,12 +56,44 @@ class Answer:
         }
 
 
+@dataclass
+class Budget:
+    """Time for sympy: a question gets half of what is left of it, so that others get some if it hangs.
+
+    Args:
+        seconds: in all, from now on.
+        late: what was not answered for lack of time, in words.
+    """
+
+    seconds: float
+    late: list[str] = field(default_factory=list)
+    _began: float = field(default_factory=time.monotonic)
+
+    def ask(self, name: str, function: Callable[..., Any], *arguments: Any, most: float = np.inf) -> Any:
+        """The answer of `limited`; what it raises when the time is over is noted under a name, if it has one.
+
+        Raises:
+            TimeLimit: the time was over, or there was none left.
+            NotFound: as of `limited`.
+        """
+        left = (self.seconds - (time.monotonic() - self._began)) / 2
+        try:
+            if left <= 0:
+                raise TimeLimit(LATE)
+            with within(2 * left):  # the start of a child process counts, too
+                return limited(function, *arguments, seconds=min(left, most))
+        except TimeLimit:
+            if name and name not in self.late:
+                self.late.append(name)
+            raise
+
+
 def attempts(
     name: str,
     function: Callable[..., Any],
     *arguments: Any,
     numbers: Mapping[sympy.Symbol, Any],
-    seconds: float,
+    budget: Budget,
 ) -> Iterator[tuple[Any, str, str]]:
     """Ask sympy with the parameters as symbols, then with their numbers.
 
@@ -68,7 +102,7 @@ def attempts(
         function: the question (`controlat.symbolic.questions`).
         arguments: its arguments.
         numbers: the values of the landscape's parameters.
-        seconds: time limit of each of the two.
+        budget: of time.
 
     Yields:
         The answer, None without one; by whom; why there is none.
@@ -79,14 +113,17 @@ def attempts(
         tries.append(("sympy (numbers inserted)", inserted))
     for by, given in tries:
         try:
-            yield limited(function, *given, seconds=seconds), by, ""
+            if function is questions.tidy:  # what is known already
+                yield budget.ask("", function, *given, most=_TIDY), by, ""
+            else:
+                yield budget.ask(name, function, *given), by, ""
         except TimeLimit:
-            yield None, "scipy", f"sympy had not found {name} after {seconds:g} seconds"
+            yield None, "scipy", f"sympy did not find {name} within its time"
         except NotFound:
             yield None, "scipy", f"sympy finds no closed form of {name}"
 
 
-def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, seconds: float) -> bool:
+def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, budget: Budget) -> bool:
     """Whether a formula in one symbol gives the numbers that are known otherwise, to seven digits.
 
     Where double precision does not bear it out, a few points are looked at with thirty digits: a formula may
@@ -102,7 +139,8 @@ def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, 
         return False  # undefined, or by way of complex numbers, as Cardano's formula goes
     few = np.unique(np.linspace(0, len(at) - 1, 5).astype(int))
     try:
-        exact = limited(questions.values, formula, symbol, at[few].tolist(), seconds=seconds)
+        what = "the comparison of a formula with the numbers"
+        exact = budget.ask(what, questions.values, formula, symbol, at[few].tolist())
     except (TimeLimit, NotFound):
         return False
     return _close(np.array(exact), values[few], values)

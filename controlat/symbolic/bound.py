@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import crossing
+from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 
@@ -259,7 +260,10 @@ def _minimiser(branch: Branch, theta0: float) -> float:
         raise _NoAnswer(f"the slope of the robust loss is undefined at theta = {row[i]:.6g}, on the way down")
     if along[i] == 0:
         return float(row[i])
-    return float(brentq(lambda t: float(branch.robust_slope(t)), row[i - 1], row[i], xtol=1e-15))
+    root = crossing(lambda t: float(branch.robust_slope(t)), float(row[i - 1]), float(row[i]))
+    if root is None:
+        raise _NoAnswer(f"the slope of the robust loss jumps near theta = {row[i]:.6g}, on the way down")
+    return root
 
 
 def _reached(case: _Case, theta: Array, best: Array) -> Array:
@@ -371,7 +375,7 @@ def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Kn
     row: dict[str, Any] = {"T": T, "sigma": sigma, "reason": ""} | dict.fromkeys(_KEYS)
     try:
         return row | _row(case, T, sigma, theta, x, known)
-    except _NoAnswer as why:
+    except (_NoAnswer, TimeLimit) as why:
         return row | {"reason": str(why)}
 
 
@@ -414,6 +418,7 @@ def _case(
     return _Case(branch, float(theta0), alpha, steps, float(delta), runs, seed)
 
 
+@np.errstate(all="ignore")  # what is not finite is named
 def convergence(
     branch: Branch,
     theta0: float,
@@ -482,6 +487,6 @@ def convergence(
             theta = _within("theta_range", theta_range, case.theta0, branch.domain)
         known: Known = {}
         rows = [_answer(case, T, s, theta, x, known) for s in sigmas for T in horizons]
-    except _NoAnswer as why:
+    except (_NoAnswer, TimeLimit) as why:
         reason = str(why)
     return Bound(formula, case.theta0, x0, inner, case.runs, case.seed, tuple(rows), reason)

@@ -16,8 +16,10 @@ __all__ = ["Branch", "choose"]
 
 _NODES = 600  # of a branch to either side of theta_0; more where it bends
 _ROUNDS = 20  # of Newton's method
-_GONE, _OUT, _UNDEFINED = (
+_STEEP = 100.0  # l_xx grows so many times over the last thousandth of the way before a pole
+_GONE, _POLE, _OUT, _UNDEFINED = (
     "There the inner maximum ceases to exist, or is flat",
+    "There the landscape has a pole: l_xx is infinite",
     "There the inner maximum leaves x_range: give a wider one",
     "There l or a derivative is undefined",
 )
@@ -103,7 +105,15 @@ class Branch:
         else:
             why = ""
         thetas, found_x = np.array(nodes).T
+        if why in (_GONE, _UNDEFINED) and self._grows(thetas, found_x, end):
+            why = _POLE
         return thetas, found_x, why
+
+    def _grows(self, theta: Array, x: Array, end: float) -> bool:
+        """Whether l_xx is much larger at the last node than a thousandth of the way before it."""
+        near = np.flatnonzero(np.abs(theta - theta[-1]) >= 1e-3 * abs(end - self.theta0))
+        bend = np.abs(self.landscape("xx")(theta, x))
+        return bool(near.size and bend[-1] > _STEEP * bend[near[-1]])
 
     def _next(self, theta: float, x: float, target: float) -> tuple[float, str]:
         """x* at the next node, or why there is none: then a shorter step is tried."""

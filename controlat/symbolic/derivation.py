@@ -11,27 +11,21 @@ from typing import Any
 
 import numpy as np
 import sympy
-from scipy.integrate import solve_ivp
-from scipy.optimize import brentq
 
 from controlat.symbolic import questions
-from controlat.symbolic.answers import Answer, agrees, attempts
+from controlat.symbolic.answers import Answer, Budget, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
+from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.landscape import Array, LandscapeError
+from controlat.symbolic.landscape import Array, LandscapeError, crossing
+from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
 
 __all__ = ["Derivation"]
 
 T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
-_TIDY = 5.0  # seconds for a shorter form of what is known already
-_CALLS = 40_000  # of the flow's right side, beyond which another method is tried, and then none
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
-
-
-class _TooMany(Exception):
-    """The flow took too many evaluations."""
 
 
 class Derivation:
@@ -48,33 +42,43 @@ class Derivation:
     0.211
     """
 
+    @np.errstate(all="ignore")  # what is not finite is named
     def __init__(self, task: Task) -> None:
         self.task, self.landscape = task, task.landscape
         self.answers: dict[str, Answer] = {}
         self.notes: list[str] = []
+        self.budget = Budget(task.seconds)
         theta0 = float(task.theta0)
-        if self._tidy(self.landscape.derivative("x")) == 0:
-            raise LandscapeError(
-                f"l = {self.landscape.text} does not depend on x: every x is an inner maximum"
-            )
+        self._check_x()
         self.points = self.landscape.stationary(theta0)
         chosen = choose(self.landscape, theta0, self.points, task.branch)
         self.index, self.point = chosen
-        self._branch()
-        self._losses()
-        self._steps()
-        self._flow()
-        self._schedule()
-        self._check_others()
-        self._remark()
+        mine, why = self._formulas() if self.point.flat else ([], "")
+        self._branch(mine, why)
+        with unhurried():  # the numbers that follow are quick, and sympy has its budget
+            self._maximum(*((mine, why) if self.point.flat else self._formulas()))
+            self._losses()
+            self._steps()
+            self._flow()
+            self._schedule()
+            self._check_others()
+            self._remark()
+
+    def _check_x(self) -> None:
+        """Refuse what does not depend on x; sympy is asked where l_x is no more than rounding."""
+        land, grid = (
+            self.landscape,
+            (np.linspace(*self.task.reach, 41), np.linspace(*self.landscape.ends, 41)),
+        )
+        theta, x = np.meshgrid(*grid)
+        slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max() for by in ("x", ""))
+        if slope <= 1e-12 * value and self._tidy(land.derivative("x")) == 0:
+            raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
 
     # ---- asking sympy
 
     def _attempts(self, name: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        numbers, seconds = self.landscape.values, self.task.seconds
-        if function is questions.tidy:
-            seconds = min(seconds, _TIDY)
-        return attempts(name, function, *arguments, numbers=numbers, seconds=seconds)
+        return attempts(name, function, *arguments, numbers=self.landscape.values, budget=self.budget)
 
     def _ask(self, name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:
         """The first answer that there is, by whom, and why there is none."""
@@ -90,13 +94,13 @@ class Derivation:
         return found if shorter is None else shorter
 
     def _agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
-        return agrees(formula.subs(self.task.values), symbol, at, values, self.task.seconds)
+        return agrees(formula.subs(self.task.values), symbol, at, values, self.budget)
 
     def _find(self, key: str, name: str, check: Check, function: Callable[..., Any], *arguments: Any) -> None:
         """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values)."""
         why = ""
         for found, by, told in self._attempts(name, function, *arguments):
-            why = told or f"what sympy finds for {name} does not agree with the numbers"
+            why = told or f"what sympy finds for {name} is not borne out by the numbers"
             for formula in found if isinstance(found, list) else [found]:
                 if formula is not None and self._agrees(formula, *check):
                     self.answers[key] = Answer(name, formula, by)
@@ -128,16 +132,20 @@ class Derivation:
 
     # ---- the inner problem
 
-    def _branch(self) -> None:
-        """Follow the chosen maximum as far as it goes, and along the robust flow."""
-        theta0 = float(self.task.theta0)
-        name, why = "the zeros of l_x", ""
-        mine: list[tuple[sympy.Expr, str]] = []
-        for found, by, told in self._attempts(name, questions.stationary, self.landscape.expression):
+    def _formulas(self) -> tuple[list[tuple[sympy.Expr, str]], str]:
+        """Zeros of l_x that are the chosen maximum at theta_0, by whom, and why there is none."""
+        why, mine = "", list[tuple[sympy.Expr, str]]()
+        every = self._attempts("the zeros of l_x", questions.stationary, self.landscape.expression)
+        for found, by, told in every:
             why = told or "sympy does not find this one among the real zeros of l_x"
             mine += [(formula, by) for formula in self._mine(found or [])]
             if mine:
                 break
+        return mine, why
+
+    def _branch(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
+        """Follow the chosen maximum as far as it goes, by a formula if it is flat, and along the flow."""
+        theta0 = float(self.task.theta0)
         where = self.landscape, theta0, self.point.x, self.task.reach
         if not self.point.flat:
             self.branch = Branch(*where)
@@ -150,8 +158,11 @@ class Derivation:
                 f"the inner maximum x = {self.point.x:.6g} at theta = {theta0:g} is flat (l_xx = 0), and "
                 f"{why}"
             )
-        self.path = self._integrate()
+        self.path = integrate(self.branch, theta0, float(self.task.horizon))
         self._check_steps(np.linspace(0, float(self.task.horizon), 201))
+
+    def _maximum(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
+        """Keep the first formula for x*(theta) that holds along the flow."""
         at = self._sample
         for formula, by in mine:
             if self._agrees(formula, THETA, at, self.branch(at)):
@@ -262,59 +273,6 @@ class Derivation:
         self.answers["time"] = Answer("t(theta) - t(theta_0) = t with t(theta)", time, by)
         self._find("theta", name, (T, t, self.theta(t)), questions.flow, time, start)
 
-    def _integrate(self) -> Callable[[Any], Any]:
-        """theta(t) by Runge-Kutta of order 8, or by LSODA where that needs too many steps."""
-        low, high = self.branch.domain
-        horizon = float(self.task.horizon)
-
-        def left(t: float, y: Array) -> float:
-            return min(float(y[0]) - low, high - float(y[0])) - 1e-9 * (high - low)
-
-        left.terminal = True  # type: ignore[attr-defined]
-        methods: tuple[Any, ...] = ("DOP853", "LSODA")
-        for method in methods:
-            calls = iter(range(_CALLS))
-
-            def slope(t: float, y: Array, calls: Iterator[int] = calls) -> Array:
-                if next(calls, None) is None:
-                    raise _TooMany
-                return -self.branch.robust_slope(np.clip(y, low, high))
-
-            try:
-                found = solve_ivp(
-                    slope,
-                    (0.0, horizon),
-                    [float(self.task.theta0)],
-                    method=method,
-                    dense_output=True,
-                    events=left,
-                    rtol=1e-12,
-                    atol=1e-14 * max(abs(low), abs(high)),
-                    max_step=horizon / 20,
-                )
-            except _TooMany:
-                continue
-            dense = found.sol
-            if found.status == 0 and dense is not None and np.isfinite(found.y).all():
-                return lambda t: dense(t)[0]
-            raise LandscapeError(self._gone(float(found.t[-1]), float(found.y[0, -1])))
-        raise LandscapeError(
-            f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
-        )
-
-    def _gone(self, t: float, theta: float) -> str:
-        """Why the flow cannot be followed to the horizon."""
-        low, high = self.branch.domain
-        why, near = "", 1e-6 * (high - low)
-        for end, told in zip((low, high), self.branch.ends, strict=True):
-            if abs(theta - end) <= near:
-                why = told or "There theta_range ends: give a wider one"
-        why = why or f"There |theta'| is {float(np.abs(self.branch.robust_slope(theta))):.3g}"
-        return (
-            f"the robust flow from theta = {float(self.task.theta0):g} comes to theta = {theta:.4g} at t = "
-            f"{t:.4g}, before the horizon {float(self.task.horizon):g}. {why}; a shorter horizon helps too"
-        )
-
     def _check_steps(self, t: Array) -> None:
         step = self.branch.exact_step(self.theta(t))
         bad = ~(np.isfinite(step) & (step > 0))
@@ -337,7 +295,8 @@ class Derivation:
 
     def K(self, t: Any) -> Array:
         """K*(t) = tau/alpha*(theta(t)), as a real number."""
-        return float(self.task.tau) / self.alpha(t)
+        with np.errstate(all="ignore"):
+            return np.asarray(float(self.task.tau) / self.alpha(t), dtype=float)
 
     # ---- the schedule
 
@@ -377,7 +336,7 @@ class Derivation:
             )
             by = "sympy (numbers inserted)"
             if not self._take(found):
-                told = why or "what sympy finds for the series does not agree with the numbers"
+                told = why or "what sympy finds for the series is not borne out by the numbers"
                 self._without("series", "K*(t) near 0", told)
                 return
         # As it is read, lowest power first: sympy would order the terms by itself.
@@ -425,7 +384,7 @@ class Derivation:
             if self._agrees(formula.subs(values), HORIZON, where, exact_cost):
                 self.answers["J"] = Answer(name, formula, by)
                 return
-        self._without("J", name, why or "what sympy finds for J does not agree with the numbers")
+        self._without("J", name, why or "what sympy finds for J is not borne out by the numbers")
 
     def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
         """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
@@ -524,10 +483,9 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
         for i in range(1, len(y) - 1)
         if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
     ]
-    for i in np.flatnonzero(y[:-1] * y[1:] < 0):
-        root = brentq(lambda v: float(slope(np.array([v]))[0]), theta[i], theta[i + 1], xtol=1e-15)
-        if abs(float(slope(np.array([root]))[0])) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
-            found.append((float(root), y[i], y[i + 1]))
+    for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):
+        root = crossing(lambda v: float(slope(np.array([v]))[0]), float(theta[i]), float(theta[i + 1]))
+        found += [] if root is None else [(root, y[i], y[i + 1])]
     found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
     kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]
     points = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]

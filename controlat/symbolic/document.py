@@ -20,6 +20,7 @@ from controlat.symbolic.words import (
     say_fitted,
     say_followed,
     say_known,
+    say_left_out,
     say_polynomial,
     say_rising,
     say_spent,
@@ -269,8 +270,8 @@ def markdown(result: Result) -> str:
     parts += _verification(result) if result["verification"] is not None else []
     parts += _bound(result) if result["bound"] is not None else []
     parts += _calibration(result) if result["calibration"] is not None else []
-    if result["notes"]:
-        parts += ["## Notes", bullets(greek(note) for note in result["notes"])]
+    if notes := [*say_left_out(result), *map(greek, result["notes"])]:
+        parts += ["## Notes", bullets(notes)]
     shown = [f"![{figure.title}]({name})" for name, figure in FIGURES.items() if figure.wanted(result)]
     made = f"Made on {machine}, controlat {env['controlat']}; {result['seconds']:.1f} seconds."
     return "\n\n".join([*parts, "## Figures", "\n".join(shown), made]) + "\n"

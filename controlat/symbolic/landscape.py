@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +16,9 @@ from scipy.optimize import brentq
 
 from controlat.symbolic import AMATA
 from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
+from controlat.symbolic.limits import check
 
-__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled"]
+__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "crossing"]
 
 WIDTH = 10.0  # the default range of x reaches this far to either side of the data point
 _GRID = 4001  # points in x where stationary points are looked for
@@ -141,12 +143,9 @@ class Landscape:
         # A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages.
         alone = [i for i in touched if 0 < i < _GRID - 1 and y[i - 1] != 0 and y[i + 1] != 0]
         roots = [float(x[i]) for i in alone if np.isfinite(y[i - 1 : i + 2]).all()]
-        for i in np.flatnonzero(y[:-1] * y[1:] < 0):
-            root = float(
-                brentq(lambda v: float(slope(theta, v)), x[i], x[i + 1], xtol=1e-14, maxiter=500, disp=False)
-            )
-            if abs(float(slope(theta, root))) <= 1e-3 * max(abs(y[i]), abs(y[i + 1])):  # else a pole
-                roots.append(root)
+        for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):  # a product of values overflows
+            root = crossing(lambda v: float(slope(theta, v)), float(x[i]), float(x[i + 1]))
+            roots += [] if root is None else [root]
         return [self._point(theta, root) for root in sorted(roots)]
 
     def _point(self, theta: float, x: float) -> Point:
@@ -167,11 +166,33 @@ class Landscape:
         return np.asarray(found, dtype=float)
 
 
+def crossing(f: Callable[[float], float], low: float, high: float) -> float | None:
+    """The zero of f between two points at which its signs differ; None where f has a pole or is undefined.
+
+    >>> crossing(lambda v: v, -1, 2), crossing(lambda v: 1 / v, -1, 2)
+    (0.0, None)
+    """
+
+    def value(v: float) -> float:
+        found = f(v)
+        return found if not math.isnan(found) else f(v + 1e-9 * (high - low))  # 0/0 at a single point
+
+    try:
+        root = float(brentq(value, low, high, xtol=1e-15, maxiter=500, disp=False))
+    except ValueError:
+        return None
+    return root if abs(value(root)) <= 1e-3 * max(abs(f(low)), abs(f(high))) else None
+
+
 def compiled(expression: sympy.Expr, *symbols: sympy.Symbol) -> Callable[..., Array]:
-    """An expression as a function of numbers and arrays; nan or inf where undefined, without warnings."""
+    """An expression as a function of numbers and arrays; nan or inf where undefined, without warnings.
+
+    Each call first looks at the deadline of `controlat.symbolic.limits.within`.
+    """
     raw = sympy.lambdify(symbols, expression, modules=["numpy", "scipy"], cse=True)
 
     def call(*values: Any) -> Array:
+        check()
         arrays = [np.asarray(v, dtype=float) for v in values]
         with np.errstate(all="ignore"):
             found = raw(*arrays)

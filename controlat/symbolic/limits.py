@@ -5,6 +5,9 @@ it. So one child process answers question after question, and is killed when the
 question starts another. It is neither forked (threads of torch would be copied in the middle of something)
 nor spawned by multiprocessing (that runs the user's main script again).
 
+What is computed in this process ends, too: `within` sets a deadline, and `check`, which every evaluation of a
+landscape calls, raises once it has passed.
+
 Questions and answers are pickles behind their length, over two pipes. Unpickling runs what it is told to,
 which is safe here: both ends are processes of this module, and nobody else holds the pipes.
 """
@@ -24,13 +27,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["SECONDS", "NotFound", "TimeLimit", "apply", "close", "limited", "serve"]
+__all__ = [
+    "LATE",
+    "SECONDS",
+    "NotFound",
+    "TimeLimit",
+    "apply",
+    "check",
+    "close",
+    "limited",
+    "remaining",
+    "serve",
+    "unhurried",
+    "within",
+]
 
-SECONDS = 20.0
+SECONDS = 60.0  # of a derivation in all
+LATE = "the time limit was over"
 _START = 120.0  # seconds for the child to import sympy, on a busy machine with a cold disk
 _MEMORY = 4 << 30  # bytes of address space of the child
 _HOME = "controlat.symbolic"
@@ -49,13 +67,52 @@ class NotFound(Exception):
     """There is no answer: the question raised an error, or ran out of memory, or its process was killed."""
 
 
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of `time.monotonic`
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """End what is done inside, questions to the child included, by TimeLimit when the time is over.
+
+    >>> with within(60):
+    ...     0 < remaining() <= 60
+    True
+    """
+    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """Suspend the deadline of `within`."""
+    token = _deadline.set(math.inf)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def remaining() -> float:
+    """Seconds to the deadline; infinite without one."""
+    return _deadline.get() - time.monotonic()
+
+
+def check() -> None:
+    """Raise TimeLimit if the deadline has passed."""
+    if time.monotonic() > _deadline.get():
+        raise TimeLimit(LATE)
+
+
 def limited(function: Callable[..., Result], *args: object, seconds: float = SECONDS) -> Result:
     """function(*args), computed in the child process.
 
     Args:
         function: a module-level function of a module of `controlat.symbolic`; it is sent by its name.
         args: its arguments; they and the result are copied by pickle.
-        seconds: the time limit.
+        seconds: the time limit; the deadline of `within`, where it comes earlier.
 
     Returns:
         What the function returns.
@@ -71,6 +128,8 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     name = _name(function)
     if not (0 < seconds < math.inf):
         raise ValueError(f"seconds must be a positive number, got {seconds!r}")
+    check()
+    seconds = min(seconds, max(remaining(), 1e-3))
     question = pickle.dumps((name, args, seconds))
     with _lock:
         status, result = _ask(question, ".".join(name), seconds)
@@ -128,7 +187,7 @@ class _Child:
         self._out, self._in = self.process.stdin, self.process.stdout
         os.set_blocking(self._out.fileno(), False)  # a child that does not read must not hold up the limit
         try:
-            self.receive(time.monotonic() + _START)
+            self.receive(min(time.monotonic() + _START, _deadline.get()))
         except BaseException:
             self.kill()
             raise
@@ -197,7 +256,7 @@ def _ask(question: bytes, name: str, seconds: float) -> tuple[str, Any]:
         if _child is None or _child.process.poll() is not None:
             _end()
             _child = _Child()
-        deadline = time.monotonic() + seconds
+        deadline = min(time.monotonic() + seconds, _deadline.get())
         _child.send(question, deadline)
         status, result = _child.receive(deadline)
     except BaseException as error:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.integrate import solve_bvp, solve_ivp
 from scipy.interpolate import CubicHermiteSpline
-from scipy.optimize import brentq
 
 from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, smallest_q, whole_cap
-from controlat.symbolic.landscape import LandscapeError
+from controlat.symbolic.landscape import LandscapeError, crossing
 
 __all__ = [
     "Criterion",
@@ -44,7 +43,8 @@ Array = NDArray[np.float64]
 POINTS = 101  # instants of [0, T] in results
 LARGEST_GAMMA = 1e4  # beyond it a limit on gamma is called infinite
 _EVALUATIONS = 3000  # of F along one path; some hundred are usual
-_PIECES = 200  # instants at which a rounded schedule decides
+_PIECES = 200  # of [0, T] at least, in which a rounded schedule is followed
+_HALVINGS = 30  # of a piece in which K switches, to find out where
 # (t, theta) -> alpha/alpha*, K, and whether alpha sits on the bound alpha*(theta)
 Control = Callable[[Array, Array], tuple[Array, Array, NDArray[np.bool_]]]
 Count = Callable[[Array], Array]  # K(t)
@@ -177,7 +177,7 @@ def _costate(
 def derived_path(problem: Bolza) -> Path:
     """The derived schedule alpha = alpha*(theta(t)), K = K*(theta(t)).
 
-    For sets of whole K it is rounded (`Bolza.policy`). "integer" decides at 200 instants and keeps K between.
+    For sets of whole K it is rounded (`Bolza.policy`), and K switches where the rounded one does.
     """
     if problem.admissible == "integer":
         return _held_path(problem)
@@ -191,40 +191,67 @@ def derived_path(problem: Bolza) -> Path:
     fine = np.linspace(0, problem.horizon, 1001)
     k = problem.policy(theta_at(fine))[1]
     jumps = np.flatnonzero(np.diff(k)) if SETS[problem.admissible].whole else np.array([], dtype=int)
-    breaks = [float((fine[i] + fine[i + 1]) / 2) for i in jumps]
-    return _costate(problem, "derived", theta_at, control, breaks)
+    low, high = fine[jumps], fine[jumps + 1]
+    for _ in range(_HALVINGS if jumps.size else 0):
+        middle = (low + high) / 2
+        same = problem.policy(theta_at(middle))[1] == k[jumps]
+        low, high = np.where(same, middle, low), np.where(same, high, middle)
+    return _costate(problem, "derived", theta_at, control, high.tolist())
 
 
 def _held_path(problem: Bolza) -> Path:
-    """K = ceil(K*(theta)) (or the set's next), alpha = tau/K, K kept over each of 200 pieces of [0, T]."""
-    t = np.linspace(0, problem.horizon, _PIECES + 1)
-    h, theta, held, slopes = t[1], [problem.theta0], [], []
-    for _ in t:
-        now = np.asarray(theta[-1])
-        k = problem.policy(now)[1]
-
-        def flow(y: Any, k: Array = k) -> Array:
-            return problem.flow(y, problem.ratio(y, k), k, clip=True)
-
-        one = flow(now)
-        two = flow(now + h / 2 * one)
-        three = flow(now + h / 2 * two)
-        theta.append(float(now + h / 6 * (one + 2 * two + 2 * three + flow(now + h * three))))
-        held.append(float(k))
-        slopes.append(float(one))
-    if not np.isfinite(theta[:-1]).all():
+    """K = ceil(K*(theta)) (or the set's next), alpha = tau/K, K kept until another is the set's."""
+    h, t, theta, held, slopes = (
+        problem.horizon / _PIECES,
+        [0.0],
+        [problem.theta0],
+        list[float](),
+        list[float](),
+    )
+    while t[-1] < problem.horizon * (1 - 1e-12) and math.isfinite(theta[-1]):
+        k, step = float(problem.policy(theta[-1])[1]), min(h, problem.horizon - t[-1])
+        after, slope = _held_step(problem, theta[-1], k, step)
+        if float(problem.policy(after)[1]) != k:  # it switches on the way
+            low, high = 0.0, step
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                switched = float(problem.policy(_held_step(problem, theta[-1], k, middle)[0])[1]) != k
+                low, high = (low, middle) if switched else (middle, high)
+            step = min(max(high, h / 1000), step)
+            after, _ = _held_step(problem, theta[-1], k, step)
+        t.append(t[-1] + step)
+        theta.append(after)
+        held.append(k)
+        slopes.append(slope)
+        if len(t) > 20 * _PIECES:
+            raise LandscapeError(f"the rounded schedule switches without end near theta = {theta[-1]:.6g}")
+    slopes.append(_held_step(problem, theta[-1], float(problem.policy(theta[-1])[1]), h)[1])
+    if not np.isfinite([*theta, *slopes]).all():
         raise LandscapeError(
             "the outer flow under the rounded schedule leaves the range of the inner maximum, or comes where "
             "no whole K keeps the ascent from x0 before x*"
         )
-    curve, pieces = CubicHermiteSpline(t, theta[:-1], slopes), np.array(held[:-1])
+    curve, pieces = CubicHermiteSpline(t, theta, slopes), np.array(held)
 
     def control(s: Array, theta: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-        k = pieces[np.clip(np.searchsorted(t, s, side="right") - 1, 0, _PIECES - 1)]
+        k = pieces[np.clip(np.searchsorted(t, s, side="right") - 1, 0, len(pieces) - 1)]
         return problem.ratio(theta, k), k, np.zeros(np.shape(theta), dtype=bool)
 
-    jumps = t[1:-1][np.diff(pieces) != 0]
+    jumps = np.array(t[1:-1])[np.diff(pieces) != 0]
     return _costate(problem, "derived", lambda s: np.asarray(curve(s), dtype=float), control, list(jumps))
+
+
+def _held_step(problem: Bolza, theta: float, k: float, h: float) -> tuple[float, float]:
+    """theta after a time h under K and alpha = tau/K, by a Runge-Kutta step of order 4; its slope before."""
+
+    def flow(y: float) -> float:
+        at = np.asarray(y)
+        return float(problem.flow(at, problem.ratio(at, k), np.asarray(k), clip=True))
+
+    one = flow(theta)
+    two = flow(theta + h / 2 * one)
+    three = flow(theta + h / 2 * two)
+    return theta + h / 6 * (one + 2 * two + 2 * three + flow(theta + h * three)), one
 
 
 def _above(problem: Bolza, count: Count) -> Control:
@@ -266,9 +293,9 @@ def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
         return np.asarray(count(np.asarray(t)) - problem.count(theta_at(np.asarray(t))), dtype=float)
 
     above = excess(fine)
-    crossings = np.flatnonzero(above[:-1] * above[1:] < 0)
-    breaks = [float(brentq(lambda s: float(excess(s)), fine[i], fine[i + 1])) for i in crossings]
-    return _costate(problem, name, theta_at, control, breaks)
+    crossings = np.flatnonzero(np.sign(above[:-1]) * np.sign(above[1:]) < 0)
+    found = (crossing(lambda s: float(excess(s)), float(fine[i]), float(fine[i + 1])) for i in crossings)
+    return _costate(problem, name, theta_at, control, [v for v in found if v is not None])
 
 
 def comparisons(problem: Bolza, derived: Path) -> dict[str, Count]:

@@ -29,7 +29,7 @@ class Task:
         branch: which inner maximum at theta_0, by value (0 is the largest); the largest, if the ascent from
             the data point reaches it, where left out.
         theta_range: how far branches are followed; +-max(3, 2 |theta_0|) where left out.
-        seconds: time limit of each question to sympy.
+        seconds: time limit of all questions to sympy together; one gets half of what is left.
 
     Raises:
         ValueError: a number is out of range.
@@ -43,7 +43,7 @@ class Task:
     order: int = 2
     branch: int | None = None
     theta_range: tuple[float, float] | None = None
-    seconds: float = SECONDS
+    seconds: float = SECONDS / 2
 
     def __post_init__(self) -> None:
         for name in ("theta0", "tau", "horizon", "gamma"):

@@ -23,6 +23,7 @@ from controlat.symbolic.words import (
     say_followed,
     say_given,
     say_known,
+    say_left_out,
     say_polynomial,
     say_rising,
     say_spent,
@@ -147,6 +148,6 @@ def printed(result: Result) -> str:
         parts.append(bullets([say_theorem(result)]))
     if result["calibration"] is not None:
         parts += ["Calibration to a network", bullets(say_fitted(result))]
-    if result["notes"]:
-        parts.append(bullets(f"NOTE: {greek(note)}" for note in result["notes"]))
+    if notes := [*say_left_out(result), *map(greek, result["notes"])]:
+        parts.append(bullets(f"NOTE: {note}" for note in notes))
     return "\n\n".join(parts)

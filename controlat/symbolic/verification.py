@@ -8,7 +8,7 @@ admissible set: all four sets are always given a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from controlat.symbolic.bolza import SETS, Bolza, candidates
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import LandscapeError
+from controlat.symbolic.limits import LATE, TimeLimit
 from controlat.symbolic.principle import (
     ALIKE,
     POINTS,
@@ -58,6 +59,7 @@ class Verification:
         better: the best schedule found, if one undercuts the derived one.
         conclusion: sentences.
         holds: the principle is satisfied, and a search for something better was made and found nothing.
+        left_out: which of the above was left out because the deadline of `limits.within` had passed.
     """
 
     problem: dict[str, Any]
@@ -71,6 +73,7 @@ class Verification:
     better: dict[str, Any] | None
     conclusion: list[str]
     holds: bool
+    left_out: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: lists for arrays, None for what is infinite or undefined."""
@@ -90,6 +93,7 @@ def plain(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
+@np.errstate(all="ignore")  # what is not finite is named
 def verify(
     branch: Branch,
     theta0: float,
@@ -106,29 +110,44 @@ def verify(
     Raises:
         ValueError: a number out of range.
         LandscapeError: the flow under the derived schedule leaves the range of the inner maximum.
+        TimeLimit: the deadline of `limits.within` passed before the criterion was known.
     """
     problem = Bolza(branch, theta0, tau, horizon, gamma, admissible, overshoot)
-    path = derived_path(problem)
-    product = admissible == "product"
-    prices = _gamma(problem) if product else None
+    path, late = derived_path(problem), list[str]()
+
+    def part(what: str, otherwise: Any, function: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return function(*given)
+        except TimeLimit:
+            late.append(what)
+            return otherwise
+
+    def programmed(name: str) -> tuple[Programming | str, float]:
+        what = f"dynamic programming for the set '{name}'"
+        return part(what, (LATE, math.nan), _programmed, problem, name)  # type: ignore[no-any-return]
+
+    product, curves = admissible == "product", _curves(problem, path)
+    prices = part("the range of gamma", None, _gamma, problem) if product else None
     derived = _derived(problem, path, prices)
-    rows = {name: _programmed(problem, name) for name in SETS}
-    results = {name: row[0] for name, row in rows.items()}
-    direct = _transcribed(problem) if product else None
-    better = _better(results[admissible], direct)
+    rows = {admissible: programmed(admissible)}
+    direct = part("direct transcription", LATE, _transcribed, problem) if product else None
+    boundary = part("the boundary problem", None, boundary_problem, problem, path) if product else None
+    compared = part("other schedules", [], _compared, problem, path) if product else []
+    rows |= {name: programmed(name) for name in SETS if name != admissible}
+    better = _better(rows[admissible][0], direct)
     found: dict[str, Any] = {
         "problem": _statement(problem),
         "derived": derived,
-        "comparisons": _compared(problem, path) if product else [],
-        "hamiltonian": _curves(problem, path),
-        "boundary": boundary_problem(problem, path) if product else None,
+        "comparisons": compared,
+        "hamiltonian": curves,
+        "boundary": boundary,
         "transcription": _direct_row(direct) if product else None,
         "gamma": prices,
-        "sets": [_row(name, *row) for name, row in rows.items()],
+        "sets": [_row(name, *rows[name]) for name in SETS],
         "better": better,
-        "holds": bool(derived["satisfies"] and better is None and _searched(results[admissible], direct)),
+        "holds": bool(derived["satisfies"] and better is None and _searched(rows[admissible][0], direct)),
     }
-    return Verification(**found, conclusion=_conclusion(found))
+    return Verification(**found, conclusion=_conclusion(found), left_out=late)
 
 
 def _statement(problem: Bolza) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def say_zeros(zeros: Sequence[Result], form: str) -> str:
     return "; ".join(parts) or "no stationary point where the inner maximum is followed"
 
 
+def say_left_out(result: Result) -> list[str]:
+    """What the time limit left out: a line, or none."""
+    lost, seconds = result.get("left_out"), result["settings"]["seconds"]
+    if not lost:
+        return []
+    return [f"left out at the time limit of {num(seconds)} seconds (--seconds): {greek('; '.join(lost))}"]
+
+
 def say_followed(result: Result) -> str:
     """Which inner maximum is followed."""
     maxima = [p for p in result["stationary"] if p["kind"] == "maximum"]

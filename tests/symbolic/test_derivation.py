@@ -264,7 +264,8 @@ def test_a_cubic_is_solved_numerically_and_says_so() -> None:
 def test_a_time_limit_leaves_numbers_and_says_why() -> None:
     found = derived(seconds=1e-3)
     assert found.formula("x") is None
-    assert "after 0.001 seconds" in found.answers["x"].why
+    assert found.answers["x"].why == "sympy did not find the zeros of l_x within its time"
+    assert "the zeros of l_x" in found.budget.late
     assert found.cost == pytest.approx(derived().cost, rel=1e-9)
 
 
@@ -373,7 +374,7 @@ def test_the_ascent_must_reach_the_maximum_that_is_followed() -> None:
         (
             "-theta^4 - (x - theta)^2",
             {},
-            r"comes to theta = 3 at t = 0\.1111, before the horizon 3.*theta_range",
+            r"blows up in finite time: .* as t comes to 0\.125, not after the horizon 3",
         ),
         ("theta^2/2 - sqrt((x - theta)^2)", {}, "has a kink"),
         ("theta^2/2 + 0.01/(x - 0.5)^2 - (x - 2*theta)^2", {}, r"is larger at x = 0\.5 \(inf\)"),
@@ -381,6 +382,9 @@ def test_the_ascent_must_reach_the_maximum_that_is_followed() -> None:
         ("theta^2/2 + log(x) - x*theta", {}, r"l\(1, x0\) is undefined at the data point 0"),
         ("log(theta) - (x - theta)^2", {}, r"at t = 0\.5, before the horizon 3.*shorter horizon"),
         ("theta - (x - 1)^2*theta", {}, r"ceases to exist"),
+        ("theta^2/2 - (x - theta)^2/(theta - 1/2)", {}, r"comes to theta = 0\.5 at t = 0\.6931.*has a pole"),
+        ("tan(theta) - (x - theta)^2", {}, r"comes to theta = -1\.571 at .*has a pole"),
+        ("x^x^x^x^x^x", {}, r"has no inner maximum"),
         ("theta^2/2 - (x^2 - 1)^2", {}, r"l_x\(1, x0\) = 0 at the data point 0, which is no maximum"),
         ("theta^2/2 - (x - theta)^2 - (x - theta)^4*exp(x)", {"branch": 3}, "branch must be from 0 to 0"),
     ],

@@ -243,7 +243,11 @@ def test_other_sets_have_other_maximisers() -> None:
     whole = replace(problem, admissible="integer")
     path = derived_path(whole)
     assert criterion(whole, path).c == pytest.approx(0, abs=1e-9)
-    assert path.cost == pytest.approx(0.2160, abs=1e-4)
+    switches = -np.log(20 / np.arange(11, 18) - 1) / 2  # where K* = 20/(1 + e^-2t) passes a whole number
+    rounded = np.exp(-2) / 2 + 0.01 * np.diff([0, *switches, 1]) @ np.arange(11, 19)
+    assert path.cost == pytest.approx(rounded, rel=1e-6)
+    assert (path.k >= problem.count(path.theta) * (1 - 1e-6)).all()
+    assert derived_path(replace(problem, admissible="free")).cost == pytest.approx(rounded, rel=1e-9)
     with pytest.raises(ValueError, match="product"):
         gamma_range(whole)
 

@@ -1,0 +1,168 @@
+"""The robust flow theta' = -dL/dtheta in numbers, and why it cannot be followed where that is so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.integrate import solve_ivp
+
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Array, LandscapeError
+
+__all__ = ["integrate"]
+
+_CALLS = 40_000  # of the flow's right side, beyond which another method is tried, and then none
+_FAR = math.log(1e8)  # how far a flow is followed beyond all ranges: theta - theta_0 up to 1e8
+_DECAY = 0.05  # theta' growing faster than |theta|^(1 + this) is taken for a blow-up
+_SLACK = 1e-6  # of the horizon: a blow-up so little later is one at the horizon
+_POLE = 1e6  # theta' so many times as fast as at the start stands before a pole
+
+
+class _TooMany(Exception):
+    """The flow took too many evaluations."""
+
+
+class _Beyond(NamedTuple):
+    """Where the flow is without theta_range and x_range: when it is infinite, or theta at the horizon."""
+
+    blow_up: float | None
+    theta: float | None
+
+
+def integrate(branch: Branch, theta0: float, horizon: float) -> Callable[[Any], Any]:
+    """theta(t) for 0 <= t <= T, by Runge-Kutta of order 8, or by LSODA where that needs too many steps.
+
+    Raises:
+        LandscapeError: the flow leaves the domain of the branch before the horizon, is infinite before it,
+            or is too stiff.
+    """
+    low, high = branch.domain
+
+    def left(t: float, y: Array) -> float:
+        return min(float(y[0]) - low, high - float(y[0])) - 1e-9 * (high - low)
+
+    left.terminal = True  # type: ignore[attr-defined]
+    methods: tuple[Any, ...] = ("DOP853", "LSODA")
+    for method in methods:
+        calls = iter(range(_CALLS))
+
+        def slope(t: float, y: Array, calls: Iterator[int] = calls) -> Array:
+            if next(calls, None) is None:
+                raise _TooMany
+            return -branch.robust_slope(np.clip(y, low, high))
+
+        try:
+            found = solve_ivp(
+                slope,
+                (0.0, horizon),
+                [theta0],
+                method=method,
+                dense_output=True,
+                events=left,
+                rtol=1e-12,
+                atol=1e-14 * min(max(abs(low), abs(high)), max(3.0, 2 * abs(theta0))),
+                max_step=horizon / 20,
+            )
+        except _TooMany:
+            continue
+        dense = found.sol
+        t, theta = float(found.t[-1]), float(found.y[0, -1])
+        if found.status != 0 or dense is None or not np.isfinite(found.y).all():
+            raise LandscapeError(_gone(branch, theta0, horizon, t, theta))
+        hurried = abs(float(branch.robust_slope(theta))) * horizon * _SLACK > 1 + abs(theta)
+        if hurried and (told := _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)):
+            raise LandscapeError(told)  # rounding carried the flow past its end
+        return lambda t: dense(t)[0]
+    raise LandscapeError(
+        _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)
+        or f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
+    )
+
+
+def _infinite(theta0: float, horizon: float, when: float | None) -> str:
+    """That the flow blows up; empty where it does not."""
+    if when is None:
+        return ""
+    return (
+        f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds "
+        f"as t comes to {when:.6g}, not after the horizon {horizon:g}, and no theta_range is wide enough; "
+        "take a shorter horizon"
+    )
+
+
+def _gone(branch: Branch, theta0: float, horizon: float, t: float, theta: float) -> str:
+    """Why the flow cannot be followed to the horizon."""
+    low, high = branch.domain
+    beyond = _beyond(branch, theta0, horizon)
+    if told := _infinite(theta0, horizon, beyond.blow_up):
+        return told
+    there = "" if beyond.theta is None else f" (at the horizon theta is {beyond.theta:.4g})"
+    speed, first = (float(np.abs(branch.robust_slope(v))) for v in (theta, theta0))
+    why = f"There |theta'| is {speed:.3g}"
+    for end, told in zip((low, high), branch.ends, strict=True):
+        if abs(theta - end) <= 1e-6 * (high - low):
+            why = told or f"There theta_range ends: give a wider one{there}"
+    if speed > _POLE * first and "_range" not in why:
+        why = f"There theta' = -dL/dtheta has a pole: |theta'| is {speed:.3g}"
+    return (
+        f"the robust flow from theta = {theta0:g} comes to theta = {theta:.4g} at t = {t:.4g}, before the "
+        f"horizon {horizon:g}. {why}; a shorter horizon helps too"
+    )
+
+
+def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
+    """Follow the flow without theta_range and x_range: t and x* as functions of theta.
+
+    With theta = theta_0 + s c (e^u - 1), s the direction of the flow, dt/du = (dtheta/du)/theta' and
+    dx*/dtheta = -l_xtheta/l_xx. Where theta' grows as |theta|^p, dt/du falls as e^(-(p - 1) u): for p > 1
+    the rest of the time to infinity is dt/du/(p - 1).
+    """
+    land, scale = branch.landscape, max(1.0, abs(theta0))
+    sign = -float(np.sign(branch.robust_slope(theta0)))
+    if sign == 0 or branch.formula is not None:  # a flat maximum has no dx*/dtheta
+        return _Beyond(None, None)
+
+    def at(u: float, x: float) -> tuple[float, float]:
+        """theta, and x* after a step of Newton's method."""
+        theta = theta0 + sign * scale * math.expm1(u)
+        return theta, x - float(land("x")(theta, x)) / float(land("xx")(theta, x))
+
+    calls = iter(range(_CALLS))
+
+    def slopes(u: float, y: Array) -> Array:
+        if next(calls, None) is None:
+            raise _TooMany
+        theta, x = at(u, float(y[0]))
+        rate = sign * scale * math.exp(u)
+        drift = -float(land("xt")(theta, x)) / float(land("xx")(theta, x))
+        return np.array([drift * rate, -rate / float(land("t")(theta, x))])
+
+    def late(u: float, y: Array) -> float:
+        return float(y[1]) - horizon * (1 + _SLACK)
+
+    late.terminal = True  # type: ignore[attr-defined]
+    start = [float(branch(theta0)), 0.0]
+    try:
+        with np.errstate(all="ignore"):
+            found = solve_ivp(
+                slopes, (0.0, _FAR), start, "DOP853", events=late, dense_output=True, rtol=1e-9, atol=1e-12
+            )
+    except (_TooMany, ZeroDivisionError):
+        return _Beyond(None, None)
+    u, y = float(found.t[-1]), found.y[:, -1]
+    if found.status == 1:
+        return _Beyond(None, at(u, float(y[0]))[0])
+    path: Any = found.sol
+    before, middle, last = (float(slopes(v, path(v))[1]) for v in (0.6 * u, 0.8 * u, u))
+    if last == 0:  # theta' is beyond all floats
+        return _Beyond(float(y[1]), None)
+    if not before > middle > last > 0:
+        return _Beyond(None, None)
+    early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
+    steady = (
+        decay > _DECAY and decay > 0.9 * early
+    )  # theta' as |theta| log^2 |theta| is not told from |theta|
+    return _Beyond(float(y[1]) + last / decay if steady else None, None)
