@@ -43,7 +43,7 @@ OPTIMIZERS = {
     "momentum": SGDSettings(momentum=0.9, nesterov=True, weight_decay=5e-4),
     "plain SGD": SGDSettings(momentum=0.0),
 }
-RATE, SEED, DIRECTIONS = 0.1, 0, 16
+RATE, SEED, DIRECTIONS = 0.1, 0, 24
 SAMPLES, EPOCHS, BATCHES = 32, 3, 3
 # Before the step the ball is a little smaller, so that no carried pixel lies where the ball clips it.
 SHRINK = 0.9
