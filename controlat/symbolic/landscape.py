@@ -169,8 +169,8 @@ class Landscape:
 def crossing(f: Callable[[float], float], low: float, high: float) -> float | None:
     """The zero of f between two points at which its signs differ; None where f has a pole or is undefined.
 
-    >>> crossing(lambda v: v, -1, 2), crossing(lambda v: 1 / v, -1, 2)
-    (0.0, None)
+    >>> crossing(lambda v: v - 1, 0, 4), crossing(lambda v: 1 / (v - 1 / 3), 0, 4)
+    (1.0, None)
     """
 
     def value(v: float) -> float:
