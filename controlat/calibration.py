@@ -39,7 +39,6 @@ from controlat import rng
 from controlat.balls import Ball
 from controlat.borrowed import owned
 from controlat.config import EvaluateSettings
-from controlat.data import Samples, Split
 from controlat.dynamics import Driver, rollout
 from controlat.files import read_json, write_json
 from controlat.losses import Loss, cross_entropy
@@ -388,24 +387,13 @@ def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "files": {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files},
-        "data": _digest(Setting.of(settings).training),
+        "data": Setting.of(settings).training.fingerprint(),
         "probe": settings.probe,
         "steps": steps,
         "budget": BUDGET,
         "share": SHARE,
         **{name: there[name] for name in ("controlat", "torch", "device", "hardware", "threads")},
     }
-
-
-def _digest(samples: Samples) -> str:
-    """SHA-256 of labels and pixels; of 512 pictures spread over them where they are files of their own."""
-    some = torch.linspace(0, len(samples) - 1, min(_PROBED, len(samples))).long()
-    pixels = samples.x if isinstance(samples, Split) else samples.take(some)[0]
-    found = hashlib.sha256()
-    for values in (samples.y, pixels):
-        found.update(repr(tuple(values.shape)).encode())
-        found.update(values.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from controlat import calibration, jobs
 from controlat.balls import Ball
 from controlat.calibration import Inner, inner_problem, measure, measured
-from controlat.data import Split
 from controlat.files import read_json, write_json
 from controlat.losses import cross_entropy
 from controlat.network import Meter, NonFiniteError
@@ -295,16 +294,6 @@ def test_a_measurement_is_kept_under_everything_that_decides_it(
     assert number() == len(made) == before + 2  # another network
     (folder / "calibration.json").write_text("[1, 2")
     assert [number(), number()] == [before + 3, before + 3]  # a damaged one is made again
-
-
-def test_the_digest_of_data_sees_every_pixel_and_label() -> None:
-    x, y = torch.zeros(600, 1, 2, 2), torch.arange(600) % 3
-    every = {calibration._digest(Split(x, y))}
-    changed = x.clone()
-    changed[301, 0, 1, 1] = 0.5
-    every |= {calibration._digest(Split(changed, y)), calibration._digest(Split(x, y.flip(0)))}
-    every |= {calibration._digest(Split(x.reshape(600, 1, 1, 4), y))}
-    assert len(every) == 4
 
 
 def test_other_bits_are_told_with_what_differs(run: Path, tmp_path: Path) -> None:
