@@ -1,6 +1,8 @@
 """What several test files share: small float64 systems, and comparison to the last bit."""
 
-from collections.abc import Mapping
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -101,3 +103,19 @@ def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: 
     patch.setattr(pyautoattack, "AutoAttack", Short)
     patch.setattr(auto, "_ITERATIONS", iterations)
     patch.setattr(auto, "_QUERIES", queries)
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail with a TimeoutError where the block does not end, such as by waiting for a named pipe."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from controlat.data._types import Split
 __all__ = ["Streamed", "default_workers"]
 
 _AHEAD = 2  # batches that are decoded while one is trained on
+_LOOKED_AT = 64  # images that a fingerprint without stamps decodes
 
 
 def default_workers() -> int:
@@ -38,6 +40,8 @@ class Streamed:
         positions: (N,) positions in the source.
         workers: decoding threads.
         device: where batches go.
+        stamp: position in the source -> text that changes with the image there, such as the name, size and
+            time of change of its file; for `fingerprint`.
 
     Raises:
         ValueError: no images, a negative label, or fewer than one worker.
@@ -49,6 +53,7 @@ class Streamed:
     positions: Tensor
     workers: int = 1
     device: torch.device | str = "cpu"
+    stamp: Callable[[int], str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.y) == 0:
@@ -94,6 +99,21 @@ class Streamed:
     def to(self, device: torch.device | str) -> Streamed:
         """The same split, with its batches on another device."""
         return replace(self, device=device)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of shape, labels and `stamp` of every image, in their order; pixels are not decoded.
+
+        Without stamps it covers the pixels of 64 images, evenly spread, and no others.
+        """
+        digest = hashlib.sha256(repr((self.in_shape, self.y.tolist())).encode())
+        if self.stamp is not None:
+            for position in self.positions.tolist():
+                digest.update(f"{self.stamp(position)}\n".encode(errors="surrogateescape"))
+        else:
+            n = min(_LOOKED_AT, len(self))
+            for position in self.positions[torch.arange(n) * len(self) // n].tolist():
+                digest.update(self.read(position).numpy().tobytes())
+        return digest.hexdigest()
 
     def in_memory(self) -> Split:
         """All images, decoded once."""

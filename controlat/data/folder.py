@@ -80,10 +80,11 @@ def load(
     channels, height, width = _read(listing.files, shape, None, 0).shape
     in_shape = (channels, height, width)
     read = functools.partial(_read, listing.files, shape, in_shape)
+    stamp = functools.partial(_stamp, listing.files, root)
     y = torch.tensor(listing.labels)
 
     def split(positions: Tensor) -> Samples:
-        found = Streamed(read, y[positions], in_shape, positions, threads)
+        found = Streamed(read, y[positions], in_shape, positions, threads, stamp=stamp)
         return found.in_memory() if keep else found
 
     return Dataset(root.resolve().name or "folder", split(train), split(test), len(listing.classes))
@@ -144,3 +145,10 @@ def _read(files: list[str], shape: Shape, expected: tuple[int, int, int] | None,
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError(f"{name}: cannot be read as a picture ({error}); mend or remove it") from None
     return image if expected is None else shape.check(image, expected, name)
+
+
+def _stamp(files: list[str], root: Path, position: int) -> str:
+    """Name in the folder, size and time of change of a picture."""
+    name = files[position]
+    found = os.stat(name)
+    return f"{os.path.relpath(name, root)} {found.st_size} {found.st_mtime_ns}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable
@@ -376,3 +378,28 @@ def test_real_pictures(tmp_path: Path) -> None:
     assert all(
         (cats == image).flatten(1).all(1).any() for image in everything(data.train)[0][data.train.y == 3]
     )
+
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+def test_a_fingerprint_of_a_folder_sees_files_that_change(tmp_path: Path) -> None:
+    def known(root: str, **options: Any) -> str:
+        return load("folder", tmp_path / root, **options).train.fingerprint()
+
+    folder(tmp_path / "a", 2, ("train", "test"))
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")  # with its times
+    before = known("a")
+    assert known("elsewhere") == known("a", workers=1) == before
+    picture = tmp_path / "a" / "train" / "cat" / "1.png"
+    content, times = picture.read_bytes(), picture.stat()
+    write(picture, pixels(99))
+    assert known("a") != before
+    picture.write_bytes(content)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert known("a") == before
+    os.replace(picture, picture.with_name("2.png"))
+    assert known("a") != before
+    write(tmp_path / "elsewhere" / "test" / "cat" / "0.png", pixels(98))  # plays no part in training
+    assert known("elsewhere") == before
+    assert len(known("a", in_memory=True)) == len(before) == 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,6 +291,31 @@ def test_the_random_state_of_the_caller_is_left_alone() -> None:
     before = torch.random.get_rng_state()
     streamed(5, lambda _: torch.zeros(SHAPE, dtype=torch.uint8)).in_memory()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+def test_a_fingerprint_without_stamps_looks_at_some_pictures() -> None:
+    n = 1000
+    known = streamed(n).fingerprint()
+    assert streamed(n, workers=1).subset(torch.arange(n)).fingerprint() == known
+    assert streamed(n, lambda i: 255 - image(i)).fingerprint() != known
+    assert streamed(n).subset(torch.arange(n).flip(0)).fingerprint() != known
+    read = Reader()
+    streamed(n, read).fingerprint()
+    assert (len(read.read), min(read.read), max(read.read)) == (64, 10, 10 + 63 * n // 64)
+
+
+def test_a_fingerprint_with_stamps_decodes_nothing() -> None:
+    read, stamps = Reader(), [str(i) for i in range(13)]
+    found = replace(streamed(3, read), stamp=lambda i: stamps[i])
+    known = found.fingerprint()
+    assert found.to("cpu").fingerprint() == known
+    stamps[12] = "changed"
+    assert found.fingerprint() != known
+    assert found.subset(torch.tensor([0, 1])).fingerprint() not in (known, found.fingerprint())
+    assert read.read == []
 
 
 # --------------------------------------------------------------------------------------------------- refusals

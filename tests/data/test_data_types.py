@@ -199,3 +199,32 @@ def wrong(): return [1]
         load("own_data_factories:wrong")
     with pytest.raises(ValueError, match="plain' accepts no keyword 'root'"):
         load("own_data_factories:plain", "a/b")
+
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64])
+def test_a_fingerprint_tells_every_change_and_nothing_else(dtype: torch.dtype) -> None:
+    x = torch.randint(200, (5000, 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.arange(5000) % 5
+    split = Split(x, y, 255)
+    known = split.fingerprint()
+    nhwc = x.to(memory_format=torch.channels_last)
+    for same in (Split(x.clone(), y.clone(), 255), Split(nhwc, y, 255.0), split.subset(torch.arange(5000))):
+        assert same.fingerprint() == known
+    pixel, label = x.clone(), y.clone()
+    pixel[4999, 2, 1, 1] += 2  # the last of all
+    label[0] += 1
+    swapped = torch.cat([torch.tensor([1, 0]), torch.arange(2, 5000)])
+    other = [
+        Split(pixel, y, 255),
+        Split(x, label, 255),
+        Split(x, y, 256),
+        Split(x.float(), y, 255),
+        Split(x.transpose(2, 3), y, 255),
+        Split(x.reshape(5000, 3, 1, 4), y, 255),  # the same bytes in another shape
+        split.subset(swapped),
+        split.subset(torch.arange(4999)),
+    ]
+    assert len({known, *(s.fingerprint() for s in other)}) == 1 + len(other)
