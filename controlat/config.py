@@ -18,11 +18,11 @@ from controlat.evaluation import parse_attack
 from controlat.evaluation.auto import require as require_autoattack
 from controlat.evaluation.masking import CHECKS
 from controlat.families import parse_schedule
-from controlat.files import read_json, read_json_lines
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.rates import Rate, parse_rate
+from controlat.records import LogLine, missing, read_epochs, read_record, settings_of
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
@@ -523,12 +523,12 @@ def _check_run(run: Path) -> dict[str, Any]:
     """The settings of a finished `controlat train`; an error says what the directory is instead."""
     if not (run / "settings.json").is_file():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
-    found = dict(read_json(run / "settings.json"))
+    found: dict[str, Any] = read_record(run / "settings.json", settings_of(TrainSettings))
     if found.get("command") != "train":
         raise ValueError(f"{run} is not the directory of a controlat train")
-    done = read_json_lines(run / "log.jsonl")
-    if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
-        raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
+    if lost := missing(read_epochs(run / "log.jsonl", LogLine), found["epochs"]):
+        told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs (epoch {lost[0]} is missing)"
+        raise ValueError(f"{run} has {told} in log.jsonl; finish it with --resume")
     return found
 
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from controlat.checkpoints import read_checkpoint
 from controlat.config import DeriveSettings
 from controlat.control import number
-from controlat.files import read_json, write_json, write_text
+from controlat.files import write_json, write_text
+from controlat.records import Calibrated, read_record
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import progress_bar
@@ -169,10 +171,10 @@ def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
     if chosen.calibrate is None:
         return None
     run = Path(chosen.calibrate)
-    mark = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
+    mark = hashlib.sha256(read_checkpoint(run / "last.pt")).hexdigest()
     kept = run / "calibration.json"
     if kept.exists():
-        known = dict(read_json(kept))
+        known = dict(read_record(kept, Calibrated))
         if known.get("checkpoint") == mark:
             return known
     from controlat.calibration import measure

@@ -17,6 +17,7 @@ __all__ = [
     "append_json_line",
     "left_over",
     "open_file",
+    "plain",
     "read_bytes",
     "read_json",
     "read_json_lines",
@@ -134,20 +135,20 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         return file.read(size)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers that are not finite become the strings 'nan', 'inf', '-inf': JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON, indented, as `write` does."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -193,7 +194,7 @@ def append_json_line(path: str | Path, value: object) -> None:
     A last line that a crash cut short is dropped first, or the new one would be glued to it. The line is on
     the disk before the call returns.
     """
-    line = json.dumps(_plain(value), allow_nan=False) + "\n"
+    line = json.dumps(plain(value), allow_nan=False) + "\n"
     path = Path(path)
     before = read_bytes(path, JSON_LIMIT) if path.exists() else None
     with path.open("ab") as file:

@@ -10,11 +10,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from controlat.files import read_json, read_json_lines
 from controlat.schedules import Schedule
@@ -83,7 +83,7 @@ def _told(error: ValidationError, found: Any) -> str:
     return f"{field} should be {' or '.join(wanted)}, got {_short(first['input'])}".lstrip()
 
 
-def _field(path: Sequence[str | int], found: Any) -> str:
+def _field(path: Sequence[Any], found: Any) -> str:
     """The names on a path that lead into `found`; names of alternatives are on it too."""
     names = []
     for part in path:
@@ -96,7 +96,12 @@ def _field(path: Sequence[str | int], found: Any) -> str:
 def _words(message: str) -> str:
     """Pydantic's message, in JSON's words."""
     text = message.removeprefix("Value error, ").removeprefix("Input should be ")
-    return text.replace("a valid dictionary", "an object").replace("a valid integer", "a whole number").replace("a valid ", "a ").replace("string", "text")
+    return (
+        text.replace("a valid dictionary", "an object")
+        .replace("a valid integer", "a whole number")
+        .replace("a valid ", "a ")
+        .replace("string", "text")
+    )
 
 
 def _short(value: object) -> str:
@@ -104,13 +109,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_epochs(path: str | Path, shape: Any) -> list[Any]:
+def read_epochs(path: str | Path, shape: Any, epochs: int | None = None) -> list[Any]:
     """The lines of a JSONL file that has one for each epoch, in order; none where it is missing.
+
+    Args:
+        path: the file.
+        shape: of a line.
+        epochs: how many lines to read; what a crash left behind them is passed over. All by default.
 
     Raises:
         ValueError: a line is malformed or of another shape, or epochs do not rise; the message names it.
     """
-    found = read_json_lines(path)
+    found = read_json_lines(path)[:epochs]
     last = -1
     for i, line in enumerate(found, start=1):
         epoch = checked(line, shape, f"{path}, line {i}")["epoch"]
@@ -161,8 +171,6 @@ def _numbered(found: dict[str, Any]) -> dict[str, Any]:
 def _tensor(found: Any) -> Any:
     if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
         raise ValueError(f"should be a dense tensor, got {type(found).__name__}")
-    if found.is_floating_point() and bool(torch.isnan(found).any()):
-        raise ValueError("has values that are not a number (NaN)")
     return found
 
 
@@ -185,11 +193,11 @@ State = Annotated[dict[str, Any], AfterValidator(_tensors)]
 
 @functools.cache
 def settings_of(kind: type) -> Any:
-    """The shape of settings.json: the fields of a class of settings, and schedules in full."""
-    hints = {name: NotRequired[hint] for name, hint in get_type_hints(kind).items()}
-    names = {f.name: hints[f.name] for f in fields(kind)}
+    """The shape of stored settings of a class, as far as they are there; the schedule is in full."""
+    hints = get_type_hints(kind)
+    names = {f.name: NotRequired[hints[f.name]] for f in fields(kind)}
     names |= {"epochs": Annotated[int, Field(ge=1)], "schedule": NotRequired[ScheduleRecord]}
-    return TypedDict(kind.__name__, names | {"command": str})  # type: ignore[operator]
+    return TypedDict(kind.__name__, names | {"command": NotRequired[str]})  # type: ignore[operator]
 
 
 # ---- training: log.jsonl and checkpoints
@@ -266,6 +274,11 @@ class Environment(TypedDict):
     processes: NotRequired[Annotated[int, Field(ge=1)]]
 
 
+class _Stored(TypedDict):
+    data: NotRequired[str]
+    data_dir: NotRequired[str | None]
+
+
 class Checkpoint(TypedDict):
     """Everything that a run consists of between two batches."""
 
@@ -277,7 +290,7 @@ class Checkpoint(TypedDict):
     stopped: NotRequired[str]
     schedule: ScheduleRecord
     tally: Tally
-    settings: Settings
+    settings: _Stored
     environment: Environment
     log: NotRequired[list[LogLine]]
     data: NotRequired[dict[str, str | None]]
@@ -403,16 +416,16 @@ def _outcome(found: Any) -> str:
     return "failed" if isinstance(found, dict) and "failed" in found else "found"
 
 
-Full = Annotated[
-    Annotated[_Failed, Tag("failed")] | Annotated[_Full, Tag("found")], Discriminator(_outcome)
-]
+Full = Annotated[Annotated[_Failed, Tag("failed")] | Annotated[_Full, Tag("found")], Discriminator(_outcome)]
 
 # ---- evaluation.json
 
 
 def _accuracy(found: Any) -> Any:
     if found["value"] != found["correct"] / found["points"]:
-        raise ValueError(f"value is {found['value']}, but {found['correct']} of {found['points']} are correct")
+        raise ValueError(
+            f"value is {found['value']}, but {found['correct']} of {found['points']} are correct"
+        )
     return found
 
 
@@ -551,7 +564,9 @@ class _Run(TypedDict):
     criterion: Annotated[list[_Scored], Field(min_length=1)]
     evaluation: Evaluation
     full: NotRequired[
-        Annotated[Annotated[_Failed, Tag("failed")] | Annotated[_Shown, Tag("found")], Discriminator(_outcome)]
+        Annotated[
+            Annotated[_Failed, Tag("failed")] | Annotated[_Shown, Tag("found")], Discriminator(_outcome)
+        ]
     ]
     gradients: Count
     forwards: Count

@@ -128,7 +128,9 @@ def claimed(directory: str | Path, settings: Mapping[str, Any], world: World = W
             there = {p.name for p in directory.iterdir()} - {LOCK}
             if not known and there <= {SETTINGS, "schedule.json"}:
                 for name in sorted(there):  # nothing was made: other settings may be tried here
-                    (directory / name).unlink()  # the settings last: without them the rest is not known as ours
+                    (
+                        directory / name
+                    ).unlink()  # the settings last: without them the rest is not known as ours
             raise
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from controlat import models, rng
+from controlat.checkpoints import load_checkpoint, load_weights
 from controlat.config import AttackSettings, EvaluateSettings, Problem
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
@@ -25,9 +26,10 @@ from controlat.network import Meter, View
 from controlat.parallel import current
 from controlat.plan import Plan
 from controlat.pmp.terminal import Terminal, build_terminal
+from controlat.records import checked, settings_of
 from controlat.schedules import Schedule
 from controlat.texts import count, duration
-from controlat.training import initial_model, load_checkpoint, place
+from controlat.training import initial_model, place
 
 __all__ = ["TERMINAL_POINTS", "Setting", "pick_device", "progress_bar"]
 
@@ -128,14 +130,12 @@ class Setting:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
+        checked(there, settings_of(Problem), f"surrogate {checkpoint}: settings")
         model = models.build(there["model"], self.data.in_shape, self.data.num_classes)
-        try:
-            model.load_state_dict(found["model"])
-        except RuntimeError:
-            raise ValueError(
-                f"surrogate {checkpoint} holds weights that do not fit {there['model']} for inputs "
-                f"{tuple(self.data.in_shape)} and {self.data.num_classes} classes"
-            ) from None
+        network = (
+            f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
+        )
+        load_weights(model, found["model"], f"surrogate {checkpoint}", network)
         return place(model, self.device, self.problem.channels_last)
 
     def evaluate(
