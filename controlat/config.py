@@ -22,7 +22,7 @@ from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.rates import Rate, parse_rate
-from controlat.records import LogLine, missing, read_epochs, read_record, settings_of
+from controlat.records import LogLine, Settings, checked, missing, read_epochs, read_record, settings_of
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
@@ -523,9 +523,10 @@ def _check_run(run: Path) -> dict[str, Any]:
     """The settings of a finished `controlat train`; an error says what the directory is instead."""
     if not (run / "settings.json").is_file():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
-    found: dict[str, Any] = read_record(run / "settings.json", settings_of(TrainSettings))
+    found: dict[str, Any] = read_record(run / "settings.json", Settings)
     if found.get("command") != "train":
         raise ValueError(f"{run} is not the directory of a controlat train")
+    from_json(TrainSettings, found, str(run / "settings.json"))
     if lost := missing(read_epochs(run / "log.jsonl", LogLine), found["epochs"]):
         told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs (epoch {lost[0]} is missing)"
         raise ValueError(f"{run} has {told} in log.jsonl; finish it with --resume")
@@ -544,6 +545,16 @@ def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:
         require_autoattack()
 
 
-def from_json(kind: type[Problem], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the fields of `kind` that stored settings hold."""
-    return {f.name: found[f.name] for f in fields(kind) if f.name in found}
+def from_json(kind: type[Problem], found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keyword arguments for the fields of `Problem` that stored settings of this kind hold.
+
+    Raises:
+        ValueError: one is of the wrong type or out of range; the message begins with `where` it is from.
+    """
+    checked(found, settings_of(kind), where)
+    problem = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
+    try:
+        Problem(**problem)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return problem

@@ -24,7 +24,7 @@ from controlat.network import Meter
 from controlat.parallel import World, joined
 from controlat.pmp import Grid, described, parse_terminal, try_terminal
 from controlat.recording import GIBI, Recording
-from controlat.records import checked, missing, settings_of
+from controlat.records import missing
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
@@ -285,7 +285,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
-    stored = from_json(Problem, checked(found["settings"], settings_of(Problem), f"{checkpoint}: settings"))
+    stored = from_json(Problem, found["settings"], f"{checkpoint}: settings")
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}

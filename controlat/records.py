@@ -105,7 +105,7 @@ def _words(message: str) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -191,9 +191,13 @@ def _tensors(found: dict[str, Any]) -> dict[str, Any]:
 State = Annotated[dict[str, Any], AfterValidator(_tensors)]
 
 
-@functools.cache
 def settings_of(kind: type) -> Any:
     """The shape of stored settings of a class, as far as they are there; the schedule is in full."""
+    return _fields_of(kind)
+
+
+@functools.cache
+def _fields_of(kind: type) -> Any:
     hints = get_type_hints(kind)
     names = {f.name: NotRequired[hints[f.name]] for f in fields(kind)}
     names |= {"epochs": Annotated[int, Field(ge=1)], "schedule": NotRequired[ScheduleRecord]}
@@ -451,6 +455,7 @@ class _Steps(_Accuracy):
 class _Curves(TypedDict):
     eps: Annotated[list[_Radius], Field(min_length=1)]
     steps: Annotated[list[_Steps], Field(min_length=1)]
+    chance: Number
     gradients: Count
     forwards: Count
     seconds: Number
@@ -468,6 +473,11 @@ class _Attacked(TypedDict):
 
 class _Masking(TypedDict):
     points: Count
+    zero_gradients: Count
+    losses: dict[str, Unbounded]
+    survivors: Count
+    restarts: Count
+    blackbox: Count
     warnings: list[str]
     gradients: Count
     forwards: Count
@@ -709,28 +719,48 @@ class Result(TypedDict):
 
 
 class _Measure(TypedDict):
+    what: str
     values: list[Number | None]
     marks: list[str]
 
 
-class _Measures(TypedDict):
-    convergence: _Measure
-    curvature: _Measure
-
-
 def _calibrated(found: Any) -> Any:
+    times = found["times"]
+    if times != list(range(found["epochs"] + 1)):
+        raise ValueError(f"times should be 0, ..., {found['epochs']}, got {_short(times)}")
+    if lost := {"convergence", "curvature"} - found["measures"].keys():
+        raise ValueError(f"measures lacks {min(lost)}")
     for name, measure in found["measures"].items():
-        if not len(measure["values"]) == len(measure["marks"]) == len(found["times"]):
+        if not len(measure["values"]) == len(measure["marks"]) == len(times):
             raise ValueError(f"measures.{name} needs a value and a mark at each of the times")
+    if len(found["losses"]) != len(times) or any(len(row) != found["steps"] + 1 for row in found["losses"]):
+        raise ValueError(f"losses should be {len(times)} rows of {found['steps'] + 1} numbers")
     return found
 
 
 class _Calibrated(TypedDict):
     checkpoint: str
-    times: Annotated[list[Number], Field(min_length=1)]
+    run: str
+    schedule: str
+    seed: int
+    times: list[Number]
     epochs: Annotated[int, Field(ge=1)]
-    measures: _Measures
+    measures: dict[str, _Measure]
+    losses: list[list[Number]]
+    probe: Count
+    mode: Literal["eval", "train"]
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    alpha: Number
+    steps: Annotated[int, Field(ge=1)]
+    budget: Number
+    gradients: Count
+    forwards: Count
+    training_gradients: Count
+    seconds: Number
+    training_seconds: Number
+    same: bool
+    warning: str | None
+    environment: Environment
 
 
 Calibrated = Annotated[_Calibrated, AfterValidator(_calibrated)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from controlat import models, rng
 from controlat.checkpoints import load_checkpoint, load_weights
-from controlat.config import AttackSettings, EvaluateSettings, Problem
+from controlat.config import AttackSettings, EvaluateSettings, Problem, from_json
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics import Driver
@@ -26,7 +26,6 @@ from controlat.network import Meter, View
 from controlat.parallel import current
 from controlat.plan import Plan
 from controlat.pmp.terminal import Terminal, build_terminal
-from controlat.records import checked, settings_of
 from controlat.schedules import Schedule
 from controlat.texts import count, duration
 from controlat.training import initial_model, place
@@ -130,7 +129,7 @@ class Setting:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
-        checked(there, settings_of(Problem), f"surrogate {checkpoint}: settings")
+        from_json(Problem, there, f"surrogate {checkpoint}: settings")
         model = models.build(there["model"], self.data.in_shape, self.data.num_classes)
         network = (
             f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
