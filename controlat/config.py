@@ -521,7 +521,7 @@ MEASURES = ("convergence", "curvature")
 
 def _check_run(run: Path) -> dict[str, Any]:
     """The settings of a finished `controlat train`; an error says what the directory is instead."""
-    if not (run / "settings.json").is_file():
+    if not (run / "settings.json").exists():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
     found: dict[str, Any] = read_record(run / "settings.json", Settings)
     if found.get("command") != "train":
