@@ -102,10 +102,9 @@ def read_checkpoint(path: str | Path) -> bytes:
     Raises:
         ValueError: the file is missing, no regular file, or larger than any checkpoint.
     """
-    try:
-        return read_bytes(path, _LIMIT)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+    if not Path(path).exists() or Path(path).is_dir():
+        raise ValueError(f"{path}: no such checkpoint")
+    return read_bytes(path, _LIMIT)
 
 
 def _reason(error: Exception) -> str:

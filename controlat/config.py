@@ -528,8 +528,8 @@ def _check_run(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is not the directory of a controlat train")
     from_json(TrainSettings, found, str(run / "settings.json"))
     if lost := missing(read_epochs(run / "log.jsonl", LogLine), found["epochs"]):
-        told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs (epoch {lost[0]} is missing)"
-        raise ValueError(f"{run} has {told} in log.jsonl; finish it with --resume")
+        told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs"
+        raise ValueError(f"{run} has {told}; finish it with --resume (epoch {lost[0]} is not in log.jsonl)")
     return found
 
 

@@ -149,7 +149,7 @@ def test_lines_of_the_log_that_were_lost_come_back_from_the_checkpoint(
     log.write_bytes(b"".join(line for i, line in enumerate(sound.splitlines(True)) if i not in lost))
     if gone:
         log.unlink()
-    told = r"has \d of 2 epochs \(epoch \d is missing\) in log.jsonl; finish it with --resume"
+    told = r"has \d of 2 epochs; finish it with --resume \(epoch \d is not in log\.jsonl\)"
     with pytest.raises(ValueError, match=told):
         config.EvaluateSettings(run=str(runs / "train"))
     with pytest.raises(ValueError, match="go on with --resume"):
