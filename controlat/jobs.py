@@ -82,7 +82,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             progress=chosen.progress,
             label=chosen.schedule,
         )
-        records = world.tell(read_log(out) if world.first else None)
+        records = world.once(lambda: read_log(out))
     return {
         "directory": str(out),
         "epochs": records,
@@ -164,7 +164,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                     reproduced=_reproduced(chosen.run, every[0].directory),
                 )
                 write_json(out / "result.json", result)
-        result = world.tell(report.read(out / "result.json") if world.first else None)
+        result = world.once(lambda: report.read(out / "result.json"))
         if world.first:
             report.write(result, out)
     return dict(result)

@@ -134,15 +134,13 @@ def _resume(
     if world.tell(last.exists()):
         content = world.tell_bytes(read_checkpoint(last) if world.first else b"")
         found = load_checkpoint(last, driver.device, content)
-        if world.first:
-            _compare_data(found.get("data", {}), data, plan, str(last))
+        world.once(lambda: _compare_data(found.get("data", {}), data, plan, str(last)))
         _put_back(driver, plan, found, str(last))
         before = found["environment"].get("processes", 1)
         if before != world.size and world.first:
             _warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
         tally, kept = Tally(**found["tally"]), found.get("log")
-    log = _mended_log(directory, tally, kept) if world.first else []
-    return tally, log
+    return tally, world.once(lambda: _mended_log(directory, tally, kept))
 
 
 def _warn(text: str) -> None:
@@ -182,12 +180,13 @@ def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | 
     """The log up to where the checkpoint stands; the file is made to agree, from the checkpoint's copy."""
     path = directory / LOG
     done = [line for line in read_log(directory, tally.epoch) if line["epoch"] < tally.epoch]
-    lost = missing(done, tally.epoch) if kept is None or len(kept) != tally.epoch else []
-    if lost:
-        raise ValueError(
-            f"{path} lacks epoch {lost[0]}, and {LAST} has no copy of it; train in a new directory"
-        )
-    whole = done if kept is None else list(kept)
+    if kept is None:  # a checkpoint of before has no copy
+        if lost := missing(done, tally.epoch):
+            raise ValueError(f"{path} lacks epoch {lost[0]}; {LAST} has no copy; train in a new directory")
+        kept = done
+    whole = list(kept)
+    if [line["epoch"] for line in whole] != list(range(tally.epoch)):
+        raise ValueError(f"{directory / LAST}: log should have the epochs before {tally.epoch}, each once")
     for line in done:
         if line != whole[line["epoch"]]:
             raise ValueError(
@@ -271,8 +270,9 @@ def fit(
         NonFiniteError: a loss or gradient is not finite; names epoch, batch, control and the last checkpoint.
     """
     directory, world = Path(directory), plan.world
-    data = {name: _fingerprint(d) for name, d in (("training", plan.data), ("held-out", held_out))}
+    data = {}
     if world.first:
+        data = {"training": _fingerprint(plan.data), "held-out": _fingerprint(held_out)}
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / SCHEDULE).exists():
             plan.schedule.save(directory / SCHEDULE)

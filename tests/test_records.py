@@ -124,6 +124,7 @@ def _wrong(state: dict[str, Any], field: str, value: Any) -> None:
         ("memory", [], r"memory should be an object, got \[\]"),
         ("schedule/epochs", "two", r"schedule: epochs and resolution: expected plain numbers, got 'two'"),
         ("environment/processes", 0, r"environment\.processes should be greater than or equal to 1, got 0"),
+        ("log", [], r"log should have the epochs before 2, each once"),
         ("log/0/loss", None, r"log\.0\.loss should be a number, got None"),
     ],
 )
@@ -174,7 +175,7 @@ def test_a_lost_line_that_no_copy_has_is_named(runs: Path) -> None:
     path, log = runs / "train" / "last.pt", runs / "train" / "log.jsonl"
     path.write_bytes(_old(load_checkpoint(path)))
     log.write_bytes(log.read_bytes().splitlines(True)[1])
-    with pytest.raises(ValueError, match=r"log\.jsonl lacks epoch 0, and last\.pt has no copy of it"):
+    with pytest.raises(ValueError, match=r"log\.jsonl lacks epoch 0; last\.pt has no copy"):
         jobs.train(runs / "train", resume=True, **TRAIN)
 
 
