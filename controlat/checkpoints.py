@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from controlat.files import read_bytes, write
 from controlat.records import Checkpoint, checked
+from controlat.records.reading import short
 
 __all__ = ["check_optimizer", "check_weights", "load_checkpoint", "load_weights", "read_checkpoint", "save"]
 
@@ -155,7 +156,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, found: Mapping[str, Any], 
     for a, b in zip(ours, theirs, strict=True):
         for name in a.keys() & b.keys() - {"lr"}:  # others are of another release of torch
             if type(a[name]) is not type(b[name]) or a[name] != b[name]:
-                raise ValueError(f"{where}: optimizer {name} is {b[name]!r} there, {a[name]!r} here")
+                raise ValueError(f"{where}: optimizer {name} is {short(b[name])} there, {a[name]!r} here")
         if lost := {"lr", "params"} - b.keys():
             raise ValueError(f"{where}: optimizer.param_groups lacks {', '.join(sorted(lost))}")
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))

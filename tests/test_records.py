@@ -122,6 +122,11 @@ def _wrong(state: dict[str, Any], field: str, value: Any) -> None:
         ("optimizer/state/0/momentum_buffer", torch.zeros(2), r"does not fit parameter 0: momentum_buffer"),
         ("optimizer/param_groups/0/momentum", 0.5, r"optimizer momentum is 0\.5 there, 0\.9 here"),
         ("memory", [], r"memory should be an object, got \[\]"),
+        (
+            "schedule/epochs",
+            torch.ones(9, 9),
+            r"schedule: epochs and resolution: expected plain numbers, got",
+        ),
         ("schedule/epochs", "two", r"schedule: epochs and resolution: expected plain numbers, got 'two'"),
         ("environment/processes", 0, r"environment\.processes should be greater than or equal to 1, got 0"),
         ("log", [], r"log should have the epochs before 2, each once"),
@@ -133,8 +138,9 @@ def test_a_wrong_value_in_a_checkpoint_is_named(runs: Path, field: str, value: A
     state = load_checkpoint(path)
     _wrong(state, field, value)
     checkpoints.save(path, state)
-    with pytest.raises(ValueError, match=rf"last\.pt.*{told}"):
+    with pytest.raises(ValueError, match=rf"last\.pt.*{told}") as e:
         jobs.train(runs / "train", resume=True, **TRAIN)
+    assert "\n" not in str(e.value)
 
 
 # -------------------------------------------------------------------------------------------- lost lines
@@ -296,6 +302,7 @@ def test_pictures_that_may_have_been_copied_are_told_only(
         ("train/settings.json", "eps", [], r"settings\.json: eps should be a text or a number, got \[\]"),
         ("train/settings.json", "eps", -1, r"settings\.json: eps must be >= 0, got -1"),
         ("train/settings.json", "epochs", "2", r"settings\.json: epochs should be a whole number, got '2'"),
+        ("train/settings.json", "batch_size", 10**29, r"settings\.json: batch_size should be less than"),
         ("train/settings.json", "seed", True, r"settings\.json: seed should be a whole number, got True"),
     ],
 )

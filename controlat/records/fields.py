@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from controlat.schedules import Schedule
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -66,6 +67,7 @@ def settings_of(kind: type) -> Any:
 @functools.cache
 def _fields_of(kind: type) -> Any:
     hints = get_type_hints(kind)
-    names = {f.name: NotRequired[hints[f.name]] for f in fields(kind)}
-    names |= {"epochs": Annotated[int, Field(ge=1)], "schedule": NotRequired[ScheduleRecord]}
+    sized = {int: Whole, int | None: Whole | None}
+    names = {f.name: NotRequired[sized.get(hints[f.name], hints[f.name])] for f in fields(kind)}
+    names |= {"epochs": Annotated[int, Field(ge=1, lt=2**63)], "schedule": NotRequired[ScheduleRecord]}
     return TypedDict(kind.__name__, names | {"command": NotRequired[str]})  # type: ignore[operator]

@@ -71,7 +71,8 @@ def _field(path: Sequence[Any], found: Any) -> str:
 
 def _words(message: str) -> str:
     """Pydantic's message, in JSON's words."""
-    text = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    text = " ".join(message.removeprefix("Value error, ").removeprefix("Input should be ").split())
+    text = text if len(text) <= 300 else text[:297] + "..."
     return (
         text.replace("a valid dictionary", "an object")
         .replace("a valid integer", "a whole number")
