@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 
 import controlat
 from controlat import Control, Surface, jobs, report
-from controlat.files import read_json_lines, write, write_json, write_text
+from controlat.files import read_json, write, write_json, write_text
 from controlat.pmp import interval as interval_of
+from controlat.records import CriterionLine, LogLine, missing, read_epochs
 from controlat.texts import count, duration
 
 PAPER = {  # schedule: (name, C, robust accuracy in %, seconds)
@@ -99,11 +100,19 @@ def maximisers(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {"settings": kept | {"trials": tpe["trials"]}, "environment": one["environment"], "rows": rows}
 
 
+def whole(path: Path, shape: Any, epochs: int) -> list[Any]:
+    """The lines of a file that has one for every epoch."""
+    lines = read_epochs(path, shape)
+    if lost := missing(lines, epochs):
+        raise ValueError(f"{path} lacks epoch {lost[0]} of {epochs}; run the evaluation again")
+    return lines
+
+
 def losses(work: Path) -> list[dict[str, Any]]:
     """Training loss and held-out accuracy of every epoch of the runs in a directory."""
-    found = []
+    found, planned = [], read_json(work / "sweep" / "settings.json")["epochs"]
     for folder in sorted((work / "sweep" / "runs").iterdir()):
-        epochs = read_json_lines(folder / "log.jsonl")
+        epochs = whole(folder / "log.jsonl", LogLine, planned)
         shown = [{k: e[k] for k in ("epoch", "lr", "loss", "clean", "robust")} for e in epochs]
         found.append({"run": folder.name, "epochs": shown})
     return found
@@ -118,7 +127,8 @@ def printed(work: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
     for i, entry in enumerate(sweep["schedules"], start=1):
         per_seed, left_out = [], []
         for run in entry["runs"]:
-            lines = read_json_lines(work / "sweep" / "runs" / run["directory"] / "criterion.jsonl")
+            path = work / "sweep" / "runs" / run["directory"] / "criterion.jsonl"
+            lines = whole(path, CriterionLine, len(run["epochs"]))
             gaps = []
             for line in lines:
                 surface = Surface.from_json(line["surface"])

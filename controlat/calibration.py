@@ -40,11 +40,12 @@ from controlat.balls import Ball
 from controlat.borrowed import owned
 from controlat.config import EvaluateSettings
 from controlat.dynamics import Driver, rollout
-from controlat.files import read_json, write_json
+from controlat.files import open_file, write_json
 from controlat.losses import Loss, cross_entropy
 from controlat.network import MODES, Meter, NonFiniteError, View
 from controlat.parallel import World
 from controlat.plan import Plan
+from controlat.records import Calibrated, read_record
 from controlat.runs import environment
 from controlat.setting import Setting, pick_device, progress_bar
 from controlat.state import same_bits
@@ -368,9 +369,9 @@ def measured(
     settings, _ = _read(run, data_dir, device, threads, probe, progress)
     _check(settings.ball, steps)
     key = _key(run, settings, steps)
-    with contextlib.suppress(ValueError):  # missing or damaged
-        kept = read_json(run / _KEPT)
-        if isinstance(kept, dict) and kept.get("key") == key:
+    with contextlib.suppress(ValueError):  # missing, damaged, or of an earlier form
+        kept = dict(read_record(run / _KEPT, Calibrated))
+        if kept["key"] == key:
             return kept
     options: dict[str, Any] = {"data_dir": data_dir, "device": device, "threads": threads}
     found = measure(run, probe=probe, steps=steps, progress=progress, **options) | {"key": key}
@@ -386,7 +387,7 @@ def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:
         there = environment(pick_device(settings.device))
     return {
         "version": _VERSION,
-        "files": {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files},
+        "files": {name: _digest(run / name) for name in files},
         "data": Setting.of(settings).training.fingerprint(),
         "probe": settings.probe,
         "steps": steps,
@@ -394,6 +395,11 @@ def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:
         "share": SHARE,
         **{name: there[name] for name in ("controlat", "torch", "device", "hardware", "threads")},
     }
+
+
+def _digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

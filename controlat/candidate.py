@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from controlat import rng
 from controlat.config import EvaluateSettings
 from controlat.control import number
-from controlat.dynamics import Driver
-from controlat.files import append_json_line, read_json, read_json_lines, write_json
+from controlat.dynamics import Driver, rollout
+from controlat.evaluation import parse_attack
+from controlat.files import append_json_line, plain, write_json, write_text
 from controlat.hindsight import looked_back, shown
 from controlat.methods import Batch
+from controlat.parallel import World
 from controlat.plan import Plan
 from controlat.pmp import FORMS, Gap, Grid, Surface, measure, probe_batches
+from controlat.records import CriterionLine, Evaluation, Full, missing, read_epochs, read_record
 from controlat.runs import slug
 from controlat.schedules import Schedule
 from controlat.setting import Setting, progress_bar
-from controlat.training import fit
+from controlat.state import same_bits
+from controlat.training import fit, read_log
 
 __all__ = ["Candidate", "candidates"]
 
+CRITERION = "criterion.jsonl"
 _PROBE_BATCHES = 4, 16
 
 
@@ -54,8 +62,8 @@ class Candidate:
         augment = self.settings.augmentation
         return probe_batches(*data.take(order), count, epoch, order, augment)
 
-    def measure(self, driver: Driver, plan: Plan, epoch: int) -> None:
-        """Score the candidates of G at the start of an epoch; one line of criterion.jsonl."""
+    def measure(self, driver: Driver, plan: Plan, epoch: int) -> dict[str, Any]:
+        """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
         began, s, u = time.perf_counter(), self.settings, plan.schedule(epoch)
         analysis = Driver(
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
@@ -77,7 +85,7 @@ class Candidate:
                 progress=bar.update,
             )
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
-        append_json_line(self.directory / "criterion.jsonl", line | {"seconds": time.perf_counter() - began})
+        return line | {"seconds": time.perf_counter() - began}
 
     def look_back(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
@@ -97,21 +105,23 @@ class Candidate:
 
         Several processes train together; the first of them scores, attacks and returns what was found.
         """
-        s, file = self.settings, self.directory / "evaluation.json"
+        s, file, path = self.settings, self.directory / "evaluation.json", self.directory / CRITERION
         driver, plan = self.setting.driver(self.seed), self.setting.plan(self.schedule, self.seed)
-        scored = {line["epoch"] for line in read_json_lines(self.directory / "criterion.jsonl")}
+        scored = {line["epoch"] for line in self._surfaces(plan.epochs)} if plan.world.first else set()
         tally = fit(
             driver,
             plan,
             self.directory,
             held_out=self.setting.held_out,
             settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
-            at_epoch=lambda epoch: None if epoch in scored else self.measure(driver, plan, epoch),
+            at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, plan, e)),
             progress=s.progress,
             label=label,
         )
         if not plan.world.first:
             return {}
+        if lost := missing(self._surfaces(tally.epoch), tally.epoch):
+            self._score_again(lost, tally.epoch, driver.model)
         if not file.exists():
             found = self.setting.evaluate(driver.model, s, self.seed)
             write_json(file, found.to_json())
@@ -121,23 +131,58 @@ class Candidate:
         return {
             "seed": self.seed,
             "directory": self.directory.name,
-            "epochs": read_json_lines(self.directory / "log.jsonl"),
-            "criterion": self.criterion(),
-            "evaluation": read_json(file),
-            **({"full": shown(read_json(full), self.seed == s.seeds[0])} if s.full else {}),
+            "epochs": read_log(self.directory),
+            "criterion": self.criterion(tally.epoch),
+            "evaluation": self._evaluation(file),
+            **({"full": shown(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,
         }
 
-    def criterion(self) -> list[dict[str, Any]]:
-        """The gaps of every epoch in both forms, from the stored surfaces."""
+    def _surfaces(self, epochs: int) -> list[dict[str, Any]]:
+        """The lines of criterion.jsonl."""
+        return read_epochs(self.directory / CRITERION, CriterionLine, epochs)
+
+    def _score_again(self, lost: Sequence[int], epochs: int, trained: nn.Module) -> None:
+        """Train once more, in memory, to score epochs whose lines were lost."""
+        path, lines = self.directory / CRITERION, self._surfaces(epochs)
+        told = f"{path} lacked epoch {', '.join(map(str, lost))}; trained again in memory to score it"
+        driver = self.setting.driver(self.seed)
+        plan = replace(self.setting.plan(self.schedule, self.seed), world=World())
+        for epoch in range(epochs):
+            if epoch in lost:
+                lines.append(self.measure(driver, plan, epoch))
+            for _ in rollout(driver, plan, epoch=epoch, until=epoch + 1):
+                pass
+        if not same_bits(driver.model.state_dict(), trained.state_dict()):
+            told += ", which did not end with the same bits (another device or thread count?)"
+        tqdm.write(f"controlat: warning: {told}", file=sys.stderr)
+        lines.sort(key=lambda line: int(line["epoch"]))
+        write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
+
+    def _evaluation(self, path: Path) -> dict[str, Any]:
+        """evaluation.json, which has every attack that was asked for."""
+        found: dict[str, Any] = read_record(path, Evaluation)
+        names = [parse_attack(a).name for a in self.settings.attacks]
+        if list(found["after"]) != names:
+            raise ValueError(
+                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
+            )
+        return found
+
+    def criterion(self, epochs: int) -> list[dict[str, Any]]:
+        """The gaps of so many epochs in both forms, from the stored surfaces."""
         found = []
-        for line in read_json_lines(self.directory / "criterion.jsonl"):
+        for line in self._surfaces(epochs):
             surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
-            gaps: dict[str, Gap] = {
-                form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
-            }
+            try:
+                gaps: dict[str, Gap] = {
+                    form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
+                }
+            except ValueError as error:
+                where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
+                raise ValueError(f"{where}: {error}") from None
             found.append(
                 {
                     "epoch": line["epoch"],

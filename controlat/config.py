@@ -19,11 +19,11 @@ from controlat.evaluation import parse_attack
 from controlat.evaluation.auto import require as require_autoattack
 from controlat.evaluation.masking import CHECKS
 from controlat.families import parse_schedule
-from controlat.files import read_json, read_json_lines
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.rates import Rate, parse_rate
+from controlat.records import LogLine, Settings, checked, missing, read_epochs, read_record, settings_of
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
@@ -532,14 +532,15 @@ MEASURES = ("convergence", "curvature")
 
 def _check_run(run: Path) -> dict[str, Any]:
     """The settings of a finished `controlat train`; an error says what the directory is instead."""
-    if not (run / "settings.json").is_file():
+    if not (run / "settings.json").exists():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
-    found = dict(read_json(run / "settings.json"))
+    found: dict[str, Any] = read_record(run / "settings.json", Settings)
     if found.get("command") != "train":
         raise ValueError(f"{run} is not the directory of a controlat train")
-    done = read_json_lines(run / "log.jsonl")
-    if len(done) < found["epochs"] and not (done and done[-1]["stopped"]):
-        raise ValueError(f"{run} has {len(done)} of {found['epochs']} epochs; finish it with --resume")
+    from_json(TrainSettings, found, str(run / "settings.json"))
+    if lost := missing(read_epochs(run / "log.jsonl", LogLine), found["epochs"]):
+        told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs"
+        raise ValueError(f"{run} has {told}; finish it with --resume (epoch {lost[0]} is not in log.jsonl)")
     return found
 
 
@@ -555,6 +556,16 @@ def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:
         require_autoattack()
 
 
-def from_json(kind: type[Problem], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the fields of `kind` that stored settings hold."""
-    return {f.name: found[f.name] for f in fields(kind) if f.name in found}
+def from_json(kind: type[Problem], found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keyword arguments for the fields of `Problem` that stored settings of this kind hold.
+
+    Raises:
+        ValueError: one is of the wrong type or out of range; the message begins with `where` it is from.
+    """
+    checked(found, settings_of(kind), where)
+    problem = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
+    try:
+        Problem(**problem)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return problem

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import IO, Any
 
 __all__ = [
     "append_json_line",
+    "left_over",
     "open_file",
+    "plain",
     "read_bytes",
     "read_json",
     "read_json_lines",
@@ -43,9 +47,25 @@ def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def left_over(folder: Path, name: str = "*") -> list[Path]:
+    """Temporary files in a folder that a process left which was killed in `write`; of one name, or of any."""
+    return [p for p in folder.glob(f".{name}.????????.tmp") if p.is_file() and not p.is_symlink()]
 
 
 def _umask() -> int:
@@ -115,47 +135,76 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         return file.read(os.fstat(file.fileno()).st_size)  # no more, though it may grow meanwhile
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers that are not finite become the strings 'nan', 'inf', '-inf': JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON, indented, as `write` does."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON, at most 128 MiB.
+    """Read JSON, at most 128 MiB, in which all numbers are finite and no key comes twice.
 
     Raises:
         ValueError: the file is missing, too large, no regular file or malformed; the message says where.
     """
     try:
-        return json.loads(read_bytes(path, JSON_LIMIT).decode("utf-8"))
+        return _parsed(read_bytes(path, JSON_LIMIT), str(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return _DECODER.decode(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also whole numbers of thousands of digits
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is not finite")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} comes twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number, object_pairs_hook=_object)
 
 
 def append_json_line(path: str | Path, value: object) -> None:
     """Append one line of JSON: a crash can cut the last line short, never an earlier one.
 
-    A last line that a crash cut short is dropped first, or the new one would be glued to it.
+    A last line that a crash cut short is dropped first, or the new one would be glued to it. The line is on
+    the disk before the call returns.
     """
-    line = json.dumps(_plain(value), allow_nan=False) + "\n"
-    with Path(path).open("ab") as file:
-        complete = len(_complete(Path(path).read_bytes()))
-        if complete < file.tell():
-            file.truncate(complete)
+    line = json.dumps(plain(value), allow_nan=False) + "\n"
+    path = Path(path)
+    before = read_bytes(path, JSON_LIMIT) if path.exists() else None
+    with path.open("ab") as file:
+        if before is not None and len(complete := _complete(before)) < len(before):
+            file.truncate(len(complete))
         file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if before is None:
+        _sync_folder(path.parent)
 
 
 def _complete(text: bytes) -> bytes:
@@ -163,18 +212,14 @@ def _complete(text: bytes) -> bytes:
     return text[: text.rfind(b"\n") + 1]
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_json_lines(path: str | Path) -> list[Any]:
     """The complete lines of a JSONL file, none if it is missing; a last line cut short is left out.
 
     Raises:
-        ValueError: a complete line is malformed; the message names the file and the line.
+        ValueError: it is too large, no regular file, or a complete line is malformed; the message names the
+            file and the line.
     """
     if not Path(path).exists():
         return []
-    found = []
-    for i, line in enumerate(_complete(Path(path).read_bytes()).splitlines(), start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {i}: not valid JSON ({error})") from None
-    return found
+    lines = _complete(read_bytes(path, JSON_LIMIT)).split(b"\n")[:-1]
+    return [_parsed(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]

@@ -14,21 +14,23 @@ from tqdm import tqdm
 
 from controlat import plots, report
 from controlat.candidate import Candidate, candidates
+from controlat.checkpoints import load_weights
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
 from controlat.evaluation import Extras
-from controlat.files import read_json, read_json_lines, write_json
+from controlat.files import write_json
 from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
 from controlat.pmp import Grid, described, parse_terminal, try_terminal
 from controlat.recording import GIBI, Recording
+from controlat.records import missing
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import TERMINAL_POINTS, Setting, pick_device
 from controlat.state import same_bits
 from controlat.texts import short
-from controlat.training import deterministic, fit, load_checkpoint
+from controlat.training import deterministic, fit, load_checkpoint, read_log
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
 
@@ -59,8 +61,9 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     chosen = TrainSettings(**settings)
     schedule, plain = chosen.schedule_of(chosen.schedule), {"command": "train"} | chosen.to_json()
     with _together(out, plain, chosen) as (world, known):
-        done = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
-        finished = len(done) == chosen.epochs or bool(done and done[-1].get("stopped"))
+        finished = world.tell(
+            not missing(read_log(out, chosen.epochs), chosen.epochs) if world.first else None
+        )
         if known and not finished and not resume:
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
@@ -80,7 +83,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             progress=chosen.progress,
             label=short(chosen.schedule),
         )
-        records = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
+        records = world.once(lambda: read_log(out))
     return {
         "directory": str(out),
         "epochs": records,
@@ -188,7 +191,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                     reproduced=_reproduced(chosen.run, every[0].directory),
                 )
                 write_json(out / "result.json", result)
-        result = world.tell(read_json(out / "result.json") if world.first else None)
+        result = world.once(lambda: report.read(out / "result.json"))
         if world.first:
             report.write(result, out)
     return dict(result)
@@ -315,14 +318,14 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
-    stored = from_json(Problem, found["settings"])
+    stored = from_json(Problem, found["settings"], f"{checkpoint}: settings")
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
     stored |= {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
-    model.load_state_dict(found["model"])
+    load_weights(model, found["model"], str(checkpoint))
     with deterministic(chosen.threads):
         measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {

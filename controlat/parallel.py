@@ -137,6 +137,19 @@ class World:
         found: Any = json.loads(self.tell_bytes(json.dumps(value).encode()))
         return found
 
+    def once(self, find: Callable[[], Any]) -> Any:
+        """What the first process finds, plain data, in all processes, and so a ValueError of its."""
+        found, trouble = None, None
+        if self.first:
+            try:
+                found = find()
+            except ValueError as error:
+                trouble = str(error)
+        found, trouble = self.tell([found, trouble])
+        if trouble is not None:
+            raise ValueError(trouble)
+        return found
+
     def tell_bytes(self, value: bytes) -> bytes:
         """What the first process gives, in all processes."""
         if self.size == 1:

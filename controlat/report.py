@@ -13,9 +13,10 @@ import numpy as np
 from controlat.evaluation import wilson
 from controlat.files import write_text
 from controlat.pmp import FORMS, interval
+from controlat.records import Result, read_record
 from controlat.texts import count, table
 
-__all__ = ["assemble", "summary", "table", "write"]
+__all__ = ["assemble", "read", "summary", "table", "write"]
 
 FORMAT, VERSION = "controlat evaluation", 1
 
@@ -24,6 +25,20 @@ def assemble(**parts: Any) -> dict[str, Any]:
     """The result file: settings, environment, sizes, grid, and every schedule with its runs and summary."""
     schedules = [s | {"summary": _summarise(s["runs"])} for s in parts.pop("schedules")]
     return {"format": FORMAT, "version": VERSION, **parts, "schedules": schedules}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file, checked: every field that is used, and that its parts fit together.
+
+    Raises:
+        ValueError: it is damaged; the message names file and field.
+    """
+    result: dict[str, Any] = read_record(path, Result)
+    try:
+        summary(result)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path}: its parts do not fit together ({type(error).__name__}: {error})") from None
+    return result
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 import controlat
-from controlat.files import read_json, write_json
+from controlat.files import left_over, write_json
 from controlat.parallel import World, current
+from controlat.records import Settings, read_record
 
 __all__ = ["claimed", "environment", "slug"]
 
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", ".lock"
 
 
 def _cpu() -> str:
@@ -124,10 +125,12 @@ def claimed(directory: str | Path, settings: Mapping[str, Any], world: World = W
         try:
             yield bool(world.tell(known))
         except BaseException:
-            there = {p.name for p in directory.iterdir()}
-            if not known and there <= {".lock", SETTINGS, "schedule.json"}:
-                for name in there - {".lock"}:  # nothing was made: other settings may be tried here
-                    (directory / name).unlink()
+            there = {p.name for p in directory.iterdir()} - {LOCK}
+            if not known and there <= {SETTINGS, "schedule.json"}:
+                for name in sorted(there):  # nothing was made: other settings may be tried here
+                    (
+                        directory / name
+                    ).unlink()  # the settings last: without them the rest is not known as ours
             raise
 
 
@@ -135,22 +138,40 @@ def _claim(stack: contextlib.ExitStack, directory: Path, settings: Mapping[str, 
     """Hold the directory until the stack is closed; whether it was a run of these settings before."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give the name of a directory")
-    known = (directory / SETTINGS).exists()
-    if not known and directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
-        raise ValueError(f"{directory} holds other files and no {SETTINGS}; give a new directory")
+    _check_ours(directory)  # a folder of other things gets not even a lock
     directory.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((directory / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is working in {directory}; wait for it or give another") from None
-    for left in directory.rglob(".*.tmp"):  # half-written files of a process that was killed
-        left.unlink()
-    if not known:
+    _lock(stack, directory)
+    _check_ours(directory)  # what came while another process held it
+    for folder in (directory, *directory.glob("runs/*")):
+        for left in left_over(folder):  # half-written files of a process that was killed
+            left.unlink()
+    if not (directory / SETTINGS).exists():
         write_json(directory / SETTINGS, dict(settings))
         return False
-    different = _differences(read_json(directory / SETTINGS), settings)
+    different = _differences(read_record(directory / SETTINGS, Settings), settings)
     if different:
         listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
         raise ValueError(f"{directory} was made with other settings ({listed}); give another directory")
     return True
+
+
+def _check_ours(directory: Path) -> None:
+    """Refuse a folder that holds files and no settings, but for what a start that was killed leaves.
+
+    Every run writes its settings before anything else: where others are seen, the settings are there by now.
+    """
+    if not directory.is_dir():
+        return
+    others = {p.name for p in directory.iterdir()} - {LOCK}
+    others -= {p.name for p in left_over(directory, SETTINGS)}
+    if others and not (directory / SETTINGS).exists():
+        raise ValueError(f"{directory} holds other files and no {SETTINGS}; give a new directory")
+
+
+def _lock(stack: contextlib.ExitStack, directory: Path) -> None:
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is working in {directory}; wait for it or give another") from None

@@ -14,7 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from controlat import models, rng
-from controlat.config import AttackSettings, EvaluateSettings, Problem
+from controlat.checkpoints import load_checkpoint, load_weights
+from controlat.config import AttackSettings, EvaluateSettings, Problem, from_json
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics import Driver
@@ -27,7 +28,7 @@ from controlat.plan import Plan
 from controlat.pmp.terminal import Terminal, build_terminal
 from controlat.schedules import Schedule
 from controlat.texts import count, duration
-from controlat.training import initial_model, load_checkpoint, place
+from controlat.training import initial_model, place
 
 __all__ = ["TERMINAL_POINTS", "Setting", "pick_device", "progress_bar"]
 
@@ -128,14 +129,12 @@ class Setting:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
+        from_json(Problem, there, f"surrogate {checkpoint}: settings")
         model = models.build(there["model"], self.data.in_shape, self.data.num_classes).train()
-        try:
-            model.load_state_dict(found["model"])
-        except RuntimeError:
-            raise ValueError(
-                f"surrogate {checkpoint} holds weights that do not fit {there['model']} for inputs "
-                f"{tuple(self.data.in_shape)} and {self.data.num_classes} classes"
-            ) from None
+        network = (
+            f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
+        )
+        load_weights(model, found["model"], f"surrogate {checkpoint}", network)
         return place(model, self.device, self.problem.channels_last, self.data.in_shape)
 
     def evaluate(

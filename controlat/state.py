@@ -59,7 +59,10 @@ def put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
 
 def same_bits(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two state dicts of a network hold the same bits."""
-    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items() if isinstance(t, Tensor))
+    tensors = {name: t for name, t in a.items() if isinstance(t, Tensor)}
+    return a.keys() == b.keys() and all(
+        isinstance(b[name], Tensor) and torch.equal(t, b[name]) for name, t in tensors.items()
+    )
 
 
 def copied(optimizer: dict[str, Any]) -> dict[str, Any]:

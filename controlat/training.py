@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from controlat import rng
-from controlat.data import Samples
+from controlat import checkpoints, rng
+from controlat.checkpoints import check_optimizer, check_weights, load_checkpoint, read_checkpoint
+from controlat.data import Samples, Split
 from controlat.dynamics import Driver, Step, rollout
 from controlat.evaluation.robust import measure
-from controlat.files import append_json_line, read_json_lines, write, write_text
+from controlat.files import append_json_line, plain, write_text
 from controlat.network import Meter, NonFiniteError, channels_last, runs_channels_last
-from controlat.parallel import World
 from controlat.plan import Plan
+from controlat.records import LogLine, missing, read_epochs
 from controlat.runs import environment
 from controlat.state import Snapshot
 
-__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
+__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log"]
 
-FORMAT, VERSION = "controlat checkpoint", 1
 LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
 
 
@@ -118,84 +118,95 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def save_checkpoint(
-    path: Path, driver: Driver, plan: Plan, tally: Tally, settings: Mapping[str, Any]
-) -> None:
-    """Write everything that a run consists of between two batches."""
-    state = driver.snapshot()._asdict() | {
-        "format": FORMAT,
-        "version": VERSION,
-        "schedule": plan.schedule.to_json(),
-        "tally": asdict(tally),
-        "settings": dict(settings),
-        "environment": environment(driver.device),
-    }
-    buffer = io.BytesIO()  # torch hides a full disk behind an error of its own when it writes itself
-    torch.save(state, buffer)
-    write(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", content: bytes | None = None
-) -> dict[str, Any]:
-    """Read a checkpoint without unpickling code.
-
-    Args:
-        path: ``last.pt`` or ``best.pt`` of a run directory.
-        device: where its tensors go.
-        content: what is in it, where that was read already.
-
-    Returns:
-        ``model``, ``optimizer``, ``memory``, ``schedule``, ``tally``, ``settings``, ``environment``.
+def read_log(directory: str | Path, epochs: int | None = None) -> list[dict[str, Any]]:
+    """The lines of log.jsonl, one for each epoch from 0 on; no more than so many, where they are known.
 
     Raises:
-        ValueError: the file is missing, damaged or not a checkpoint of controlat.
+        ValueError: a line is malformed, or comes out of order; names it.
     """
-    if content is None and not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+    path = Path(directory) / LOG
     try:
-        source = path if content is None else io.BytesIO(content)
-        found = torch.load(source, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of controlat")
-    if found["version"] != VERSION:
-        raise ValueError(f"{path} has checkpoint version {found['version']}; this release reads {VERSION}")
-    return found
+        return read_epochs(path, LogLine, epochs)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; where it is deleted, training on (--resume) writes it from {LAST}"
+        ) from None
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to unpickle code, in one line."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n")[0]
-    return text.partition(" Please ")[0].strip() or type(error).__name__
-
-
-def _resume(driver: Driver, directory: Path, world: World) -> Tally:
+def _resume(
+    driver: Driver, plan: Plan, directory: Path, data: Mapping[str, str | None]
+) -> tuple[Tally, list[dict[str, Any]]]:
     """Put the driver where the last checkpoint left it, and the log with it: the first process reads."""
-    last = directory / LAST
-    if not world.tell(last.exists()):
-        tally = Tally()
-    else:
-        content = world.tell_bytes(last.read_bytes() if world.first else b"")
+    last, world = directory / LAST, plan.world
+    tally, kept = Tally(), None
+    if world.tell(last.exists()):
+        content = world.tell_bytes(read_checkpoint(last) if world.first else b"")
         found = load_checkpoint(last, driver.device, content)
+        world.once(lambda: _compare_data(found.get("data", {}), data, plan, str(last)))
+        _put_back(driver, plan, found, str(last))
         before = found["environment"].get("processes", 1)
         if before != world.size and world.first:
-            told = f"this run was begun by {before} processes; with {world.size} it ends with other bits"
-            tqdm.write(f"controlat: warning: {told}", file=sys.stderr)
-        driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
-        tally = Tally(**found["tally"])
-    if world.first:
-        _cut_log(directory, tally)
-    return tally
+            _warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
+        tally, kept = Tally(**found["tally"]), found.get("log")
+    return tally, world.once(lambda: _mended_log(directory, tally, kept))
 
 
-def _cut_log(directory: Path, tally: Tally) -> None:
-    """Drop lines of epochs that the checkpoint does not know of."""
-    lines = (directory / LOG).read_text().splitlines(True) if (directory / LOG).exists() else []
-    done = read_json_lines(directory / LOG)[: tally.epoch]
-    if len(lines) != len(done):
-        write_text(directory / LOG, "".join(lines[: len(done)]))
+def _warn(text: str) -> None:
+    tqdm.write(f"controlat: warning: {text}", file=sys.stderr)
+
+
+def _compare_data(
+    there: Mapping[str, str | None], here: Mapping[str, str | None], plan: Plan, where: str
+) -> None:
+    """Refuse data that changed since the run was begun; only warn where pictures may have been copied."""
+    for name, mark in here.items():
+        if None in (mark, there.get(name)) or mark == there[name]:  # not known: of before, or a user's own
+            continue
+        told = f"{name} samples are not those that {where} was made with"
+        if isinstance(plan.data, Split):
+            raise ValueError(f"{told}; put the data of before in their place, or train into a new directory")
+        _warn(f"{told}, by names, sizes and times of files; if more than the times differ, train anew")
+
+
+def _put_back(driver: Driver, plan: Plan, found: Mapping[str, Any], where: str) -> None:
+    """Put the driver where a checkpoint left it, if it is one of this driver's and this plan's."""
+    for part in (found, *found.get("kept", {}).values()):
+        check_weights(driver.model, part["model"], where)
+        check_optimizer(driver.sgd, part["optimizer"], where)
+    for name, rows in found.get("rows", {}).items():
+        values, seen = rows["values"], rows["seen"]
+        fits = seen.dtype == torch.bool and seen.dim() == 1 and values.shape[:1] == seen.shape
+        if not fits or len(seen) > len(plan.data):
+            raise ValueError(f"{where}: rows.{name} are not of the {len(plan.data)} training samples")
+    epoch, batch = found["tally"]["epoch"], found["tally"]["batch"]
+    if epoch + (batch > 0) > plan.epochs or batch >= plan.batches_per_epoch:
+        raise ValueError(f"{where}: tally is at epoch {epoch}, batch {batch}, which this run does not have")
+    driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
+
+
+def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The log up to where the checkpoint stands; the file is made to agree, from the checkpoint's copy."""
+    path = directory / LOG
+    done = [line for line in read_log(directory, tally.epoch) if line["epoch"] < tally.epoch]
+    if kept is None:  # a checkpoint of before has no copy
+        if lost := missing(done, tally.epoch):
+            raise ValueError(f"{path} lacks epoch {lost[0]}; {LAST} has no copy; train in a new directory")
+        kept = done
+    whole = list(kept)
+    if [line["epoch"] for line in whole] != list(range(tally.epoch)):
+        raise ValueError(f"{directory / LAST}: log should have the epochs before {tally.epoch}, each once")
+    for line in done:
+        if line != whole[line["epoch"]]:
+            raise ValueError(
+                f"{path}: epoch {line['epoch']} is not as {LAST} has it; delete the file, and training on "
+                "(--resume) writes it again"
+            )
+    if len(done) < len(whole):
+        _warn(f"{path} lacked {len(whole) - len(done)} of {len(whole)} epochs; written again from {LAST}")
+    text = "".join(json.dumps(line) + "\n" for line in whole)
+    if (path.exists() and path.read_text() != text) or (text and not path.exists()):
+        write_text(path, text)
+    return whole
 
 
 def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
@@ -264,15 +275,22 @@ def fit(
         The final `Tally`.
 
     Raises:
+        ValueError: a checkpoint or log that is damaged, or of other data; names the file.
         NonFiniteError: a loss or gradient is not finite; names epoch, batch, control and the last checkpoint.
     """
     directory, world = Path(directory), plan.world
-    settings = settings or {}
+    data = {}
     if world.first:
+        data = {"training": _fingerprint(plan.data), "held-out": _fingerprint(held_out)}
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / SCHEDULE).exists():
             plan.schedule.save(directory / SCHEDULE)
-    tally = _resume(driver, directory, world)
+    tally, log = _resume(driver, plan, directory, data)
+
+    def save(name: str) -> None:
+        state = _state(driver, plan, tally, settings or {}) | {"log": log, "data": data}
+        checkpoints.save(directory / name, state)
+
     writer = _writer(directory) if tensorboard and world.first else None
     with _bar(plan, driver, tally, label, progress and world.first) as bar:
         while tally.epoch < plan.epochs and not (driver.stopped and tally.batch == 0):
@@ -280,12 +298,12 @@ def fit(
                 at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
             try:
-                _epoch(driver, plan, directory, tally, settings, checkpoint_minutes, bar)
+                _epoch(driver, plan, tally, save, checkpoint_minutes, bar)
                 world.check(driver.fingerprint())
                 if not world.first:
                     tally.next_epoch()
                     continue
-                record = _record(driver, plan, tally, held_out)
+                record = plain(_record(driver, plan, tally, held_out))
             except NonFiniteError as error:
                 kept = directory / LAST
                 where = (
@@ -295,12 +313,13 @@ def fit(
                 )
                 raise NonFiniteError(f"{error}; {where}; try a smaller learning rate") from None
             append_json_line(directory / LOG, record)
+            log.append(record)
             better = record["robust"] is not None and record["robust"] > tally.best
             if better:
                 tally.best, tally.best_epoch = record["robust"], tally.epoch
             tally.next_epoch()
             for name in (BEST, LAST) if better else (LAST,):
-                save_checkpoint(directory / name, driver, plan, tally, settings)
+                save(name)
             if writer is not None:
                 _write_scalars(writer, record)
     if writer is not None:
@@ -308,14 +327,24 @@ def fit(
     return Tally(**world.tell(asdict(tally)))
 
 
+def _fingerprint(samples: Samples | None) -> str | None:
+    """What tells these samples from others; None where there are none, or a user's own cannot say."""
+    of = getattr(samples, "fingerprint", None)
+    return None if of is None else str(of())
+
+
+def _state(driver: Driver, plan: Plan, tally: Tally, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the run consists of between two batches."""
+    return driver.snapshot()._asdict() | {
+        "schedule": plan.schedule.to_json(),
+        "tally": asdict(tally),
+        "settings": dict(settings),
+        "environment": environment(driver.device),
+    }
+
+
 def _epoch(
-    driver: Driver,
-    plan: Plan,
-    directory: Path,
-    tally: Tally,
-    settings: Mapping[str, Any],
-    minutes: float,
-    bar: Any,
+    driver: Driver, plan: Plan, tally: Tally, save: Callable[[str], None], minutes: float, bar: Any
 ) -> None:
     began = saved = time.perf_counter()
     before = driver.meter.copy()
@@ -327,7 +356,7 @@ def _epoch(
         bar.update(step.spent.gradients)
         if plan.world.first and now - saved > 60 * minutes and tally.batch < plan.batches_per_epoch:
             _check_parameters(driver, step)
-            save_checkpoint(directory / LAST, driver, plan, tally, settings)
+            save(LAST)
             saved = time.perf_counter()
         began = time.perf_counter()
     _check_parameters(driver, step)

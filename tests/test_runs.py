@@ -149,6 +149,54 @@ def test_two_processes_at_once_are_refused_until_the_first_is_gone(tmp_path: Pat
         assert known, "a killed process holds no lock"
 
 
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Starts that were killed, and starts at the same time; forks of a process of its own take seconds."""
+    script = Path(__file__).parent / "claims.py"
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("starts"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return dict(json.loads(done.stdout))
+
+
+def test_a_start_that_is_killed_at_any_line_refuses_no_later_start(starts: dict[str, Any]) -> None:
+    found = starts["killed"]
+    assert found["kills"] > 60
+    assert found["refused"] == []
+    assert found["left"] == [], "nothing half-written stays"
+
+
+def test_of_starts_at_the_same_time_one_holds_the_directory_and_the_others_are_told(
+    starts: dict[str, Any],
+) -> None:
+    assert len(starts["races"]) == 10
+    for told in starts["races"]:
+        held = [text for text in told if text == "held, known: False"]
+        busy = [text for text in told if text.startswith("another process is working in")]
+        assert (len(held), len(busy)) == (1, 2), told
+
+
+def test_only_files_of_our_own_are_cleared(tmp_path: Path) -> None:
+    other = [".notes.tmp", ".thesis.tex.abc.tmp", "a.tmp", "runs/01/deep/.a.12345678.tmp"]
+    ours = [".settings.json.0abcd_12.tmp", ".last.pt.12345678.tmp", "runs/01/.log.jsonl.12345678.tmp"]
+    with claimed(tmp_path, SETTINGS):
+        pass
+    for name in other + ours:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with claimed(tmp_path, SETTINGS) as known:
+        assert known
+    assert [name for name in other if not (tmp_path / name).exists()] == []
+    assert [name for name in ours if (tmp_path / name).exists()] == []
+
+
+def test_what_a_killed_start_left_beside_other_files_stays(tmp_path: Path) -> None:
+    (tmp_path / ".settings.json.12345678.tmp").write_text("{")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"), claimed(tmp_path, SETTINGS):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {".settings.json.12345678.tmp", "thesis.tex"}
+
+
 # ------------------------------------------------------------------------------------------- real commands
 
 _TINY: dict[str, Any] = {"epochs": 1, "train_points": 100, "threads": 1, "progress": False}

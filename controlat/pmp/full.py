@@ -254,7 +254,8 @@ class Criterion:
         looked = tuple(Gains.from_json(g) for g in found["looked"])
         norms = tuple((int(n), float(p)) for n, p in found["norms"])
         others = {"blocks": tuple(found["blocks"]), "dropped": tuple(found["dropped"]), "norms": norms}
-        return cls(**{**found, **others, "lower": float(found["lower"]), "looked": looked})
+        known = {f.name: found[f.name] for f in fields(cls)}
+        return cls(**{**known, **others, "lower": float(found["lower"]), "looked": looked})
 
 
 def _index(g: Gains, v: Control) -> int:

@@ -1,0 +1,132 @@
+"""What scoring leaves: criterion.jsonl and full.json."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+from typing_extensions import TypedDict
+
+from controlat.records.fields import Controls, Count, Number, Pair, Unbounded, numbered
+
+__all__ = ["Calibration", "CriterionLine", "Failed", "Full", "outcome"]
+
+
+def _surface(found: Any) -> Any:
+    v, m = len(found["controls"]), found["batches"]
+    rows = {"evaluations": found["evaluations"], "gram": found["gram"], "costate": found["costate"]}
+    for name, values in rows.items():
+        if values is not None and len(values) != v:
+            raise ValueError(f"{v} controls, but {name} has {len(values)} rows")
+    if any(len(row) != m * (m + 1) // 2 for row in found["gram"]):
+        raise ValueError(f"{m} batches: every row of gram has {m * (m + 1) // 2} numbers")
+    if any(len(row) != m for row in found["costate"] or ()):
+        raise ValueError(f"{m} batches: every row of costate has {m} numbers")
+    return found
+
+
+class _Surface(TypedDict):
+    controls: Annotated[list[Controls], Field(min_length=1)]
+    evaluations: list[Number]
+    gram: list[list[Number]]
+    costate: list[list[Number]] | None
+    batches: Annotated[int, Field(ge=1, lt=2**16)]
+    scale: Number
+    spent: Count
+
+
+class CriterionLine(TypedDict):
+    """The surface of one epoch."""
+
+    epoch: Count
+    control: Controls
+    surface: Annotated[_Surface, AfterValidator(_surface)]
+    seconds: Number
+
+
+def _gains(found: Any) -> Any:
+    v = len(found["controls"])
+    rows = {"evaluations": found["evaluations"], "sizes": found["sizes"], **found["rewards"]}
+    for name, values in rows.items():
+        if len(values) != v:
+            raise ValueError(f"{v} controls, but {name} has {len(values)} numbers")
+    if not all(h.isdecimal() and int(h) > 0 for h in found["rewards"]):
+        raise ValueError(f"horizons are whole numbers of steps, got {', '.join(found['rewards'])}")
+    if found["rewards"].keys() != found["norms"].keys() or not found["rewards"]:
+        raise ValueError("rewards and norms need the same horizons, one at least")
+    return found
+
+
+class _Gains(TypedDict):
+    number: Count
+    epoch: Count
+    controls: Annotated[list[Controls], Field(min_length=1)]
+    evaluations: list[Number]
+    rewards: dict[str, list[Number]]
+    sizes: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    norms: dict[str, Number]
+
+
+def _criterion(found: Any) -> Any:
+    blocks, first = found["blocks"], found["first"]
+    steps = [g["number"] - first for g in found["looked"]]
+    if any(b <= a for a, b in zip((-1, *steps), (*steps, len(blocks)), strict=True)):
+        raise ValueError(f"the steps looked at must rise within the {len(blocks)} steps from {first} on")
+    if lost := set(blocks) - {blocks[step] for step in steps}:
+        raise ValueError(f"no step of block {min(lost)} was looked at")
+    if any(g["rewards"].keys() != found["looked"][0]["rewards"].keys() for g in found["looked"]):
+        raise ValueError("every step that was looked at needs the same horizons")
+    return found
+
+
+class _Criterion(TypedDict):
+    looked: Annotated[list[Annotated[_Gains, AfterValidator(_gains)]], Field(min_length=1)]
+    blocks: list[Count]
+    first: Count
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    phi: Number
+    evaluations: Number
+    lower: Unbounded
+    norms: Annotated[list[Pair], Field(min_length=1)]
+    dropped: list[str]
+    spent: Count
+    replayed: Count
+
+
+class Calibration(TypedDict):
+    gain: Number
+    objective: Number
+    sizes: Number
+    bound: Number | None
+    spent: Count
+    certificate: Number
+    calibrated: bool
+    kappa: Number | None
+    curvature: Number | None
+    model_gain: Number
+    rho: Number | None
+    reach: Number | None
+    outcomes: Annotated[dict[str, Number | None], AfterValidator(numbered)]
+    reliability: Annotated[dict[str, Number | None], AfterValidator(numbered)]
+
+
+class Failed(TypedDict):
+    failed: str
+
+
+class _Full(TypedDict):
+    criterion: Annotated[_Criterion, AfterValidator(_criterion)]
+    calibration: Calibration
+    terminal: NotRequired[str]
+    same: bool | None
+    stride: Count
+    gradients: dict[str, Count]
+    seconds: Number
+
+
+def outcome(found: Any) -> str:
+    return "failed" if isinstance(found, dict) and "failed" in found else "found"
+
+
+Full = Annotated[Annotated[Failed, Tag("failed")] | Annotated[_Full, Tag("found")], Discriminator(outcome)]

@@ -1,0 +1,73 @@
+"""What single fields are: numbers, counts, controls, tensors, schedules, settings."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
+
+import torch
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
+
+from controlat.schedules import Schedule
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Unbounded = Number | Literal["nan", "inf", "-inf"]  # as `controlat.files` writes them
+Controls = dict[str, Number]
+Settings = dict[str, Any]
+
+
+def _schedule(found: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Schedule.from_json(found)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"not a schedule ({error})") from None
+    return found
+
+
+def numbered(found: dict[str, Any]) -> dict[str, Any]:
+    for name in found:
+        float(name)  # raises ValueError, which names it
+    return found
+
+
+def _tensor(found: Any) -> Any:
+    if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+        raise ValueError(f"should be a dense tensor, got {type(found).__name__}")
+    return found
+
+
+ScheduleRecord = Annotated[dict[str, Any], AfterValidator(_schedule)]
+Tensor = Annotated[Any, AfterValidator(_tensor)]
+
+
+def _tensors(found: dict[str, Any]) -> dict[str, Any]:
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):  # a module's extra state may be anything
+            try:
+                _tensor(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+    return found
+
+
+State = Annotated[dict[str, Any], AfterValidator(_tensors)]
+
+
+def settings_of(kind: type) -> Any:
+    """The shape of stored settings of a class, as far as they are there; the schedule is in full."""
+    return _fields_of(kind)
+
+
+@functools.cache
+def _fields_of(kind: type) -> Any:
+    hints = get_type_hints(kind)
+    sized = {int: Whole, int | None: Whole | None}
+    names = {f.name: NotRequired[sized.get(hints[f.name], hints[f.name])] for f in fields(kind)}
+    names |= {"epochs": Annotated[int, Field(ge=1, lt=2**63)], "schedule": NotRequired[ScheduleRecord]}
+    return TypedDict(kind.__name__, names | {"command": NotRequired[str]})  # type: ignore[operator]

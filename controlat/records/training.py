@@ -1,0 +1,163 @@
+"""What training leaves: log.jsonl, checkpoints, and the calibration of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import TypedDict
+
+from controlat.records.fields import (
+    Controls,
+    Count,
+    Number,
+    ScheduleRecord,
+    Share,
+    State,
+    Tensor,
+    Unbounded,
+)
+from controlat.records.reading import short
+
+__all__ = ["Calibrated", "Checkpoint", "Environment", "LogLine"]
+
+
+class LogLine(TypedDict):
+    """One epoch of training."""
+
+    epoch: Count
+    control: Controls
+    lr: Number
+    loss: Number
+    gradients: Count
+    layers: Count
+    carried: dict[str, Unbounded]
+    seconds: Number
+    total_gradients: Count
+    total_seconds: Number
+    dropped: list[str]
+    stopped: str
+    clean: Share | None
+    robust: Share | None
+    validation_gradients: Count
+    validation_seconds: Number
+
+
+class Tally(TypedDict):
+    """`controlat.training.Tally`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    epoch: Count
+    batch: Count
+    gradients: Count
+    forwards: Count
+    layers: Count
+    seconds: Number
+    loss: Number
+    samples: Count
+    epoch_gradients: Count
+    epoch_seconds: Number
+    best: Annotated[float, Field(ge=-1, le=1)]
+    best_epoch: Annotated[int, Field(ge=-1)]
+    dropped: list[str]
+
+
+class Optimizer(TypedDict):
+    """The state dict of an optimiser."""
+
+    state: dict[int, State]
+    param_groups: list[dict[str, Any]]
+
+
+class Rows(TypedDict):
+    """What samples carry."""
+
+    values: Tensor
+    seen: Tensor
+
+
+class Kept(TypedDict):
+    """A network that a method put aside."""
+
+    model: State
+    optimizer: Optimizer
+
+
+class Environment(TypedDict):
+    """Versions and hardware."""
+
+    controlat: str
+    torch: str
+    hardware: str
+    threads: Annotated[int, Field(ge=1)]
+    processes: NotRequired[Annotated[int, Field(ge=1)]]
+
+
+class _Stored(TypedDict):
+    data: NotRequired[str]
+    data_dir: NotRequired[str | None]
+
+
+class Checkpoint(TypedDict):
+    """Everything that a run consists of between two batches."""
+
+    model: Annotated[State, Field(min_length=1)]
+    optimizer: Optimizer
+    memory: dict[str, Tensor]
+    rows: NotRequired[dict[str, Rows]]
+    kept: NotRequired[dict[str, Kept]]
+    stopped: NotRequired[str]
+    schedule: ScheduleRecord
+    tally: Tally
+    settings: _Stored
+    environment: Environment
+    log: NotRequired[list[LogLine]]
+    data: NotRequired[dict[str, str | None]]
+
+
+class _Measure(TypedDict):
+    what: str
+    values: list[Number | None]
+    marks: list[str]
+
+
+def _calibrated(found: Any) -> Any:
+    times = found["times"]
+    if times != list(range(found["epochs"] + 1)):
+        raise ValueError(f"times should be 0, ..., {found['epochs']}, got {short(times)}")
+    if lost := {"convergence", "curvature"} - found["measures"].keys():
+        raise ValueError(f"measures lacks {min(lost)}")
+    for name, measure in found["measures"].items():
+        if not len(measure["values"]) == len(measure["marks"]) == len(times):
+            raise ValueError(f"measures.{name} needs a value and a mark at each of the times")
+    if len(found["losses"]) != len(times) or any(len(row) != found["steps"] + 1 for row in found["losses"]):
+        raise ValueError(f"losses should be {len(times)} rows of {found['steps'] + 1} numbers")
+    return found
+
+
+class _Calibrated(TypedDict):
+    key: dict[str, Any]
+    run: str
+    schedule: str
+    seed: int
+    times: list[Number]
+    epochs: Annotated[int, Field(ge=1)]
+    measures: dict[str, _Measure]
+    losses: list[list[Number]]
+    probe: Count
+    mode: Literal["eval", "train"]
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    alpha: Number
+    steps: Annotated[int, Field(ge=1)]
+    budget: Number
+    gradients: Count
+    forwards: Count
+    training_gradients: Count
+    seconds: Number
+    training_seconds: Number
+    same: bool
+    warning: str | None
+    environment: Environment
+
+
+Calibrated = Annotated[_Calibrated, AfterValidator(_calibrated)]
