@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["append_json_line", "read_json", "read_json_lines", "write", "write_json", "write_text"]
+__all__ = [
+    "append_json_line",
+    "open_file",
+    "read_bytes",
+    "read_json",
+    "read_json_lines",
+    "write",
+    "write_json",
+    "write_text",
+]
+
+JSON_LIMIT = 128 << 20  # bytes
 
 
 def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:
@@ -46,6 +58,63 @@ def write_text(path: str | Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open a regular file for reading; anything else is refused at once.
+
+    A plain `open` of a named pipe waits for a writer, a device may have no end, and a folder gives an error
+    of its own.
+
+    Args:
+        path: the file; links are followed.
+
+    Raises:
+        ValueError: it is a folder, a named pipe, a socket or a device; the message names it.
+        OSError: it cannot be opened (missing, no permission).
+
+    >>> open_file("/dev/zero")
+    Traceback (most recent call last):
+    ValueError: /dev/zero: is a device, not a regular file; give the path of a file
+    """
+    _check_regular(path, os.stat(path).st_mode)  # before it is opened: a device may act on that
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)  # what is there now
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # no effect on regular files
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe (FIFO)", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise ValueError(f"{path}: is {kind}, not a regular file; give the path of a file")
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Args:
+        path: the file.
+        limit: the most bytes that it may have.
+
+    Raises:
+        ValueError: it is larger, or no regular file; the message names it.
+        OSError: it cannot be read (missing, no permission).
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{path}: has {size:,} bytes, but at most {limit:,} are read here")
+        return file.read(size)
+
+
 def _plain(value: Any) -> Any:
     """Numbers that are not finite become the strings 'nan', 'inf', '-inf': JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -63,13 +132,13 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON.
+    """Read JSON, at most 128 MiB.
 
     Raises:
-        ValueError: the file is missing or malformed; the message says where.
+        ValueError: the file is missing, too large, no regular file or malformed; the message says where.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path, JSON_LIMIT).decode("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from controlat.files import append_json_line, read_json, read_json_lines, write, write_json, write_text
+from controlat.files import (
+    append_json_line,
+    open_file,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    write,
+    write_json,
+    write_text,
+)
 
 # ----------------------------------------------------------------------------------------------- atomicity
 
@@ -168,3 +178,44 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -
     file.write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
     with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: not valid JSON")):
         read_json_lines(file)
+
+
+# ----------------------------------------------------------------------------------------- what is no file
+
+
+def _special(folder: Path) -> dict[str, tuple[Path, str]]:
+    """One path of each kind that is no regular file, and the word for it; links to two of them."""
+    pipe, link, door = folder / "pipe", folder / "link", folder / "socket"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    (folder / "zero.json").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(door))
+    return {
+        "pipe": (pipe, "named pipe"),
+        "link to a pipe": (link, "named pipe"),
+        "socket": (door, "socket"),
+        "folder": (folder, "folder"),
+        "device": (folder / "zero.json", "device"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path, word = _special(tmp_path)[kind]  # pytest's time limit would end a wait for a writer
+    for read in (open_file, lambda p: read_bytes(p, 10), read_json):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: is a {word}"):
+            read(path)
+
+
+def test_a_file_is_read_up_to_its_limit_and_no_further(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"12345")
+    assert read_bytes(file, 5) == b"12345"
+    with pytest.raises(ValueError, match="a: has 5 bytes, but at most 4"):
+        read_bytes(file, 4)
+    os.truncate(file, 1 << 40)  # sparse: a terabyte that takes no space on disk
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
+        read_json(file)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "missing", 4)
