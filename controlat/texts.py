@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from controlat.control import number
+from controlat.registry import meant
 
 __all__ = ["count", "duration", "numbers", "only", "split", "table"]
 
@@ -37,7 +38,8 @@ def only(found: Mapping[str, object], required: Iterable[str], optional: Iterabl
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     if unknown := sorted(set(found) - required - optional):
         allowed = ", ".join(sorted(required | optional)) or "nothing"
-        raise ValueError(f"{what} does not take {', '.join(unknown)}; it takes {allowed}")
+        near = meant(unknown[0], required | optional)
+        raise ValueError(f"{what} does not take {', '.join(unknown)}; {near}it takes {allowed}")
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:

@@ -352,8 +352,8 @@ def _known(name: str) -> str:
     """A name that `build_terminal` can do something with."""
     if ":" not in name and name not in TERMINALS:
         raise ValueError(
-            f"unknown terminal cost {name!r}; choose from: {', '.join(TERMINALS)}, or give your own as "
-            "package.module:factory"
+            f"unknown terminal cost {name!r}; {registry.meant(name, TERMINALS)}choose from: "
+            f"{', '.join(TERMINALS)}, or give your own as package.module:factory"
         )
     if ":" in name and not callable(found := registry.import_path(name)):
         kind = type(found).__name__
