@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,16 @@ from tqdm import tqdm
 
 from controlat import plots, report
 from controlat.candidate import Candidate, candidates
-from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
-from controlat.evaluation import Extras
-from controlat.files import read_json, read_json_lines, write_json
+from controlat.config import (
+    AttackSettings,
+    EvaluateSettings,
+    Problem,
+    TrainSettings,
+    from_json,
+    settings_of,
+)
+from controlat.evaluation import Extras, parse_attack
+from controlat.files import expanded, read_json, read_json_lines, write_json
 from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
@@ -55,8 +62,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     >>> found["gradients"] == 2 * 180
     True
     """
-    chosen = TrainSettings(**settings)
-    schedule, plain = chosen.schedule_of(chosen.schedule), {"command": "train"} | chosen.to_json()
+    chosen, out = settings_of(TrainSettings, settings, "train"), expanded(out)
+    schedule, plain = chosen.planned, {"command": "train"} | chosen.to_json()
     with _together(out, plain, chosen) as (world, known):
         done = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
         finished = len(done) == chosen.epochs or bool(done and done[-1].get("stopped"))
@@ -65,7 +72,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
         if world.first:
-            _note_length(chosen.schedule, schedule, chosen.epochs)
+            _notes(schedule.text, schedule, chosen)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -77,7 +84,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=chosen.schedule,
+            label=schedule.text,
         )
         records = world.tell(read_json_lines(Path(out) / "log.jsonl") if world.first else None)
     return {
@@ -89,12 +96,35 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     }
 
 
-def _note_length(text: str, schedule: Schedule, epochs: int) -> None:
-    """Say where a schedule from a file was made for another number of epochs."""
+_FAR = 4  # step sizes in units of eps; 2 eps crosses the whole ball
+
+
+def _notes(text: str, schedule: Schedule, chosen: Problem) -> None:
+    """Say where a schedule was made for another length, or has steps that no ball of this radius needs."""
+    epochs = chosen.epochs
     if schedule.epochs != epochs:
         what = "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
-        told = f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}"
-        tqdm.write(f"controlat: note: {told}", file=sys.stderr)
+        _note(f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}")
+    controls = (schedule(piece * schedule.resolution) for piece in range(schedule.pieces))
+    _note_far(text, max(u.get("alpha", 0.0) for u in controls), chosen.ball.eps)
+
+
+def _note_attacks(attacks: Iterable[str], eps: float) -> None:
+    for text in attacks:
+        _note_far(f"attack {text}", parse_attack(text).alpha or 0.0, eps)
+
+
+def _note_far(what: str, alpha: float, eps: float) -> None:
+    """Say where a step is far longer than the ball is wide: other units or another radius were meant."""
+    if alpha > _FAR * eps > 0:
+        _note(
+            f"{what} has alpha = {alpha:.4g}, far above 2 eps = {2 * eps:.4g}, which crosses the whole ball; "
+            "pixels are in [0, 1], so that 2 of 255 are written 2/255"
+        )
+
+
+def _note(told: str) -> None:
+    tqdm.write(f"controlat: note: {told}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -123,13 +153,16 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         ValueError: bad settings, or a directory that holds something else.
         NonFiniteError: a training diverged.
     """
-    chosen, out = EvaluateSettings(**settings), Path(out)
+    chosen, out = settings_of(EvaluateSettings, settings, "evaluate"), expanded(out)
     with _together(out, {"command": "evaluate"} | chosen.to_json(), chosen) as (world, _):
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
-            for text in chosen.schedules if world.first else ():
-                _note_length(text, chosen.schedule_of(text), chosen.epochs)
+            if world.first:
+                for text in chosen.schedules:
+                    _notes(text, chosen.schedule_of(text), chosen)
+                _note_far("the grid", max(every[0].grid.alphas), chosen.ball.eps)
+                _note_attacks(chosen.attacks, chosen.ball.eps)
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:
@@ -216,7 +249,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
         ``{"gradients": {"training", "validation", "criterion", "full criterion", "evaluation", "total"},
         "seconds"}``.
     """
-    chosen = EvaluateSettings(**settings)
+    chosen = settings_of(EvaluateSettings, settings, "evaluate")
     setting = Setting.of(chosen)
     every = list(candidates(setting, chosen, Path("unused")))
     method = build(chosen.method, chosen.method_options)
@@ -265,7 +298,8 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     """Measure the robustness of a checkpoint on its test set: `controlat attack`.
 
     Args:
-        checkpoint: last.pt or best.pt of a run directory; model, data and eps are read from it.
+        checkpoint: a run directory, for its best.pt or else its last.pt, or such a file; model, data and eps
+            are read from it.
         out: a JSON file to write, and a PNG file of the same name for sweeps; neither may exist.
         **settings: the fields of `controlat.config.AttackSettings`.
 
@@ -276,24 +310,32 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     Raises:
         ValueError: bad settings, a damaged checkpoint, or a file that exists.
     """
-    chosen = AttackSettings(str(checkpoint), **settings)
+    chosen = settings_of(AttackSettings, {"checkpoint": str(checkpoint)} | settings, "attack")
+    checkpoint, out = Path(chosen.checkpoint), None if out is None else expanded(out)
     for path in _files(out, chosen.sweeps):
         if path.exists():
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
     stored = from_json(Problem, found["settings"])
+    if chosen.eps is None and chosen.norm not in (None, stored["norm"]):
+        raise ValueError(
+            f"eps is missing: {stored['eps']} is the radius of training in {stored['norm']}; "
+            f"give one in {chosen.norm}"
+        )
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
     stored |= {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
-    setting = Setting.of(Problem(**stored))
+    problem = Problem(**stored)
+    _note_attacks(chosen.attacks, problem.ball.eps)
+    setting = Setting.of(problem)
     model = setting.model(0)
     model.load_state_dict(found["model"])
     with deterministic(chosen.threads):
         measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {
-        "checkpoint": Path(checkpoint).name,
+        "checkpoint": checkpoint.name,
         "epoch": found["tally"]["epoch"],
         "eps": setting.problem.ball.eps,
         "norm": setting.problem.norm,
