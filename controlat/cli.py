@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-# Nothing else is imported here: what takes its time is imported where an interruption is waited for.
+from controlat.texts import speaker
+
+# Nothing of torch is imported here: what takes its time is imported where an interruption is waited for.
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -26,7 +28,6 @@ def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
 
 def _evaluate(found: Namespace) -> None:
     from controlat import jobs, report
-    from controlat.parallel import speaker
     from controlat.texts import count, duration
 
     settings = _settings(found, ("config", "out", "dry_run"))
@@ -60,7 +61,6 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
 
 def _train(found: Namespace) -> None:
     from controlat import jobs, report
-    from controlat.parallel import speaker
     from controlat.texts import count, duration
 
     result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
@@ -205,13 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
         cure["train"] = "the same command with --resume goes on"
         told = cure.get(words[0] if words else "", "the same command begins again")
-        print(f"controlat: interrupted; {told}", file=sys.stderr)
+        print(f"controlat{speaker()}: interrupted; {told}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 def _run(words: list[str]) -> int:
     from controlat.network import NonFiniteError
-    from controlat.parallel import PeerLost, speaker, started
+    from controlat.parallel import PeerLost, started
     from controlat.parser import build_parser
 
     parser = build_parser()
@@ -248,13 +248,14 @@ class Terminated(KeyboardInterrupt):
 def _terminated() -> Iterator[None]:
     """Raise Terminated on SIGTERM inside the block, where nobody else waits for the signal.
 
-    Not under torchrun: a process that waits for the others in native code would not hear it.
+    Under torchrun it comes when another process ended; one that waits in native code hears it as soon as the
+    connection breaks, and torchrun kills it after 30 seconds if not.
     """
 
     def end(number: int, frame: object) -> NoReturn:
         raise Terminated
 
-    if "WORLD_SIZE" in os.environ or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     try:

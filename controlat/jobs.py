@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
-from controlat.pmp import Grid, described, parse_terminal, try_terminal
+from controlat.pmp import Grid, described, price, try_terminal
 from controlat.recording import GIBI, Recording
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
-from controlat.setting import TERMINAL_POINTS, Setting, pick_device
+from controlat.setting import Setting, pick_device
 from controlat.state import same_bits
-from controlat.training import deterministic, fit, load_checkpoint
+from controlat.training import VALIDATION, deterministic, fit, load_checkpoint
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
 
@@ -72,7 +72,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
         if world.first:
-            _notes(schedule.text, schedule, chosen)
+            _note_length(schedule.text, schedule, chosen.epochs)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -96,35 +96,12 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     }
 
 
-_FAR = 4  # step sizes in units of eps; 2 eps crosses the whole ball
-
-
-def _notes(text: str, schedule: Schedule, chosen: Problem) -> None:
-    """Say where a schedule was made for another length, or has steps that no ball of this radius needs."""
-    epochs = chosen.epochs
+def _note_length(text: str, schedule: Schedule, epochs: int) -> None:
+    """Say where a schedule from a file was made for another number of epochs."""
     if schedule.epochs != epochs:
         what = "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
-        _note(f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}")
-    controls = (schedule(piece * schedule.resolution) for piece in range(schedule.pieces))
-    _note_far(text, max(u.get("alpha", 0.0) for u in controls), chosen.ball.eps)
-
-
-def _note_attacks(attacks: Iterable[str], eps: float) -> None:
-    for text in attacks:
-        _note_far(f"attack {text}", parse_attack(text).alpha or 0.0, eps)
-
-
-def _note_far(what: str, alpha: float, eps: float) -> None:
-    """Say where a step is far longer than the ball is wide: other units or another radius were meant."""
-    if alpha > _FAR * eps > 0:
-        _note(
-            f"{what} has alpha = {alpha:.4g}, far above 2 eps = {2 * eps:.4g}, which crosses the whole ball; "
-            "pixels are in [0, 1], so that 2 of 255 are written 2/255"
-        )
-
-
-def _note(told: str) -> None:
-    tqdm.write(f"controlat: note: {told}", file=sys.stderr)
+        told = f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}"
+        tqdm.write(f"controlat: note: {told}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -158,11 +135,8 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
-            if world.first:
-                for text in chosen.schedules:
-                    _notes(text, chosen.schedule_of(text), chosen)
-                _note_far("the grid", max(every[0].grid.alphas), chosen.ball.eps)
-                _note_attacks(chosen.attacks, chosen.ball.eps)
+            for text in chosen.schedules if world.first else ():
+                _note_length(text, chosen.schedule_of(text), chosen.epochs)
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:
@@ -256,7 +230,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     count = dict.fromkeys(("training", "validation", "criterion", "full criterion", "evaluation"), 0.0)
     extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
     _phi(setting, chosen)
-    phi = len(parse_terminal(chosen.terminal)) * min(TERMINAL_POINTS, len(setting.held_out))
+    phi = price(setting.terminal(chosen.seeds[0], chosen.terminal), setting.driver(chosen.seeds[0]))
     replays = len(_strides(setting, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:
         plan = setting.plan(c.schedule, c.seed)
@@ -265,11 +239,11 @@ def estimate(**settings: Any) -> dict[str, Any]:
             count["training"] += sum(map(method.controls.cost, u)) * len(setting.training) / len(u)
             tried = c.grid.cost(method, u[0])
             if chosen.maximiser == "tpe":
-                tried = chosen.trials * (c.grid.max_steps / 2 + 1) + method.controls.cost(u[0])
-            count["criterion"] += tried * min(chosen.probe, len(setting.training)) + 21 * phi
+                tried = chosen.trials * c.grid.mean_cost(method, u[0]) + method.controls.cost(u[0])
+            count["criterion"] += tried * min(chosen.probe, len(setting.training)) + phi.gradient
         if chosen.full:
             count["full criterion"] += most_evaluations(chosen, plan, method, c.grid, phi, replays)
-        count["validation"] += 10 * chosen.epochs * len(setting.held_out)
+        count["validation"] += parse_attack(VALIDATION).cost() * chosen.epochs * len(setting.held_out)
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
         count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)
     with deterministic(chosen.threads):
@@ -327,9 +301,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
     stored |= {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
-    problem = Problem(**stored)
-    _note_attacks(chosen.attacks, problem.ball.eps)
-    setting = Setting.of(problem)
+    setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     model.load_state_dict(found["model"])
     with deterministic(chosen.threads):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["PeerLost", "Share", "World", "current", "joined", "speaker", "started"]
+__all__ = ["PeerLost", "Share", "World", "current", "joined", "started"]
 
 _PATIENCE = timedelta(days=2)  # others wait while the first process validates, attacks or scores
 
@@ -39,10 +39,10 @@ def _exchange(operation: Callable[..., object], *arguments: Any) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2]
+        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
         raise PeerLost(
-            f"another process of this run ended ({reason}); what it says is the reason. Start all of them "
-            "again: train goes on with --resume, evaluate by itself"
+            f"another process of this run ended ({reason}); its own messages say why. Start "
+            "all of them again: train goes on with --resume, evaluate by itself"
         ) from error
 
 
@@ -68,12 +68,6 @@ def _set(name: str, usual: int, least: int) -> int:
             f"start it with torchrun, or unset {name}"
         )
     return int(text)
-
-
-def speaker() -> str:
-    """Which process speaks, if it is not the first or only one: for messages."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"[process {rank}]"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from jsonargparse import (  # type: ignore[attr-defined]  # made by a function t
 
 from controlat import __version__
 from controlat.config import AttackSettings, DeriveSettings, EvaluateSettings, TrainSettings
-from controlat.parallel import speaker
 from controlat.ranges import RANGES, range_of
 from controlat.registry import meant
 from controlat.settings_file import parse_yaml, read_settings
+from controlat.texts import speaker
 
 __all__ = ["LISTS", "Parser", "build_parser"]
 
@@ -52,6 +52,10 @@ class Parser(ArgumentParser):
 
     reading = ""  # file and line of the setting that is being read
 
+    def format_help(self, formatter: Any = None) -> str:
+        """Flags are shown with dashes; with underscores they are taken too."""
+        return re.sub(r"--\w+", lambda flag: dashed(flag[0]), super().format_help(formatter))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason in one line and exit with 2."""
         words = [*getattr(self, "args", ()), ""]
@@ -62,6 +66,7 @@ class Parser(ArgumentParser):
 
     def _plain(self, message: str) -> str:
         """A message of argparse's or jsonargparse's in the words of the command line."""
+        message = re.sub(r'Parser key "(?:\w+\.)?(\w+)": expected', r"argument --\1: expected", message)
         if wrong := re.search(r'Parser key "(?:\w+\.)?(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL):
             return f"{dashed(wrong[1])} must be {self._wanted(wrong[1])}, got {wrong[2]}"
         if missing := re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
@@ -71,8 +76,8 @@ class Parser(ArgumentParser):
             return f"there is no command {unknown[1]!r}; {near}choose from {unknown[2]}"
         if unknown := re.match(r"unrecognized arguments: .*?(--[\w-]+)", message):
             near = meant(unknown[1], map(dashed, self._option_string_actions))
-            return f"{message}; {near}".rstrip("; ").replace(unknown[1], dashed(unknown[1]))
-        return message
+            message = f"{message}; {near}".rstrip("; ")
+        return re.sub(r"(arguments?:? )(--\w+)", lambda m: m[1] + dashed(m[2]), message)
 
     def _wanted(self, name: str) -> str:
         """What a setting must be, by its range or type."""
@@ -176,9 +181,6 @@ def build_parser() -> Parser:
         parser = make()
         commands.add_subcommand(name, parser, help=help_)
         parser.prog = f"controlat {name}"
-        for action in parser._actions:  # help has dashes; both are taken
-            action.option_strings = [dashed(o) if o[:2] == "--" else o for o in action.option_strings]
-            parser._option_string_actions |= dict.fromkeys(action.option_strings, action)
     return top
 
 

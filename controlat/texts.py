@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from controlat.control import number
 from controlat.registry import meant
 
-__all__ = ["count", "duration", "numbers", "only", "split", "table"]
+__all__ = ["count", "duration", "numbers", "only", "speaker", "split", "table"]
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
@@ -73,6 +74,12 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def speaker() -> str:
+    """Which process speaks, if it is not the first or only one: for messages."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"[process {rank}]"
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:

@@ -30,6 +30,7 @@ __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place"]
 
 FORMAT, VERSION = "controlat checkpoint", 1
 LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
+VALIDATION = "pgd-10"  # what picks the best checkpoint
 
 
 @dataclass
@@ -194,7 +195,7 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
     if held_out is None:
         return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
-    found = measure(driver.model, held_out, driver.ball, attacks=["pgd-10"], seed=driver.seed)
+    found = measure(driver.model, held_out, driver.ball, attacks=[VALIDATION], seed=driver.seed)
     return {
         "clean": found.clean.value,
         "robust": found.robust.value,

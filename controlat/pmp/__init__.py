@@ -9,11 +9,13 @@ from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
     TERMINALS,
     AdversarialLoss,
+    Price,
     Terminal,
     Weighted,
     build_terminal,
     described,
     parse_terminal,
+    price,
     try_terminal,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "Criterion",
     "Gap",
     "Grid",
+    "Price",
     "Surface",
     "Terminal",
     "Weighted",
@@ -40,6 +43,7 @@ __all__ = [
     "looked_at",
     "measure",
     "parse_terminal",
+    "price",
     "probe_batches",
     "relaxed",
     "sweep",
