@@ -6,13 +6,12 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from controlat.texts import speaker
-
-# Nothing of torch is imported here: what takes its time is imported where an interruption is waited for.
+# Nothing that takes time is imported here, but where an interruption is waited for.
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -28,7 +27,7 @@ def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
 
 def _evaluate(found: Namespace) -> None:
     from controlat import jobs, report
-    from controlat.texts import count, duration
+    from controlat.texts import count, duration, speaker
 
     settings = _settings(found, ("config", "out", "dry_run"))
     if found.dry_run:
@@ -61,7 +60,7 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
 
 def _train(found: Namespace) -> None:
     from controlat import jobs, report
-    from controlat.texts import count, duration
+    from controlat.texts import count, duration, speaker
 
     result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
     if speaker():
@@ -202,17 +201,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _to_nowhere(sys.stdout)
         return 0
     except KeyboardInterrupt as error:
-        cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
-        cure["train"] = "the same command with --resume goes on"
-        told = cure.get(words[0] if words else "", "the same command begins again")
-        print(f"controlat{speaker()}: interrupted; {told}", file=sys.stderr)
+        print(_interrupted(words), file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
+def _interrupted(words: list[str]) -> str:
+    cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
+    cure["train"] = "the same command with --resume goes on"
+    told = cure.get(words[0] if words else "", "the same command begins again")
+    return f"controlat: interrupted; {told}"
+
+
 def _run(words: list[str]) -> int:
-    from controlat.network import NonFiniteError
-    from controlat.parallel import PeerLost, started
-    from controlat.parser import build_parser
+    with _at_once(words):
+        from controlat.network import NonFiniteError
+        from controlat.parallel import PeerLost, started
+        from controlat.parser import build_parser
+        from controlat.texts import speaker
 
     parser = build_parser()
     try:
@@ -240,6 +245,28 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _at_once(words: list[str]) -> Iterator[None]:
+    """End the process at Ctrl-C inside the block: modules that are imported may swallow an exception."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        os.write(2, f"{_interrupted(words)}\n".encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # signals are heard there only
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
@@ -255,14 +282,10 @@ def _terminated() -> Iterator[None]:
     def end(number: int, frame: object) -> NoReturn:
         raise Terminated
 
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not _in_main_thread():
         yield
         return
-    try:
-        signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread
-        yield
-        return
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

@@ -87,7 +87,7 @@ class Parser(ArgumentParser):
         (action,) = (a for a in parser._actions if a.dest == name)
         if (allowed := getattr(action, "allowed", None)) is not None:
             return str(allowed)
-        kind = getattr(action, "_typehint", action.type)
+        kind: Any = getattr(action, "_typehint", action.type)
         words = {bool: "true or false", str: "a text", str | None: "a text"}
         return words.get(kind, "a mapping such as {name: value}")
 
