@@ -15,7 +15,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # made by a function t
     set_loader,
 )
 
-from controlat import __version__
+import controlat
 from controlat.config import AttackSettings, DeriveSettings, EvaluateSettings, TrainSettings
 from controlat.ranges import RANGES, range_of
 from controlat.registry import meant
@@ -174,7 +174,7 @@ def build_parser() -> Parser:
     top = _parser(
         "Optimal-control analysis of adversarial training: how far is a schedule from optimal?",
         prog="controlat",
-        version=__version__,
+        version=controlat.__version__,
     )
     commands = top.add_subcommands(required=True, dest="command")
     for name, (make, help_) in _COMMANDS.items():

@@ -114,7 +114,7 @@ BAD_ANYWHERE: list[tuple[list[str], str]] = [
         "unknown.yaml, line 1: there is no setting 'epochz'; did you mean 'epochs'?",
     ),
     (["--config", "list.yaml"], "list.yaml: holds a list; it must hold settings"),
-    (["--config", "wrong.yaml"], "wrong.yaml, line 1: --epochs: "),
+    (["--config", "wrong.yaml"], "wrong.yaml, line 1: --epochs must be a whole number from 1"),
 ]
 BAD_TRAIN: list[tuple[list[str], str]] = [
     (["--schedule", "foo"], "unknown schedule 'foo'"),

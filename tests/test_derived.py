@@ -74,7 +74,7 @@ def test_another_length_of_training_is_noted(
 
 
 def test_a_setting_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ValueError, match="derive has no setting kmin; did you mean .k_min"):
+    with pytest.raises(ValueError, match="derive has no setting kmin; did you mean 'k_min'"):
         controlat.derive(kmin=2)
 
 
