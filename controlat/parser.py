@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from jsonargparse import (  # type: ignore[attr-defined]  # made by a function there
@@ -55,6 +56,14 @@ class Parser(ArgumentParser):
     def format_help(self, formatter: Any = None) -> str:
         """Flags are shown with dashes; with underscores they are taken too."""
         return re.sub(r"--\w+", lambda flag: dashed(flag[0]), super().format_help(formatter))
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """As jsonargparse's, which trips over numbers that no float can hold."""
+        for flag, word in pairwise(["", *(args or ())]):
+            name, _, value = word.rpartition("=")
+            if re.fullmatch(r"[-+]?\d{101,}", value):
+                self.error(f"{dashed(name or flag)} must be a number of at most 100 digits, got {len(value)}")
+        return super().parse_args(args, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason in one line and exit with 2."""
@@ -129,8 +138,7 @@ class _SettingsFile(ActionConfigFile):
                 value = [value]
             parsed = parser.parse_object({name: value}, env=False, defaults=False, _skip_validation=True)
             cfg[name] = parsed[name]
-        parser.reading = ""
-        cfg[self.dest] = values
+        parser.reading = ""  # and nothing is kept under "config": jsonargparse would read a path there itself
 
 
 def _command(settings: type, description: str) -> Parser:

@@ -68,7 +68,7 @@ def _shown(end: float) -> str:
 _COUNT = Range(1, 10**9, whole=True)  # samples, points
 _PIXELS = Range(0, 1000)  # lengths in [0, 1]^n: the diagonal of an image of 577 x 577 pixels is 1000
 _NUMBER = Range(-(10**6), 10**6)
-_POSITIVE = Range(0, 10**6, open_low=True)
+_POSITIVE = Range(1e-6, 10**6)
 
 # By the name of the setting: a number of one name means the same in every command.
 RANGES: Mapping[str, Range] = MappingProxyType(
@@ -77,7 +77,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "autoattack": Range(0, 10**9, whole=True),
         "batch_size": Range(1, 10**6, whole=True),
         "branch": Range(0, 1000, whole=True),
-        "checkpoint_minutes": _POSITIVE,
+        "checkpoint_minutes": Range(0, 10**6, open_low=True),
         "checks": Range(0, 10**9, whole=True),
         "epochs": Range(1, 10**5, whole=True),
         "eps": _PIXELS,

@@ -1,4 +1,4 @@
-"""Settings: ranges, defaults that follow eps, paths, and YAML files that nobody should be able to break with."""
+"""Settings: ranges, defaults that follow eps, paths, YAML files, streams and signals, and a fuzz of it all."""
 
 import os
 import random
@@ -95,7 +95,7 @@ def test_a_range_says_what_it_has_at_its_ends() -> None:
         Range(0, 9, whole=True).check("a", 1.5)
 
 
-# ---------------------------------------------------------------------------- defaults that depend on the data
+# ---------------------------------------------------------------------- defaults that depend on the data
 
 
 @pytest.mark.parametrize("eps", ["0.15", "8/255", 0.3, "1/100"])
@@ -120,7 +120,7 @@ def test_a_radius_is_never_taken_over_to_another_norm_or_data_set() -> None:
     for given in ({"norm": "l2"}, {"data": "cifar10"}):
         with pytest.raises(ValueError, match="eps is missing"):
             TrainSettings(**given)
-    with pytest.raises(ValueError, match="controlat.data has no 'cifar11'; did you mean 'cifar10'"):
+    with pytest.raises(ValueError, match=r"controlat\.data has no 'cifar11'; did you mean 'cifar10'"):
         TrainSettings(data="cifar11")
 
 
@@ -233,7 +233,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     assert read_json(home / "a.json")["points"] == 20
     (home / "run" / "best.pt").unlink()
     assert AttackSettings("~/run").checkpoint == str(home / "run" / "last.pt")
-    with pytest.raises(ValueError, match="eps is missing: 0.15 is the radius of training in linf"):
+    with pytest.raises(ValueError, match=r"eps is missing: 0\.15 is the radius of training in linf"):
         jobs.attack("~/run", norm="l2")
     with pytest.raises(ValueError, match="no such checkpoint; the directory has neither"):
         AttackSettings("~")
