@@ -52,7 +52,7 @@ def test_every_part_of_an_estimate_is_that_of_what_is_run(
     told = jobs.estimate(**settings)["gradients"]
     (run,) = jobs.evaluate(tmp_path / "out", **settings)["schedules"][0]["runs"]
     assert told["training"] == run["gradients"] == 2 * 140 * 3
-    # Each epoch: u and no attack (3 + 1), two step sizes up to K = 2 (2 * 4), on the probe; and Phi's gradient.
+    # Each epoch: u and no attack (3 + 1), two step sizes up to K = 2 (2 * 4), on the probe; Phi's gradient.
     counted = sum(epoch["gradients"] for epoch in run["criterion"])
     assert told["criterion"] == counted == 2 * (140 * (3 + 1 + 2 * 4) + gradient)
     validation = sum(epoch["validation_gradients"] for epoch in run["epochs"])
