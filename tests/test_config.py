@@ -1,4 +1,4 @@
-"""Settings: ranges, defaults that follow eps, paths, YAML files, streams and signals, and a fuzz of it all."""
+"""Settings: ranges, defaults that follow eps, paths, YAML files, streams, signals, and a fuzz of it all."""
 
 import os
 import random
