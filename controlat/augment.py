@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from controlat.control import number
+from controlat.registry import meant
 from controlat.texts import only, split
 
 __all__ = ["Augment", "Placement", "parse_augment"]
@@ -133,7 +134,10 @@ def parse_augment(text: str) -> Augment | None:
         only(found, (), (), f"augmentation {family}")
         return Augment(flip=True) if family == "flip" else None
     if family not in ("crop", "crop-flip"):
-        raise ValueError(f"unknown augmentation {text!r}; write none, flip, crop:pad=4 or crop-flip:pad=4")
+        near = meant(family, ("none", "flip", "crop", "crop-flip"))
+        raise ValueError(
+            f"unknown augmentation {text!r}; {near}write none, flip, crop:pad=4 or crop-flip:pad=4"
+        )
     only(found, ("pad",), ("fill",), f"augmentation {family}")
     pad = number(found["pad"], "pad")
     if pad != int(pad):

@@ -2,122 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
-
-from controlat.texts import count, duration
+# Nothing that takes time is imported here, but where an interruption is waited for.
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 __all__ = ["main"]
 
-_LISTS: dict[str, Any] = {
-    "schedules": str,
-    "seeds": int,
-    "attacks": str,
-    "alphas": str | float,
-    "horizons": int,
-    "x_range": str | float,
-    "theta_range": str | float,
-}
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's parser, whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the reason in one line and exit with 2."""
-        reason = " ".join(str(message).split())
-        print(f"controlat{_which()}: error: {reason} (see controlat --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _which() -> str:
-    """Which process speaks, if it is not the first or only one."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[process {rank}]"
-
-
-def _command(settings: type, description: str) -> Parser:
-    parser = Parser(description=description, default_env=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it.")
-    lists = [name for name in _LISTS if name in settings.__dataclass_fields__]  # type: ignore[attr-defined]
-    parser.add_class_arguments(settings, skip={*lists, "checkpoint"}, as_group=False)
-    for name in lists:
-        help_ = _help(settings, name)
-        parser.add_argument(f"--{name}", nargs="+", type=_LISTS[name], default=None, help=help_)
-    return parser
-
-
-def _help(settings: type, name: str) -> str:
-    for line in (settings.__doc__ or "").splitlines():
-        if line.strip().startswith(f"{name}:"):
-            return line.partition(":")[2].strip()
-    raise KeyError(name)
-
-
-def _parser() -> Parser:
-    from controlat import __version__
-    from controlat.config import AttackSettings, DeriveSettings, EvaluateSettings, TrainSettings
-
-    top = Parser(
-        prog="controlat",
-        description="Optimal-control analysis of adversarial training: how far is a schedule from optimal?",
-        version=__version__,
-        allow_abbrev=False,
-    )
-    commands = top.add_subcommands(required=True, dest="command")
-
-    evaluate = _command(EvaluateSettings, "Train under several schedules and compare C, robustness and cost.")
-    evaluate.add_argument(
-        "--out", type=str, required=True, help="Directory for results; with it alone: the demo."
-    )
-    evaluate.add_argument("--dry_run", action="store_true", help="Print evaluations and estimated time only.")
-    commands.add_subcommand("evaluate", evaluate, help="compare schedules: criterion C, robustness, cost")
-
-    train = _command(TrainSettings, "Train one network under one schedule.")
-    train.add_argument("--out", type=str, required=True, help="Run directory: log, checkpoints, schedule.")
-    train.add_argument(
-        "--resume", action="store_true", help="Go on with an interrupted run of these settings."
-    )
-    commands.add_subcommand("train", train, help="train under one schedule")
-
-    derive = _command(DeriveSettings, "Derive a schedule from a landscape l(theta, x), and check it.")
-    derive.add_argument(
-        "--out", type=str, required=True, help="Directory for results; with it alone: Amata's landscape."
-    )
-    commands.add_subcommand("derive", derive, help="solve a landscape and make it a schedule")
-
-    attack = _command(AttackSettings, "Measure the robustness of a checkpoint.")
-    attack.add_argument("checkpoint", type=str, help="last.pt or best.pt of a run directory")
-    attack.add_argument("--out", type=str, default=None, help="JSON file to write.")
-    commands.add_subcommand("attack", attack, help="robust accuracy of a checkpoint")
-
-    data = Parser(description="List the data sets, or download one.", default_env=False)
-    data.add_argument("name", nargs="?", default=None, help="Data set to download; lists them without it.")
-    data.add_argument("--data_dir", type=str, default=None, help="Where to; the cache if left out.")
-    commands.add_subcommand("data", data, help="list the data sets, download one")
-
-    systems = Parser(description="List the training systems, or describe one.", default_env=False)
-    systems.add_argument("name", nargs="?", default=None, help="Describe this one: options and controls.")
-    commands.add_subcommand("methods", systems, help="list the training systems with their controls")
-
-    networks = Parser(description="List the networks.", default_env=False)
-    networks.add_argument("--num_classes", type=int, default=10, help="Number of classes.")
-    commands.add_subcommand("models", networks, help="list the networks with their parameters")
-    return top
-
 
 def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
+    from controlat.parser import LISTS
+
     given = found.as_dict()
-    return {k: v for k, v in given.items() if k not in drop and (k not in _LISTS or v is not None)}
+    return {k: v for k, v in given.items() if k not in drop and (k not in LISTS or v is not None)}
 
 
 def _evaluate(found: Namespace) -> None:
     from controlat import jobs, report
+    from controlat.texts import count, duration, speaker
 
     settings = _settings(found, ("config", "out", "dry_run"))
     if found.dry_run:
@@ -129,7 +39,7 @@ def _evaluate(found: Namespace) -> None:
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
     result = jobs.evaluate(found.out, **settings)
-    if _which():
+    if speaker():
         return
     print(report.table(*report.rows(result)))
     print()
@@ -150,9 +60,10 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
 
 def _train(found: Namespace) -> None:
     from controlat import jobs, report
+    from controlat.texts import count, duration, speaker
 
     result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
-    if _which():
+    if speaker():
         return
     epochs = result["epochs"]
     # Every control that changes, and the two that all readers look for.
@@ -199,13 +110,14 @@ def _derive(found: Namespace) -> None:
 
 def _attack(found: Namespace) -> None:
     from controlat import jobs, report
+    from controlat.texts import count
 
     settings = _settings(found, ("config", "out", "checkpoint"))
     result = jobs.attack(found.checkpoint, out=found.out, **settings)
     print(report.attack_table(result))
     print(
-        f"\n{result['points']} points, {result['norm']} eps {result['eps']:.4g}, after {result['epoch']} "
-        f"epochs of {result['schedule'] or 'a schedule'}; "
+        f"\n{result['checkpoint']}: {result['points']} points, {result['norm']} eps {result['eps']:.4g}, "
+        f"after {result['epoch']} epochs of {result['schedule'] or 'a schedule'}; "
         f"{count(result['gradients'])} gradient evaluations, "
         f"{result['seconds']:.1f} seconds. A sample is robust if it survives every attack and restart."
     )
@@ -240,13 +152,13 @@ def _methods(found: Namespace) -> None:
 
 def _models(found: Namespace) -> None:
     from controlat import models, report
+    from controlat.ranges import RANGES
 
     def row(entry: dict[str, Any]) -> list[str]:
         number = "" if entry["parameters"] is None else f"{entry['parameters']:,}"
         return [entry["name"], number, " x ".join(map(str, entry["input"])), entry["what"]]
 
-    if found.num_classes < 2:
-        raise ValueError(f"num_classes must be >= 2, got {found.num_classes}")
+    RANGES["num_classes"].check("num_classes", found.num_classes)
     heads = ["network", "parameters", "for input", ""]
     print(report.table(heads, [row(entry) for entry in models.describe(found.num_classes)], words=(0, 3)))
     print("\nInputs are pixels in [0, 1]. Other sizes are taken if they are not too small for the network.")
@@ -276,35 +188,123 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after ``controlat``; those of the process by default.
 
     Returns:
-        0 when it went well, 1 when training diverged. Bad usage raises SystemExit(2), after one line.
+        0 when it went well, 1 when training diverged or another process was lost, 130 or 143 when it was
+        interrupted. Bad usage raises SystemExit(2), after one line.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
-    parser = _parser()
-    found = parser.parse_args([_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)])
-    from controlat.network import NonFiniteError
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
-        found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
-    ):
-        parser.error("train and evaluate run in several processes, nothing else; start it without torchrun")
+    words = [_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    _open_streams()
     try:
+        with _terminated():
+            return _run(words)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        _to_nowhere(sys.stdout)
+        return 0
+    except KeyboardInterrupt as error:
+        print(_interrupted(words), file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def _interrupted(words: list[str]) -> str:
+    cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
+    cure["train"] = "the same command with --resume goes on"
+    told = cure.get(words[0] if words else "", "the same command begins again")
+    return f"controlat: interrupted; {told}"
+
+
+def _run(words: list[str]) -> int:
+    with _at_once(words):
+        from controlat.network import NonFiniteError
+        from controlat.parallel import PeerLost, started
+        from controlat.parser import build_parser
+        from controlat.texts import speaker
+
+    parser = build_parser()
+    try:
+        found = parser.parse_args(words)
+        if started() > 1 and (
+            found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
+        ):
+            raise ValueError(
+                "train and evaluate run in several processes, nothing else; start it without torchrun"
+            )
         _COMMANDS[found.command](found[found.command])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        raise
+    except PeerLost as error:
+        print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
         parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except NonFiniteError as error:
-        print(f"controlat{_which()}: training stopped: {error}", file=sys.stderr)
+        print(f"controlat{speaker()}: training stopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        cure = {"train": "the same command with --resume goes on", "derive": "the same command begins again"}
-        told = cure.get(found.command, "the same command goes on")
-        print(f"controlat: interrupted; {told}", file=sys.stderr)
-        return 130
     return 0
+
+
+@contextlib.contextmanager
+def _at_once(words: list[str]) -> Iterator[None]:
+    """End the process at Ctrl-C inside the block: modules that are imported may swallow an exception."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        os.write(2, f"{_interrupted(words)}\n".encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # signals are heard there only
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Raise Terminated on SIGTERM inside the block, where nobody else waits for the signal.
+
+    Under torchrun it comes when another process ended; one that waits in native code hears it as soon as the
+    connection breaks, and torchrun kills it after 30 seconds if not.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _open_streams() -> None:
+    """What a terminal cannot show is replaced, and what is written to a closed stream is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what is left in a stream's buffer go, or Python complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
+from controlat.checkpoints import load_checkpoint
 from controlat.control import Knob, number
 from controlat.data import augmentation
 from controlat.dynamics import SGDSettings
@@ -19,11 +21,14 @@ from controlat.evaluation import parse_attack
 from controlat.evaluation.auto import require as require_autoattack
 from controlat.evaluation.masking import CHECKS
 from controlat.families import parse_schedule
+from controlat.files import expanded
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
+from controlat.ranges import RANGES, check_ranges
 from controlat.rates import Rate, parse_rate
 from controlat.records import LogLine, Settings, checked, missing, read_epochs, read_record, settings_of
+from controlat.registry import meant
 from controlat.schedules import Schedule, load_schedule
 from controlat.symbolic import AMATA
 from controlat.symbolic.handover import MAPPINGS
@@ -31,28 +36,52 @@ from controlat.texts import short
 
 __all__ = [
     "DEMO_EPS",
-    "DEMO_SCHEDULES",
     "AttackSettings",
     "DeriveSettings",
     "EvaluateSettings",
     "TrainSettings",
+    "checkpoint_of",
+    "default_schedules",
     "read_schedule",
+    "settings_from",
 ]
+
+T = TypeVar("T", bound="Problem | AttackSettings | DeriveSettings")
 
 DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
-DEMO_SCHEDULES = (
-    "none",
-    "fgsm:alpha=0.15",
-    "pgd:steps=10,alpha=0.0375",
-    "amata:min=1,max=10,tau=0.3",
-    "exponential:min=1,max=10,tau=0.3",
-    "cosine:min=0,max=6,tau=0.3",
-)
 ATTACKS = ("fgsm", "pgd-20", "pgd-50-5", "cw-30", "cw-30-k50")
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
 _RUNTIME = ("memory", "device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+
+
+def default_schedules(eps: str | float) -> tuple[str, ...]:
+    """The schedules of the demo, with step sizes in proportion to eps: alpha K = 2 eps where K varies.
+
+    >>> default_schedules("8/255")[1:4]
+    ('fgsm:alpha=8/255', 'pgd:steps=10,alpha=2/255', 'amata:min=1,max=10,tau=16/255')
+    >>> default_schedules(0.15)[2]
+    'pgd:steps=10,alpha=0.0375'
+    """
+    one, quarter, twice = (_times(eps, factor) for factor in (Fraction(1), Fraction(1, 4), Fraction(2)))
+    return (
+        "none",
+        f"fgsm:alpha={one}",
+        f"pgd:steps=10,alpha={quarter}",
+        f"amata:min=1,max=10,tau={twice}",
+        f"exponential:min=1,max=10,tau={twice}",
+        f"cosine:min=0,max=6,tau={twice}",
+    )
+
+
+def _times(eps: str | float, factor: Fraction) -> str:
+    """A multiple of eps as one would write it: a fraction stays one."""
+    if "/" not in str(eps):
+        return f"{number(eps, 'eps') * factor:.12g}"
+    found, below = Fraction(str(eps).strip()) * factor, str(eps).partition("/")[2].strip()
+    whole = below.isdigit() and (found * int(below)).denominator == 1
+    return f"{found * int(below)}/{below}" if whole else str(found)
 
 
 def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = None) -> Schedule:
@@ -61,9 +90,24 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     Raises:
         ValueError: as `parse_schedule` and `load_schedule`.
     """
-    if os.path.isfile(Path(text) / "schedule.json"):  # False too for a text that is too long for a name
-        raise ValueError(f"{text} is a directory; its schedule is {Path(text) / 'schedule.json'}")
-    return load_schedule(text) if text.strip().endswith(".json") else parse_schedule(text, epochs, knobs)
+    path = expanded(text.strip())
+    if os.path.isfile(path / "schedule.json"):  # False too for a text that is too long for a name
+        raise ValueError(f"{text} is a directory; its schedule is {path / 'schedule.json'}")
+    return load_schedule(path) if path.suffix == ".json" else parse_schedule(text, epochs, knobs)
+
+
+def settings_from(kind: type[T], given: Mapping[str, Any], command: str) -> T:
+    """Settings from keyword arguments.
+
+    Raises:
+        ValueError: there is no setting of that name; or as the settings themselves.
+    """
+    names = [f.name for f in fields(kind) if f.name != "checkpoint" or "checkpoint" in given]
+    for name in given:
+        if name not in names:
+            near = meant(name, names) or f"there are {', '.join(sorted(names))}"
+            raise ValueError(f"{command} has no setting {name}; {near.strip()}")
+    return kind(**given)
 
 
 def _tidy(value: Any) -> Any:
@@ -86,7 +130,7 @@ class Problem:
         augment: none, flip, crop:pad=4 or crop-flip:pad=4 in training; as is usual for the data if left out.
         model: A network (controlat models lists them), or your own package.module:factory returning an
             nn.Module.
-        eps: Radius in pixel units of [0, 1], such as 0.3 or 8/255. 0.15 for digits if left out.
+        eps: Radius in pixel units of [0, 1], such as 0.3 or 8/255. 0.15 for digits in linf if left out.
         norm: linf or l2.
         method: Training system: a file of controlat/methods, or your own package.module:Class.
         method_options: Options of the method, such as {random_start: false}.
@@ -131,25 +175,27 @@ class Problem:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        usual = augmentation(self.data)  # first of all: it says which data sets there are
+        if self.augment is None:
+            self.augment = usual
+        Ball(0.0, self.norm)
         if self.eps is None:
-            if self.data != "digits":
+            if (self.data, self.norm) != ("digits", "linf"):
                 raise ValueError(
-                    f"eps is missing: give the radius for {self.data} in pixel units, such as 8/255"
+                    f"eps is missing: give the radius for {self.data} in {self.norm}, in pixel units, "
+                    "such as 8/255"
                 )
             self.eps = DEMO_EPS
         if self.lr is None:
             self.lr = DEMO_LR if self.data == "digits" else DEFAULT_LR
         self.eps, self.lr = _tidy(self.eps), _tidy(self.lr)
-        if self.augment is None:
-            self.augment = augmentation(self.data)
+        if self.data_dir is not None:
+            self.data_dir = str(expanded(self.data_dir).absolute())  # a run remembers it
+        check_ranges(self, texts=("lr",))
         self.augmentation  # noqa: B018
         self.ball  # noqa: B018  (raises)
         self.sgd  # noqa: B018
-        self.rate  # noqa: B018
-        for name in ("epochs", "batch_size", "train_points", "test_points", "held_out", "threads"):
-            value = getattr(self, name)
-            if value is not None and (value != int(value) or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+        RANGES["lr"].check("lr", self.rate.lr)
         method = build(self.method, self.method_options)
         if hasattr(method, "check_ball"):
             method.check_ball(self.ball)
@@ -203,26 +249,33 @@ class TrainSettings(Problem):
     """Train one network under one schedule.
 
     Args:
-        schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file.
+        schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file. amata from 1 to 10 steps
+            with tau = 2 eps if left out.
         seed: Of initial weights, order of samples and random starts.
         checkpoint_minutes: Longest time between two checkpoints within an epoch.
         tensorboard: Write TensorBoard event files too.
     """
 
-    schedule: str = DEMO_SCHEDULES[3]
+    schedule: str | None = None
     seed: int = 0
     checkpoint_minutes: float = 10.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.schedule_of(self.schedule)
-        if not self.checkpoint_minutes > 0:
-            raise ValueError(f"checkpoint_minutes must be > 0, got {self.checkpoint_minutes}")
+        if self.schedule is None:
+            self.schedule = default_schedules(self.eps or 0)[3]
+        self.planned  # noqa: B018  (raises)
+
+    @property
+    def planned(self) -> Schedule:
+        """The schedule."""
+        assert self.schedule is not None
+        return self.schedule_of(self.schedule)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; the schedule in full, so that an edited file is noticed."""
-        return super().to_json() | {"schedule": self.schedule_of(self.schedule).to_json()}
+        return super().to_json() | {"schedule": self.planned.to_json()}
 
 
 @dataclass
@@ -230,7 +283,7 @@ class EvaluateSettings(Problem):
     """Train under several schedules and compare: criterion C, robustness, cost.
 
     Args:
-        schedules: Short texts or JSON files.
+        schedules: Short texts or JSON files; six of the demo, scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
         maximiser: sweep (exact in K for each step size) or tpe (hyperopt over alpha and K, as in the paper).
@@ -276,6 +329,7 @@ class EvaluateSettings(Problem):
 
     def __post_init__(self) -> None:
         if self.run is not None:
+            self.run = str(expanded(self.run))
             self._take(Path(self.run))
         super().__post_init__()
         if not self.schedules:
@@ -283,7 +337,7 @@ class EvaluateSettings(Problem):
                 raise ValueError(
                     "schedules are missing: give one or more, such as none amata:min=2,max=10,tau=20/255"
                 )
-            self.schedules = DEMO_SCHEDULES
+            self.schedules = default_schedules(self.eps or 0)
         self.seeds = self.seeds or ((0, 1, 2) if self.data == "digits" else (0,))
         for name in ("schedules", "seeds", "attacks"):
             values = list(getattr(self, name))
@@ -294,28 +348,17 @@ class EvaluateSettings(Problem):
             self.schedule_of(text)
         _check_evaluation(self)
         self.gamma = _tidy(self.gamma)
-        if number(self.gamma, "gamma") < 0:
-            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
         if self.maximiser not in MAXIMISERS:
             raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {self.maximiser!r}")
-        for name, low in (("trials", 1), ("probe", 2), ("max_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
-        for h in self.horizons or ():
-            if h != int(h) or h < 1:
-                raise ValueError(f"horizons must be whole numbers of steps >= 1, got {h}")
         parse_terminal(self.terminal)
-        if self.looks < 1:
-            raise ValueError(f"looks must be >= 1, got {self.looks}")
-        if not self.memory > 0:
-            raise ValueError(f"memory must be > 0 (GiB), got {self.memory}")
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
         found = _check_run(run)
+        if self.data_dir is None:
+            self.data_dir = load_checkpoint(run / "last.pt")["settings"].get("data_dir")
         theirs = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
         theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [found["seed"]]}
         for f in fields(self):
@@ -350,7 +393,7 @@ class AttackSettings:
     """Measure the robustness of a checkpoint.
 
     Args:
-        checkpoint: last.pt or best.pt of a run directory.
+        checkpoint: A run directory, for its best.pt, or else its last.pt; or one of these files.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
         autoattack: AutoAttack on this many test points too; 0 for none (pyautoattack; its cost is printed).
         surrogate: Checkpoint of a network trained independently, for transfer attacks.
@@ -384,13 +427,13 @@ class AttackSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        self.checkpoint = str(checkpoint_of(self.checkpoint))
+        if self.data_dir is not None:
+            self.data_dir = str(expanded(self.data_dir).absolute())
+        check_ranges(self)
         _check_evaluation(self)
-        if self.eps is not None:
-            Ball(number(self.eps, "eps"), self.norm or "linf")
-        for name in ("points", "batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.norm is not None:
+            Ball(0.0 if self.eps is None else number(self.eps, "eps"), self.norm)
 
 
 @dataclass
@@ -471,15 +514,13 @@ class DeriveSettings:
                 if len(given) != 2:
                     raise ValueError(f"{name} must be two numbers, got {given}")
                 setattr(self, name, [number(v, name) for v in given])
-        if self.tau_net is not None and number(self.tau_net, "tau_net") <= 0:
-            raise ValueError(f"tau_net must be > 0, in pixel units such as 0.3, got {self.tau_net}")
-        if self.epochs is not None and (self.epochs != int(self.epochs) or self.epochs < 1):
-            raise ValueError(f"epochs must be a whole number >= 1, got {self.epochs}")
-        if not 0 < self.resolution <= (self.epochs or math.inf):
-            raise ValueError(f"resolution must be > 0 and at most the epochs, got {self.resolution:g}")
-        if self.since is not None and not 0 <= self.since < math.inf:
-            raise ValueError(f"since must be an epoch >= 0, got {self.since:g}")
+        check_ranges(self)
+        if self.resolution > (self.epochs or math.inf):
+            raise ValueError(f"resolution must be at most the {self.epochs} epochs, got {self.resolution:g}")
+        if self.data_dir is not None:
+            self.data_dir = str(expanded(self.data_dir).absolute())
         if self.calibrate is not None:
+            self.calibrate = str(expanded(self.calibrate))
             _check_run(Path(self.calibrate))
             for name in ("tau", "horizon"):
                 default = type(self).__dataclass_fields__[name].default
@@ -489,16 +530,14 @@ class DeriveSettings:
             self.mapping = "affine" if self.calibrate is None else "clip"
         if self.mapping not in MAPPINGS:
             raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {self.mapping!r}")
-        if not 0 <= self.k_min <= self.k_max < math.inf:
-            raise ValueError(f"K needs 0 <= k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
+        if self.k_min > self.k_max:
+            raise ValueError(f"K needs k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
         from controlat.symbolic.bolza import SETS  # here, because sympy is slow to import
 
         if self.admissible not in SETS:
             raise ValueError(f"admissible must be one of {', '.join(SETS)}, got {self.admissible!r}")
-        if not 1 < self.overshoot < 2:
-            raise ValueError(f"overshoot must be between 1 and 2, got {self.overshoot}")
         self.task  # noqa: B018  (raises)
 
     @property
@@ -548,12 +587,21 @@ def _check_evaluation(settings: EvaluateSettings | AttackSettings) -> None:
     """Refuse what no evaluation can do, before anything long begins."""
     for attack in settings.attacks:
         parse_attack(attack)
-    for name in ("autoattack", "checks"):
-        value = getattr(settings, name)
-        if value != int(value) or value < 0:
-            raise ValueError(f"{name} must be a whole number of points >= 0, got {value}")
     if settings.autoattack:
         require_autoattack()
+    if settings.surrogate is not None:
+        settings.surrogate = str(checkpoint_of(settings.surrogate))
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """A checkpoint by its name, or by that of its run directory: the best one, or else the last."""
+    found = expanded(path)
+    if not found.is_dir():
+        return found
+    for name in ("best.pt", "last.pt"):
+        if (found / name).is_file():
+            return found / name
+    raise ValueError(f"{path}: no such checkpoint; the directory has neither best.pt nor last.pt")
 
 
 def from_json(kind: type[Problem], found: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
+
+from controlat.registry import meant
 
 __all__ = ["Control", "ControlSpace", "Knob", "number"]
 
@@ -160,8 +161,7 @@ class ControlSpace(Mapping[str, Knob]):
         given, control = sorted(control), known | dict(control)
         if set(control) != set(self.knobs):
             unknown, missing = sorted(set(control) - set(self.knobs)), sorted(set(self.knobs) - set(control))
-            near = [(n, get_close_matches(n, self.knobs, 1)) for n in unknown]
-            named = [f"{n}, did you mean {m[0]}?" if m else n for n, m in near]
+            named = [f"{n}{', ' * bool(near := meant(n, self.knobs))}{near}".strip() for n in unknown]
             wrong = [f"not {', '.join(named)}"] * bool(unknown)
             wrong += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
             raise ValueError(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlat.config import DeriveSettings
+from controlat.config import DeriveSettings, settings_from
 from controlat.control import number
-from controlat.files import write_json, write_text
+from controlat.files import expanded, write_json, write_text
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
 from controlat.setting import progress_bar
@@ -109,17 +108,13 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
     >>> [found.schedule(epoch)["steps"] for epoch in range(12)]
     [1, 3, 5, 7, 8, 9, 9, 10, 10, 10, 10, 10]
     """
-    names = {f.name for f in fields(DeriveSettings)}
-    for name in set(settings) - names:
-        near = get_close_matches(name, names, 1)
-        told = f", did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
-        raise ValueError(f"derive has no setting {name}{told}")
-    chosen = DeriveSettings(landscape=landscape, **settings)
+    chosen = settings_from(DeriveSettings, {"landscape": landscape, **settings}, "derive")
     plain = {"command": "derive"} | chosen.to_json()
     if out is None:
         return _derive(chosen, plain, None)
+    out = expanded(out)
     with claimed(out, plain):
-        return _derive(chosen, plain, Path(out))
+        return _derive(chosen, plain, out)
 
 
 @np.errstate(all="ignore")  # what is not finite is named in the result

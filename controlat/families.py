@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from controlat.control import Knob, number
+from controlat.registry import meant
 from controlat.schedules import Curve, Schedule
 from controlat.texts import numbers, only, short, split
 
@@ -145,7 +146,9 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     family, found = split(text)
     if family not in FAMILIES:
         examples = "; ".join(f.example for f in FAMILIES.values())
-        raise ValueError(f"unknown schedule {short(family)!r} in {short(text)!r}; write one of: {examples}")
+        near = meant(family, FAMILIES)
+        told = f"unknown schedule {short(family)!r} in {short(text)!r}"
+        raise ValueError(f"{told}; {near}write one of: {examples}")
     entry = FAMILIES[family]
     resolution = number(found.pop("resolution", "1"), "resolution")
     own = {*entry.required, *entry.optional}

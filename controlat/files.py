@@ -16,6 +16,7 @@ from typing import IO, Any
 
 __all__ = [
     "append_json_line",
+    "expanded",
     "left_over",
     "open_file",
     "plain",
@@ -28,6 +29,18 @@ __all__ = [
 ]
 
 JSON_LIMIT = 128 << 20  # bytes
+
+
+def expanded(path: str | Path) -> Path:
+    """A path whose ~ is the home folder, as a shell has it at the beginning of a word.
+
+    Raises:
+        ValueError: ~user of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no home folder of that name; write ./{path} for a file") from None
 
 
 def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:

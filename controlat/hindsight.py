@@ -18,7 +18,17 @@ from controlat.methods import Method
 from controlat.network import NonFiniteError
 from controlat.parallel import World
 from controlat.plan import Plan
-from controlat.pmp import HALVINGS, LAMBDAS, Criterion, Grid, calibrate, described, examine, looked_at
+from controlat.pmp import (
+    HALVINGS,
+    LAMBDAS,
+    Criterion,
+    Grid,
+    Price,
+    calibrate,
+    described,
+    examine,
+    looked_at,
+)
 from controlat.recording import GIBI, Recording
 from controlat.schedules import Schedule
 from controlat.setting import Setting
@@ -92,7 +102,7 @@ def looked_back(
 
 
 def most_evaluations(
-    settings: EvaluateSettings, plan: Plan, method: Method, grid: Grid, phi: int, replays: int
+    settings: EvaluateSettings, plan: Plan, method: Method, grid: Grid, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `looked_back`, in samples, for planning.
 
@@ -101,7 +111,7 @@ def most_evaluations(
         plan: of the run.
         method: its method; a loss of up to three passes is reckoned with.
         grid: what is searched.
-        phi: samples of the terminal cost.
+        phi: of the terminal cost.
         replays: how often steps are taken again at most.
     """
     per_epoch, n = plan.batches_per_epoch, len(plan.data)
@@ -114,8 +124,8 @@ def most_evaluations(
     pulled = rolled + 2 * 3 * len(horizons) * plan.epochs * n
     scored = sum(grid.cost(method, controls[number]) for number in looked) * plan.batch_size
     dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
-    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * plan.epochs * n + 20 * phi)
-    return (1 + replays) * rolled + pulled + scored + (21 * windows + 20) * phi + relaxed
+    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * plan.epochs * n + phi.value)
+    return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
 
 
 def _told(bar: Any) -> Callable[..., object] | None:

@@ -15,22 +15,29 @@ from tqdm import tqdm
 from controlat import plots, report
 from controlat.candidate import Candidate, candidates
 from controlat.checkpoints import load_weights
-from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
-from controlat.evaluation import Extras
-from controlat.files import write_json
+from controlat.config import (
+    AttackSettings,
+    EvaluateSettings,
+    Problem,
+    TrainSettings,
+    from_json,
+    settings_from,
+)
+from controlat.evaluation import Extras, parse_attack
+from controlat.files import expanded, write_json
 from controlat.hindsight import most_evaluations
 from controlat.methods import build
 from controlat.network import Meter
 from controlat.parallel import World, joined
-from controlat.pmp import Grid, described, parse_terminal, try_terminal
+from controlat.pmp import Grid, described, price, try_terminal
 from controlat.recording import GIBI, Recording
 from controlat.records import missing
 from controlat.runs import claimed, environment
 from controlat.schedules import Schedule
-from controlat.setting import TERMINAL_POINTS, Setting, pick_device
+from controlat.setting import Setting, pick_device
 from controlat.state import same_bits
 from controlat.texts import short
-from controlat.training import deterministic, fit, load_checkpoint, read_log
+from controlat.training import VALIDATION, deterministic, fit, load_checkpoint, read_log
 
 __all__ = ["attack", "estimate", "evaluate", "train"]
 
@@ -58,8 +65,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     >>> found["gradients"] == 2 * 180
     True
     """
-    chosen = TrainSettings(**settings)
-    schedule, plain = chosen.schedule_of(chosen.schedule), {"command": "train"} | chosen.to_json()
+    chosen, out = settings_from(TrainSettings, settings, "train"), expanded(out)
+    schedule, plain = chosen.planned, {"command": "train"} | chosen.to_json()
     with _together(out, plain, chosen) as (world, known):
         finished = world.tell(
             not missing(read_log(out, chosen.epochs), chosen.epochs) if world.first else None
@@ -69,7 +76,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
         if world.first:
-            _note_unreached(chosen, {chosen.schedule: schedule})
+            _note_unreached(chosen, {schedule.text: schedule})
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -81,7 +88,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=short(chosen.schedule),
+            label=short(schedule.text),
         )
         records = world.once(lambda: read_log(out))
     return {
@@ -148,7 +155,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         ValueError: bad settings, or a directory that holds something else.
         NonFiniteError: a training diverged.
     """
-    chosen, out = EvaluateSettings(**settings), Path(out)
+    chosen, out = settings_from(EvaluateSettings, settings, "evaluate"), expanded(out)
     with _together(out, {"command": "evaluate"} | chosen.to_json(), chosen) as (world, _):
         if not world.tell((out / "result.json").exists()):
             setting = Setting.of(chosen)
@@ -252,14 +259,14 @@ def estimate(**settings: Any) -> dict[str, Any]:
         ``{"gradients": {"training", "validation", "criterion", "full criterion", "evaluation", "total"},
         "seconds"}``.
     """
-    chosen = EvaluateSettings(**settings)
+    chosen = settings_from(EvaluateSettings, settings, "evaluate")
     setting = Setting.of(chosen)
     every = list(candidates(setting, chosen, Path("unused")))
     method = build(chosen.method, chosen.method_options)
     count = dict.fromkeys(("training", "validation", "criterion", "full criterion", "evaluation"), 0.0)
     extras = Extras(chosen.checks, chosen.autoattack, chosen.sweeps, setting.surrogate(chosen.surrogate))
     _phi(setting, chosen)
-    phi = len(parse_terminal(chosen.terminal)) * min(TERMINAL_POINTS, len(setting.held_out))
+    phi = price(setting.terminal(chosen.seeds[0], chosen.terminal), setting.driver(chosen.seeds[0]))
     replays = len(_strides(setting, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:
         plan = setting.plan(c.schedule, c.seed)
@@ -268,11 +275,11 @@ def estimate(**settings: Any) -> dict[str, Any]:
             count["training"] += sum(map(method.controls.cost, u)) * len(setting.training) / len(u)
             tried = c.grid.cost(method, u[0])
             if chosen.maximiser == "tpe":
-                tried = chosen.trials * (c.grid.max_steps / 2 + 1) + method.controls.cost(u[0])
-            count["criterion"] += tried * min(chosen.probe, len(setting.training)) + 21 * phi
+                tried = chosen.trials * c.grid.mean_cost(method, u[0]) + method.controls.cost(u[0])
+            count["criterion"] += tried * min(chosen.probe, len(setting.training)) + phi.gradient
         if chosen.full:
             count["full criterion"] += most_evaluations(chosen, plan, method, c.grid, phi, replays)
-        count["validation"] += 10 * chosen.epochs * len(setting.held_out)
+        count["validation"] += parse_attack(VALIDATION).cost() * chosen.epochs * len(setting.held_out)
         parts = extras.cost(len(setting.test), setting.data.num_classes, chosen.attacks).values()
         count["evaluation"] += sum(part.gradients + part.forwards / 3 for part in parts)
     with deterministic(chosen.threads):
@@ -301,7 +308,8 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     """Measure the robustness of a checkpoint on its test set: `controlat attack`.
 
     Args:
-        checkpoint: last.pt or best.pt of a run directory; model, data and eps are read from it.
+        checkpoint: a run directory, for its best.pt or else its last.pt, or such a file; model, data and eps
+            are read from it.
         out: a JSON file to write, and a PNG file of the same name for sweeps; neither may exist.
         **settings: the fields of `controlat.config.AttackSettings`.
 
@@ -312,13 +320,19 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     Raises:
         ValueError: bad settings, a damaged checkpoint, or a file that exists.
     """
-    chosen = AttackSettings(str(checkpoint), **settings)
+    chosen = settings_from(AttackSettings, {"checkpoint": str(checkpoint)} | settings, "attack")
+    checkpoint, out = Path(chosen.checkpoint), None if out is None else expanded(out)
     for path in _files(out, chosen.sweeps):
         if path.exists():
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
     stored = from_json(Problem, found["settings"], f"{checkpoint}: settings")
+    if chosen.eps is None and chosen.norm not in (None, stored["norm"]):
+        raise ValueError(
+            f"eps is missing: {stored['eps']} is the radius of training in {stored['norm']}; "
+            f"give one in {chosen.norm}"
+        )
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
@@ -329,7 +343,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     with deterministic(chosen.threads):
         measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {
-        "checkpoint": Path(checkpoint).name,
+        "checkpoint": checkpoint.name,
         "epoch": found["tally"]["epoch"],
         "eps": setting.problem.ball.eps,
         "norm": setting.problem.norm,

@@ -21,9 +21,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Share", "World", "current", "joined"]
+__all__ = ["PeerLost", "Share", "World", "current", "joined", "started"]
 
 _PATIENCE = timedelta(days=2)  # others wait while the first process validates, attacks or scores
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run ended, or cannot be reached."""
+
+
+def _exchange(operation: Callable[..., object], *arguments: Any) -> None:
+    """Speak to the other processes.
+
+    Raises:
+        PeerLost: one of them does not answer; Gloo and NCCL say so at length.
+    """
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        raise PeerLost(
+            f"another process of this run ended ({reason}); its own messages say why. Start "
+            "all of them again: train goes on with --resume, evaluate by itself"
+        ) from error
+
+
+def started() -> int:
+    """How many processes torchrun started; 1 without it.
+
+    Raises:
+        ValueError: WORLD_SIZE, RANK or LOCAL_RANK is no whole number of the range that torchrun sets.
+    """
+    size = _set("WORLD_SIZE", 1, 1)
+    for name in ("RANK", "LOCAL_RANK"):
+        if size > 1 and _set(name, 0, 0) >= size:
+            raise ValueError(f"{name} must be below WORLD_SIZE = {size}, got {os.environ[name]}")
+    return size
+
+
+def _set(name: str, usual: int, least: int) -> int:
+    """A whole number of the environment, as torchrun sets it."""
+    text = os.environ.get(name, str(usual))
+    if not (text.isdecimal() and len(text) < 7 and int(text) >= least):
+        raise ValueError(
+            f"the environment's {name} must be a whole number >= {least}, as torchrun sets it, got {text!r}; "
+            f"start it with torchrun, or unset {name}"
+        )
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -55,7 +99,7 @@ class Share:
         weight = (self.rows.stop - self.rows.start) / self.total
 
         def reduce(flat: Tensor) -> None:
-            dist.all_reduce(flat.mul_(weight))
+            _exchange(dist.all_reduce, flat.mul_(weight))
 
         return _fused(tensors, reduce)
 
@@ -63,7 +107,7 @@ class Share:
         """The sum over the processes."""
         found = t.clone()
         if not self.alone:
-            dist.all_reduce(found)
+            _exchange(dist.all_reduce, found)
         return found
 
     def everyone(self, rows: Tensor) -> Tensor:
@@ -75,7 +119,7 @@ class Share:
         sent = rows.new_zeros(max(sizes), *rows.shape[1:], dtype=_sendable(rows.dtype))
         sent[: len(rows)] = rows
         found = [torch.empty_like(sent) for _ in sizes]
-        dist.all_gather(found, sent)
+        _exchange(dist.all_gather, found, sent)
         return torch.cat([part[:n] for part, n in zip(found, sizes, strict=True)]).to(rows.dtype)
 
     def agree(self, model: nn.Module) -> None:
@@ -88,7 +132,9 @@ class Share:
         with torch.no_grad():
             for b, value in zip(floating, self.mean(floating), strict=True):
                 b.copy_(value)
-            for b, value in zip(others, _fused(others, lambda t: dist.broadcast(t, 0)), strict=True):
+            for b, value in zip(
+                others, _fused(others, lambda t: _exchange(dist.broadcast, t, 0)), strict=True
+            ):
                 b.copy_(value)
 
 
@@ -156,13 +202,13 @@ class World:
             return value
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         length = torch.tensor([len(value)], device=device)
-        dist.broadcast(length, 0)
+        _exchange(dist.broadcast, length, 0)
         if not int(length):
             return b""
         sent = torch.empty(int(length), dtype=torch.uint8, device=device)
         if self.first:
             sent.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
-        dist.broadcast(sent, 0)
+        _exchange(dist.broadcast, sent, 0)
         return sent.cpu().numpy().tobytes()
 
     def check(self, fingerprint: Sequence[Tensor]) -> None:
@@ -171,7 +217,7 @@ class World:
             return
         mine = torch.stack([t.detach().double() for t in fingerprint])
         both = torch.cat([mine, -mine])
-        dist.all_reduce(both, dist.ReduceOp.MAX)
+        _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
         if not torch.equal(both[: len(mine)], -both[len(mine) :]):
             raise RuntimeError(
                 "the processes no longer hold the same network; do they run on hardware of one kind, and "
@@ -199,12 +245,12 @@ def joined(device: str = "auto") -> Iterator[World]:
     Raises:
         ValueError: a GPU by its number, or more processes than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if started() == 1 or dist.is_initialized():
         yield current()
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local, there = _set("LOCAL_RANK", 0, 0), torch.cuda.device_count()
         if ":" in device:
             raise ValueError(
                 f"with several processes give --device cuda, not {device}: each takes its own GPU"

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from controlat.control import number
+from controlat.registry import meant
 from controlat.texts import numbers, only, split
 
 __all__ = ["Rate", "parse_rate"]
@@ -87,8 +88,9 @@ def parse_rate(text: str | float) -> Rate:
         return Rate(number(text, "lr"))
     except ValueError:
         if not isinstance(text, str) or text.partition(":")[0] not in _KINDS:
+            near = meant(str(text).partition(":")[0], _KINDS)
             raise ValueError(
-                f"a learning rate is a number > 0, multistep:lr=0.1,at=50:75,factor=0.1 or "
+                f"{near}a learning rate is a number > 0, multistep:lr=0.1,at=50:75,factor=0.1 or "
                 f"onecycle:lr=0.2,peak=0.5; got {text!r}"
             ) from None
     kind, found = split(text)

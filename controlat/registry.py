@@ -15,10 +15,26 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 
-__all__ = ["call_factory", "import_path", "member", "names", "variant"]
+__all__ = ["call_factory", "import_path", "meant", "member", "names", "variant"]
+
+
+def meant(name: object, choices: Iterable[str]) -> str:
+    """The beginning of a cure for a name that there is not: what it resembles, or nothing.
+
+    >>> meant("amatta", ["pgd", "amata"]), meant("x", ["pgd", "amata"])
+    ("did you mean 'amata'? ", '')
+    """
+    plain = {_plain(choice): choice for choice in choices}
+    close = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1)
+    return f"did you mean {plain[close[0]]!r}? " if close else ""
+
+
+def _plain(name: str) -> str:
+    """A name without what is easily mistaken: capitals, dashes and underscores."""
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def names(package: str) -> tuple[str, ...]:
@@ -66,9 +82,9 @@ def member(package: str, name: str) -> ModuleType:
     """
     choices = names(package)
     if name not in choices:
-        close = difflib.get_close_matches(name, choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise ValueError(f"{package} has no {name!r}{hint} choose from: {', '.join(choices) or '(none)'}")
+        raise ValueError(
+            f"{package} has no {name!r}; {meant(name, choices)}choose from: {', '.join(choices) or '(none)'}"
+        )
     return importlib.import_module(f"{package}.{name}")
 
 

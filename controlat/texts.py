@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from controlat.control import number
+from controlat.registry import meant
 
-__all__ = ["count", "duration", "numbers", "only", "short", "split", "table"]
+__all__ = ["count", "duration", "numbers", "only", "short", "speaker", "split", "table"]
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
@@ -37,7 +39,8 @@ def only(found: Mapping[str, object], required: Iterable[str], optional: Iterabl
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     if unknown := sorted(set(found) - required - optional):
         allowed = ", ".join(sorted(required | optional)) or "nothing"
-        raise ValueError(f"{what} does not take {', '.join(unknown)}; it takes {allowed}")
+        near = meant(unknown[0], required | optional)
+        raise ValueError(f"{what} does not take {', '.join(unknown)}; {near}it takes {allowed}")
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:
@@ -82,6 +85,12 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def speaker() -> str:
+    """Which process speaks, if it is not the first or only one: for messages."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"[process {rank}]"
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:

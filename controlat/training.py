@@ -30,6 +30,7 @@ from controlat.state import Snapshot
 __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log"]
 
 LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
+VALIDATION = "pgd-10"  # what picks the best checkpoint
 
 
 @dataclass
@@ -213,7 +214,11 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
     if held_out is None:
         return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
-    how: dict[str, Any] = {"attacks": ["pgd-10"], "seed": driver.seed, "channels_last": driver.channels_last}
+    how: dict[str, Any] = {
+        "attacks": [VALIDATION],
+        "seed": driver.seed,
+        "channels_last": driver.channels_last,
+    }
     found = measure(driver.model, held_out, driver.ball, **how)
     return {
         "clean": found.clean.value,

@@ -79,13 +79,13 @@ BAD_ANYWHERE: list[tuple[list[str], str]] = [
     (["--lr", "0"], "a learning rate is a number > 0"),
     (["--lr", "fast"], "a learning rate is a number > 0"),
     (["--lr", "multistep:lr=0.1"], "lacks at"),
-    (["--momentum", "1"], "momentum must be in [0, 1), got 1.0"),
+    (["--momentum", "1"], "momentum must be < 1, got 1.0"),
     (["--nesterov", "true", "--momentum", "0"], "nesterov needs momentum > 0"),
     (["--weight_decay", "-1"], "weight_decay must be >= 0"),
     (["--method", "trades9"], "has no 'trades9'; did you mean 'trades'? choose from: atta, awp"),
     (["--method", "nosuch:Cls"], "cannot import module 'nosuch'"),
     (["--method_options", "{foo: 1}"], "foo"),
-    (["--method_options", "abc"], "method_options"),
+    (["--method_options", "abc"], "--method-options"),
     (["--method_options", "{attack_mode: sleep}"], "attack_mode must be one of eval, train"),
     (["--device", "nope"], "device 'nope' cannot be used"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -108,10 +108,13 @@ BAD_ANYWHERE: list[tuple[list[str], str]] = [
     (["--held_out", "0"], "held_out must be a whole number >= 1"),
     (["--train_points", "1"], "held_out must be below the 1 training samples"),
     (["--config", "missing.yaml"], "missing.yaml"),
-    (["--config", "broken.yaml"], "parsing"),
-    (["--config", "unknown.yaml"], "epochz"),
-    (["--config", "list.yaml"], "config"),
-    (["--config", "wrong.yaml"], "three"),
+    (["--config", "broken.yaml"], "broken.yaml, line 2: not valid YAML (did not find expected"),
+    (
+        ["--config", "unknown.yaml"],
+        "unknown.yaml, line 1: there is no setting 'epochz'; did you mean 'epochs'?",
+    ),
+    (["--config", "list.yaml"], "list.yaml: holds a list; it must hold settings"),
+    (["--config", "wrong.yaml"], "wrong.yaml, line 1: --epochs must be a whole number from 1"),
 ]
 BAD_TRAIN: list[tuple[list[str], str]] = [
     (["--schedule", "foo"], "unknown schedule 'foo'"),
@@ -134,18 +137,18 @@ BAD_EVALUATE: list[tuple[list[str], str]] = [
     (["--seeds", "a"], "seeds"),
     (["--attacks", "foo"], "unknown attack 'foo'"),
     (["--attacks", "fgsm", "fgsm"], "attacks must be one or more different ones"),
-    (["--checks", "-1"], "checks must be a whole number of points >= 0, got -1"),
-    (["--autoattack", "-5"], "autoattack must be a whole number of points >= 0, got -5"),
+    (["--checks", "-1"], "checks must be a whole number >= 0, got -1"),
+    (["--autoattack", "-5"], "autoattack must be a whole number >= 0, got -5"),
     (["--surrogate", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (["--gamma", "-1"], "gamma must be >= 0, got -1"),
     (["--gamma", "cheap"], "gamma must be a number"),
     (["--maximiser", "grid"], "maximiser must be one of sweep, tpe, got 'grid'"),
-    (["--trials", "0"], "trials must be >= 1"),
+    (["--trials", "0"], "trials must be a whole number >= 1, got 0"),
     (["--terminal", "robust"], "unknown terminal cost 'robust'; choose from: adversarial, margin, clean, or"),
     (["--terminal", "clean*0.1"], "terminal 'clean*0.1' cannot be read from '*0.1' on"),
     (["--terminal", "adversarial+2*nosuch:phi"], "cannot import module 'nosuch'"),
     (["--terminal", "math:pi"], "terminal 'math:pi' is a float; it must be a function or class to call"),
-    (["--probe", "1"], "probe must be >= 2"),
+    (["--probe", "1"], "probe must be a whole number >= 2, got 1"),
     (["--alphas", "0"], "must be > 0"),
     (["--alphas", "x"], "alphas must be a number"),
     (["--eps", "0"], "need eps > 0, got 0; give alphas"),
@@ -161,10 +164,10 @@ BAD_ATTACK: list[tuple[list[str], str]] = [
     (["RUN", "--norm", "l7"], "norm must be one of"),
     (["RUN", "--attacks", "foo"], "unknown attack 'foo'"),
     (["RUN", "--attacks", "fgsm", "fgsm"], "given twice"),
-    (["RUN", "--points", "0"], "points must be >= 1"),
+    (["RUN", "--points", "0"], "points must be a whole number >= 1, got 0"),
     (["RUN", "--points", "501"], "asked for 501 samples; give 1..500"),
-    (["RUN", "--batch_size", "0"], "batch_size must be >= 1"),
-    (["RUN", "--checks", "-1"], "checks must be a whole number of points >= 0"),
+    (["RUN", "--batch_size", "0"], "batch_size must be a whole number >= 1, got 0"),
+    (["RUN", "--checks", "-1"], "checks must be a whole number >= 0, got -1"),
     (["RUN", "--autoattack", "1.5"], "autoattack"),
     (["RUN", "--surrogate", "broken.json"], "broken.json is damaged or not a checkpoint"),
     (["RUN", "--surrogate", "RUN"], "the surrogate has the weights of the network itself"),
@@ -175,7 +178,7 @@ BAD_ATTACK: list[tuple[list[str], str]] = [
 ]
 BAD_WORDS: list[tuple[list[str], str]] = [
     ([], "command"),
-    (["nosuch"], "invalid choice: 'nosuch'"),
+    (["nosuch"], "there is no command 'nosuch'; choose from 'evaluate'"),
     (["--nosuch"], "unrecognized arguments: --nosuch"),
     (["train"], "out"),
     (["evaluate"], "out"),
@@ -266,7 +269,7 @@ def test_a_missing_data_folder_can_be_mended_without_another_directory(
 @pytest.mark.parametrize(
     ("command", "settings", "more"),
     [
-        ("evaluate", EvaluateSettings, ["--out", "--dry_run", "--config"]),
+        ("evaluate", EvaluateSettings, ["--out", "--dry-run", "--config"]),
         ("train", TrainSettings, ["--out", "--resume", "--config"]),
         ("attack", AttackSettings, ["--out", "--config"]),
     ],
@@ -281,7 +284,7 @@ def test_help_names_and_explains_every_setting(
     assert error == ""
     plain = " ".join(output.split())
     for field in fields(settings):  # type: ignore[arg-type]
-        flag = field.name if field.name == "checkpoint" else f"--{field.name}"
+        flag = field.name if field.name == "checkpoint" else f"--{field.name.replace('_', '-')}"
         assert re.search(rf"(?<![\w-]){flag}(?![\w])", output), flag
         (words,) = _explained(settings, field.name)
         assert words in plain, f"{flag} is not explained"

@@ -32,7 +32,7 @@ def test_models_counts_for_other_classes(capsys: pytest.CaptureFixture[str]) -> 
     assert f"{11_172_170 + 90 * 513:,}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["models", "--num-classes", "1"])
-    assert "num_classes must be >= 2, got 1" in capsys.readouterr().err
+    assert "num_classes must be a whole number >= 2, got 1" in capsys.readouterr().err
 
 
 def test_data_lists_every_set(

@@ -74,7 +74,7 @@ def test_another_length_of_training_is_noted(
 
 
 def test_a_setting_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ValueError, match="derive has no setting kmin, did you mean k_min"):
+    with pytest.raises(ValueError, match="derive has no setting kmin; did you mean 'k_min'"):
         controlat.derive(kmin=2)
 
 
@@ -141,9 +141,9 @@ def test_the_command_prints_mathematics_and_what_to_do_next(
         (["--calibrate", "nowhere"], "nowhere"),
         (["--theta-range", "1"], "theta_range must be two numbers"),
         (["--epochs", "0"], "epochs must be a whole number >= 1"),
-        (["--resolution", "0"], "resolution must be > 0"),
-        (["--resolution", "20", "--epochs", "12"], "resolution must be > 0 and at most the epochs"),
-        (["--since", "-5"], "since must be an epoch >= 0"),
+        (["--resolution", "0"], "resolution must be >= 0.001, got 0"),
+        (["--resolution", "20", "--epochs", "12"], "resolution must be at most the 12 epochs, got 20"),
+        (["--since", "-5"], "since must be >= 0, got -5"),
         (["--parameters.a", "2"], "a = 2 was given, but the formula has no such name"),
     ],
 )

@@ -17,15 +17,17 @@ PACKAGE = Path(controlat.__file__).parent
 
 # Imports go upwards in this list only. A folder is one entry.
 ORDER = (
+    "registry",
     "control",
     "texts",
+    "ranges",
     "files",
+    "settings_file",
     "drawing",
     "rng",
     "parallel",
     "losses",
     "rates",
-    "registry",
     "augment",
     "vision",
     "balls",
@@ -59,6 +61,7 @@ ORDER = (
     "candidate",
     "derived",
     "jobs",
+    "parser",
     "cli",
     "__main__",
 )
@@ -127,7 +130,7 @@ def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
 
 def test_the_command_line_starts_without_sympy() -> None:
     """jsonargparse imports what annotations of settings name, even for type checkers only."""
-    code = "import sys, torch\nfrom controlat.cli import _parser\n_parser()\nprint(*sys.modules)"
+    code = "import sys, torch\nfrom controlat.parser import build_parser\nbuild_parser()\nprint(*sys.modules)"
     brought = {name.partition(".")[0] for name in _python(code).split()}
     assert "jsonargparse" in brought
     assert "sympy" not in brought

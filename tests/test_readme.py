@@ -69,13 +69,14 @@ def test_the_mathematics_of_the_readme_is_what_derive_prints() -> None:
 
 
 def test_commands_of_the_readme_are_accepted(tmp_path: Path) -> None:
-    from controlat.cli import _parser, _underscored
+    from controlat.cli import _underscored
+    from controlat.parser import build_parser
 
     blocks = re.findall(r"```\n(controlat .*?)```", README, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert len(lines) >= 3
     for line in lines:
-        _parser().parse_args([_underscored(a) for a in shlex.split(line)[1:]])
+        build_parser().parse_args([_underscored(a) for a in shlex.split(line)[1:]])
 
 
 def test_the_stored_surfaces_give_c_for_another_gamma_as_the_mathematics_says(tmp_path: Path) -> None:

@@ -627,10 +627,13 @@ def test_whatever_is_put_into_a_file_gives_a_schedule_or_a_value_error(path: str
     ("text", "message"),
     [
         ("", "unknown schedule '' in ''; write one of: none; fgsm:alpha=10/255; pgd"),
-        ("amatta:min=1", "unknown schedule 'amatta' in 'amatta:min=1'; write one of: none"),
+        (
+            "amatta:min=1",
+            "unknown schedule 'amatta' in 'amatta:min=1'; did you mean 'amata'? write one of: none",
+        ),
         ("none:steps=0", "schedule 'none' (such as none) does not take steps; it takes nothing"),
         ("pgd:steps=10", "schedule 'pgd' (such as pgd:steps=10,alpha=2/255) lacks alpha"),
-        ("pgd:steps=10,alpha=1,eps=3", "does not take eps; it takes alpha, steps"),
+        ("pgd:steps=10,alpha=1,eps=3", "does not take eps; did you mean 'steps'? it takes alpha, steps"),
         ("fgsm:alpha=1,steps=1", "does not take steps"),
         ("pgd:steps=2.5,alpha=1", "steps must be a whole number, got 2.5 at epoch 0"),
         ("pgd:steps=-1,alpha=1", "steps must be >= 0, got -1"),

@@ -62,7 +62,9 @@ def _accepted(load: Any, name: str, variant: str, options: dict[str, Any]) -> di
     allowed = [key for key in known if key not in ("root", "variant", "arguments")]
     if (unknown := sorted(set(options) - set(allowed))) and "arguments" not in known:
         takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
-        raise ValueError(f"data set {name!r} has no option {unknown[0]!r}; {takes}")
+        raise ValueError(
+            f"data set {name!r} has no option {unknown[0]!r}; {registry.meant(unknown[0], allowed)}{takes}"
+        )
     return options | ({"variant": variant} if "variant" in known else {})
 
 

@@ -15,6 +15,7 @@ from controlat.balls import Ball
 from controlat.control import number
 from controlat.losses import Loss, cross_entropy, margin
 from controlat.network import View
+from controlat.registry import meant
 from controlat.texts import only, split
 
 __all__ = ["Attack", "ascent", "parse_attack", "read_attacks"]
@@ -77,6 +78,7 @@ class Attack:
         )
 
 
+FAMILIES = ("fgsm", "pgd", "cw")
 _PARAMETERS = ("steps", "alpha", "restarts", "kappa")
 
 
@@ -102,8 +104,8 @@ def parse_attack(text: str) -> Attack:
     cure = "write fgsm, pgd-20, pgd-50-10, cw-30, cw-30-k50 or pgd:steps=50,restarts=10,alpha=2/255"
     family, found = split(text)
     family, *short = family.split("-")
-    if family not in ("fgsm", "pgd", "cw") or (found and short):
-        raise ValueError(f"unknown attack {text!r}; {cure}")
+    if family not in FAMILIES or (found and short):
+        raise ValueError(f"unknown attack {text!r}; {meant(family, FAMILIES)}{cure}")
     if family == "fgsm":
         only(found, (), (), "attack fgsm")
         if short:

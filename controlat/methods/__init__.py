@@ -57,7 +57,11 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
         method = found(**(options or {}))
     except TypeError as error:
         takes = ", ".join(inspect.signature(found).parameters) or "none"
-        raise ValueError(f"method {name!r}: {error}; its options: {takes}{_meant(found, options)}") from None
+        unknown = [option for option in options or {} if option not in inspect.signature(found).parameters]
+        near = registry.meant(unknown[0], inspect.signature(found).parameters) if unknown else ""
+        raise ValueError(
+            f"method {name!r}: {error}; {near}its options: {takes}{_meant(found, options)}"
+        ) from None
     if not hasattr(method, "updates") or not isinstance(getattr(method, "controls", None), ControlSpace):
         raise ValueError(
             f"method {name!r} must have `updates` and a ControlSpace `controls`; see controlat.methods.Method"

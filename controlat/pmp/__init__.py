@@ -9,12 +9,14 @@ from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
     TERMINALS,
     AdversarialLoss,
+    Price,
     Terminal,
     Weighted,
     build_terminal,
     described,
     differentiated,
     parse_terminal,
+    price,
     try_terminal,
 )
 
@@ -29,6 +31,7 @@ __all__ = [
     "Criterion",
     "Gap",
     "Grid",
+    "Price",
     "Surface",
     "Terminal",
     "Weighted",
@@ -42,6 +45,7 @@ __all__ = [
     "looked_at",
     "measure",
     "parse_terminal",
+    "price",
     "probe_batches",
     "relaxed",
     "sweep",

@@ -79,6 +79,12 @@ class Grid:
             return len(self.alphas) * 2 * self.bounds(method.controls)[1] + 1 + price(u)
         return sum(map(price, self.candidates(method, u))) + price(u)
 
+    def mean_cost(self, method: Method, u: Control) -> float:
+        """Gradient evaluations per sample of one candidate whose K is drawn evenly, as TPE begins."""
+        low, high = self.bounds(method.controls)
+        costs = [method.controls.cost(self.control(u, self.alphas[-1], k)) for k in range(low, high + 1)]
+        return sum(costs) / len(costs)
+
     def control(self, u: Control, alpha: float | None, steps: int) -> Control:
         """u with another step size and another K, where it has them."""
         other = {"alpha": alpha, "steps": steps}

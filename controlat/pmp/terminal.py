@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ from controlat.rng import generator, scoped
 __all__ = [
     "TERMINALS",
     "AdversarialLoss",
+    "Price",
     "Terminal",
     "Weighted",
     "build_terminal",
     "described",
     "differentiated",
     "parse_terminal",
+    "price",
     "try_terminal",
 ]
 
@@ -47,10 +49,18 @@ _WEIGHT, _NAME = r"[\d.]+(?:[eE][+-]?\d+)?(?:/\d+)?", r"[^\W\d][\w.:]*"
 _TERM = re.compile(rf"\s*([+-]?)\s*(?:({_WEIGHT})\s*\*\s*)?({_NAME})\s*")
 
 
+class Price(NamedTuple):
+    """Gradient evaluations of one call of a terminal cost's `value` and of its `gradient`, in samples."""
+
+    value: int
+    gradient: int
+
+
 class Terminal(Protocol):
     """A terminal cost: one of this module, or the user's own. The driver's state must stay as it is.
 
-    A method ``describe() -> str`` besides says in words what it is; `described` does without one.
+    A method ``describe() -> str`` besides says in words what it is; `described` does without one. So does
+    `price` without an attribute ``price``: it counts a trial.
     """
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
@@ -122,6 +132,11 @@ class AdversarialLoss:
     def lower(self) -> float:
         """A lower bound of Phi: 0 for the cross-entropy, none for the margin."""
         return 0.0 if self.loss == "cross_entropy" else -math.inf
+
+    @property
+    def price(self) -> Price:
+        """K of the attack for each sample, and one more for a gradient."""
+        return Price(self.steps * len(self.x), (self.steps + 1) * len(self.x))
 
     def describe(self) -> str:
         """Loss, samples and attack in words."""
@@ -300,6 +315,29 @@ def described(terminal: Terminal) -> str:
     return str(describe()) if callable(describe) else type(terminal).__name__
 
 
+def price(terminal: Terminal, driver: Driver) -> Price:
+    """What calls of a terminal cost spend: as it declares it, else counted in one call of each.
+
+    Args:
+        terminal: one of this module, or the user's own.
+        driver: of an untrained network.
+
+    >>> x, y = torch.rand(8, 1, 4, 4), torch.arange(8)
+    >>> price(AdversarialLoss(x, y, Ball("8/255"), steps=3), driver=None)
+    Price(value=24, gradient=32)
+    """
+    if isinstance(terminal, Weighted):
+        found = [price(part, driver) for _, part in terminal.parts]
+        return Price(sum(p.value for p in found), sum(p.gradient for p in found))
+    declared = getattr(terminal, "price", None)
+    if isinstance(declared, Price):
+        return declared
+    value, gradient = Meter(), Meter()
+    terminal.value(driver, value)
+    terminal.gradient(driver, gradient)
+    return Price(value.gradients, gradient.gradients)
+
+
 def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
     """Call everything of a terminal cost once, so that a mistake shows before anything is trained.
 
@@ -375,8 +413,8 @@ def _known(name: str) -> str:
     """A name that `build_terminal` can do something with."""
     if ":" not in name and name not in TERMINALS:
         raise ValueError(
-            f"unknown terminal cost {name!r}; choose from: {', '.join(TERMINALS)}, or give your own as "
-            "package.module:factory"
+            f"unknown terminal cost {name!r}; {registry.meant(name, TERMINALS)}choose from: "
+            f"{', '.join(TERMINALS)}, or give your own as package.module:factory"
         )
     if ":" in name and not callable(found := registry.import_path(name)):
         kind = type(found).__name__

@@ -432,8 +432,8 @@ def test_fractions_are_exact() -> None:
 CHOICES = "choose from: adversarial, margin, clean, or give your own as package.module:factory"
 BAD_TEXTS = [
     ("", "terminal '' cannot be read from '' on; it must be a name or a sum of them with weights in front"),
-    ("adverserial", f"unknown terminal cost 'adverserial'; {CHOICES}"),
-    ("adversarial+0.1*cleen", f"unknown terminal cost 'cleen'; {CHOICES}"),
+    ("adverserial", f"unknown terminal cost 'adverserial'; did you mean 'adversarial'? {CHOICES}"),
+    ("adversarial+0.1*cleen", f"unknown terminal cost 'cleen'; did you mean 'clean'? {CHOICES}"),
     ("adversarial+", "cannot be read from '+' on"),
     ("adversarial 0.1*clean", "cannot be read from '0.1*clean' on"),
     ("adversarial*0.1", "'*0.1' on; it must be a name or a sum of them with weights in front, such as"),
