@@ -232,11 +232,10 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         inner = {
             id(part) for m in modules.values() if is_parametrized(m) for part in m.parametrizations.modules()
         }
-        owners = [
-            m
-            for m in modules.values()
-            if id(m) not in inner and any(p.requires_grad for p in m.parameters(recurse=is_parametrized(m)))
-        ]
+        layers = [m for m in modules.values() if id(m) not in inner]
+        own = [(m, [*m.parameters(recurse=is_parametrized(m))]) for m in layers]
+        trained = [m for m, weights in own if any(p.requires_grad for p in weights)]
+        owners = trained or [m for m, weights in own if weights]  # within a view none is trained
         found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
     return found
 
