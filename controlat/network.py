@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from controlat import kernels, rng
@@ -231,11 +232,10 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         inner = {
             id(part) for m in modules.values() if is_parametrized(m) for part in m.parametrizations.modules()
         }
-        owners = [
-            m
-            for m in modules.values()
-            if id(m) not in inner and any(p.requires_grad for p in m.parameters(recurse=is_parametrized(m)))
-        ]
+        layers = [m for m in modules.values() if id(m) not in inner]
+        own = [(m, [*m.parameters(recurse=is_parametrized(m))]) for m in layers]
+        trained = [m for m, weights in own if any(p.requires_grad for p in weights)]
+        owners = trained or [m for m, weights in own if weights]  # within a view none is trained
         found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
     return found
 
@@ -250,13 +250,15 @@ def _couples_samples(module: nn.Module) -> bool:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no network, and wrappers that work only as a whole."""
+    """Refuse what is no network or not yet one, and wrappers that work only as a whole."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError(
             "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
         )
+    if any(map(is_lazy, model.parameters())) or any(map(is_lazy, model.buffers())):
+        raise ValueError("the model has lazy layers, which have no shape yet: call it on one batch first")
 
 
 class View:
@@ -266,7 +268,7 @@ class View:
     very Parameters and buffers that it had, and the training flag of every module, ``.grad`` and
     ``requires_grad`` are as they were, also after an error. Modes are entered and left through `train`, for
     modules that do more there than set a flag. Views of one model in several threads take turns; nothing
-    else may use it while a view is open.
+    else may use it while a view is open. A view within a view starts from the buffers of the outer one.
 
     Args:
         model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
@@ -277,8 +279,8 @@ class View:
         autocast: a dtype for mixed precision, None for none.
 
     Raises:
-        TypeError: the model is not an nn.Module.
-        ValueError: unknown mode.
+        TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
+        ValueError: unknown mode, or lazy layers that have not run yet.
         RuntimeError: entered inside ``torch.inference_mode()``.
 
     >>> import torch
@@ -328,11 +330,13 @@ class View:
         """Put detached weights and copies of buffers in place, in one layout."""
         self._weights.close()
         self._nhwc = nhwc
-        frozen = {id(p): owned(p.detach()) for p in self.model.parameters()}
+        layout = (channels_last if nhwc else _channels_first) if self.channels_last else (lambda t: t)
+        frozen: dict[int, Tensor] = {
+            id(p): nn.Parameter(layout(owned(p.detach())), requires_grad=False)
+            for p in self.model.parameters()
+        }
         if self.channels_last:
-            layout = channels_last if nhwc else _channels_first
-            frozen = {i: layout(w) for i, w in frozen.items()}
-            for i in kernels.one_channel_weights(self.model):
+            for i in kernels.one_channel_weights(self.model) & frozen.keys():
                 frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
         frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
         self._weights.enter_context(replaced(self.model, frozen))

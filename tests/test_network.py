@@ -160,6 +160,27 @@ def test_a_graph_of_the_user_s_own_survives_the_calls_between_its_passes() -> No
         assert same(torch.autograd.grad(loss, [*net.parameters()]), expected)
 
 
+@every
+def test_views_within_views_are_each_in_their_own_mode(kind: str) -> None:
+    net, found = awkward(kind), []
+    for m in net.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    before = held(net)
+    with View(net, "eval") as outer:
+        alone = outer(X)
+        with View(net, "train") as inner:
+            attacked = pgd(net, X, Y, eps=EPS, alpha=ALPHA, steps=3, random_start=False)
+            found.append(inner(X))
+        found.append(outer(X))
+    with View(net, "train") as view:
+        expected = view(X)
+    if kind != "replacing":  # a running mean that every pass moves, in eval mode too
+        assert same(found, [expected, alone])
+        torch.testing.assert_close(attacked, by_hand(net, kind), rtol=0, atol=1e-12)
+    assert same(held(net), before)
+
+
 # ---------------------------------------------------------------------------------------------------- threads
 
 
@@ -382,6 +403,15 @@ def test_distributed_data_parallel_is_sent_away(tmp_path: Any) -> None:
         CALLS["pgd"](net.module)
     finally:
         dist.destroy_process_group()
+
+
+def test_lazy_layers_are_to_be_called_first() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).double()
+    for call in ("pgd", "robustness", "criterion"):
+        with pytest.raises(ValueError, match=r"lazy layers.*call it on one batch first"):
+            CALLS[call](net)
+    net(X)
+    CALLS["pgd"](net)
 
 
 def test_checkpointed_layers_are_computed_with_the_frozen_weights() -> None:
