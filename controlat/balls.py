@@ -14,17 +14,42 @@ from torch import Tensor
 
 from controlat.control import number
 
-__all__ = ["NORMS", "Ball", "Norm"]
+__all__ = ["NORMS", "Ball", "Norm", "unit"]
 
-_TINY = 1e-10  # keeps 0/0 out of normalised gradients, as torchattacks does
+_LARGEST = {"linf": 1.0, "l2": 1000.0}  # l_2: the diameter of [0, 1]^d for a million numbers d
+_FAR = 4.0  # steps beyond so many eps are twice as long as the ball is wide: most likely a slip
 
 
 def _per_sample(v: Tensor, like: Tensor) -> Tensor:
     return v.view(-1, *[1] * (like.dim() - 1))
 
 
-def _length(x: Tensor) -> Tensor:
-    return _per_sample(x.flatten(1).norm(dim=1), x)
+def _polar(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(v / ||v||, ||v||) per sample, in l_2; the direction of 0 is 0, and what is not finite gives NaN.
+
+    v is scaled by its largest entry first: squares of entries below 1e-23 underflow in float32. Derivatives
+    are those of the quotient, but 0 at 0, and where 1 / ||v|| itself is near the end of the range.
+    """
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    largest = wide.detach().flatten(1).abs().amax(1)
+    scale = _per_sample(torch.where(largest == 0, 1.0, largest), v)
+    scaled = wide / scale
+    length = _per_sample(torch.linalg.vector_norm(scaled.flatten(1), dim=1), v)
+    direction = scaled / torch.where(length == 0, 1.0, length)
+    limits = torch.finfo(wide.dtype)
+    smooth = _per_sample(largest >= limits.tiny / limits.eps, v)
+    direction = torch.where(smooth, direction, direction.detach())
+    return direction.to(v.dtype), (length * scale).flatten().to(v.dtype)
+
+
+def unit(v: Tensor) -> Tensor:
+    """v / ||v||_2 per sample, however small v is; 0 where v is 0.
+
+    >>> unit(torch.tensor([[3e-30, -4e-30], [0.0, 0.0]]))
+    tensor([[ 0.6000, -0.8000],
+            [ 0.0000,  0.0000]])
+    """
+    return _polar(v)[0]
 
 
 @dataclass(frozen=True)
@@ -57,13 +82,14 @@ def _sign(g: Tensor) -> Tensor:
 
 def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     delta = torch.empty_like(like).normal_(generator=generator)
-    length = _length(delta)
-    radius = torch.zeros_like(length).uniform_(0, 1, generator=generator)
-    return delta * (radius / length * eps)
+    radius = _per_sample(like.new_empty(len(like)).uniform_(0, 1, generator=generator), like)
+    return unit(delta) * (radius * eps)
 
 
 def _shrink_l2(delta: Tensor, eps: float) -> Tensor:
-    return delta * (eps / _length(delta).clamp_min(_TINY)).clamp_max(1.0)
+    direction, length = _polar(delta)
+    inside = _per_sample(length <= eps, delta)  # not where it is NaN
+    return torch.where(inside, delta, eps * direction)
 
 
 NORMS: Mapping[str, Norm] = MappingProxyType(
@@ -77,10 +103,10 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         ),
         "l2": Norm(
             draw=_draw_l2,
-            direction=lambda g: g / (_length(g) + _TINY),
+            direction=unit,
             shrink=_shrink_l2,
-            size=lambda delta: delta.flatten(1).norm(dim=1),
-            dual=lambda g: g.flatten(1).norm(dim=1),
+            size=lambda delta: _polar(delta)[1],
+            dual=lambda g: _polar(g)[1],
         ),
     }
 )

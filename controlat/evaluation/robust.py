@@ -183,6 +183,7 @@ def measure(
             batch_size=batch_size,
             seed=seed,
             progress=progress,
+            margin=any(a.kappa is not None for a in chosen),
         )
     first, last = (Accuracy(int(mask.sum()), len(mask)) for mask in (clean, standing))
     return Robustness(first, after, last, spent, seconds, masking, standing)
