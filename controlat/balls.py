@@ -5,7 +5,8 @@ A norm is a value: four functions of a batch. Everything else is the same for al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,8 +17,9 @@ from controlat.control import number
 
 __all__ = ["NORMS", "Ball", "Norm", "unit"]
 
-_LARGEST = {"linf": 1.0, "l2": 1000.0}  # l_2: the diameter of [0, 1]^d for a million numbers d
-_FAR = 4.0  # steps beyond so many eps are twice as long as the ball is wide: most likely a slip
+# The diameter of [0, 1]^d, in l_2 for d = 10^6 numbers where d is not known (`Ball.check` knows it).
+_DIAMETER = {"linf": 1.0, "l2": 1000.0}
+_FAR = 4.0  # a step of more than so many eps is twice as long as the ball is wide
 
 
 def _per_sample(v: Tensor, like: Tensor) -> Tensor:
@@ -120,11 +122,12 @@ class Ball:
     lengthens a perturbation, so the result lies in both sets (for l_inf it is the exact projection).
 
     Args:
-        eps: radius, in pixel units of [0, 1]; a number or a text such as ``"8/255"``.
+        eps: radius, in pixel units of [0, 1]; a number or a text such as ``"8/255"``. At most the diameter of
+            the box: 1 for l_inf, sqrt(d) for l_2 and inputs of d numbers (1000 at most).
         norm: ``"linf"`` or ``"l2"``.
 
     Raises:
-        ValueError: eps is negative or not finite, or the norm is unknown.
+        ValueError: eps is negative, not finite or beyond the box, or the norm is unknown.
 
     >>> import torch
     >>> ball = Ball("8/255")
@@ -138,10 +141,31 @@ class Ball:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", number(self.eps, "eps"))
+        if self.norm not in tuple(NORMS):  # a list could not be looked up
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.eps < 0:
             raise ValueError(f"eps must be >= 0, got {self.eps:g}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        self._within(_DIAMETER[self.norm])
+
+    def _within(self, diameter: float) -> None:
+        if self.eps > diameter * (1 + 1e-6):
+            meant = f": was {self.eps:g}/255 meant?" if self.eps <= 255 else ""
+            raise ValueError(
+                f"eps must be at most {diameter:.4g}, the diameter of the pixel box [0, 1] in {self.norm}, "
+                f"got {self.eps:g}{meant}"
+            )
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError where eps is larger than the pixel box of one input of this shape."""
+        self._within(1.0 if self.norm == "linf" else math.sqrt(math.prod(shape)))
+
+    def far(self, alpha: float) -> str:
+        """A sentence where a step size is far above the width 2 eps of the ball, else an empty text."""
+        if not 0 < _FAR * self.eps < alpha:
+            return ""
+        meant = f"; was {alpha:g}/255 meant?" if alpha >= 1 else ""
+        times = f"{alpha / self.eps:.3g} eps"
+        return f"alpha {alpha:g} is {times} (eps {self.eps:g}): every step leaves the ball{meant}"
 
     @property
     def _norm(self) -> Norm:
@@ -152,15 +176,16 @@ class Ball:
 
         The numbers are drawn in one call of the shape of x0, as torchattacks draws them.
         """
+        self.check(x0.shape[1:])
         return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
         return self._norm.direction(gradient)
 
-    def shrink(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation with ||delta|| <= eps, whatever the pixel box."""
-        return self._norm.shrink(delta, self.eps)
+    def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
+        """The nearest perturbation with ||delta|| <= radius * eps, whatever the pixel box."""
+        return self._norm.shrink(delta, radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
         """A random perturbation of norm at most radius * eps, whatever the pixel box."""
@@ -172,6 +197,7 @@ class Ball:
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The admissible point for x (see the class)."""
+        self.check(x0.shape[1:])
         return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
 
     def support(self, gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from controlat import plots, report
+from controlat.balls import Ball
 from controlat.candidate import Candidate, candidates
 from controlat.config import AttackSettings, EvaluateSettings, Problem, TrainSettings, from_json
 from controlat.evaluation import Extras
+from controlat.evaluation.attack import read_attacks
 from controlat.files import read_json, read_json_lines, write_json
 from controlat.hindsight import most_evaluations
 from controlat.methods import build
@@ -66,6 +68,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             )
         if world.first:
             _note_length(chosen.schedule, schedule, chosen.epochs)
+            _note_far(chosen.schedule, _alphas(schedule), chosen.ball)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -95,6 +98,22 @@ def _note_length(text: str, schedule: Schedule, epochs: int) -> None:
         what = "only its beginning is used" if schedule.epochs > epochs else "then it holds its last value"
         told = f"{text} was made for {schedule.epochs:g} epochs, training has {epochs}: {what}"
         tqdm.write(f"controlat: note: {told}", file=sys.stderr)
+
+
+def _note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
+    """Say where a step size is far above the width of the ball."""
+    if told := ball.far(max(alphas, default=0.0)):
+        tqdm.write(f"controlat: note: {what}: {told}", file=sys.stderr)
+
+
+def _alphas(schedule: Schedule) -> Iterator[float]:
+    """The step sizes of a schedule, piece by piece."""
+    return (schedule(piece * schedule.resolution).get("alpha", 0.0) for piece in range(schedule.pieces))
+
+
+def _steps(attacks: Sequence[str]) -> Iterator[float]:
+    """The step sizes that attacks name."""
+    return (a.alpha for a in read_attacks(attacks) if a.alpha is not None)
 
 
 @contextlib.contextmanager
@@ -130,6 +149,10 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             every = list(candidates(setting, chosen, out))
             for text in chosen.schedules if world.first else ():
                 _note_length(text, chosen.schedule_of(text), chosen.epochs)
+                _note_far(text, _alphas(chosen.schedule_of(text)), chosen.ball)
+            if world.first:
+                _note_far("the grid of G", map(float, chosen.alphas or ()), chosen.ball)
+                _note_far("attacks", _steps(chosen.attacks), chosen.ball)
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:
@@ -290,6 +313,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     model.load_state_dict(found["model"])
+    _note_far("attacks", _steps(chosen.attacks), setting.problem.ball)
     with deterministic(chosen.threads):
         measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {

@@ -67,6 +67,7 @@ class Setting:
         """Load the data and keep a slice of the training set for validation."""
         device = pick_device(problem.device)
         data = load_data(problem.data, problem.data_dir, **problem.data_options)
+        problem.ball.check(data.in_shape)
         data = data.limited(problem.train_points, problem.test_points)
         held_out = problem.held_out or max(1, min(1000, len(data.train) // 10))
         if held_out >= len(data.train):

@@ -1,14 +1,18 @@
 """Perturbation sets, against brute force and random feasible points."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import controlat
 from controlat.balls import NORMS, Ball, unit
+from controlat.config import AttackSettings, EvaluateSettings, TrainSettings
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
 norms = pytest.mark.parametrize("norm", list(NORMS))
@@ -284,8 +288,62 @@ def test_a_radius_may_be_a_fraction() -> None:
         (None, "linf", "eps must be a number"),
         (True, "linf", "eps must be a number"),
         (0.3, "l1", "norm must be one of linf, l2, got 'l1'"),
+        (0.3, ["l2"], "norm must be one of linf, l2"),
+        (8, "linf", r"eps must be at most 1, .* in linf, got 8: was 8/255 meant\?"),
+        ("1.5", "linf", "eps must be at most 1,"),
+        (1e39, "l2", r"eps must be at most 1000, .* in l2, got 1e\+39$"),
     ],
 )
 def test_a_wrong_ball_is_refused(eps: object, norm: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ball(eps, norm)  # type: ignore[arg-type]
+
+
+def test_a_radius_beyond_the_box_of_the_data_is_refused_by_every_call() -> None:
+    """[0, 1]^4 has the diameter 2 in l_2."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(16, 1, 2, 2), torch.arange(16) % 3
+    calls: list[Any] = [
+        lambda **k: controlat.pgd(model, x, y, alpha=0.1, steps=1, **k),
+        lambda **k: controlat.fgsm(model, x, y, **k),
+        lambda **k: controlat.robustness(model, x, y, attacks=["fgsm"], checks=0, **k),
+        lambda **k: controlat.criterion(model, x, y, {"alpha": 0.1, "steps": 1}, gamma=0, alphas=[0.1], **k),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"at most 1, .* got 8: was 8/255 meant\?"):
+            call(eps=8)
+        with pytest.raises(ValueError, match=r"at most 2, .* in l2, got 2.1"):
+            call(eps=2.1, norm="l2")
+        call(eps=2, norm="l2")
+    for kind in (TrainSettings, EvaluateSettings):
+        with pytest.raises(ValueError, match="8/255 meant"):
+            kind(eps="8")
+    with pytest.raises(ValueError, match="8/255 meant"):
+        AttackSettings("last.pt", eps=8)
+
+
+def test_training_refuses_a_radius_beyond_the_box_and_notes_a_step_far_beyond_the_ball(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few: dict[str, Any] = {"epochs": 2, "train_points": 40, "test_points": 10, "progress": False}
+    with pytest.raises(ValueError, match=r"eps must be at most 8, .* got 128: was 128/255 meant"):
+        controlat.train(tmp_path / "a", eps=128, norm="l2", **few)
+    controlat.train(tmp_path / "b", eps=0.1, schedule="step:steps=1:2,at=1,alpha=0.4:2", **few)
+    note = "note: step:steps=1:2,at=1,alpha=0.4:2: alpha 2 is 20 eps (eps 0.1): every step leaves the ball"
+    assert capsys.readouterr().err.count(note) == 1
+
+
+def test_a_step_far_beyond_the_ball_is_noted_and_one_across_it_is_not() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(16, 1, 2, 2), torch.arange(16) % 3
+    calls: list[Any] = [
+        lambda a: controlat.pgd(model, x, y, eps=0.1, alpha=a, steps=1),
+        lambda a: controlat.robustness(model, x, y, eps=0.1, attacks=[f"pgd:steps=2,alpha={a}"], checks=0),
+        lambda a: controlat.criterion(model, x, y, {"alpha": a, "steps": 1}, eps=0.1, gamma=0),
+    ]
+    for call in calls:
+        call(0.4)
+        with pytest.warns(UserWarning, match=r"alpha 8 is 80 eps \(eps 0.1\).*was 8/255 meant\?") as told:
+            call(8)
+        assert [w.filename for w in told] == [__file__]
+    assert Ball(0).far(1.0) == ""

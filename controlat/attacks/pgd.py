@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -140,8 +141,12 @@ def pgd(
         The detached adversarial batch, of the shape, dtype and device of x.
 
     Raises:
-        ValueError: a number is missing, negative or not finite; x leaves [0, 1] by more than 1e-6.
+        ValueError: a number is missing, negative or not finite; eps is larger than the pixel box; x leaves
+            [0, 1] by more than 1e-6; the model returns no logits (N, C).
         NonFiniteError: the network's gradient is not finite.
+
+    Warns:
+        UserWarning: alpha is more than 4 eps.
 
     Source:
         Madry et al. (2018), section 2.1.
@@ -158,6 +163,9 @@ def pgd(
     values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
     for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
         knob.check(name, values[name])
+    ball.check(x.shape[1:])
+    if told := ball.far(values["alpha"]):
+        warnings.warn(told, stacklevel=2)
     x, top = x.detach(), int(y.max())
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def check(
             found = square(view, x[left], y[left], ball=ball, queries=QUERIES, generator=start)
             blackbox += int((view(found).argmax(1) != y[left]).sum())
         told(len(part), "black box")
-    share = float(robust.float().mean())
+    share, lost = float(robust.float().mean()), 0 if margin else tiny
     mean = {k: float(v) for k, v in zip(LOOKED_AT, losses.mean(1), strict=True)} if len(first) else {}
     return Masking(
         len(first),
@@ -156,9 +156,7 @@ def check(
         len(last),
         restarts,
         blackbox,
-        tuple(
-            _sentences(len(first), zero, losses, len(last), restarts, blackbox, share, 0 if margin else tiny)
-        ),
+        tuple(_sentences(len(first), zero, losses, len(last), restarts, blackbox, share, lost)),
         view.meter.since(before),
         time.perf_counter() - began,
     )

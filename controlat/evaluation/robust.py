@@ -110,6 +110,7 @@ def robustness(
 
     Warns:
         MaskingWarning: a check says that the robust accuracy is overrated.
+        UserWarning: the alpha of an attack is more than 4 eps.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
@@ -120,11 +121,15 @@ def robustness(
     """
     if checks < 0:
         raise ValueError(f"checks must be >= 0, got {checks}")
+    source, ball, chosen = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
+    ball.check(x.shape[1:])
+    if told := ball.far(max((a.alpha for a in chosen if a.alpha is not None), default=0.0)):
+        warnings.warn(told, stacklevel=2)
     found = measure(
         model,
-        Pair(x, y, device),
-        Ball(number(eps, "eps"), norm),
-        attacks=attacks,
+        source,
+        ball,
+        attacks=chosen,
         batch_size=batch_size,
         seed=seed,
         progress=progress,

@@ -76,7 +76,8 @@ class Awp:
     def _uphill(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
         if w.dim() < 2 or "weight" not in name:
             return torch.zeros_like(w)
-        return radius * w.norm() * unit(g[None])[0]
+        found: Tensor = radius * w.norm() * unit(g[None])[0]
+        return found
 
 
 METHOD = Awp

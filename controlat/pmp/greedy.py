@@ -9,6 +9,7 @@ For a step of length eta, (13) becomes (14): with g_v = grad_theta l(A_v) and n(
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -200,6 +201,9 @@ def criterion(
     Raises:
         ValueError: a number is missing or out of range; x is not in [0, 1].
 
+    Warns:
+        UserWarning: an alpha is more than 4 eps.
+
     Source:
         Ye et al. (2021), equation 14.
 
@@ -221,6 +225,9 @@ def criterion(
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
     grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
+    ball.check(x.shape[1:])
+    if told := ball.far(max(u.get("alpha", 0.0), *grid.alphas)):
+        warnings.warn(told, stacklevel=2)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
     with View(model, channels_last=channels_last) as view:
         check_labels(int(y.max()), view(x[:1]).shape[1])
