@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from controlat import kernels
+from controlat.asking import ask
 
 __all__ = [
     "MODES",
@@ -227,7 +228,7 @@ class View:
                 stack.enter_context(torch.autocast(x.device.type, dtype=self.autocast))
             if self._one_channel:
                 stack.enter_context(kernels.OneChannelConvolutions())
-            logits: Tensor = functional_call(self.model, self._state, (x,))
+            logits = ask(self.model, x, lambda v: functional_call(self.model, self._state, (v,)))
         return logits.float() if self.autocast is not None else logits
 
     def __call__(self, x: Tensor) -> Tensor:

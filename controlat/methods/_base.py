@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from controlat import network, rng
+from controlat.asking import ask
 from controlat.augment import Placement
 from controlat.balls import Ball
 from controlat.control import Control, ControlSpace
@@ -184,13 +185,13 @@ class Context:
 
     def _forward(self, x: Tensor) -> Tensor:
         x = network.channels_last(x) if self.channels_last else x
-        if self.theta is None:
-            found: Tensor = self.model(x)
-            return found
+        theta = self.theta
+        if theta is None:
+            return ask(self.model, x, self.model)
         # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
         buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         try:
-            found = functional_call(self.model, self.theta | buffers, (x,))
+            found = ask(self.model, x, lambda v: functional_call(self.model, theta | buffers, (v,)))
         finally:
             with torch.no_grad():
                 for name, b in self.model.named_buffers():

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat import registry
+from controlat.asking import ask
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
 from controlat.control import number
@@ -174,7 +176,11 @@ class AdversarialLoss:
                 with View(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
                 driver.model.eval()
-                yield lambda x=x, y=y: LOSSES[self.loss](driver.model(x), y).sum() / len(self.x)  # type: ignore[misc]
+                yield partial(self._sum, driver.model, x, y)
+
+    def _sum(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What a batch adds to Phi."""
+        return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
