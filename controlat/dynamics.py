@@ -20,7 +20,7 @@ from controlat import rng
 from controlat.balls import Ball
 from controlat.control import Control
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
-from controlat.network import Meter, NonFiniteError
+from controlat.network import Meter, NonFiniteError, View
 from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
@@ -512,6 +512,37 @@ def rollout(
         yield driver.step(b, plan.control(b), plan.learning_rate(b.epoch, b.number))
 
 
+def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> None:
+    """Raise ValueError where BatchNorm cannot be trained on so few rows, as one forward pass shows.
+
+    Over images of more than one pixel BatchNorm can take the statistics of one sample, over features it
+    cannot.
+    """
+    norms = nn.modules.batchnorm._NormBase
+    if rows > 1 or not any(isinstance(m, norms) for m in driver.model.modules()):
+        return
+    try:
+        view = View(driver.model, "train", channels_last=driver.channels_last, autocast=driver.autocast)
+        with rng.scoped(driver.seed, "rows", device=driver.device), view:
+            view.logits(x[:1].to(driver.device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(f"{what}, on which BatchNorm cannot be trained: {cure}") from error
+
+
+def _check_smallest(driver: Driver, plan: Plan) -> None:
+    """Refuse a plan whose smallest batch, or share of one, BatchNorm cannot be trained on."""
+    n, size, processes = len(plan.data), plan.batch_size, plan.world.size
+    last = (n - 1) % size + 1
+    if last >= 2 * processes:
+        return
+    x, _ = next(iter(plan.data.stream([torch.tensor([0])])))
+    what = f"{n} training samples in batches of {size} leave {last} for the last batch"
+    what += f" of {processes} processes" if processes > 1 else ""
+    check_rows(driver, x, last // processes, what, "choose another batch_size or number of training samples")
+
+
 def arrivals(
     driver: Driver, plan: Plan, epoch: int, batch: int, *, until: int | None = None, begun: bool = False
 ) -> Iterator[tuple[int, Batch]]:
@@ -527,6 +558,7 @@ def arrivals(
         until: epoch to stop before; the plan's end by default.
         begun: the first epoch has begun already.
     """
+    _check_smallest(driver, plan)
     for e in range(epoch, plan.epochs if until is None else until):
         start = batch if e == epoch else 0
         if start == 0 and not (begun and e == epoch):

@@ -20,7 +20,7 @@ from controlat.attacks.pgd import check_batch, check_labels
 from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.control import Control, number
-from controlat.dynamics import Driver
+from controlat.dynamics import Driver, check_rows
 from controlat.methods import Batch, Method, build
 from controlat.network import Meter, NonFiniteError, View
 from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
@@ -74,6 +74,10 @@ def measure(
         raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
     if len({len(b.x) for b in batches}) != 1:
         raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
+    first = batches[0].x
+    check_rows(
+        driver, first, len(first), f"the {len(batches)} probe batches hold 1 sample each", "make fewer"
+    )
     meter = Meter()
     phi = None if terminal is None else _flat(terminal.gradient(driver, meter))
     if phi is not None and not bool(torch.isfinite(phi).all()):
