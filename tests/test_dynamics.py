@@ -645,6 +645,6 @@ def test_a_batch_of_one_sample_trains_where_batchnorm_has_pixels_or_or_is_absent
 
 def test_probe_batches_of_one_sample_are_refused_too() -> None:
     (x, y), model = samples(8), normalised(nn.BatchNorm1d, pixels=False)
-    with pytest.raises(ValueError, match="the 8 probe batches hold 1 sample each, .*: make fewer"):
+    with pytest.raises(ValueError, match=r"the 8 probe batches hold 1 sample each, .*: make fewer"):
         criterion(model, x, y, {"alpha": 0.1, "steps": 1}, eps=0.1, gamma=0, batches=8)
     assert criterion(model, x, y, {"alpha": 0.1, "steps": 1}, eps=0.1, gamma=0, batches=4).value >= 0
