@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["ask", "check_logits"]
+__all__ = ["ask", "check_logits", "check_model"]
 
 # How torch words that inputs do not fit weights; whatever else a model raises is its own.
 _DEVICE = re.compile("same device|Input type")
@@ -42,6 +43,22 @@ def ask(model: nn.Module, x: Tensor, call: Callable[[Tensor], object]) -> Tensor
             raise ValueError(said) from error
         raise
     return check_logits(found, len(x))
+
+
+def check_model(model: object) -> None:
+    """Raise unless a model is an nn.Module whose weights hold numbers.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: weights are lazy, or on the device meta.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"the model's weight {name} has no shape yet: run the model once before")
+        if p.is_meta:
+            raise ValueError(f"the model's weight {name} is on the device meta: load its weights first")
 
 
 def _misfit(model: nn.Module, x: Tensor, error: str) -> str:

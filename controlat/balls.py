@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from controlat.control import number
+from controlat.control import choice, number
 
 __all__ = ["NORMS", "Ball", "Norm", "unit"]
 
@@ -141,8 +141,7 @@ class Ball:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", number(self.eps, "eps"))
-        if self.norm not in tuple(NORMS):  # a list could not be looked up
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        choice(self.norm, "norm", NORMS)
         if self.eps < 0:
             raise ValueError(f"eps must be >= 0, got {self.eps:g}")
         self._within(_DIAMETER[self.norm])

@@ -11,7 +11,7 @@ from typing import Any
 
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
-from controlat.control import Knob, number
+from controlat.control import Knob, brief, number, whole
 from controlat.data import augmentation
 from controlat.dynamics import SGDSettings
 from controlat.evaluation import parse_attack
@@ -208,6 +208,7 @@ class TrainSettings(Problem):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.schedule_of(self.schedule)
+        self.seed = whole(self.seed, "seed")
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be > 0, got {self.checkpoint_minutes}")
 
@@ -275,7 +276,10 @@ class EvaluateSettings(Problem):
                     "schedules are missing: give one or more, such as none amata:min=2,max=10,tau=20/255"
                 )
             self.schedules = DEMO_SCHEDULES
-        self.seeds = self.seeds or ((0, 1, 2) if self.data == "digits" else (0,))
+        if not isinstance(self.seeds, Sequence) or isinstance(self.seeds, str):
+            raise ValueError(f"seeds must be a list of whole numbers, got {brief(self.seeds)}")
+        seeds = tuple(whole(seed, "a seed") for seed in self.seeds)
+        self.seeds = seeds or ((0, 1, 2) if self.data == "digits" else (0,))
         for name in ("schedules", "seeds", "attacks"):
             values = list(getattr(self, name))
             setattr(self, name, values)
@@ -376,6 +380,7 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         _check_evaluation(self)
+        self.seed = whole(self.seed, "seed")
         if self.eps is not None:
             Ball(number(self.eps, "eps"), self.norm or "linf")
         for name in ("points", "batch_size", "threads"):

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat import control, rng
+from controlat.asking import check_model
 from controlat.balls import Ball
-from controlat.control import Control
-from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
+from controlat.control import Control, brief, flag, instance, whole
+from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update, check_method
 from controlat.network import Meter, NonFiniteError, View
 from controlat.parallel import Share, World
 from controlat.plan import Plan
@@ -41,9 +42,12 @@ class SGDSettings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("momentum", "weight_decay"):
+            object.__setattr__(self, name, control.number(getattr(self, name), name))
+        flag(self.nesterov, "nesterov")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if not 0 <= self.weight_decay < float("inf"):
+        if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be >= 0 and finite, got {self.weight_decay}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got momentum 0")
@@ -99,6 +103,15 @@ class Driver:
     notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
+        check_model(self.model)
+        check_method(self.method)
+        self.seed = whole(self.seed, "seed")
+        flag(self.channels_last, "channels_last")
+        for name, kind in (("ball", Ball), ("optimizer", SGDSettings), ("meter", Meter)):
+            instance(getattr(self, name), kind, name)
+        instance(self.autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
+        if self.notice is not None and not callable(self.notice):
+            raise TypeError(f"notice must be a function of (what, name), got {brief(self.notice)}")
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")

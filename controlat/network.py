@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from controlat import kernels
-from controlat.asking import ask
+from controlat.asking import ask, check_model
+from controlat.control import choice, flag, instance
 
 __all__ = [
     "MODES",
@@ -184,10 +185,10 @@ class View:
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check_model(model)
+        choice(mode, "mode", MODES)
+        flag(channels_last, "channels_last")
+        instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
         self.channels_last = channels_last and is_convolutional(model)
         self._one_channel = self.channels_last and kernels.applies(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlat.control import number
+from controlat.control import instance, number
 from controlat.texts import numbers, only, split
 
 __all__ = ["Rate", "parse_rate"]
@@ -47,8 +47,9 @@ class Rate:
     peak: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             raise ValueError(f"a learning rate is one of {', '.join(_KINDS)}, got {self.kind!r}")
+        instance(self.at, (tuple, list), "at", "the epochs of the drops")
         for name in ("lr", "factor"):
             object.__setattr__(self, name, number(getattr(self, name), name))
             if getattr(self, name) <= 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from controlat.control import Control, number
+from controlat.control import Control, instance, number
 from controlat.files import read_json, write_json
 from controlat.texts import only
 
@@ -140,6 +140,8 @@ class Schedule:
     text: str = ""
 
     def __post_init__(self) -> None:
+        instance(self.curves, Mapping, "curves", "a Curve for every knob")
+        instance(self.text, str, "text")
         object.__setattr__(self, "epochs", number(self.epochs, "epochs"))
         object.__setattr__(self, "resolution", number(self.resolution, "resolution"))
         if self.epochs <= 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat.balls import Ball
-from controlat.control import Knob, number
+from controlat.control import Knob, flag, instance, number, whole
 from controlat.losses import Loss, cross_entropy
 from controlat.network import NonFiniteError, View
 
@@ -72,6 +72,9 @@ def check_batch(x: Tensor, y: Tensor) -> None:
             raise ValueError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor"
             )
+        if value.layout != torch.strided or value.is_meta:
+            got = "the device meta" if value.is_meta else f"the layout {value.layout}: use {name}.to_dense()"
+            raise ValueError(f"{name} must be a dense tensor that holds numbers, got {got}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point in [0, 1], got {x.dtype}: divide pixels by 255 first")
     if x.dim() < 2 or x.numel() == 0:
@@ -79,7 +82,7 @@ def check_batch(x: Tensor, y: Tensor) -> None:
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(
             f"y must hold one integer label per sample, shape ({len(x)},) and torch.int64 (y.long()), "
-            f"got {y.dtype} {tuple(y.shape)}"
+            f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
     if int(y.min()) < 0:  # -100 would be ignored without a word by torch's cross_entropy
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
@@ -163,6 +166,9 @@ def pgd(
     values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
     for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
         knob.check(name, values[name])
+    for name, value in (("random_start", random_start), ("channels_last", channels_last)):
+        flag(value, name)
+    instance(generator, (torch.Generator, type(None)), "generator")
     ball.check(x.shape[1:])
     if told := ball.far(values["alpha"]):
         warnings.warn(told, stacklevel=2)
@@ -179,7 +185,7 @@ def pgd(
             y,
             ball=ball,
             alpha=values["alpha"],
-            steps=int(values["steps"]),
+            steps=whole(values["steps"], "steps", 0),
             random_start=random_start,
             loss=loss,
             generator=generator,

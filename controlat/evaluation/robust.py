@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from controlat.attacks.pgd import check_labels
 from controlat.balls import Ball
-from controlat.control import number
+from controlat.control import number, whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.masking import CHECKS, Masking, MaskingWarning, check
-from controlat.evaluation.source import Pair, Source, parts
+from controlat.evaluation.source import Pair, Source, check_progress, parts
 from controlat.network import Meter, View
 from controlat.rng import generator
 
@@ -119,8 +119,6 @@ def robustness(
     >>> found.robust.value <= found.clean.value
     True
     """
-    if checks < 0:
-        raise ValueError(f"checks must be >= 0, got {checks}")
     source, ball, chosen = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
     ball.check(x.shape[1:])
     if told := ball.far(max((a.alpha for a in chosen if a.alpha is not None), default=0.0)):
@@ -162,7 +160,9 @@ def measure(
     checks: int = 0,
 ) -> Robustness:
     """`robustness` on any source of test points; warnings are in the result only."""
-    chosen = read_attacks(attacks)
+    chosen, checks = read_attacks(attacks), whole(checks, "checks", 0)
+    batch_size, seed = whole(batch_size, "batch_size", 1), whole(seed, "seed")
+    check_progress(progress)
     began, meter = time.perf_counter(), Meter()
     with View(model, "eval", meter=meter) as view:
         clean = correct(view, source, batch_size)

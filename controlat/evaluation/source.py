@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from controlat.attacks.pgd import check_batch
+from controlat.control import brief
 
-__all__ = ["Pair", "Source", "parts", "spread"]
+__all__ = ["Pair", "Source", "check_progress", "parts", "read_device", "spread"]
 
 
 class Source(Protocol):
@@ -39,6 +40,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_batch(self.x, self.y)
+        if self.device is not None:
+            read_device(self.device)
 
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels at the positions of each chunk in turn."""
@@ -48,6 +51,27 @@ class Pair:
                 self.x[chunk.to(self.x.device)].to(device),
                 self.y[chunk.to(self.y.device)].to(device),
             )
+
+
+def read_device(device: torch.device | str) -> torch.device:
+    """A device that can be used.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}); give auto or cpu") from None
+    return found
+
+
+def check_progress(progress: object) -> None:
+    """Raise TypeError unless progress is None or can be called."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of (samples done, what), got {brief(progress)}")
 
 
 def parts(source: Source, positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from controlat import registry
 from controlat.asking import ask
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
-from controlat.control import number
+from controlat.control import brief, choice, instance, number, whole
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
 from controlat.network import Meter, NonFiniteError, View
@@ -99,9 +99,10 @@ class AdversarialLoss:
     loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        choice(self.loss, "loss", LOSSES)
         check_batch(self.x, self.y)
+        instance(self.ball, Ball, "ball")
+        object.__setattr__(self, "seed", whole(self.seed, "seed"))
         steps = number(self.steps, "steps")
         if steps < 0 or not steps.is_integer():
             raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
@@ -208,11 +209,14 @@ class Weighted:
     parts: tuple[tuple[float, Terminal], ...]
 
     def __post_init__(self) -> None:
-        parts = tuple((number(weight, "a weight"), part) for weight, part in self.parts)
+        given = self.parts if isinstance(self.parts, (tuple, list)) else None
+        if given is None or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in given):
+            raise ValueError(f"parts must be pairs (weight, terminal cost), got {brief(self.parts)}")
+        parts = tuple((number(weight, "a weight"), part) for weight, part in given)
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
         for _, part in parts:
-            _check(part, "a part of a weighted sum")
+            check_terminal(part, "a part of a weighted sum")
         if not any(weight for weight, _ in parts):
             raise ValueError("all weights of a weighted sum of terminal costs are 0: nothing is left of it")
         object.__setattr__(self, "parts", parts)
@@ -264,7 +268,7 @@ def _finite_gradient(total: list[Tensor]) -> list[Tensor]:
     return total
 
 
-def _check(made: object, what: str) -> None:
+def check_terminal(made: object, what: str) -> None:
     """Refuse what has not the form of a `Terminal`."""
     if isinstance(made, type):
         raise ValueError(f"{what} is the class {made.__name__}; it must be an object of it")
@@ -395,5 +399,5 @@ def _named(name: str, x: Tensor, y: Tensor, ball: Ball, seed: int) -> Terminal:
     if name in TERMINALS:
         return AdversarialLoss(x, y, ball, seed=seed, **TERMINALS[name])
     made = registry.call_factory(name, {"x": x, "y": y, "ball": ball, "seed": seed})
-    _check(made, f"what terminal {name!r} returns")
+    check_terminal(made, f"what terminal {name!r} returns")
     return made  # type: ignore[return-value]
