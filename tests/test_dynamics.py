@@ -603,7 +603,7 @@ def test_a_rollout_uses_the_plan_s_rates() -> None:
 
 @pytest.mark.parametrize(("batch_size", "epochs"), [(0, 1), (1, 0), (-3, 1)])
 def test_a_plan_needs_at_least_one_sample_and_one_epoch(batch_size: int, epochs: int) -> None:
-    with pytest.raises(ValueError, match=r"(batch_size|epochs) must be >= 1, got"):
+    with pytest.raises(ValueError, match=r"(batch_size|epochs) must be a whole number >= 1, got"):
         Plan(split(4), batch_size, epochs, parse_schedule("none", 1), parse_rate(0.1))
 
 

@@ -30,6 +30,7 @@ ORDER = (
     "vision",
     "balls",
     "kernels",
+    "asking",
     "network",
     "attacks",
     "evaluation",

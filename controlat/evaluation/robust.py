@@ -17,7 +17,7 @@ from controlat.control import number, whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.masking import CHECKS, Masking, MaskingWarning, check
-from controlat.evaluation.source import Pair, Source, check_progress, parts
+from controlat.evaluation.source import Pair, Source, checked, parts
 from controlat.network import Meter, View
 from controlat.rng import generator
 
@@ -161,8 +161,7 @@ def measure(
 ) -> Robustness:
     """`robustness` on any source of test points; warnings are in the result only."""
     chosen, checks = read_attacks(attacks), whole(checks, "checks", 0)
-    batch_size, seed = whole(batch_size, "batch_size", 1), whole(seed, "seed")
-    check_progress(progress)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter = time.perf_counter(), Meter()
     with View(model, "eval", meter=meter) as view:
         clean = correct(view, source, batch_size)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from controlat.attacks.pgd import check_batch
-from controlat.control import brief
+from controlat.balls import Ball
+from controlat.control import brief, instance, whole
 
-__all__ = ["Pair", "Source", "check_progress", "parts", "read_device", "spread"]
+__all__ = ["Pair", "Source", "checked", "parts", "read_device", "spread"]
 
 
 class Source(Protocol):
@@ -68,10 +69,19 @@ def read_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def check_progress(progress: object) -> None:
-    """Raise TypeError unless progress is None or can be called."""
+def checked(source: object, ball: object, batch_size: int, seed: int, progress: object) -> tuple[int, int]:
+    """batch_size and seed as whole numbers, once what every evaluation is given has the right kind.
+
+    Raises:
+        TypeError: an object of another kind.
+        ValueError: a number that is not whole or out of range.
+    """
+    if not hasattr(source, "stream") or not hasattr(source, "y"):
+        raise TypeError(f"source must be test points such as a controlat.Split, got {brief(source)}")
+    instance(ball, Ball, "ball")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of (samples done, what), got {brief(progress)}")
+    return whole(batch_size, "batch_size", 1), whole(seed, "seed")
 
 
 def parts(source: Source, positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from controlat.asking import check_model
 from controlat.balls import Ball
-from controlat.control import whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.robust import DEFAULT_ATTACKS, correct
-from controlat.evaluation.source import Source, check_progress, parts
+from controlat.evaluation.source import Source, checked, parts
 from controlat.network import Meter, View
 from controlat.rng import generator
 
@@ -106,8 +105,7 @@ def transfer(
         Wang et al. (2019), section 5.2.
     """
     check_surrogate(model, surrogate)
-    batch_size, seed = whole(batch_size, "batch_size", 1), whole(seed, "seed")
-    check_progress(progress)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter = time.perf_counter(), Meter()
     chosen = read_attacks(attacks)
     with View(model, meter=meter) as view, View(surrogate, meter=meter) as other:
