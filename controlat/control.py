@@ -53,8 +53,8 @@ def number(value: object, name: str = "number") -> float:
     return result
 
 
-def whole(value: object, name: str, low: float = -math.inf, high: float = math.inf) -> int:
-    """Read a whole number in [low, high]; one that is bounded below is at most 1e9.
+def whole(value: object, name: str, low: float = -math.inf) -> int:
+    """Read a whole number: a count from `low` to 1e9, or any, such as a seed.
 
     Raises:
         ValueError: it is not one.
@@ -67,7 +67,7 @@ def whole(value: object, name: str, low: float = -math.inf, high: float = math.i
         with contextlib.suppress(TypeError):
             real = isinstance(value, float) and value.is_integer()
             found = int(value) if real else operator.index(value)  # type: ignore[arg-type,call-overload]
-    most = _MANY if math.isinf(high) and low > -math.inf else high
+    most = _MANY if low > -math.inf else math.inf
     if found is None or not low <= found <= most:
         beyond = found is not None and found > most
         allowed = f" in [{low:g}, {most:g}]" if beyond else f" >= {low:g}" * (low > -math.inf)
