@@ -197,7 +197,7 @@ CALLS: dict[str, Case] = {
     "relaxed": (
         relaxed,
         {"recording": RECORDING, "others": {}, "part": 0.5, "terminal": PHI},
-        {"recording": KIND, "others": KIND, "part": [*ABOVE, (2, "2")], "terminal": [(None, "NoneType")]},
+        {"recording": KIND, "others": KIND, "part": REAL, "terminal": [(None, "NoneType")]},
     ),
     "Attack": (
         Attack,

@@ -115,7 +115,7 @@ def relaxed(
         progress: called after every step.
 
     Raises:
-        ValueError: part is not in [0, 1].
+        ValueError: part is no finite number.
         NonFiniteError: training diverged.
 
     Source:
@@ -125,8 +125,6 @@ def relaxed(
     check_terminal(terminal, "terminal")
     instance(others, Mapping, "others", "controls by the number of their step")
     part = number(part, "part")
-    if not 0 <= part <= 1:
-        raise ValueError(f"part must be in [0, 1], got {part:g}")
     driver = recording.driver
     given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
     mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.plan.batches_per_epoch)
