@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from controlat.control import Control, instance, number, whole
+from controlat.control import Control, instance, number
 from controlat.network import Meter, NonFiniteError
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
@@ -290,7 +290,8 @@ def examine(
     gamma = number(gamma, "gamma")
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma:g}")
-    looks = None if looks is None else whole(looks, "looks", 1)
+    if looks is not None and (type(looks) is not int or looks < 1):
+        raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
     plan, driver, entire = recording.plan, recording.driver, recording.last - recording.first
     blocks = plan.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
