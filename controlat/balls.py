@@ -6,26 +6,52 @@ A norm is a value: four functions of a batch. Everything else is the same for al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from controlat.control import number
+from controlat.control import choice, number
 
-__all__ = ["NORMS", "Ball", "Norm"]
+__all__ = ["NORMS", "Ball", "Norm", "unit"]
 
-_TINY = 1e-10  # keeps 0/0 out of normalised gradients, as torchattacks does
+# The diameter of [0, 1]^d, in l_2 for d = 10^6 numbers where d is not known (`Ball.check` knows it).
+_DIAMETER = {"linf": 1.0, "l2": 1000.0}
+_FAR = 4.0  # a step of more than so many eps is twice as long as the ball is wide
 
 
 def _per_sample(v: Tensor, like: Tensor) -> Tensor:
     return v.view(-1, *[1] * (like.dim() - 1))
 
 
-def _length(x: Tensor) -> Tensor:
-    return _per_sample(x.flatten(1).norm(dim=1), x)
+def _polar(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(v / ||v||, ||v||) per sample, in l_2; the direction of 0 is 0, and what is not finite gives NaN.
+
+    v is scaled by its largest entry first: squares of entries below 1e-23 underflow in float32. Derivatives
+    are those of the quotient, but 0 at 0, and where 1 / ||v|| itself is near the end of the range.
+    """
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    largest = wide.detach().flatten(1).abs().amax(1)
+    scale = _per_sample(torch.where(largest == 0, 1.0, largest), v)
+    scaled = wide / scale
+    length = _per_sample(torch.linalg.vector_norm(scaled.flatten(1), dim=1), v)
+    direction = scaled / torch.where(length == 0, 1.0, length)
+    limits = torch.finfo(wide.dtype)
+    smooth = _per_sample(largest >= limits.tiny / limits.eps, v)
+    direction = torch.where(smooth, direction, direction.detach())
+    return direction.to(v.dtype), (length * scale).flatten().to(v.dtype)
+
+
+def unit(v: Tensor) -> Tensor:
+    """v / ||v||_2 per sample, however small v is; 0 where v is 0.
+
+    >>> unit(torch.tensor([[3e-30, -4e-30], [0.0, 0.0]]))
+    tensor([[ 0.6000, -0.8000],
+            [ 0.0000,  0.0000]])
+    """
+    return _polar(v)[0]
 
 
 @dataclass(frozen=True)
@@ -58,13 +84,14 @@ def _sign(g: Tensor) -> Tensor:
 
 def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     delta = torch.empty_like(like).normal_(generator=generator)
-    length = _length(delta)
-    radius = torch.zeros_like(length).uniform_(0, 1, generator=generator)
-    return delta * (radius / length * eps)
+    radius = _per_sample(like.new_empty(len(like)).uniform_(0, 1, generator=generator), like)
+    return unit(delta) * (radius * eps)
 
 
 def _shrink_l2(delta: Tensor, eps: float) -> Tensor:
-    return delta * (eps / _length(delta).clamp_min(_TINY)).clamp_max(1.0)
+    direction, length = _polar(delta)
+    inside = _per_sample(length <= eps, delta)  # not where it is NaN
+    return torch.where(inside, delta, eps * direction)
 
 
 NORMS: Mapping[str, Norm] = MappingProxyType(
@@ -78,10 +105,10 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         ),
         "l2": Norm(
             draw=_draw_l2,
-            direction=lambda g: g / (_length(g) + _TINY),
+            direction=unit,
             shrink=_shrink_l2,
-            size=lambda delta: delta.flatten(1).norm(dim=1),
-            dual=lambda g: g.flatten(1).norm(dim=1),
+            size=lambda delta: _polar(delta)[1],
+            dual=lambda g: _polar(g)[1],
         ),
     }
 )
@@ -95,11 +122,12 @@ class Ball:
     lengthens a perturbation, so the result lies in both sets (for l_inf it is the exact projection).
 
     Args:
-        eps: radius, in pixel units of [0, 1]; a number or a text such as ``"8/255"``.
+        eps: radius, in pixel units of [0, 1]; a number or a text such as ``"8/255"``. At most the diameter of
+            the box: 1 for l_inf, sqrt(d) for l_2 and inputs of d numbers (1000 at most).
         norm: ``"linf"`` or ``"l2"``.
 
     Raises:
-        ValueError: eps is negative or not finite, or the norm is unknown.
+        ValueError: eps is negative, not finite or beyond the box, or the norm is unknown.
 
     >>> import torch
     >>> ball = Ball("8/255")
@@ -113,10 +141,30 @@ class Ball:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", number(self.eps, "eps"))
+        choice(self.norm, "norm", NORMS)
         if self.eps < 0:
             raise ValueError(f"eps must be >= 0, got {self.eps:g}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        self._within(_DIAMETER[self.norm])
+
+    def _within(self, diameter: float) -> None:
+        if self.eps > diameter * (1 + 1e-6):
+            meant = f": was {self.eps:g}/255 meant?" if self.eps <= 255 else ""
+            raise ValueError(
+                f"eps must be at most {diameter:.4g}, the diameter of the pixel box [0, 1] in {self.norm}, "
+                f"got {self.eps:g}{meant}"
+            )
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError where eps is larger than the pixel box of one input of this shape."""
+        self._within(1.0 if self.norm == "linf" else math.sqrt(math.prod(shape)))
+
+    def far(self, alpha: float) -> str:
+        """A sentence where a step size is far above the width 2 eps of the ball, else an empty text."""
+        if not 0 < _FAR * self.eps < alpha:
+            return ""
+        meant = f"; was {alpha:g}/255 meant?" if alpha >= 1 else ""
+        times = f"{alpha / self.eps:.3g} eps"
+        return f"alpha {alpha:g} is {times} (eps {self.eps:g}): every step leaves the ball{meant}"
 
     @property
     def _norm(self) -> Norm:
@@ -127,15 +175,16 @@ class Ball:
 
         The numbers are drawn in one call of the shape of x0, as torchattacks draws them.
         """
+        self.check(x0.shape[1:])
         return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
         return self._norm.direction(gradient)
 
-    def shrink(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation with ||delta|| <= eps, whatever the pixel box."""
-        return self._norm.shrink(delta, self.eps)
+    def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
+        """The nearest perturbation with ||delta|| <= radius * eps, whatever the pixel box."""
+        return self._norm.shrink(delta, radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
         """A random perturbation of norm at most radius * eps, whatever the pixel box."""
@@ -147,6 +196,7 @@ class Ball:
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The admissible point for x (see the class)."""
+        self.check(x0.shape[1:])
         return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:

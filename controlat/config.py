@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from controlat.augment import Augment, parse_augment
 from controlat.balls import Ball
 from controlat.checkpoints import load_checkpoint
-from controlat.control import Knob, number
+from controlat.control import Knob, brief, number, whole
 from controlat.data import augmentation
 from controlat.dynamics import SGDSettings
 from controlat.evaluation import parse_attack
@@ -266,6 +266,7 @@ class TrainSettings(Problem):
         if self.schedule is None:
             self.schedule = default_schedules(self.eps or 0)[3]
         self.planned  # noqa: B018  (raises)
+        self.seed = whole(self.seed, "seed")
 
     @property
     def planned(self) -> Schedule:
@@ -338,7 +339,10 @@ class EvaluateSettings(Problem):
                     "schedules are missing: give one or more, such as none amata:min=2,max=10,tau=20/255"
                 )
             self.schedules = default_schedules(self.eps or 0)
-        self.seeds = self.seeds or ((0, 1, 2) if self.data == "digits" else (0,))
+        if not isinstance(self.seeds, Sequence) or isinstance(self.seeds, str):
+            raise ValueError(f"seeds must be a list of whole numbers, got {brief(self.seeds)}")
+        seeds = tuple(whole(seed, "a seed") for seed in self.seeds)
+        self.seeds = seeds or ((0, 1, 2) if self.data == "digits" else (0,))
         for name in ("schedules", "seeds", "attacks"):
             values = list(getattr(self, name))
             setattr(self, name, values)
@@ -432,6 +436,7 @@ class AttackSettings:
             self.data_dir = str(expanded(self.data_dir).absolute())
         check_ranges(self)
         _check_evaluation(self)
+        self.seed = whole(self.seed, "seed")
         if self.norm is not None:
             Ball(0.0 if self.eps is None else number(self.eps, "eps"), self.norm)
 

@@ -6,17 +6,22 @@ gradient evaluations: forward-backward passes per sample, K + 1 for one outer st
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from controlat.registry import meant
 
-__all__ = ["Control", "ControlSpace", "Knob", "number"]
+__all__ = ["Control", "ControlSpace", "Knob", "brief", "choice", "flag", "instance", "number", "whole"]
 
+T = TypeVar("T")
+
+_MANY = 1e9  # no count of steps, samples or epochs is larger
 _HUGE = re.compile(r"[eE][+-]?\d{4,}")  # Fraction would compute 10 to that power
 
 
@@ -37,7 +42,7 @@ def number(value: object, name: str = "number") -> float:
     True
     """
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, bytes, bytearray)):
             raise ValueError
         if isinstance(value, str) and _HUGE.search(value):
             raise ValueError
@@ -47,6 +52,74 @@ def number(value: object, name: str = "number") -> float:
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite, got {value!r}")
     return result
+
+
+def whole(value: object, name: str, low: float = -math.inf) -> int:
+    """Read a whole number: a count from `low` to 1e9, or any, such as a seed.
+
+    Raises:
+        ValueError: it is not one.
+
+    >>> whole(3.0, "steps", 0)
+    3
+    """
+    found: int | None = None
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            real = isinstance(value, float) and value.is_integer()
+            found = int(value) if real else operator.index(value)  # type: ignore[arg-type,call-overload]
+    most = _MANY if low > -math.inf else math.inf
+    if found is None or not low <= found <= most:
+        beyond = found is not None and found > most
+        allowed = f" in [{low:g}, {most:g}]" if beyond else f" >= {low:g}" * (low > -math.inf)
+        raise ValueError(f"{name} must be a whole number{allowed}, got {brief(value)}")
+    return found
+
+
+def flag(value: object, name: str) -> bool:
+    """Read true or false.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {brief(value)}")
+    return value
+
+
+def choice(value: object, name: str, choices: Iterable[str]) -> str:
+    """Read one of some texts.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {brief(value)}")
+    return value
+
+
+def instance(value: T, kind: type | tuple[type, ...], name: str, cure: str = "") -> T:
+    """Return an object of some kind.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name} must be a {wanted}, got {brief(value)}" + f": {cure}" * bool(cure))
+    return value
+
+
+def brief(value: object) -> str:
+    """A value for an error: a tensor by its type and shape, everything else in one short line."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
 class Control(Mapping[str, Any]):
@@ -115,10 +188,14 @@ class Knob:
     default: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("real", "integer"):
-            raise ValueError(f"Knob.kind must be 'real' or 'integer', got {self.kind!r}")
+        choice(self.kind, "Knob.kind", ("real", "integer"))
+        instance(self.meaning, str, "Knob.meaning")
+        for name in ("low", "high"):
+            instance(getattr(self, name), (int, float), f"Knob.{name}")
         if not self.low <= self.high:
             raise ValueError(f"Knob needs low <= high, got [{self.low}, {self.high}]")
+        if self.default is not None:
+            self.check("Knob.default", number(self.default, "Knob.default"))
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError unless `value` is admissible; the message says what is."""
@@ -142,6 +219,15 @@ class ControlSpace(Mapping[str, Knob]):
     knobs: Mapping[str, Knob]
     cost: Callable[[Control], float]
 
+    def __post_init__(self) -> None:
+        instance(self.knobs, Mapping, "knobs of a ControlSpace")
+        for name, knob in self.knobs.items():
+            instance(knob, Knob, f"knob {name!r} of a ControlSpace")
+        if not callable(self.cost):
+            raise TypeError(
+                f"cost of a ControlSpace must be a function of the control, got {brief(self.cost)}"
+            )
+
     def __getitem__(self, name: str) -> Knob:
         return self.knobs[name]
 
@@ -157,6 +243,7 @@ class ControlSpace(Mapping[str, Knob]):
         Raises:
             ValueError: a knob is unknown, missing without a default, of the wrong kind or out of bounds.
         """
+        instance(control, Mapping, "control", "such as {'alpha': 0.01, 'steps': 10}")
         known = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
         given, control = sorted(control), known | dict(control)
         if set(control) != set(self.knobs):

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from controlat import batchnorm, rng
+from controlat import batchnorm, control, rng
+from controlat.asking import check_model
 from controlat.balls import Ball
 from controlat.borrowed import alone, in_mode, owned, replaced
-from controlat.control import Control
+from controlat.control import Control, brief, flag, instance, whole
 from controlat.kernels import SecondDerivatives
-from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update
-from controlat.network import Meter, NonFiniteError, check_model
+from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update, check_method
+from controlat.network import Meter, NonFiniteError, View
 from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
@@ -43,9 +44,12 @@ class SGDSettings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("momentum", "weight_decay"):
+            object.__setattr__(self, name, control.number(getattr(self, name), name))
+        flag(self.nesterov, "nesterov")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if not 0 <= self.weight_decay < float("inf"):
+        if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be >= 0 and finite, got {self.weight_decay}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got momentum 0")
@@ -118,6 +122,14 @@ class Driver:
 
     def __post_init__(self) -> None:
         check_model(self.model)
+        check_method(self.method)
+        self.seed = whole(self.seed, "seed")
+        flag(self.channels_last, "channels_last")
+        for name, kind in (("ball", Ball), ("optimizer", SGDSettings), ("meter", Meter)):
+            instance(getattr(self, name), kind, name)
+        instance(self.autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
+        if self.notice is not None and not callable(self.notice):
+            raise TypeError(f"notice must be a function of (what, name), got {brief(self.notice)}")
         with alone(self.model), in_mode(self.model, True):  # some networks freeze parts of themselves there
             self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
@@ -578,6 +590,37 @@ def rollout(
         yield driver.step(b, plan.control(b), plan.learning_rate(b.epoch, b.number))
 
 
+def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> None:
+    """Raise ValueError where BatchNorm cannot be trained on so few rows, as one forward pass shows.
+
+    Over images of more than one pixel BatchNorm can take the statistics of one sample, over features it
+    cannot.
+    """
+    norms = nn.modules.batchnorm._NormBase
+    if rows > 1 or not any(isinstance(m, norms) for m in driver.model.modules()):
+        return
+    try:
+        view = View(driver.model, "train", channels_last=driver.channels_last, autocast=driver.autocast)
+        with rng.scoped(driver.seed, "rows", device=driver.device), view:
+            view.logits(x[:1].to(driver.device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(f"{what}, on which BatchNorm cannot be trained: {cure}") from error
+
+
+def _check_smallest(driver: Driver, plan: Plan) -> None:
+    """Refuse a plan whose smallest batch, or share of one, BatchNorm cannot be trained on."""
+    n, size, processes = len(plan.data), plan.batch_size, plan.world.size
+    last = (n - 1) % size + 1
+    if last >= 2 * processes:
+        return
+    x, _ = next(iter(plan.data.stream([torch.tensor([0])])))
+    what = f"{n} training samples in batches of {size} leave {last} for the last batch"
+    what += f" of {processes} processes" if processes > 1 else ""
+    check_rows(driver, x, last // processes, what, "choose another batch_size or number of training samples")
+
+
 def arrivals(
     driver: Driver, plan: Plan, epoch: int, batch: int, *, until: int | None = None, begun: bool = False
 ) -> Iterator[tuple[int, Batch]]:
@@ -593,6 +636,7 @@ def arrivals(
         until: epoch to stop before; the plan's end by default.
         begun: the first epoch has begun already.
     """
+    _check_smallest(driver, plan)
     for e in range(epoch, plan.epochs if until is None else until):
         start = batch if e == epoch else 0
         if start == 0 and not (begun and e == epoch):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from controlat.control import Knob, number
+from controlat.control import Knob, instance, number
 from controlat.registry import meant
 from controlat.schedules import Curve, Schedule
 from controlat.texts import numbers, only, short, split
@@ -143,6 +143,8 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     >>> dict(parse_schedule("pgd:steps=10,alpha=2/255", epochs=30)(0)) == {"alpha": 2 / 255, "steps": 10}
     True
     """
+    instance(text, str, "the text of a schedule")
+    instance(knobs, (Mapping, type(None)), "knobs")
     family, found = split(text)
     if family not in FAMILIES:
         examples = "; ".join(f.example for f in FAMILIES.values())

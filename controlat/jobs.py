@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from controlat import plots, report
+from controlat.balls import Ball
 from controlat.candidate import Candidate, candidates
 from controlat.checkpoints import load_weights
 from controlat.config import (
@@ -24,6 +25,7 @@ from controlat.config import (
     settings_from,
 )
 from controlat.evaluation import Extras, parse_attack
+from controlat.evaluation.attack import read_attacks
 from controlat.files import expanded, write_json
 from controlat.hindsight import most_evaluations
 from controlat.methods import build
@@ -77,6 +79,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             )
         if world.first:
             _note_unreached(chosen, {schedule.text: schedule})
+            _note_far(short(schedule.text), _alphas(schedule), chosen.ball)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -129,6 +132,22 @@ def _by_value(found: Mapping[str, tuple[float, ...]]) -> dict[tuple[float, ...],
     return names
 
 
+def _note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
+    """Say where a step size is far above the width of the ball."""
+    if told := ball.far(max(alphas, default=0.0)):
+        tqdm.write(f"controlat: note: {what}: {told}", file=sys.stderr)
+
+
+def _alphas(schedule: Schedule) -> Iterator[float]:
+    """The step sizes of a schedule, piece by piece."""
+    return (schedule(piece * schedule.resolution).get("alpha", 0.0) for piece in range(schedule.pieces))
+
+
+def _steps(attacks: Sequence[str]) -> Iterator[float]:
+    """The step sizes that attacks name."""
+    return (a.alpha for a in read_attacks(attacks) if a.alpha is not None)
+
+
 @contextlib.contextmanager
 def _together(out: str | Path, plain: dict[str, Any], chosen: Problem) -> Iterator[tuple[World, bool]]:
     """The processes of a run, its directory held, and deterministic kernels: (processes, known before)."""
@@ -161,7 +180,12 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             setting = Setting.of(chosen)
             every = list(candidates(setting, chosen, out))
             if world.first:
-                _note_unreached(chosen, {text: chosen.schedule_of(text) for text in chosen.schedules})
+                planned = {text: chosen.schedule_of(text) for text in chosen.schedules}
+                _note_unreached(chosen, planned)
+                for text, schedule in planned.items():
+                    _note_far(short(text), _alphas(schedule), chosen.ball)
+                _note_far("the grid of G", map(float, chosen.alphas or ()), chosen.ball)
+                _note_far("attacks", _steps(chosen.attacks), chosen.ball)
             setting.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
             phi = _phi(setting, chosen)
             if chosen.full:
@@ -340,6 +364,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     load_weights(model, found["model"], str(checkpoint))
+    _note_far("attacks", _steps(chosen.attacks), setting.problem.ball)
     with deterministic(chosen.threads):
         measured = setting.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {

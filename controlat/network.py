@@ -12,11 +12,12 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from controlat import kernels, rng
+from controlat.asking import ask, check_model
 from controlat.borrowed import alone, in_mode, owned, replaced
+from controlat.control import choice, flag, instance
 
 __all__ = [
     "MODES",
@@ -249,18 +250,6 @@ def _couples_samples(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", 0) is None
 
 
-def check_model(model: object) -> None:
-    """Refuse what is no network or not yet one, and wrappers that work only as a whole."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
-        )
-    if any(map(is_lazy, model.parameters())) or any(map(is_lazy, model.buffers())):
-        raise ValueError("the model has lazy layers, which have no shape yet: call it on one batch first")
-
-
 class View:
     """A context in which a model can be asked for logits and input gradients, and nothing of it changes.
 
@@ -303,8 +292,9 @@ class View:
         autocast: torch.dtype | None = None,
     ) -> None:
         check_model(model)
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        choice(mode, "mode", MODES)
+        flag(channels_last, "channels_last")
+        instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
         self.channels_last = channels_last and is_convolutional(model)
         self.meter = Meter() if meter is None else meter
@@ -362,8 +352,7 @@ class View:
         def run(x: Tensor, nhwc: bool) -> Tensor:
             if nhwc != self._nhwc:
                 self._freeze(nhwc)
-            found: Tensor = self.model(x)
-            return found
+            return ask(self.model, x, self.model)
 
         return in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
 

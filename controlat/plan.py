@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from controlat import rng
 from controlat.augment import Augment
-from controlat.control import Control
+from controlat.control import Control, brief, instance, whole
 from controlat.data import Samples
 from controlat.methods import Batch
 from controlat.parallel import World
@@ -51,9 +52,17 @@ class Plan:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, low in (("batch_size", 1.0), ("epochs", 1.0), ("seed", -math.inf)):
+            object.__setattr__(self, name, whole(getattr(self, name), name, low))
+        for name in ("data", "held_out"):
+            samples = getattr(self, name)
+            if not hasattr(samples, "stream") and (name == "data" or samples is not None):
+                raise TypeError(f"{name} must be samples such as controlat.Split, got {brief(samples)}")
+        for name in ("schedule", "rate"):
+            if not callable(value := getattr(self, name)):
+                raise TypeError(f"{name} must be a function of t (see parse_{name}), got {brief(value)}")
+        instance(self.augment, (Augment, type(None)), "augment")
+        instance(self.world, World, "world")
         last = (len(self.data) - 1) % self.batch_size + 1
         if last < self.world.size:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from controlat.control import number
+from controlat.control import instance, number
 from controlat.registry import meant
 from controlat.texts import numbers, only, split
 
@@ -49,8 +49,9 @@ class Rate:
     peak: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             raise ValueError(f"a learning rate is one of {', '.join(_KINDS)}, got {self.kind!r}")
+        instance(self.at, (tuple, list), "at", "the epochs of the drops")
         for name in ("lr", "factor"):
             object.__setattr__(self, name, number(getattr(self, name), name))
             if getattr(self, name) <= 0:

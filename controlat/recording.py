@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from controlat.control import Control
+from controlat.control import Control, instance
 from controlat.dynamics import Driver, Step, arrivals, rollout
 from controlat.methods import Batch
 from controlat.network import Meter
@@ -153,6 +153,8 @@ class Recording:
             ValueError: not a window of the plan, or states that do not fit within `limit`.
             NonFiniteError: the first step diverges.
         """
+        instance(driver, Driver, "driver")
+        instance(plan, Plan, "plan")
         total = plan.epochs * plan.batches_per_epoch
         last = total if last is None else last
         for name, value in {"first": first, "last": last, "stride": 1 if stride is None else stride}.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from controlat.control import Control, ControlSpace, number
+from controlat.control import Control, ControlSpace, instance, number
 from controlat.files import read_json, write_json
 from controlat.texts import only, short
 
@@ -159,6 +159,8 @@ class Schedule:
     defaults: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        instance(self.curves, Mapping, "curves", "a Curve for every knob")
+        instance(self.text, str, "text")
         object.__setattr__(self, "epochs", number(self.epochs, "epochs"))
         object.__setattr__(self, "resolution", number(self.resolution, "resolution"))
         if self.epochs <= 0:

@@ -20,6 +20,7 @@ from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics import Driver
 from controlat.evaluation import Evaluation, Extras, protocol
+from controlat.evaluation.source import read_device
 from controlat.losses import cross_entropy
 from controlat.methods import build
 from controlat.network import Meter, View
@@ -43,13 +44,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason}); give auto or cpu") from None
-    return device
+    return read_device(name)
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ class Setting:
         """Load the data and keep a slice of the training set for validation."""
         device = pick_device(problem.device)
         data = load_data(problem.data, problem.data_dir, **problem.data_options)
+        problem.ball.check(data.in_shape)
         data = data.limited(problem.train_points, problem.test_points)
         held_out = problem.held_out or max(1, min(1000, len(data.train) // 10))
         if held_out >= len(data.train):

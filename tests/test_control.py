@@ -154,7 +154,7 @@ def test_a_knob_without_upper_bound_says_only_the_lower_one() -> None:
 
 
 def test_a_knob_needs_a_known_kind_and_ordered_bounds() -> None:
-    with pytest.raises(ValueError, match="'real' or 'integer', got 'whole'"):
+    with pytest.raises(ValueError, match="must be one of real, integer, got 'whole'"):
         Knob("whole", 0)
     with pytest.raises(ValueError, match=r"low <= high, got \[1, 0\]"):
         Knob("real", 1, 0)

@@ -1,7 +1,7 @@
 """The driver of the outer step: bits, snapshots, scoring without a trace, several updates, and the plan."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,8 +22,11 @@ from controlat.losses import cross_entropy
 from controlat.methods import Batch, Context, Update
 from controlat.methods.pgd_at import PgdAT
 from controlat.network import Meter, NonFiniteError
+from controlat.parallel import World
 from controlat.plan import Plan
+from controlat.pmp import criterion
 from controlat.rates import parse_rate
+from controlat.recording import Recording
 from controlat.state import Snapshot
 
 SGD, HEAVY = SGDSettings(momentum=0.0), SGDSettings(momentum=0.9, weight_decay=1e-3)
@@ -602,5 +605,48 @@ def test_a_rollout_uses_the_plan_s_rates() -> None:
 
 @pytest.mark.parametrize(("batch_size", "epochs"), [(0, 1), (1, 0), (-3, 1)])
 def test_a_plan_needs_at_least_one_sample_and_one_epoch(batch_size: int, epochs: int) -> None:
-    with pytest.raises(ValueError, match=r"(batch_size|epochs) must be >= 1, got"):
+    with pytest.raises(ValueError, match=r"(batch_size|epochs) must be a whole number >= 1, got"):
         Plan(split(4), batch_size, epochs, parse_schedule("none", 1), parse_rate(0.1))
+
+
+def normalised(kind: type[nn.Module], *, pixels: bool) -> nn.Module:
+    """BatchNorm over images, or over features."""
+    with rng.scoped(0, "normalised"):
+        layers = (
+            [kind(1), nn.Flatten()] if pixels else [nn.Flatten(), nn.Linear(4, 3), kind(3), nn.Linear(3, 3)]
+        )
+        return nn.Sequential(*layers, *([nn.Linear(4, 3)] if pixels else [])).double()
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(4, 1), (1, 1), (2, 1), (3, 2), (6, 2)])
+def test_a_batch_of_one_sample_that_batchnorm_cannot_take_is_refused_before_the_first_step(
+    batch_size: int, processes: int
+) -> None:
+    """Nine samples: the last batch, or a process's share of it, has one row."""
+    model = normalised(nn.BatchNorm1d, pixels=False)
+    driver, before = Driver(model, PgdAT(), BALL), trace(model)
+    for rank in range(processes):
+        p = replace(plan(split(9), batch_size=batch_size), world=World(rank, processes))
+        with pytest.raises(
+            ValueError, match=r"9 training samples in batches of \d leave \d .*BatchNorm cannot"
+        ):
+            next(rollout(driver, p))
+    with pytest.raises(ValueError, match="choose another batch_size or number of training samples"):
+        Recording.of(driver, plan(split(9), batch_size=4))
+    assert same(trace(model), before)
+    assert same(driver.snapshot().optimizer["state"], {})
+
+
+def test_a_batch_of_one_sample_trains_where_batchnorm_has_pixels_or_or_is_absent() -> None:
+    p = plan(split(9), batch_size=4, epochs=1)
+    assert len(list(rollout(Driver(normalised(nn.BatchNorm2d, pixels=True), PgdAT(), BALL), p))) == 3
+    assert len(list(rollout(Driver(mlp(), PgdAT(), BALL), p))) == 3
+    even = plan(split(10), batch_size=4, epochs=1)
+    assert len(list(rollout(Driver(normalised(nn.BatchNorm1d, pixels=False), PgdAT(), BALL), even))) == 3
+
+
+def test_probe_batches_of_one_sample_are_refused_too() -> None:
+    (x, y), model = samples(8), normalised(nn.BatchNorm1d, pixels=False)
+    with pytest.raises(ValueError, match=r"the 8 probe batches hold 1 sample each, .*: make fewer"):
+        criterion(model, x, y, {"alpha": 0.1, "steps": 1}, eps=0.1, gamma=0, batches=8)
+    assert criterion(model, x, y, {"alpha": 0.1, "steps": 1}, eps=0.1, gamma=0, batches=4).value >= 0

@@ -33,6 +33,7 @@ ORDER = (
     "balls",
     "kernels",
     "borrowed",
+    "asking",
     "network",
     "attacks",
     "evaluation",

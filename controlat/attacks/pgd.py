@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from controlat.balls import Ball
 from controlat.borrowed import owned
-from controlat.control import Knob, number
+from controlat.control import Knob, flag, instance, number, whole
 from controlat.losses import Loss, cross_entropy
 from controlat.network import NonFiniteError, View
 
@@ -72,6 +73,9 @@ def check_batch(x: Tensor, y: Tensor) -> None:
             raise ValueError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor"
             )
+        if value.layout != torch.strided or value.is_meta:
+            got = "the device meta" if value.is_meta else f"the layout {value.layout}: use {name}.to_dense()"
+            raise ValueError(f"{name} must be a dense tensor that holds numbers, got {got}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point in [0, 1], got {x.dtype}: divide pixels by 255 first")
     if x.dim() < 2 or x.numel() == 0:
@@ -79,7 +83,7 @@ def check_batch(x: Tensor, y: Tensor) -> None:
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(
             f"y must hold one integer label per sample, shape ({len(x)},) and torch.int64 (y.long()), "
-            f"got {y.dtype} {tuple(y.shape)}"
+            f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
     if int(y.min()) < 0:  # -100 would be ignored without a word by torch's cross_entropy
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
@@ -141,8 +145,12 @@ def pgd(
         The detached adversarial batch, of the shape, dtype and device of x.
 
     Raises:
-        ValueError: a number is missing, negative or not finite; x leaves [0, 1] by more than 1e-6.
+        ValueError: a number is missing, negative or not finite; eps is larger than the pixel box; x leaves
+            [0, 1] by more than 1e-6; the model returns no logits (N, C).
         NonFiniteError: the network's gradient is not finite.
+
+    Warns:
+        UserWarning: alpha is more than 4 eps.
 
     Source:
         Madry et al. (2018), section 2.1.
@@ -159,6 +167,12 @@ def pgd(
     values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
     for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
         knob.check(name, values[name])
+    for name, value in (("random_start", random_start), ("channels_last", channels_last)):
+        flag(value, name)
+    instance(generator, (torch.Generator, type(None)), "generator")
+    ball.check(x.shape[1:])
+    if told := ball.far(values["alpha"]):
+        warnings.warn(told, stacklevel=2)
     x, y, top = owned(x.detach()), owned(y), int(y.max())
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,7 +186,7 @@ def pgd(
             y,
             ball=ball,
             alpha=values["alpha"],
-            steps=int(values["steps"]),
+            steps=whole(values["steps"], "steps", 0),
             random_start=random_start,
             loss=loss,
             generator=generator,

@@ -11,6 +11,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from controlat.control import brief, instance, number
+
 TOLERANCE = 1e-6  # by how much a pixel may leave [0, 1]
 
 
@@ -119,6 +121,11 @@ class Split:
 
 
 def _check_form(x: Tensor, y: Tensor) -> None:
+    for name, value in (("x", x), ("y", y)):
+        instance(value, Tensor, name, "use torch.as_tensor")
+        if value.layout != torch.strided or value.is_meta:
+            got = "the device meta" if value.is_meta else f"the layout {value.layout}: use {name}.to_dense()"
+            raise ValueError(f"{name} must be a dense tensor that holds numbers, got {got}")
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must have shape (N, C, H, W), none of them 0, got {tuple(x.shape)}")
     if x.dtype != torch.uint8 and not x.is_floating_point():
@@ -173,9 +180,12 @@ class Dataset:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
+        num_classes = number(self.num_classes, "num_classes")
+        if num_classes < 2 or not num_classes.is_integer():
             raise ValueError(f"data set {self.name!r}: num_classes must be >= 2, got {self.num_classes}")
         for kind, split in (("train", self.train), ("test", self.test)):
+            if not hasattr(split, "stream"):
+                raise TypeError(f"{kind} must be samples such as a Split, got {brief(split)}")
             if (highest := split.y.max().item()) >= self.num_classes:
                 where = f"label {highest} at position {split.y.argmax().item()}"
                 allowed = f"labels must be 0..{self.num_classes - 1}; raise num_classes or mend the label"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from controlat.attacks.pgd import ascend, path
 from controlat.balls import Ball
-from controlat.control import number
+from controlat.control import brief, flag, instance, number, whole
 from controlat.losses import Loss, cross_entropy, margin
 from controlat.network import View
 from controlat.registry import meant
@@ -47,12 +46,16 @@ class Attack:
     relative: float = 0.25
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("restarts", 1), ("alpha", 0), ("kappa", 0)):
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise ValueError(f"attack {self.name!r}: {name} must be >= {low} and finite, got {value:g}")
-            if name in ("steps", "restarts") and value != int(value):
-                raise ValueError(f"attack {self.name!r}: {name} must be a whole number, got {value:g}")
+        what = f"attack {instance(self.name, str, 'name of an attack')!r}"
+        for name in ("steps", "restarts"):
+            object.__setattr__(self, name, whole(getattr(self, name), f"{what}: {name}", 1))
+        flag(self.random_start, f"{what}: random_start")
+        for name in ("alpha", "kappa", "relative"):
+            if getattr(self, name) is None and name != "relative":
+                continue
+            object.__setattr__(self, name, value := number(getattr(self, name), f"{what}: {name}"))
+            if value < 0:
+                raise ValueError(f"{what}: {name} must be >= 0 and finite, got {value:g}")
 
     @property
     def loss(self) -> Loss:
@@ -129,6 +132,11 @@ def read_attacks(attacks: Sequence[str | Attack]) -> list[Attack]:
     Raises:
         ValueError: one is malformed, or given twice.
     """
+    if isinstance(attacks, (str, bytes, Mapping)) or not isinstance(attacks, Iterable):
+        raise ValueError(f"attacks must be a list such as ['pgd-20', 'cw-30'], got {brief(attacks)}")
+    attacks = list(attacks)
+    for a in attacks:
+        instance(a, (str, Attack), "an attack", "such as 'pgd-20'")
     chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
     if len({a.name for a in chosen}) < len(chosen):
         raise ValueError(f"an attack is given twice: {', '.join(a.name for a in chosen)}")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from controlat import rng
 from controlat.balls import Ball
+from controlat.control import whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.robust import correct
-from controlat.evaluation.source import Source, parts, spread
+from controlat.evaluation.source import Source, checked, parts, spread
 from controlat.network import Meter, NonFiniteError, View
 
 __all__ = ["AutoAttacked", "auto_cost", "autoattack", "require"]
@@ -164,7 +165,8 @@ def autoattack(
     Source:
         Croce and Hein (2020).
     """
-    kind, notes = require(), _Notes()
+    kind, notes, points = require(), _Notes(), whole(points, "points", 1)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter, told = time.perf_counter(), Meter(), progress or (lambda n, name: None)
     positions = spread(torch.arange(len(source.y)), points)
     logger = logging.Logger("controlat.autoattack")

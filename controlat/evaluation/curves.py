@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from controlat.balls import Ball
+from controlat.control import whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, ascent
-from controlat.evaluation.source import Source, parts, spread
+from controlat.evaluation.source import Source, checked, parts, spread
 from controlat.losses import cross_entropy
 from controlat.network import Meter, View
 from controlat.rng import generator
@@ -98,6 +99,8 @@ def curves(
         progress: called with (samples done, what).
         channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
     """
+    points = whole(points, "points", 1)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter = time.perf_counter(), Meter()
     chosen, told = spread(torch.arange(len(source.y)), points), progress or (lambda n, name: None)
     (_, first, _), *_ = parts(source, chosen[:1], 1)

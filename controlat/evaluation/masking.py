@@ -44,6 +44,9 @@ class Masking:
     Args:
         points: correctly classified points whose gradients and losses were looked at.
         zero_gradients: how many of them have an input gradient of exactly 0.
+        tiny_gradients: how many others, of those that survived the evaluation, have a cross-entropy below the
+            rounding of 1: its gradient in the logit of the label, p_y - 1, is then 0, and those in the other
+            logits, p_j, may be too small for an attack.
         losses: mean cross-entropy after 1, 10 and 50 steps of ascent (alpha = eps/4).
         survivors: points robust to the whole evaluation that were attacked once more.
         restarts: how many of them ten more restarts of PGD-20 broke.
@@ -55,6 +58,7 @@ class Masking:
 
     points: int = 0
     zero_gradients: int = 0
+    tiny_gradients: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     survivors: int = 0
     restarts: int = 0
@@ -68,6 +72,7 @@ class Masking:
         return {
             "points": self.points,
             "zero_gradients": self.zero_gradients,
+            "tiny_gradients": self.tiny_gradients,
             "losses": {str(k): v for k, v in self.losses.items()},
             "survivors": self.survivors,
             "restarts": self.restarts,
@@ -95,6 +100,7 @@ def check(
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[int, str], object] | None = None,
+    margin: bool = False,
 ) -> Masking:
     """Run all checks.
 
@@ -108,6 +114,7 @@ def check(
         batch_size: samples at a time.
         seed: of random starts and squares.
         progress: called with (samples done, name of the check).
+        margin: whether an attack of the evaluation ascended the margin, whose gradient does not vanish.
     """
     if points == 0 or ball.eps == 0:
         return Masking()
@@ -115,9 +122,11 @@ def check(
     first = spread(correct.nonzero().squeeze(1), points)
     last = spread(robust.nonzero().squeeze(1), points)
     told = progress or (lambda n, name: None)
-    zero, losses = 0, torch.empty(len(LOOKED_AT), 0)
+    zero, tiny, losses = 0, 0, torch.empty(len(LOOKED_AT), 0)
     for part, x, y in parts(source, first, batch_size):
-        zero += _flat(view, x, y)
+        flat, saturated = _vanishing(view, x, y)
+        zero += int(flat.sum())
+        tiny += int((saturated & ~flat & robust[part]).sum())
         start = generator(seed, "masking", "loss", int(part[0]), device=x.device)
         losses = torch.cat([losses, _losses(view, x, y, ball, start)], dim=1)
         told(len(part), "gradients and losses")
@@ -137,25 +146,34 @@ def check(
             found = square(view, x[left], y[left], ball=ball, queries=QUERIES, generator=start)
             blackbox += int((view(found).argmax(1) != y[left]).sum())
         told(len(part), "black box")
-    share = float(robust.float().mean())
+    share, lost = float(robust.float().mean()), 0 if margin else tiny
     mean = {k: float(v) for k, v in zip(LOOKED_AT, losses.mean(1), strict=True)} if len(first) else {}
     return Masking(
         len(first),
         zero,
+        tiny,
         mean,
         len(last),
         restarts,
         blackbox,
-        tuple(_sentences(len(first), zero, losses, len(last), restarts, blackbox, share)),
+        tuple(_sentences(len(first), zero, losses, len(last), restarts, blackbox, share, lost)),
         view.meter.since(before),
         time.perf_counter() - began,
     )
 
 
-def _flat(view: View, x: Tensor, y: Tensor) -> int:
-    """How many samples have an input gradient of exactly 0."""
-    gradient = view.gradient(view.prepare(x), lambda logits: cross_entropy(logits, y))
-    return int((gradient.flatten(1) == 0).all(1).sum())
+def _vanishing(view: View, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) masks of samples whose input gradient is exactly 0, and whose softmax rounds to one-hot."""
+    loss = torch.empty(0)
+
+    def objective(logits: Tensor) -> Tensor:
+        nonlocal loss
+        loss = cross_entropy(logits, y)
+        return loss
+
+    gradient = view.gradient(view.prepare(x), objective)
+    saturated = loss.detach() < torch.finfo(loss.dtype).eps
+    return (gradient.flatten(1) == 0).all(1).cpu(), saturated.cpu()
 
 
 def _losses(view: View, x: Tensor, y: Tensor, ball: Ball, start: torch.Generator) -> Tensor:
@@ -165,13 +183,25 @@ def _losses(view: View, x: Tensor, y: Tensor, ball: Ball, start: torch.Generator
 
 
 def _sentences(
-    points: int, zero: int, losses: Tensor, survivors: int, restarts: int, blackbox: int, share: float = 1.0
+    points: int,
+    zero: int,
+    losses: Tensor,
+    survivors: int,
+    restarts: int,
+    blackbox: int,
+    share: float = 1.0,
+    tiny: int = 0,
 ) -> list[str]:
     found = []
     if zero > max(_ZERO * points, 1):
         found.append(
             f"{zero} of {points} points have an input gradient of exactly zero, so that gradient attacks do "
             "not move them (a saturated or quantised network?)"
+        )
+    if tiny > max(_ZERO * points, 1):
+        found.append(
+            f"{tiny} of {points} points survived with a cross-entropy whose gradient is lost in rounding (a "
+            "saturated softmax): attack the margin of the logits too, which does not saturate (add cw-30)"
         )
     if points >= _FEW:
         one, ten, fifty = losses

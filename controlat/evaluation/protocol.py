@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from controlat.balls import Ball
+from controlat.control import flag, whole
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.auto import AutoAttacked, auto_cost, autoattack
 from controlat.evaluation.curves import POINTS, RADII, Curves, curves, curves_cost
@@ -36,6 +37,11 @@ class Extras:
     autoattack: int = 0
     sweeps: bool = False
     surrogate: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checks", "autoattack"):
+            whole(getattr(self, name), name, 0)
+        flag(self.sweeps, "sweeps")
 
     def cost(self, points: int, classes: int, attacks: Sequence[str | Attack]) -> dict[str, Meter]:
         """Evaluations of each part on a test set of so many points, at most."""

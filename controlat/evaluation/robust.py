@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from controlat.attacks.pgd import check_labels
 from controlat.balls import Ball
-from controlat.control import number
+from controlat.control import number, whole
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.masking import CHECKS, Masking, MaskingWarning, check
-from controlat.evaluation.source import Pair, Source, parts
+from controlat.evaluation.source import Pair, Source, checked, parts
 from controlat.network import Meter, View
 from controlat.rng import generator
 
@@ -112,6 +112,7 @@ def robustness(
 
     Warns:
         MaskingWarning: a check says that the robust accuracy is overrated.
+        UserWarning: the alpha of an attack is more than 4 eps.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
@@ -120,13 +121,15 @@ def robustness(
     >>> found.robust.value <= found.clean.value
     True
     """
-    if checks < 0:
-        raise ValueError(f"checks must be >= 0, got {checks}")
+    source, ball, chosen = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
+    ball.check(x.shape[1:])
+    if told := ball.far(max((a.alpha for a in chosen if a.alpha is not None), default=0.0)):
+        warnings.warn(told, stacklevel=2)
     found = measure(
         model,
-        Pair(x, y, device),
-        Ball(number(eps, "eps"), norm),
-        attacks=attacks,
+        source,
+        ball,
+        attacks=chosen,
         batch_size=batch_size,
         seed=seed,
         progress=progress,
@@ -161,7 +164,8 @@ def measure(
     channels_last: bool = True,
 ) -> Robustness:
     """`robustness` on any source of test points; warnings are in the result only."""
-    chosen = read_attacks(attacks)
+    chosen, checks = read_attacks(attacks), whole(checks, "checks", 0)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter = time.perf_counter(), Meter()
     with View(model, "eval", channels_last=channels_last, meter=meter) as view:
         clean = correct(view, source, batch_size)
@@ -187,6 +191,7 @@ def measure(
             batch_size=batch_size,
             seed=seed,
             progress=progress,
+            margin=any(a.kappa is not None for a in chosen),
         )
     first, last = (Accuracy(int(mask.sum()), len(mask)) for mask in (clean, standing))
     return Robustness(first, after, last, spent, seconds, masking, standing)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from controlat.attacks.pgd import check_batch
+from controlat.balls import Ball
 from controlat.borrowed import owned
+from controlat.control import brief, instance, whole
 
-__all__ = ["Pair", "Source", "parts", "spread"]
+__all__ = ["Pair", "Source", "checked", "parts", "read_device", "spread"]
 
 
 class Source(Protocol):
@@ -42,6 +44,8 @@ class Pair:
         check_batch(self.x, self.y)
         object.__setattr__(self, "x", owned(self.x))
         object.__setattr__(self, "y", owned(self.y))
+        if self.device is not None:
+            read_device(self.device)
 
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels at the positions of each chunk in turn."""
@@ -51,6 +55,36 @@ class Pair:
                 self.x[chunk.to(self.x.device)].to(device),
                 self.y[chunk.to(self.y.device)].to(device),
             )
+
+
+def read_device(device: torch.device | str) -> torch.device:
+    """A device that can be used.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}); give auto or cpu") from None
+    return found
+
+
+def checked(source: object, ball: object, batch_size: int, seed: int, progress: object) -> tuple[int, int]:
+    """batch_size and seed as whole numbers, once what every evaluation is given has the right kind.
+
+    Raises:
+        TypeError: an object of another kind.
+        ValueError: a number that is not whole or out of range.
+    """
+    if not hasattr(source, "stream") or not hasattr(source, "y"):
+        raise TypeError(f"source must be test points such as a controlat.Split, got {brief(source)}")
+    instance(ball, Ball, "ball")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of (samples done, what), got {brief(progress)}")
+    return whole(batch_size, "batch_size", 1), whole(seed, "seed")
 
 
 def parts(source: Source, positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

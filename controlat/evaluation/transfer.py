@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlat.asking import check_model
 from controlat.balls import Ball
 from controlat.evaluation.accuracy import Accuracy
 from controlat.evaluation.attack import Attack, read_attacks
 from controlat.evaluation.robust import DEFAULT_ATTACKS, correct
-from controlat.evaluation.source import Source, parts
+from controlat.evaluation.source import Source, checked, parts
 from controlat.network import Meter, View
 from controlat.rng import generator
 
@@ -59,6 +60,8 @@ class Transfer:
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks are one and the same, parameter by parameter."""
+    check_model(a)
+    check_model(b)
     one, two = list(a.parameters()), list(b.parameters())
     pairs = list(zip(one, two, strict=False)) if len(one) == len(two) else []
     equal = [p.shape == q.shape and torch.equal(p, q.to(p)) for p, q in pairs]
@@ -104,6 +107,7 @@ def transfer(
         Wang et al. (2019), section 5.2.
     """
     check_surrogate(model, surrogate)
+    batch_size, seed = checked(source, ball, batch_size, seed, progress)
     began, meter = time.perf_counter(), Meter()
     chosen = read_attacks(attacks)
     how: dict[str, Any] = {"channels_last": channels_last, "meter": meter}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlat import registry
-from controlat.control import ControlSpace
+from controlat.control import ControlSpace, brief, instance
 from controlat.methods._base import Batch, Context, Epoch, Hooks, Method, Prefixes, Rows, Update, Updates
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Update",
     "Updates",
     "build",
+    "check_method",
     "describe",
     "manual",
     "names",
@@ -50,11 +51,13 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
     >>> build("pgd_at", {"random_start": False}).controls["steps"].kind
     'integer'
     """
+    instance(name, str, "the name of a method")
     found = registry.import_path(name) if ":" in name else registry.member(__name__, name).METHOD
     if not callable(found):
         raise ValueError(f"method {name!r} is not a class or factory")
+    instance(options, (Mapping, type(None)), f"options of method {name!r}")
     try:
-        method = found(**(options or {}))
+        inspect.signature(found).bind(**(options or {}))
     except TypeError as error:
         takes = ", ".join(inspect.signature(found).parameters) or "none"
         unknown = [option for option in options or {} if option not in inspect.signature(found).parameters]
@@ -62,9 +65,19 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
         raise ValueError(
             f"method {name!r}: {error}; {near}its options: {takes}{_meant(found, options)}"
         ) from None
+    return check_method(found(**(options or {})), repr(name))
+
+
+def check_method(method: Any, name: str = "") -> Method:
+    """Return an object that has the form of a `Method`.
+
+    Raises:
+        ValueError: it has not.
+    """
     if not hasattr(method, "updates") or not isinstance(getattr(method, "controls", None), ControlSpace):
         raise ValueError(
-            f"method {name!r} must have `updates` and a ControlSpace `controls`; see controlat.methods.Method"
+            f"method {name or brief(method)} must have `updates` and a ControlSpace `controls`; see "
+            "controlat.methods.Method"
         )
     return method  # type: ignore[no-any-return]
 

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS
+from controlat.balls import unit
 from controlat.control import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import attacked, smooth_steps
 from controlat.methods._options import check_flag, check_mode, check_whole
 
 __all__ = ["METHOD", "Awp"]
-
-_TINY = 1e-20
 
 RADIUS = Knob("real", 0.0, default=0.01, meaning="size of the weight perturbation, relative to each layer")
 
@@ -77,7 +76,7 @@ class Awp:
     def _uphill(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
         if w.dim() < 2 or "weight" not in name:
             return torch.zeros_like(w)
-        found: Tensor = radius * w.norm() / (g.norm() + _TINY) * g
+        found: Tensor = radius * w.norm() * unit(g[None])[0]
         return found
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, ascend
-from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Epoch, Update, Updates
@@ -106,8 +105,8 @@ class Fast:
             return torch.cat([ctx.carried(kept, x[: len(kept)]), torch.zeros_like(x[len(kept) :])])
         found = ctx.noise(x, u["start"] * u["random"])
         if u["random"] < 1:
-            size = u["start"] * (1 - u["random"]) * ctx.ball.eps
-            found = found + Ball(size, ctx.ball.norm).shrink(torch.full_like(x, size))
+            radius = u["start"] * (1 - u["random"])
+            found = found + ctx.ball.shrink(torch.full_like(x, radius * ctx.ball.eps), radius)
         return found
 
 

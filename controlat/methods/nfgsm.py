@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from controlat.attacks.pgd import ALPHA
-from controlat.balls import Ball
 from controlat.control import Control, ControlSpace, Knob
 from controlat.losses import cross_entropy
 from controlat.methods._base import Batch, Context, Update, Updates
@@ -55,7 +54,7 @@ class NFgsm:
         with ctx.view(self.attack_mode) as view:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         delta = start + u["alpha"] * ball.direction(gradient) - x
-        x_adv = (x + Ball(u["clip"] * ball.eps, ball.norm).shrink(delta)).clamp(0, 1)
+        x_adv = (x + ball.shrink(delta, u["clip"])).clamp(0, 1)
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA
-from controlat.control import Control, ControlSpace, Knob
+from controlat.control import Control, ControlSpace, Knob, instance
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice
@@ -53,6 +53,7 @@ class Yopo:
         check_choice(self, "first_layer_grad", ("both", "direct", "hamiltonian"))
         check_choice(self, "gradients", ("mean", "sum"))
         if self.layer is not None:
+            instance(self.layer, (str, int), "layer", "the dotted name of a module")
             object.__setattr__(self, "layer", str(self.layer))  # names may be numbers, such as 0
 
     @property

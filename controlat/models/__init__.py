@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from controlat import registry
+from controlat.asking import check_logits
 from controlat.borrowed import in_mode
 from controlat.models._layers import ANY
 
@@ -131,11 +132,10 @@ def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], n
             logits = model(x)
     except Exception as error:
         raise ValueError(f"model {name!r} fails on images of shape {tuple(x.shape)}: {error}") from error
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(
-            f"model {name!r} returns {kind}; it must return logits alone, a floating-point tensor"
-        )
+    try:
+        check_logits(logits, len(x))
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from None
     if logits.shape != (2, num_classes):
         found = f"maps images {tuple(x.shape)} to {tuple(logits.shape)}"
         raise ValueError(f"model {name!r} {found}; it must return logits of shape {(2, num_classes)}")

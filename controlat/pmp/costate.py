@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from controlat.adjoint import Kinks, State, pullbacks
+from controlat.control import instance
 from controlat.dynamics import Driver
 from controlat.methods import Rows
 from controlat.network import Meter, NonFiniteError
-from controlat.pmp.terminal import Terminal
+from controlat.pmp.terminal import Terminal, check_terminal
 from controlat.recording import Recording, Visit
 from controlat.state import gather, put
 
@@ -155,6 +156,9 @@ def sweep(
     Source:
         Ye et al. (2021), equations 8-9, in discrete time.
     """
+    instance(recording, Recording, "recording")
+    check_terminal(terminal, "terminal")
+    instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
     driver, meter = recording.driver, Meter() if meter is None else meter
     whole = recording.last - recording.first
     for h in horizons or []:

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from controlat.control import Control, number
+from controlat.control import Control, instance, number
 from controlat.network import Meter, NonFiniteError
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.maximise import Grid
 from controlat.pmp.relaxed import Outcome, relaxed
 from controlat.pmp.surface import Array
-from controlat.pmp.terminal import Terminal
+from controlat.pmp.terminal import Terminal, check_terminal
 from controlat.recording import Recording
 
 __all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
@@ -293,12 +293,16 @@ def examine(
     Source:
         Ye et al. (2021), equation 13.
     """
+    for name, value, kind in (("recording", recording, Recording), ("grid", grid, Grid)):
+        instance(value, kind, name)
+    check_terminal(terminal, "terminal")
+    instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
     gamma = number(gamma, "gamma")
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma:g}")
-    if looks is not None and (not isinstance(looks, int) or looks < 1):
+    if looks is not None and (type(looks) is not int or looks < 1):
         raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
-    plan, driver, whole = recording.plan, recording.driver, recording.last - recording.first
+    plan, driver, entire = recording.plan, recording.driver, recording.last - recording.first
     blocks = plan.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
     meter, replayed = Meter(), recording.spent.gradients
@@ -309,10 +313,10 @@ def examine(
         if not math.isfinite(phi):
             raise NonFiniteError(f"the terminal cost is {phi}")
         for swept in sweep(
-            recording, terminal, [*(horizons or []), whole], looked=sorted(numbers), meter=meter
+            recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
         ):
             visit, costates, of, dropped = swept
-            norms.append((visit.number, of[whole]))
+            norms.append((visit.number, of[entire]))
             if visit.number in numbers:
                 found.append(gains(driver, visit, costates, of, grid, meter))
             if progress is not None:

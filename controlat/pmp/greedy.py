@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from controlat.asking import check_model
 from controlat.attacks.pgd import check_batch, check_labels
 from controlat.augment import Augment
 from controlat.balls import Ball
 from controlat.borrowed import owned
-from controlat.control import Control, number
-from controlat.dynamics import Driver
-from controlat.methods import Batch, Method, build
+from controlat.control import Control, brief, choice, flag, number, whole
+from controlat.dynamics import Driver, check_rows
+from controlat.methods import Batch, Method, build, check_method
 from controlat.network import Meter, NonFiniteError, View
 from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
 from controlat.pmp.pace import Pace
@@ -83,6 +84,10 @@ def measure(
         raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
     if len({len(b.x) for b in batches}) != 1:
         raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
+    first = batches[0].x
+    check_rows(
+        driver, first, len(first), f"the {len(batches)} probe batches hold 1 sample each", "make fewer"
+    )
     meter = Meter()
     phi = None
     if terminal is not None:  # a step of length eta moves theta alone: running statistics have no rate
@@ -226,6 +231,9 @@ def criterion(
             `mean_rate` without `optimizer`; the optimizer is not one of this model.
         NonFiniteError: a gradient that is needed is not finite, or every trial of TPE failed.
 
+    Warns:
+        UserWarning: an alpha is more than 4 eps.
+
     Source:
         Ye et al. (2021), equation 14.
 
@@ -240,22 +248,30 @@ def criterion(
     """
     check_batch(x, y)
     x, y = owned(x), owned(y)
-    found = build(method) if isinstance(method, str) else method
+    check_model(model)
+    found = build(method) if isinstance(method, str) else check_method(method)
+    trials, batches, seed = whole(trials, "trials", 1), whole(batches, "batches", 1), whole(seed, "seed")
+    flag(channels_last, "channels_last")
     u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
     pace = _pace(model, optimizer, mean_rate, scale, form)
     gamma, scale = number(gamma, "gamma"), pace.scale
-    for name, value, least in (("gamma", gamma, 0), ("scale", scale, 0), ("batches", batches, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value:g}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    for name, value in (("gamma", gamma), ("scale", scale)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value:g}")
+    choice(form, "form", FORMS)
+    choice(maximiser, "maximiser", MAXIMISERS)
     steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
-    grid = Grid.default(ball.eps, steps) if alphas is None else Grid(tuple(alphas), steps)
+    grid = Grid.default(ball.eps, steps) if alphas is None else Grid(alphas, steps)  # type: ignore[arg-type]
+    ball.check(x.shape[1:])
+    if told := ball.far(max(u.get("alpha", 0.0), *grid.alphas)):
+        warnings.warn(told, stacklevel=2)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
     with View(model, channels_last=channels_last) as view:
         check_labels(int(y.max()), view(x[:1]).shape[1])
     phi = (x, y)
     if held_out is not None:
+        if not isinstance(held_out, (tuple, list)) or len(held_out) != 2:
+            raise ValueError(f"held_out must be a pair (x, y) of tensors, got {brief(held_out)}")
         try:
             check_batch(*held_out)
         except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from controlat.attacks.pgd import ALPHA, STEPS
-from controlat.control import Control, Knob, number
+from controlat.control import Control, Knob, brief, number, whole
 from controlat.dynamics import Driver, Field
 from controlat.methods import Batch, Method, Prefixes
 from controlat.network import Meter, NonFiniteError
@@ -44,15 +44,17 @@ class Grid:
     max_steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas", tuple(sorted({number(a, "alpha") for a in self.alphas})))
+        if isinstance(self.alphas, (str, bytes, Mapping)) or not isinstance(self.alphas, Iterable):
+            raise ValueError(f"alphas must be a list of step sizes > 0, got {brief(self.alphas)}")
+        object.__setattr__(self, "alphas", tuple(sorted({number(a, "an alpha") for a in self.alphas})))
         if not self.alphas or self.alphas[0] <= 0:
             raise ValueError(f"the step sizes of a grid must be > 0, got {self.alphas}")
-        if self.max_steps < 1 or self.max_steps != int(self.max_steps):
-            raise ValueError(f"max_steps must be a whole number >= 1, got {self.max_steps}")
+        object.__setattr__(self, "max_steps", whole(self.max_steps, "max_steps", 1))
 
     @classmethod
     def default(cls, eps: float, max_steps: int, count: int = 5) -> Grid:
         """`count` step sizes spaced logarithmically in [eps/40, 2 eps]."""
+        eps, count = number(eps, "eps"), whole(count, "count", 1)
         if eps <= 0:
             raise ValueError(f"the default step sizes need eps > 0, got {eps:g}; give alphas")
         return cls(tuple(float(f"{a:.6g}") for a in np.geomspace(eps / 40, 2 * eps, count)), max_steps)

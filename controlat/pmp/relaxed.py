@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from controlat.adjoint import buffers
-from controlat.control import Control
+from controlat.control import Control, instance, number
 from controlat.dynamics import Driver, Step
 from controlat.methods import Batch, Rows
 from controlat.network import Meter
 from controlat.pmp.costate import to_come
-from controlat.pmp.terminal import Terminal
+from controlat.pmp.terminal import Terminal, check_terminal
 from controlat.recording import Recording
 from controlat.state import Snapshot, gather, put
 
@@ -115,17 +115,22 @@ def relaxed(
         progress: called after every step.
 
     Raises:
+        ValueError: part is no finite number.
         NonFiniteError: training diverged.
 
     Source:
         Frank & Wolfe (1956), for the gap; relaxed controls: Warga (1962).
     """
+    instance(recording, Recording, "recording")
+    check_terminal(terminal, "terminal")
+    instance(others, Mapping, "others", "controls by the number of their step")
+    part = number(part, "part")
     driver = recording.driver
     given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
     mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.plan.batches_per_epoch)
     with recording.put_back():
-        for number in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
-            mixing.restore(recording.stored[number])
+        for n in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
+            mixing.restore(recording.stored[n])
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()

@@ -8,18 +8,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlat import registry
+from controlat.asking import ask
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.balls import Ball
 from controlat.batchnorm import followed
 from controlat.borrowed import alone, in_mode, merges, owned
-from controlat.control import number
+from controlat.control import brief, choice, instance, number, whole
 from controlat.dynamics import Driver
 from controlat.losses import LOSSES
 from controlat.network import Meter, NonFiniteError, View
@@ -113,11 +115,12 @@ class AdversarialLoss:
     loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        choice(self.loss, "loss", LOSSES)
         check_batch(self.x, self.y)
         object.__setattr__(self, "x", owned(self.x))
         object.__setattr__(self, "y", owned(self.y))
+        instance(self.ball, Ball, "ball")
+        object.__setattr__(self, "seed", whole(self.seed, "seed"))
         steps = number(self.steps, "steps")
         if steps < 0 or not steps.is_integer():
             raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
@@ -191,7 +194,11 @@ class AdversarialLoss:
             with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
                 with View(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
-                yield lambda x=x, y=y: LOSSES[self.loss](driver.model(x), y).sum() / len(self.x)  # type: ignore[misc]
+                yield partial(self._sum, driver.model, x, y)
+
+    def _sum(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What a batch adds to Phi."""
+        return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
@@ -214,11 +221,14 @@ class Weighted:
     parts: tuple[tuple[float, Terminal], ...]
 
     def __post_init__(self) -> None:
-        parts = tuple((number(weight, "a weight"), part) for weight, part in self.parts)
+        given = self.parts if isinstance(self.parts, (tuple, list)) else None
+        if given is None or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in given):
+            raise ValueError(f"parts must be pairs (weight, terminal cost), got {brief(self.parts)}")
+        parts = tuple((number(weight, "a weight"), part) for weight, part in given)
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
         for _, part in parts:
-            _check(part, "a part of a weighted sum")
+            check_terminal(part, "a part of a weighted sum")
         if not any(weight for weight, _ in parts):
             raise ValueError("all weights of a weighted sum of terminal costs are 0: nothing is left of it")
         object.__setattr__(self, "parts", parts)
@@ -268,8 +278,8 @@ def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
         loss: computes a scalar with ``driver.model``.
 
     >>> from controlat.methods import build
-    >>> layers = torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)
-    >>> model = torch.nn.Sequential(*layers).eval()
+    >>> layers = nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3)
+    >>> model = nn.Sequential(*layers).eval()
     >>> driver, x = Driver(model, build("pgd_at"), Ball(0.1)), torch.rand(5, 1, 2, 2)
     >>> [tuple(g.shape) for g in differentiated(driver, lambda: model(x).square().mean())]
     [(3, 4), (3,), (3,), (3,), (3,), (3,)]
@@ -296,7 +306,7 @@ def _finite_gradient(total: list[Tensor]) -> list[Tensor]:
     return total
 
 
-def _check(made: object, what: str) -> None:
+def check_terminal(made: object, what: str) -> None:
     """Refuse what has not the form of a `Terminal`."""
     if isinstance(made, type):
         raise ValueError(f"{what} is the class {made.__name__}; it must be an object of it")
@@ -450,5 +460,5 @@ def _named(name: str, x: Tensor, y: Tensor, ball: Ball, seed: int) -> Terminal:
     if name in TERMINALS:
         return AdversarialLoss(x, y, ball, seed=seed, **TERMINALS[name])
     made = registry.call_factory(name, {"x": x, "y": y, "ball": ball, "seed": seed})
-    _check(made, f"what terminal {name!r} returns")
+    check_terminal(made, f"what terminal {name!r} returns")
     return made  # type: ignore[return-value]

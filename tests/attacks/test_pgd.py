@@ -610,6 +610,20 @@ def test_ascent_of_the_margin_stops_once_another_class_leads() -> None:
     assert bool((after[~wrong] > before[~wrong]).all())
 
 
+def test_a_confident_network_is_broken_by_l2_steps() -> None:
+    """Logits lead by 36.6, the border is 0.2 away: the gradient is 1e-14, a step is as long as any other."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x, y, w = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), 36.6 / 0.2 / 4
+    with torch.no_grad():
+        model[1].weight.copy_(w * torch.tensor([[-1.0] * 4, [1.0] * 4]))
+        model[1].bias.copy_((2 * w + 18.3) * torch.tensor([1.0, -1.0]))
+    assert float(model(x).detach().diff()) == pytest.approx(-36.6, rel=1e-5)
+    found = pgd(model, x, y, eps=0.3, alpha=0.1, steps=20, norm="l2", random_start=False)
+    assert torch.allclose(found, x + 0.15, rtol=0, atol=1e-6)
+    assert int(model(found).argmax()) == 1
+    assert torch.allclose(fgsm(model, x, y, eps=0.1, norm="l2"), x + 0.05, rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- errors
 
 GOOD: dict[str, Any] = {"eps": 0.1, "alpha": 0.02, "steps": 3}

@@ -79,7 +79,10 @@ LABELS = torch.zeros(3, dtype=torch.int64)
         (lambda: Split(images(3), LABELS.int(), 255), r"int64 of shape \(N,\), got torch.int32 \(3,\)"),
         (lambda: Split(images(3), LABELS[None], 255), r"got torch.int64 \(1, 3\)"),
         (lambda: Split(images(3), LABELS[:2], 255), "got 3 images and 2 labels"),
-        (lambda: Split(images(3), LABELS.to("meta"), 255), "same device, got cpu and meta"),
+        (
+            lambda: Split(images(3), LABELS.to("meta"), 255),
+            "y must be a dense .* got the device meta",
+        ),
         (lambda: Split(images(3), LABELS, 0), "scale must be finite and > 0, got 0"),
         (lambda: Split(images(3), LABELS, math.nan), "scale must be finite and > 0, got nan"),
         (lambda: Split(images(3), LABELS), r"lie in \[0, 1\], got \[0, 2\] with scale 1; give the scale"),

@@ -23,6 +23,7 @@ from controlat.network import Meter
 
 EPS = 0.1
 ZERO, LOSS, FALLS = "input gradient of exactly zero", "the loss does not rise", "the loss falls"
+TINY = "whose gradient is lost in rounding"
 RESTARTS, BLACK_BOX = "ten more restarts", "random search without gradients"
 
 
@@ -95,7 +96,7 @@ def checked(
 
 def told(found: Robustness) -> list[str]:
     """Which of the sentences were said."""
-    every = (ZERO, LOSS, FALLS, RESTARTS, BLACK_BOX)
+    every = (ZERO, TINY, LOSS, FALLS, RESTARTS, BLACK_BOX)
     kinds = [kind for text in found.warnings for kind in every if kind in text]
     assert len(kinds) == len(found.warnings)
     return kinds
@@ -140,6 +141,21 @@ def test_saturated_logits_have_zero_gradients(honest: nn.Module, digits: tuple[T
     blind = checked(Masked(honest, lambda x: x, 1e4), digits, "fgsm", "pgd-20")
     assert {ZERO, BLACK_BOX} <= set(told(blind))
     assert blind.robust.correct > found.robust.correct + 50, "that is what it warns of"
+
+
+def test_a_softmax_that_rounds_to_one_hot_is_seen(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    """Logits 6 times as far apart: gradients are there, but that in the label's logit is rounded to 0."""
+    scaled = Masked(honest, lambda x: x, 6.0)
+    found, both = checked(scaled, digits, "pgd-20"), checked(scaled, digits, "pgd-20", "cw-30")
+    x, y = digits
+    loss = cross_entropy(scaled(x).double(), y).detach()
+    right = ((loss < 2**-23) & found.survived)[scaled(x).argmax(1) == y]
+    looked_at = right[torch.arange(100) * len(right) // 100]
+    assert found.masking.zero_gradients == 0
+    assert found.masking.tiny_gradients == int(looked_at.sum()) > 5
+    assert TINY in told(found)
+    assert both.masking.tiny_gradients > 5
+    assert TINY not in told(both), "the margin does not saturate"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +222,7 @@ def _said(**changes: Any) -> list[str]:
     ("changes", "kind"),
     [
         ({"zero": 2}, ZERO),
+        ({"share": 1.0, "tiny": 2}, TINY),
         ({"restarts": 3}, RESTARTS),
         ({"blackbox": 3}, BLACK_BOX),
         ({"survivors": 10, "blackbox": 2}, BLACK_BOX),

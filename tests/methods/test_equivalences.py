@@ -22,6 +22,7 @@ from controlat.data import Split
 from controlat.dynamics import Driver, SGDSettings, rollout
 from controlat.losses import cross_entropy, divergence
 from controlat.methods import Batch, Update, Updates, build
+from controlat.methods.awp import Awp
 from controlat.network import View
 from controlat.plan import Plan
 
@@ -515,9 +516,7 @@ def test_fast_from_zero_is_fgsm_training_whatever_its_step_beyond_eps(norm: str)
     expected = field(FGSM, Control(alpha=EPS, steps=1), b, norm=norm)
     for alpha in (EPS, 1.25 * EPS, 2 * EPS):
         found = field(case, case.control(alpha=alpha), b, norm=norm)
-        torch.testing.assert_close(
-            found, expected, rtol=1e-6, atol=1e-10
-        )  # l_2 directions are short by 1e-10
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
     fixed = Case("fast", {}, {"random": 0.0})
     assert same(
         field(fixed, fixed.control(alpha=EPS, start=0), b, norm=norm),
@@ -882,6 +881,15 @@ def test_awp_moves_every_layer_by_the_radius_times_its_length_and_neither_biases
             torch.testing.assert_close(shift.norm(), 0.05 * w.norm(), rtol=1e-12, atol=0)
         else:
             assert shift.abs().max() == 0, name
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-30, 1e-44])
+def test_awp_moves_a_layer_by_its_radius_however_small_the_gradient(scale: float) -> None:
+    w, g = torch.full((2, 3), 2.0), scale * torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
+    shift = Awp._uphill("weight", w, g, 0.05)
+    assert float(shift.norm()) == pytest.approx(0.05 * float(w.norm()), rel=1e-5)
+    assert torch.allclose(shift.sign(), g.sign())
+    assert not bool(Awp._uphill("weight", w, 0 * g, 0.05).any())
 
 
 def test_awp_with_rate_zero_leaves_the_weights_and_lets_batchnorm_see_the_batch_once() -> None:

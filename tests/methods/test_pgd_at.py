@@ -86,7 +86,7 @@ def hand_pgd(
                 if norm == "linf":
                     direction = torch.sign(g)
                 else:
-                    direction = g / (g.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10)
+                    direction = g / g.flatten(1).norm(dim=1)[:, None, None, None]
                 x = torch.clamp(x0 + onto(x + alpha * direction - x0), 0, 1)
         return x.detach()
 

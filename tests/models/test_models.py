@@ -160,8 +160,8 @@ def test_modes_are_put_back(own: str) -> None:
     [
         ("fixed", r"maps images \(2, 1, 8, 8\) to \(2, 10\); it must return logits of shape \(2, 7\)"),
         ("flat", r"own_models:flat' fails on images of shape \(2, 1, 8, 8\): mat1 and mat2"),
-        ("Pair", "returns tuple; it must return logits alone"),
-        ("Arg", "returns torch.int64; it must return logits"),
+        ("Pair", "must return logits, .* got a tuple; wrap it"),
+        ("Arg", "must return logits, .* got torch.int64"),
         ("wrong", "is a str; its factory must return an nn.Module"),
     ],
 )

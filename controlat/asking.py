@@ -1,0 +1,112 @@
+"""Asking a model for logits: on a copy of the inputs, and with one clear sentence where that fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["ask", "check_logits", "check_model"]
+
+# How torch words that inputs do not fit weights; whatever else a model raises is its own.
+_DEVICE = re.compile("same device|Input type")
+_DTYPE = re.compile("dtype|scalar type|Input type")
+_SHAPE = re.compile("shapes cannot be multiplied|expected input|Expected .* channels")
+
+
+def ask(model: nn.Module, x: Tensor, call: Callable[[Tensor], object]) -> Tensor:
+    """The logits of x by `call`, which runs the model; it may work in place, as it is given a copy.
+
+    Args:
+        model: whose weights x must fit.
+        x: (N, ...) inputs.
+        call: x -> what the model returns.
+
+    Returns:
+        Logits (N, C), C >= 2.
+
+    Raises:
+        ValueError: the model returns something else, or x has another dtype, device or shape than its weights
+            take. Errors of the model's own pass through.
+
+    >>> ask(model := nn.Linear(4, 3), torch.rand(2, 5), model)
+    Traceback (most recent call last):
+    ValueError: x has 5 numbers per sample, but the model's first layer (Linear) takes 4
+    """
+    try:
+        found = call(x.clone())
+    except RuntimeError as error:
+        if said := _misfit(model, x, str(error)):
+            raise ValueError(said) from error
+        raise
+    return check_logits(found, len(x))
+
+
+def check_model(model: object) -> None:
+    """Raise unless a model is an nn.Module whose weights hold numbers, and not DistributedDataParallel.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: weights are lazy, or on the device meta.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
+        )
+    for p in (*model.parameters(), *model.buffers()):
+        if is_lazy(p):
+            raise ValueError("the model has lazy layers, which have no shape yet: call it on one batch first")
+        if p.is_meta:
+            raise ValueError("the model has weights on the device meta: load them first")
+
+
+def _misfit(model: nn.Module, x: Tensor, error: str) -> str:
+    """In which way x does not fit the weights, where that is what torch's error says; else an empty text."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), x)
+    if _DEVICE.search(error) and weight.device != x.device:
+        return f"x is on {x.device}, but the model's weights are on {weight.device}: move one of them"
+    if _DTYPE.search(error) and weight.dtype != x.dtype:
+        return f"x is {x.dtype}, but the model's weights are {weight.dtype}: use x.to({weight.dtype})"
+    layer = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
+    if layer is None or not _SHAPE.search(error):
+        return ""
+    if isinstance(layer, nn.Linear):
+        takes, has, what = layer.in_features, [x[0].numel(), x.shape[-1]], "numbers per sample"
+    else:
+        takes, has, what = layer.in_channels, [x.shape[1]], "channels"
+    if takes in has:
+        return ""
+    return f"x has {has[0]} {what}, but the model's first layer ({type(layer).__name__}) takes {takes}"
+
+
+def check_logits(found: object, samples: int) -> Tensor:
+    """Return what a model returned if it is logits (samples, C), C >= 2; shapes alone are looked at.
+
+    Raises:
+        ValueError: it is something else; the message says what, and what to do about it.
+    """
+    if isinstance(found, Tensor) and found.is_floating_point() and found.layout == torch.strided:
+        if found.dim() == 2 and len(found) == samples and found.shape[1] >= 2:
+            return found
+        got = f"shape {tuple(found.shape)} for {samples} samples"
+        if tuple(found.shape) in ((samples,), (samples, 1)):
+            cure = "one number z per sample stands for two classes with the logits (0, z): return both"
+        elif found.dim() > 2:
+            cure = "maps of pixels are not supported: return one row per sample"
+        else:
+            cure = "return one row per sample"
+    elif isinstance(found, Tensor):
+        got, cure = f"{found.dtype} ({found.layout})", "return scores, not labels"
+    else:
+        got, cure = f"a {type(found).__name__}", "wrap it in a module that returns them alone"
+        if hasattr(found, "logits") or (isinstance(found, Mapping) and "logits" in found):
+            cure = "wrap it in a module that returns its logits alone"
+    raise ValueError(
+        "the model must return logits, one floating-point tensor of shape (N, C) with C >= 2 classes, got "
+        f"{got}; {cure}"
+    )
