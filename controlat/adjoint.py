@@ -273,6 +273,9 @@ def pullbacks(
                 torch._foreach_copy_(driver.parameters, [t.detach() for t in theta])
         written = [name for name, b in _other_buffers(driver).items() if not torch.equal(b, others[name])]
         dropped.update(f"the buffer {name}, which forward passes write to" for name in written)
+        pairs = zip(driver.statistics, ctx.statistics, strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs):
+            dropped.add("BatchNorm's running statistics, which move unseen in a compiled network")
         after = State(
             theta,
             momentum,

@@ -23,8 +23,8 @@ _KNOWN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _IN
 
 def _layers(model: nn.Module) -> list[Any]:
     """torch's layers with running statistics, in the order of ``model.modules()``, each once."""
-    known: list[Any] = [m for m in model.modules() if type(m).forward in _KNOWN]
-    return [m for m in known if m.running_mean is not None]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [m for m in norms if m.running_mean is not None and type(m).forward in _KNOWN]
 
 
 def statistics(model: nn.Module) -> list[Tensor]:
@@ -37,7 +37,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
+def followed(model: nn.Module, r: list[Tensor]) -> Iterator[set[int]]:
     """Forward passes in the block read and move the statistics r, with a graph, in place of the model's own.
 
     The model's own move too, as torch moves them.
@@ -46,6 +46,9 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
         model: the network.
         r: copies, in the structure of `statistics`; replaced as layers in training mode move them.
 
+    Yields:
+        Positions in r of the layers that have run so far; in a compiled network layers run unseen.
+
     >>> model = nn.BatchNorm1d(1, momentum=0.5).train()
     >>> x, r = torch.tensor([[1.0], [3.0]], requires_grad=True), [t.clone() for t in statistics(model)]
     >>> with followed(model, r):
@@ -53,10 +56,11 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
     >>> r[0].item(), torch.autograd.grad(r[0], x)[0].flatten().tolist()
     (1.0, [0.25, 0.25])
     """
-    handles, seen = [], []
+    handles, seen, reached = [], [], set[int]()
     for i, layer in enumerate(_layers(model)):
 
         def hook(layer: Any, arguments: tuple[Tensor, ...], output: Tensor, i: int = 2 * i) -> Tensor | None:
+            reached.add(i)
             if not layer.training:
                 return _normalised(layer, arguments[0], r[i], r[i + 1]).to(output.dtype)
             if layer.track_running_stats:
@@ -65,7 +69,7 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[None]:
 
         handles.append(layer.register_forward_hook(hook))
     try:
-        yield
+        yield reached
     finally:
         for handle in handles:
             handle.remove()

@@ -40,7 +40,7 @@ from controlat.balls import Ball
 from controlat.borrowed import owned
 from controlat.config import EvaluateSettings
 from controlat.dynamics import Driver, rollout
-from controlat.files import open_file, write_json
+from controlat.files import JSON_LIMIT, open_file, write_json
 from controlat.losses import Loss, cross_entropy
 from controlat.network import MODES, Meter, NonFiniteError, View
 from controlat.parallel import World
@@ -369,6 +369,8 @@ def measured(
     settings, _ = _read(run, data_dir, device, threads, probe, progress)
     _check(settings.ball, steps)
     key = _key(run, settings, steps)
+    if (run / _KEPT).exists():
+        open_file(run / _KEPT, JSON_LIMIT).close()  # what is no file of ours is refused, not replaced
     with contextlib.suppress(ValueError):  # missing, damaged, or of an earlier form
         kept = dict(read_record(run / _KEPT, Calibrated))
         if kept["key"] == key:

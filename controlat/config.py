@@ -437,8 +437,8 @@ class AttackSettings:
         check_ranges(self)
         _check_evaluation(self)
         self.seed = whole(self.seed, "seed")
-        if self.norm is not None:
-            Ball(0.0 if self.eps is None else number(self.eps, "eps"), self.norm)
+        # The norm may be that of training, which is not known here: that of the wider bound stands for it.
+        Ball(0.0 if self.eps is None else number(self.eps, "eps"), self.norm or "l2")
 
 
 @dataclass

@@ -78,8 +78,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
         if world.first:
-            _note_unreached(chosen, {schedule.text: schedule})
-            _note_far(short(schedule.text), _alphas(schedule), chosen.ball)
+            _note_unreached(chosen, {chosen.schedule or schedule.text: schedule})
+            _note_far(short(chosen.schedule), _alphas(schedule), chosen.ball)
         setting = Setting.of(chosen)
         driver = setting.driver(chosen.seed)
         tally = fit(
@@ -91,7 +91,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=short(schedule.text),
+            label=short(chosen.schedule),
         )
         records = world.once(lambda: read_log(out))
     return {
@@ -351,7 +351,8 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
     found = load_checkpoint(checkpoint, device)
-    stored = from_json(Problem, found["settings"], f"{checkpoint}: settings")
+    plain = {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
+    stored = from_json(Problem, found["settings"] | plain, f"{checkpoint}: settings")
     if chosen.eps is None and chosen.norm not in (None, stored["norm"]):
         raise ValueError(
             f"eps is missing: {stored['eps']} is the radius of training in {stored['norm']}; "
@@ -360,7 +361,6 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points}
     stored |= {name: value for name, value in given.items() if value is not None}
-    stored |= {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
     setting = Setting.of(Problem(**stored))
     model = setting.model(0)
     load_weights(model, found["model"], str(checkpoint))

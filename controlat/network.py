@@ -221,8 +221,10 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
     """A module by its dotted name; by default the first with parameters that are trained, and none within it.
 
     Raises:
-        ValueError: there is none of that name; the message lists the first ones.
+        ValueError: there is none of that name; the message lists the first ones. Or the network is compiled.
     """
+    if "_orig_mod" in model._modules:  # of torch.compile
+        raise ValueError(_COMPILED)
     modules = dict(model.named_modules())
     if name is not None:
         if name not in modules:

@@ -125,7 +125,8 @@ class Setting:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
             )
-        from_json(Problem, there, f"surrogate {checkpoint}: settings")
+        plain = {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
+        from_json(Problem, there | plain, f"surrogate {checkpoint}: settings")
         model = models.build(there["model"], self.data.in_shape, self.data.num_classes).train()
         network = (
             f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"

@@ -319,7 +319,7 @@ def test_a_radius_beyond_the_box_of_the_data_is_refused_by_every_call() -> None:
         with pytest.raises(ValueError, match="8/255 meant"):
             kind(eps="8")
     with pytest.raises(ValueError, match="8/255 meant"):
-        AttackSettings("last.pt", eps=8)
+        AttackSettings("last.pt", eps=8, norm="linf")
 
 
 def test_training_refuses_a_radius_beyond_the_box_and_notes_a_step_far_beyond_the_ball(

@@ -266,10 +266,11 @@ def test_a_measurement_is_kept_under_everything_that_decides_it(
     folder, made = tmp_path / "run", list[dict[str, Any]]()
     shutil.copytree(run, folder)
     options: dict[str, Any] = {"probe": 64, "steps": 10, "threads": 1, "progress": False}
+    whole = measure(folder, **options)
 
     def counted(run: Path, **given: Any) -> dict[str, Any]:
         made.append(given)
-        return {"number": len(made)}
+        return whole | {"number": len(made)}
 
     monkeypatch.setattr(calibration, "measure", counted)
 

@@ -32,6 +32,7 @@ ORDER = (
     "vision",
     "balls",
     "kernels",
+    "batchnorm",
     "borrowed",
     "asking",
     "network",

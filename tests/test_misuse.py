@@ -99,7 +99,7 @@ CALLS: dict[str, Case] = {
         {"model": NET, "x": X, "y": Y, "control": U, "eps": 0.1, "gamma": 0, "batches": 4, "max_steps": 1},
         BATCH
         | {"control": KIND, "eps": ABOVE, "gamma": ABOVE, "norm": NAME, "method": KIND, "form": NAME}
-        | {"maximiser": NAME, "alphas": LIST, "trials": FROM_ONE, "batches": FROM_ONE, "scale": ABOVE}
+        | {"maximiser": NAME, "alphas": LIST, "trials": FROM_ONE, "batches": FROM_ONE, "scale": ABOVE[1:]}
         | {
             "held_out": [(3, "3"), ((X,), "tensor"), ((Y, X), "held_out")],
             "seed": SEED,

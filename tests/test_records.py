@@ -322,7 +322,7 @@ def test_fields_and_shapes_that_do_not_fit_are_named(runs: Path) -> None:
         ({"gram": surface["gram"][1:]}, r"surface: \d+ controls, but gram has \d+ rows"),
         (
             {"gram": [row[:1] for row in surface["gram"]]},
-            "surface: 2 batches: every row of gram has 3",
+            "surface: 4 batches: every row of gram has 10",
         ),
         ({"scale": float("nan")}, "surface.scale should be a finite number, got nan"),
         ({"controls": [{"steps": "1"}]}, "surface.controls.0.steps should be a number, got '1'"),

@@ -273,6 +273,8 @@ class Weighted:
 def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
     """The gradient of a loss at the driver's state, in its parameters and then in its running statistics.
 
+    Without the latter where layers run unseen, as in compiled networks: results then say so.
+
     Args:
         driver: at the state; its network is in the mode that the loss is meant for (``model.eval()``).
         loss: computes a scalar with ``driver.model``.
@@ -286,11 +288,13 @@ def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
     """
     r = [t.detach().clone().requires_grad_() for t in driver.statistics]
     inputs = [*driver.parameters, *r]
-    with torch.enable_grad(), followed(driver.model, list(r)):
+    with torch.enable_grad(), followed(driver.model, list(r)) as reached:
         value = loss()
         if not value.requires_grad:  # all that is trained is merged, see `AdversarialLoss.dropped`
             return [torch.zeros_like(t) for t in inputs]
         found = torch.autograd.grad(value, inputs, allow_unused=True)
+    if 2 * len(reached) < len(r):  # compiled
+        found, inputs = found[: len(driver.parameters)], driver.parameters
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from awkward import KINDS, awkward, held
+from awkward import KINDS, Checkpointed, awkward, held
 from helpers import same, split
 from systems import PLAIN, Case, batch, constant, driver
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def test_scoring_leaves_no_trace_and_steps_keep_the_very_parameters(case: Case, 
     d.model.train()
     before = {n: id(p) for n, p in places(d.model)}
     everything = held(d.model, versions=False)
-    assert sum(float(g.abs().sum()) for g in d.field(batch(), case.control(), 0.1)) > 0
+    assert sum(float(g.abs().sum()) for g in d.field(batch(), case.control(), 0.1).gradients) > 0
     assert same(held(d.model, versions=False), everything)
     for i in range(2):
         assert 0 < d.step(batch(number=i), case.control(), 0.05).loss < 30
@@ -58,9 +58,11 @@ def test_scoring_leaves_no_trace_and_steps_keep_the_very_parameters(case: Case, 
 
 @every
 def test_steps_are_those_of_a_loop_written_by_hand(kind: str) -> None:
-    """With scores and attacks in between; checkpointed BatchNorm counts twice in either, as in torch."""
+    """With scores and attacks in between; checkpointing makes no difference."""
     d, net = driver(PGD, without_dropout(kind)), without_dropout(kind)
     net.train()
+    if isinstance(net, Checkpointed):
+        net.again = False
     o, first = d.optimizer, {n: t.clone() for n, t in net.state_dict().items()}
     trained = [p for p in net.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, lr=0.1, momentum=o.momentum, weight_decay=o.weight_decay)
@@ -91,7 +93,8 @@ def test_the_derivative_of_a_step_is_exact(kind: str, name: str) -> None:
         return
     found = verify(d, batch(), u, 0.1, directions=4)
     assert len(found.pairs) >= 1
-    assert found.dropped == ()
+    own = ("the buffer mean, which forward passes write to",)  # which training does not read
+    assert found.dropped == (own if kind == "replacing" else ())
     assert found.share < 1e-7
 
 

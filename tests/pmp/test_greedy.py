@@ -772,7 +772,7 @@ def test_the_rate_between_the_updates_of_a_step_is_that_of_the_optimizer() -> No
         model, x, y, u, **given, max_steps=3, optimizer=torch.optim.SGD(model.parameters(), 0.5)
     )
     driver, batches = Driver(mlp(), build("free"), BALL), probe_batches(x, y, 2)
-    g = torch.stack([flat(driver.field(b, Control(**u), 0.5)) for b in batches]).mean(0)
+    g = torch.stack([flat(driver.field(b, Control(**u), 0.5).gradients) for b in batches]).mean(0)
     assert found.reward[1] == pytest.approx(float(g @ g), rel=1e-12)
     assert found.reward[1] != criterion(model, x, y, u, **given, max_steps=3).reward[1]
 
