@@ -161,7 +161,7 @@ def test_in_memory_is_the_same_as_streamed(tmp_path: Path, options: dict[str, An
         ({"in_memory": 1}, "in_memory must be true or false, got 1"),
         (
             {"sise": 3},
-            r"'folder' has no option 'sise'; did you mean 'size'\? it takes size, resize, channels, test_share",
+            r"'folder' has no option 'sise'; did you mean 'size'\? it takes size, resize, channels",
         ),
         ({"variant": "x"}, "has no option 'variant'"),
     ],
