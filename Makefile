@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/pgd.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/batchnorm.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis controlat.egg-info
