@@ -23,7 +23,7 @@ from controlat.borrowed import alone, in_mode, owned, replaced
 from controlat.control import Control, brief, flag, instance, whole
 from controlat.kernels import SecondDerivatives
 from controlat.methods import Batch, Context, Epoch, Method, Prefixes, Rows, Update, check_method
-from controlat.network import Meter, NonFiniteError, View
+from controlat.network import Meter, NonFiniteError, View, is_convolutional
 from controlat.parallel import Share, World
 from controlat.plan import Plan
 from controlat.state import Snapshot, copied, gather, put
@@ -137,6 +137,11 @@ class Driver:
                 "the model was made under torch.inference_mode(), and its tensors cannot be trained: make it "
                 "outside"
             )
+        # Looked up once: to go through the modules of a small network takes as long as to run it.
+        self._normalises, self._nhwc = (
+            bool(self.statistics),
+            self.channels_last and is_convolutional(self.model),
+        )
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
         if hasattr(self.method, "check_ball"):
@@ -367,7 +372,7 @@ class Driver:
                     f"the loss of an Update must be one number, got shape {tuple(loss.shape)}: take the mean"
                 )
             wanted = [*parameters, *([] if update.also is None else update.also())]
-            with batchnorm.still(self.model):
+            with batchnorm.still(self.model) if self._normalises else contextlib.nullcontext():
                 found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=graph)
         ctx.theta = before
         if not update.add:
@@ -445,7 +450,7 @@ class Driver:
             memory,
             {name: gather(store, batch.indices) for name, store in self.rows.items()},
             self.autocast,
-            self.channels_last,
+            self._nhwc,
             batch.share or World().share(len(batch.x)),
             margin=self.margin,
         )
