@@ -25,7 +25,7 @@ from controlat.files import expanded
 from controlat.methods import build
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
-from controlat.ranges import RANGES, check_ranges
+from controlat.ranges import RANGES, check_kinds, check_ranges
 from controlat.rates import Rate, parse_rate
 from controlat.records import LogLine, Settings, checked, missing, read_epochs, read_record, settings_of
 from controlat.registry import meant
@@ -175,6 +175,7 @@ class Problem:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
             self.augment = usual
@@ -329,6 +330,7 @@ class EvaluateSettings(Problem):
     run: str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.run is not None:
             self.run = str(expanded(self.run))
             self._take(Path(self.run))
@@ -431,6 +433,7 @@ class AttackSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         self.checkpoint = str(checkpoint_of(self.checkpoint))
         if self.data_dir is not None:
             self.data_dir = str(expanded(self.data_dir).absolute())
@@ -513,6 +516,7 @@ class DeriveSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("x_range", "theta_range"):
             given = getattr(self, name)
             if given is not None:

@@ -149,6 +149,7 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     if family not in FAMILIES:
         examples = "; ".join(f.example for f in FAMILIES.values())
         near = meant(family, FAMILIES)
+        near = "a file is read by load_schedule; " if family.endswith(".json") else near
         told = f"unknown schedule {short(family)!r} in {short(text)!r}"
         raise ValueError(f"{told}; {near}write one of: {examples}")
     entry = FAMILIES[family]

@@ -1,18 +1,19 @@
-"""What numbers the settings may have: one table for the check before any work and for the help.
+"""What values the settings may have: one table of numbers for the check before any work and for the help.
 
 A range is wide enough for whatever somebody means, and narrow enough that nothing overflows on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from controlat.control import number
+from controlat.control import brief, number
 
-__all__ = ["RANGES", "Range", "check_ranges", "range_of"]
+__all__ = ["RANGES", "Range", "check_kinds", "check_ranges", "range_of"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,40 @@ RANGES: Mapping[str, Range] = MappingProxyType(
 def range_of(field: Field[Any]) -> Range | None:
     """The range of a field of a settings dataclass; None where it is no number."""
     return None if field.type in (bool, "bool") else RANGES.get(field.name)
+
+
+def check_kinds(settings: Any) -> None:
+    """Check that every field of a settings dataclass holds a value of the kind that its annotation says.
+
+    What numbers are is left to `check_ranges`, and what is in lists of them.
+
+    Raises:
+        ValueError: one does not; the message says what it must be.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if value is None and type(None) in get_args(hint):
+            continue
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if kinds == [bool]:
+            wanted, fits = "true or false", isinstance(value, bool)
+        elif get_origin(kinds[0]) is dict:
+            wanted, fits = "a dictionary", isinstance(value, Mapping)
+        elif get_args(kinds[0]) == (str,):
+            wanted, fits = "a list of texts", listed and all(isinstance(one, str) for one in value)
+        elif get_args(kinds[0]):
+            wanted, fits = "a list of numbers", listed
+        elif kinds == [str]:
+            wanted, fits = "a text", isinstance(value, (str, os.PathLike))
+        else:
+            wanted, fits = "a number", not listed and not isinstance(value, (Mapping, bytes, type(None)))
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {brief(value)}")
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
 
 
 def check_ranges(settings: Any, texts: Collection[str] = ()) -> None:

@@ -35,12 +35,12 @@ def split(text: str) -> tuple[str, dict[str, str]]:
 def only(found: Mapping[str, object], required: Iterable[str], optional: Iterable[str], what: str) -> None:
     """Raise ValueError unless the names found are the required ones and at most the optional ones beside."""
     required, optional = set(required), set(optional)
-    if missing := sorted(required - set(found)):
-        raise ValueError(f"{what} lacks {', '.join(missing)}")
-    if unknown := sorted(set(found) - required - optional):
+    if unknown := sorted(set(found) - required - optional):  # first: a misspelt name is missing, too
         allowed = ", ".join(sorted(required | optional)) or "nothing"
         near = meant(unknown[0], required | optional)
         raise ValueError(f"{what} does not take {', '.join(unknown)}; {near}it takes {allowed}")
+    if missing := sorted(required - set(found)):
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:
