@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
@@ -93,7 +94,11 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     path = expanded(text.strip())
     if os.path.isfile(path / "schedule.json"):  # False too for a text that is too long for a name
         raise ValueError(f"{text} is a directory; its schedule is {path / 'schedule.json'}")
-    return load_schedule(path) if path.suffix == ".json" else parse_schedule(text, epochs, knobs)
+    if path.suffix == ".json":
+        return load_schedule(path)
+    with warnings.catch_warnings():  # commands note what training never comes to, of files too
+        warnings.simplefilter("ignore")
+        return parse_schedule(text, epochs, knobs)
 
 
 def settings_from(kind: type[T], given: Mapping[str, Any], command: str) -> T:

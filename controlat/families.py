@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -140,6 +141,9 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     Raises:
         ValueError: unknown family or name, missing or out-of-range value; the message says what is allowed.
 
+    Warns:
+        UserWarning: the run ends before a change, such as ``@8`` in five epochs.
+
     >>> dict(parse_schedule("pgd:steps=10,alpha=2/255", epochs=30)(0)) == {"alpha": 2 / 255, "steps": 10}
     True
     """
@@ -166,8 +170,14 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     try:
         curves = entry.build({k: v for k, v in found.items() if k not in free}, family)
         curves |= {name: _free(found[name], whole.get(name)) for name in free}
-        return Schedule(curves, epochs, resolution, text.strip())
+        schedule = Schedule(curves, epochs, resolution, text.strip())
     except ValueError as error:
         raise ValueError(
             f"{error} (in schedule {short(text)!r}; write for example {entry.example})"
         ) from None
+    if late := schedule.unreached():
+        told = "; ".join(f"{knob} at epoch {', '.join(f'{t:g}' for t in at)}" for knob, at in late.items())
+        warnings.warn(
+            f"{short(text)} has changes that a run of {epochs:g} epochs never comes to: {told}", stacklevel=2
+        )
+    return schedule

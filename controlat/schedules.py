@@ -281,7 +281,7 @@ class Schedule:
             is not reached.
 
         >>> from controlat import parse_schedule
-        >>> parse_schedule("step:steps=0:2:10,at=3:8,alpha=0.1", epochs=5).unreached()
+        >>> replace(parse_schedule("step:steps=0:2:10,at=3:8,alpha=0.1", epochs=12), epochs=5).unreached()
         {'steps': (8.0,)}
         """
         starts = [piece * self.resolution for piece in range(self.pieces)]
