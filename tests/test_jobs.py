@@ -768,7 +768,9 @@ def test_what_training_never_comes_to_is_noted_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few: dict[str, Any] = {"epochs": 2, "train_points": 40, "threads": 1, "progress": False}
-    parse_schedule("step:steps=1:2:3,at=1:2,alpha=0.1:0.2:0.3", 2).save(tmp_path / "late.json")
+    with pytest.warns(UserWarning, match="never comes to"):
+        late = parse_schedule("step:steps=1:2:3,at=1:2,alpha=0.1:0.2:0.3", 2)
+    late.save(tmp_path / "late.json")
     texts = ["set:steps=1..3@9,alpha=0.1:0.2@1", str(tmp_path / "late.json"), "amata:min=1,max=2,tau=0.1"]
     notes = []
     for i, text in enumerate(texts):
