@@ -451,7 +451,6 @@ BAD_TEXTS = [
     ("math:nosuch", "module 'math' has no attribute 'nosuch'"),
     ("math:pi", "terminal 'math:pi' is a float; it must be a function or class to call"),
     ("math:", "must read 'package.module:attribute'"),
-    (3, "terminal must be a text such as adversarial+0.1*clean, got a int"),
 ]
 
 
@@ -461,6 +460,14 @@ def test_what_is_no_sum_of_known_costs_is_refused_before_anything_begins(text: A
         parse_terminal(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         EvaluateSettings(terminal=text)
+
+
+def test_what_is_no_text_is_no_terminal() -> None:
+    three: Any = 3
+    with pytest.raises(ValueError, match=r"must be a text such as adversarial\+0\.1\*clean, got a int"):
+        parse_terminal(three)
+    with pytest.raises(ValueError, match="terminal must be a text, got 3"):
+        EvaluateSettings(terminal=three)
 
 
 def made(text: str) -> Terminal:
