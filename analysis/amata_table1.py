@@ -29,11 +29,12 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 import controlat
-from controlat import Control, Surface, jobs, report
-from controlat.files import read_json, write, write_json, write_text
+from controlat import Control, Surface, report
+from controlat._util.files import read_json, write, write_json, write_text
+from controlat._util.texts import count, duration
+from controlat.app import jobs
 from controlat.pmp import interval as interval_of
 from controlat.records import CriterionLine, LogLine, missing, read_epochs
-from controlat.texts import count, duration
 
 PAPER = {  # schedule: (name, C, robust accuracy in %, seconds)
     "pgd:steps=10,alpha=0.01": ("PGD-10", 7.82, 68.07, 307.57),

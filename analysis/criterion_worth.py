@@ -30,11 +30,16 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from controlat import Control, Surface, report, rng
-from controlat.config import TrainSettings
-from controlat.evaluation.robust import measure as attacked
-from controlat.files import read_json, write, write_json, write_text
-from controlat.network import NonFiniteError
+from controlat import Control, Surface, report
+from controlat._util import rng
+from controlat._util.errors import NonFiniteError
+from controlat._util.files import read_json, write, write_json, write_text
+from controlat._util.texts import duration
+from controlat.app.experiment import Experiment
+from controlat.app.runs import environment, slug
+from controlat.app.settings import TrainSettings
+from controlat.app.trainer import deterministic
+from controlat.dynamics.recording import Recording
 from controlat.pmp import (
     AdversarialLoss,
     Calibration,
@@ -46,11 +51,7 @@ from controlat.pmp import (
     probe_batches,
 )
 from controlat.pmp.hamiltonian import Gains
-from controlat.recording import Recording
-from controlat.runs import environment, slug
-from controlat.setting import Setting
-from controlat.texts import duration
-from controlat.training import deterministic
+from controlat.robust_accuracy.robust import measure as attacked
 
 HERE = Path(__file__).resolve().parent
 
@@ -130,31 +131,31 @@ def runs(part: Mapping[str, Any]) -> Iterator[tuple[tuple[float, float], int, st
                 yield dynamics, seed, name, text
 
 
-def roll_out(setting: Setting, text: str, seed: int, part: Mapping[str, Any]) -> dict[str, Any]:
+def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, Any]) -> dict[str, Any]:
     """One schedule: J and all that may stand for it."""
     began = time.perf_counter()
-    problem, schedule = setting.problem, setting.problem.schedule_of(text)
-    plan, driver = setting.plan(schedule, seed), setting.driver(seed)
-    ball, held_out = problem.ball, setting.held_out
+    problem, schedule = experiment.problem, experiment.problem.schedule_of(text)
+    spec, driver = experiment.spec(schedule, seed), experiment.driver(seed)
+    ball, held_out = problem.ball, experiment.held_out
     terminal = AdversarialLoss(*held_out.take(torch.arange(len(held_out))), ball, seed=seed)
-    recording = Recording.of(driver, plan)
+    recording = Recording.of(driver, spec)
     trained = time.perf_counter() - began
     grid, scale = Grid(*part["grid"]), 1 / (1 - problem.momentum)
     found = examine(
         recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], looks=part["looks"]
     )
     calibration = calibrate(recording, found, terminal, lambdas=LAMBDAS)
-    chosen = torch.randperm(len(setting.training), generator=rng.generator(0, "probe"))[:256]
-    probe = probe_batches(*setting.training.take(chosen), 4, 0, chosen, problem.augmentation)
+    chosen = torch.randperm(len(experiment.training), generator=rng.generator(0, "probe"))[:256]
+    probe = probe_batches(*experiment.training.take(chosen), 4, 0, chosen, problem.augmentation)
     surfaces = []
     for epoch in range(problem.epochs):
-        visit = recording.at(epoch * plan.batches_per_epoch)
+        visit = recording.at(epoch * spec.batches_per_epoch)
         batches = [b._replace(epoch=epoch) for b in probe]
-        weight = scale * plan.mean_rate(epoch) / plan.mean_rate()
+        weight = scale * spec.mean_rate(epoch) / spec.mean_rate()
         surface = measure(driver, batches, visit.control, grid, terminal=terminal, scale=weight)
         surfaces.append({"control": dict(visit.control), "surface": surface.to_json()})
     driver.restore(recording.end)
-    test = attacked(driver.model, setting.test, ball, attacks=part["test"], seed=seed)
+    test = attacked(driver.model, experiment.test, ball, attacks=part["test"], seed=seed)
     return {
         "schedule": text,
         "seed": seed,
@@ -190,7 +191,7 @@ def everything(args: argparse.Namespace) -> None:
             )
             with deterministic(1):
                 try:
-                    result = roll_out(Setting.of(settings), text, seed, part)
+                    result = roll_out(Experiment.of(settings), text, seed, part)
                 except NonFiniteError as error:
                     result = {"schedule": text, "seed": seed, "failed": str(error)}
             more = {"name": name, "momentum": momentum, "rate": rate, "environment": environment()}

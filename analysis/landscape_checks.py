@@ -19,13 +19,13 @@ from typing import Any
 
 from scipy.integrate import solve_ivp
 
-from controlat.files import write_json, write_text
-from controlat.runs import environment
+from controlat._util.files import write_json, write_text
+from controlat._util.texts import table
+from controlat.app.runs import environment
 from controlat.symbolic import Branch, Landscape, convergence
 from controlat.symbolic.bolza import SETS, Bolza
 from controlat.symbolic.principle import criterion, derived_path, gamma_limit
 from controlat.symbolic.programming import programme
-from controlat.texts import table
 
 HERE = Path(__file__).resolve().parent
 CASES = list(itertools.product((0.5, 1.0, 2.0), (1.0, 10.0), (1.0, 3.0), (0.0, 1e-3, 1e-2, 0.1, 1.0)))

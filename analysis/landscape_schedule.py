@@ -26,10 +26,10 @@ from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student
 
 import controlat
-from controlat.drawing import MARKERS, line_style, panels, save
-from controlat.files import write_json, write_text
-from controlat.schedules import Schedule
-from controlat.texts import count, table
+from controlat._util.drawing import MARKERS, line_style, panels, save
+from controlat._util.files import write_json, write_text
+from controlat._util.texts import count, table
+from controlat.control.schedules import Schedule
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION_SEED = 100  # not among the seeds that are compared

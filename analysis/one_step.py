@@ -3,8 +3,8 @@
     python analysis/one_step.py [--out DIR]    # half a minute on a core
 
 It reads the folder of methods, trains each a little on the bundled digits, and calls
-`controlat.adjoint.verify` at the state it has reached: the vector-Jacobian product of the step beside central
-differences of the step, in float64 and on smooth networks. Results go to analysis/one_step: result.json (all
+`controlat.dynamics.verify` at the state it has reached: the vector-Jacobian product of the step beside
+central differences of the step, in float64 and on smooth networks. Results go to analysis/one_step: result.json (all
 numbers), table.md.
 """
 
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from controlat import Ball, Control, methods, report, rng
-from controlat.adjoint import verify
+from controlat import Ball, Control, methods, report
+from controlat._util import rng
+from controlat._util.files import write_json, write_text
+from controlat.app.runs import environment
 from controlat.data import load
-from controlat.dynamics import Driver, SGDSettings
-from controlat.files import write_json, write_text
+from controlat.dynamics.adjoint import verify
+from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.methods import Batch, Method
-from controlat.runs import environment
 
 EPS = {"linf": 0.1, "l2": 0.5}
 # alpha is in units of eps. Whatever else a method has keeps its default.

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat._util import rng
+from controlat._util.files import write_json
 from controlat.data import Dataset, Samples, Split
 from controlat.data import load as load_data
-from controlat.files import write_json
 from controlat.models import build
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,16 +12,17 @@ from unittest import mock
 import torch
 from _common import environment, main, parser, positive, progress, table
 
-from controlat import batchnorm, rng
-from controlat.adjoint import pullback, state
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import Driver, SGDSettings
+from controlat._util import rng
+from controlat.app.experiment import pick_device
+from controlat.app.trainer import deterministic, initial_model, place
+from controlat.attacks.balls import Ball
+from controlat.control.space import Control
+from controlat.dynamics.adjoint import pullback, state
+from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.methods import Batch
 from controlat.methods import build as build_method
 from controlat.models import build
-from controlat.setting import pick_device
-from controlat.training import deterministic, initial_model, place
+from controlat.models.frozen import batchnorm
 
 NETWORKS = {"cnn_bn": (1, 28, 28), "preactresnet-18": (3, 32, 32)}
 EPS, RATE = 8 / 255, 0.01

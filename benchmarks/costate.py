@@ -16,20 +16,21 @@ import torch
 from _common import CLASSES, SIDE, environment, main, parser, positive, progress, table
 from torch import Tensor
 
-from controlat import rng
-from controlat.balls import Ball
+from controlat._util import rng
+from controlat.app.experiment import pick_device
+from controlat.app.trainer import deterministic, initial_model, place
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.learning_rate import parse_rate
+from controlat.control.schedule_text import parse_schedule
 from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, rollout
-from controlat.families import parse_schedule
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import GIBI, Recording
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build as build_method
 from controlat.models import build
-from controlat.network import Meter
-from controlat.plan import Plan
 from controlat.pmp import AdversarialLoss, sweep
-from controlat.rates import parse_rate
-from controlat.recording import GIBI, Recording
-from controlat.setting import pick_device
-from controlat.training import deterministic, initial_model, place
 
 EPS, BATCH, EPOCH = 0.3, 64, 10  # an epoch of ten steps
 HELD_OUT, ATTACK = 256, 20  # images of Phi, and steps of its attack
@@ -55,7 +56,7 @@ def images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(CLASSES, (n,), generator=generator)
 
 
-def system(job: Job) -> tuple[Driver, Plan]:
+def system(job: Job) -> tuple[Driver, RunSpec]:
     """LeNet under PGD-K with momentum, for at least so many steps, in whole epochs."""
     epochs = -(-job.steps // EPOCH)
     device = pick_device(job.device)
@@ -63,7 +64,7 @@ def system(job: Job) -> tuple[Driver, Plan]:
     driver = Driver(model, build_method("pgd_at"), Ball(EPS), SGDSettings(0.9), job.seed)
     schedule = parse_schedule(f"pgd:steps={job.inner},alpha={EPS / 4}", epochs)
     data = Split(*images(EPOCH * BATCH, job.seed)).to(device)
-    return driver, Plan(data, BATCH, epochs, schedule, parse_rate(0.01), job.seed)
+    return driver, RunSpec(data, BATCH, epochs, schedule, parse_rate(0.01), job.seed)
 
 
 def clock(driver: Driver) -> float:
@@ -83,19 +84,19 @@ def peak(device: torch.device) -> float:
 
 def train(job: Job) -> dict[str, Any]:
     """One run, with nothing kept of it but its losses."""
-    driver, plan = system(job)
+    driver, spec = system(job)
     began = clock(driver)
-    losses = [step.loss for step in rollout(driver, plan)]
+    losses = [step.loss for step in rollout(driver, spec)]
     return {"steps": len(losses), "training_seconds": clock(driver) - began, "losses": losses}
 
 
 def look_back(job: Job, limit: float) -> dict[str, Any]:
     """The same run recorded, and swept from its end to its beginning."""
-    driver, plan = system(job)
+    driver, spec = system(job)
     x, y = images(HELD_OUT, job.seed + 1)
     terminal = AdversarialLoss(x.to(driver.device), y.to(driver.device), driver.ball, ATTACK)
     began = clock(driver)
-    recording = Recording.of(driver, plan, limit=limit)
+    recording = Recording.of(driver, spec, limit=limit)
     recorded = clock(driver)
     meter, steps = Meter(), len(recording.steps)
     norms = [swept.norms[steps] for swept in sweep(recording, terminal, meter=meter)]

@@ -16,20 +16,19 @@ import torch
 from _common import environment, main, parser, positive, progress, synthetic, table
 from PIL import Image
 
-from controlat import rng
-from controlat.augment import parse_augment
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.data import Dataset, Samples, Split
+from controlat._util import rng
+from controlat.app.trainer import place
+from controlat.attacks.balls import Ball
+from controlat.control.learning_rate import parse_rate
+from controlat.control.schedule_text import parse_schedule
+from controlat.control.schedules import Schedule
+from controlat.control.space import Control
+from controlat.data import Dataset, Samples, Split, parse_augment
 from controlat.data import load as load_data
-from controlat.dynamics import Driver, SGDSettings
-from controlat.families import parse_schedule
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch, build
 from controlat.models import build as build_model
-from controlat.plan import Plan
-from controlat.rates import parse_rate
-from controlat.schedules import Schedule
-from controlat.training import place
 
 TARGET = 0.1  # largest overhead of loading: seconds with it over seconds without, minus 1
 
@@ -76,18 +75,18 @@ def case(
     """One row: the same batches loaded as usual and ready in memory, in turn."""
     train: Samples = data.train.to(args.device)
     schedule: Schedule = parse_schedule("fgsm:alpha=0.03", 1)
-    plan = Plan(train, args.batch, 1, schedule, parse_rate(0.01), args.seed, parse_augment(augment))
+    spec = RunSpec(train, args.batch, 1, schedule, parse_rate(0.01), args.seed, parse_augment(augment))
     with rng.scoped(args.seed, "model"):
         network = place(build_model(model, data.in_shape, data.num_classes), args.device)
     driver = Driver(network, build("pgd_at", {}), Ball(0.03), SGDSettings(), args.seed)
-    count = min(count, plan.batches_per_epoch)
-    ready = list(itertools.islice(plan.batches(0), count))
+    count = min(count, spec.batches_per_epoch)
+    ready = list(itertools.islice(spec.batches(0), count))
     epoch(driver, iter(ready[:2]), schedule(0))
     rounds = []
     for r in range(args.repeats):
         progress(f"{name}: round {r + 1} of {args.repeats}")
         bare, _ = epoch(driver, iter(ready), schedule(0))
-        full, waited = epoch(driver, itertools.islice(plan.batches(0), count), schedule(0))
+        full, waited = epoch(driver, itertools.islice(spec.batches(0), count), schedule(0))
         rounds.append({"ready": bare, "loaded": full, "waited": waited})
     images = sum(len(batch.x) for batch in ready)
     overhead = statistics.median(r["loaded"] / r["ready"] - 1 for r in rounds)

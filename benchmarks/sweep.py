@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from _common import Problem, environment, fitted, heading, main, parser, positive, progress, table
 
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import Driver
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, build
-from controlat.network import Meter
 from controlat.pmp import probe_batches
-from controlat.pmp.maximise import Grid, Scored, rerun, sweep
+from controlat.pmp.candidates import Grid, Scored, rerun, sweep
 
 EPS = 0.3
 TARGET = {"evaluations_ratio": 8.0}

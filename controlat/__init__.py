@@ -26,48 +26,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from controlat._util.errors import NonFiniteError as NonFiniteError
+    from controlat.app.derive import Derived as Derived
+    from controlat.app.derive import derive as derive
+    from controlat.app.jobs import attack as attack
+    from controlat.app.jobs import evaluate as evaluate
+    from controlat.app.jobs import train as train
+    from controlat.attacks.balls import Ball as Ball
     from controlat.attacks.pgd import fgsm as fgsm
     from controlat.attacks.pgd import pgd as pgd
-    from controlat.balls import Ball as Ball
-    from controlat.control import Control as Control
-    from controlat.control import ControlSpace as ControlSpace
+    from controlat.control.schedule_text import parse_schedule as parse_schedule
+    from controlat.control.schedules import Schedule as Schedule
+    from controlat.control.schedules import load_schedule as load_schedule
+    from controlat.control.space import Control as Control
+    from controlat.control.space import ControlSpace as ControlSpace
     from controlat.data import Dataset as Dataset
     from controlat.data import Split as Split
-    from controlat.derived import Derived as Derived
-    from controlat.derived import derive as derive
-    from controlat.evaluation import robustness as robustness
-    from controlat.families import parse_schedule as parse_schedule
-    from controlat.jobs import attack as attack
-    from controlat.jobs import evaluate as evaluate
-    from controlat.jobs import train as train
-    from controlat.network import NonFiniteError as NonFiniteError
     from controlat.pmp import Surface as Surface
     from controlat.pmp import criterion as criterion
-    from controlat.schedules import Schedule as Schedule
-    from controlat.schedules import load_schedule as load_schedule
+    from controlat.robust_accuracy import robustness as robustness
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Ball": "balls",
-    "Control": "control",
-    "ControlSpace": "control",
+    "Ball": "attacks.balls",
+    "Control": "control.space",
+    "ControlSpace": "control.space",
     "Dataset": "data",
-    "Derived": "derived",
-    "NonFiniteError": "network",
-    "Schedule": "schedules",
+    "Derived": "app.derive",
+    "NonFiniteError": "_util.errors",
+    "Schedule": "control.schedules",
     "Split": "data",
     "Surface": "pmp",
-    "attack": "jobs",
+    "attack": "app.jobs",
     "criterion": "pmp",
-    "derive": "derived",
-    "evaluate": "jobs",
+    "derive": "app.derive",
+    "evaluate": "app.jobs",
     "fgsm": "attacks",
-    "load_schedule": "schedules",
-    "parse_schedule": "families",
+    "load_schedule": "control.schedules",
+    "parse_schedule": "control.schedule_text",
     "pgd": "attacks",
-    "robustness": "evaluation",
-    "train": "jobs",
+    "robustness": "robust_accuracy",
+    "train": "app.jobs",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -2,7 +2,7 @@
 
 import sys
 
-from controlat.cli import main
+from controlat.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

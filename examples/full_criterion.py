@@ -7,14 +7,20 @@ import torch
 from torch import nn
 
 import controlat
+from controlat.control.learning_rate import parse_rate
 from controlat.data import load
-from controlat.dynamics import Driver, SGDSettings
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
-from controlat.plan import Plan
-from controlat.pmp import AdversarialLoss, Grid, Weighted, calibrate, examine
+from controlat.pmp import (
+    AdversarialLoss,
+    Grid,
+    Weighted,
+    calibrate,
+    examine,
+)
 from controlat.pmp.relaxed import relaxed
-from controlat.rates import parse_rate
-from controlat.recording import Recording
 
 data = load("digits")
 training, held_out = data.hold_out(256)
@@ -26,13 +32,13 @@ model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 *
 
 ball, epochs = controlat.Ball(0.15), 6
 schedule = controlat.parse_schedule("amata:min=1,max=5,tau=0.2", epochs)
-plan = Plan(training, 64, epochs, schedule, parse_rate(0.02))
+spec = RunSpec(training, 64, epochs, schedule, parse_rate(0.02))
 driver = Driver(model, build("pgd_at"), ball, SGDSettings(momentum=0.9))
-recording = Recording.of(driver, plan)  # trains the model; every step of it can be visited again
+recording = Recording.of(driver, spec)  # trains the model; every step of it can be visited again
 
 phi = Weighted(((1.0, AdversarialLoss(x, y, ball)), (0.1, AdversarialLoss(x, y, ball, steps=0))))
 grid = Grid((0.02, 0.05, 0.15), max_steps=6)
-found = examine(recording, phi, grid, gamma=0.001, horizons=[1, plan.batches_per_epoch], looks=2)
+found = examine(recording, phi, grid, gamma=0.001, horizons=[1, spec.batches_per_epoch], looks=2)
 print(f"Phi = {phi.describe()}: {found.phi:.3f}")
 for h in found.horizons:
     print(f"C = {found.value(h):.3f} with costates over {h} step{'s' * (h > 1)}")
@@ -51,7 +57,7 @@ if not worth.calibrated:
 
 # One question of your own: half of the way, in the epoch where it promises most, and nowhere else.
 b = max(best, key=lambda b: b.gain)
-steps = range(b.index * plan.batches_per_epoch, (b.index + 1) * plan.batches_per_epoch)
+steps = range(b.index * spec.batches_per_epoch, (b.index + 1) * spec.batches_per_epoch)
 there = relaxed(recording, dict.fromkeys(steps, b.maximiser), 0.5, phi).objective(found.price)
 print(f"half of the way to {b.maximiser} in epoch {b.index} alone: J = {there:.3f}")
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import controlat
-from controlat.adjoint import verify
+from controlat._util.checks import number
+from controlat.attacks.losses import divergence
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
-from controlat.control import Control, ControlSpace, Knob, number
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.data import load
-from controlat.dynamics import Driver
-from controlat.losses import divergence
+from controlat.dynamics.adjoint import verify
+from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, Context, Update, Updates
 
 BETA = Knob("real", 0.0, default=6.0, meaning="weight of the divergence")

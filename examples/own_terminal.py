@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import controlat
-from controlat.dynamics import Driver
-from controlat.network import Meter
+from controlat.control.cost import Meter
+from controlat.dynamics.driver import Driver
 
 
 @dataclass

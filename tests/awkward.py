@@ -10,7 +10,7 @@ from helpers import CLASSES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from controlat import rng
+from controlat._util import rng
 
 
 class Aliased(nn.Module):

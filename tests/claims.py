@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from controlat.runs import claimed
+from controlat.app.runs import claimed
 
 SETTINGS = {"command": "train", "lr": 0.1}
 SOURCES = ("runs.py", "files.py")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat._util import rng
+from controlat.control.learning_rate import parse_rate
+from controlat.control.schedule_text import parse_schedule
 from controlat.data import Split
-from controlat.families import parse_schedule
+from controlat.dynamics.run_spec import RunSpec
 from controlat.models import build
-from controlat.plan import Plan
-from controlat.rates import parse_rate
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
@@ -46,7 +46,7 @@ def cnn_bn(seed: int = 0) -> nn.Module:
         return build("cnn_bn", SHAPE, CLASSES).double()
 
 
-def plan(
+def spec(
     data: Split,
     *,
     schedule: str = "none",
@@ -54,8 +54,8 @@ def plan(
     epochs: int = 2,
     batch_size: int = 4,
     seed: int = 0,
-) -> Plan:
-    return Plan(data, batch_size, epochs, parse_schedule(schedule, epochs), parse_rate(rate), seed)
+) -> RunSpec:
+    return RunSpec(data, batch_size, epochs, parse_schedule(schedule, epochs), parse_rate(rate), seed)
 
 
 def flat(tensors: Any) -> Tensor:
@@ -91,7 +91,7 @@ def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: 
     """Let AutoAttack take few steps, here and in pyautoattack itself."""
     import pyautoattack
 
-    from controlat.evaluation import auto
+    from controlat.robust_accuracy import auto
 
     class Short(pyautoattack.AutoAttack):
         def __init__(self, *args: Any, **options: Any) -> None:

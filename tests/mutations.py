@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from controlat import checkpoints, derived, jobs
-from controlat.checkpoints import load_checkpoint
-from controlat.config import DeriveSettings
-from controlat.network import NonFiniteError
-from controlat.schedules import load_schedule
+from controlat._util.errors import NonFiniteError
+from controlat.app import checkpoints, jobs
+from controlat.app import derive as derived
+from controlat.app.checkpoints import load_checkpoint
+from controlat.app.settings import DeriveSettings
+from controlat.control.schedules import load_schedule
 
 TINY: dict[str, Any] = {"epochs": 2, "train_points": 80, "threads": 1, "progress": False}
 TRAIN = TINY | {"schedule": "pgd:steps=1,alpha=0.1"}

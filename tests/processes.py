@@ -11,12 +11,12 @@ from helpers import SHAPE, cnn_bn, split
 from systems import CASES, Case, constant, driver
 from torch import nn
 
-from controlat import rng
-from controlat.augment import Augment
-from controlat.balls import Ball
-from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, rollout
-from controlat.parallel import World, current, joined
+from controlat._util import rng
+from controlat._util.parallel import World, current, joined
+from controlat.attacks.balls import Ball
+from controlat.data import Augment, Split
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.rollout import rollout
 
 N, BATCH = 13, 5  # batches of 5, 5, 3: no number of processes divides them
 
@@ -71,13 +71,13 @@ def exchanges(world: World) -> dict[str, Any]:
     share = world.share(7)
     mine = torch.arange(7.0)[share.rows]
     found = {
-        "everyone": share.everyone(mine),
-        "mask": share.everyone(mine > 2),
+        "all_gather": share.all_gather(mine),
+        "mask": share.all_gather(mine > 2),
         "sum": share.sum(torch.tensor(world.rank + 1)),
         "mean": share.mean([mine.mean(), torch.ones(2, 2, dtype=torch.float64) * mine.mean()]),
-        "told": world.tell({"rank": world.rank, "text": "é"}),
-        "bytes": list(world.tell_bytes(bytes([world.rank, 7]))),
-        "nothing": list(world.tell_bytes(b"")),
+        "told": world.broadcast({"rank": world.rank, "text": "é"}),
+        "bytes": list(world.broadcast_bytes(bytes([world.rank, 7]))),
+        "nothing": list(world.broadcast_bytes(b"")),
     }
     world.check([torch.tensor(1.0)])
     try:

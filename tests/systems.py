@@ -8,12 +8,12 @@ import torch
 from helpers import CLASSES, samples, split
 from torch import Tensor, nn
 
-from controlat import rng
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import Driver, SGDSettings
+from controlat._util import rng
+from controlat.attacks.balls import Ball
+from controlat.control.space import Control
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch, Method, build, names
-from controlat.plan import Plan
 
 HEAVY = SGDSettings(momentum=0.9, weight_decay=1e-3)
 
@@ -110,9 +110,9 @@ def constant(
     rate: float = 0.1,
     seed: int = 3,
     **options: Any,
-) -> Plan:
+) -> RunSpec:
     """A plan with one control and one rate; the last batch of an epoch is shorter."""
-    made = Plan(split(n, shape), batch_size, epochs, lambda t: u, lambda t, T: rate, seed)  # type: ignore[arg-type]
+    made = RunSpec(split(n, shape), batch_size, epochs, lambda t: u, lambda t, T: rate, seed)  # type: ignore[arg-type]
     return replace(made, **options)
 
 

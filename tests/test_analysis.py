@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import controlat
-from controlat.files import read_json
+from controlat._util.files import read_json
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
 SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "amata_table1.py"))

@@ -16,11 +16,13 @@ from helpers import flat, same
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
-from controlat import Ball, cli, jobs, rng
-from controlat.adjoint import verify
-from controlat.control import Control
-from controlat.files import read_json, read_json_lines
-from controlat.losses import divergence
+from controlat import Ball
+from controlat._util import rng
+from controlat._util.files import read_json, read_json_lines
+from controlat.app import cli, jobs
+from controlat.attacks.losses import divergence
+from controlat.control.space import Control
+from controlat.dynamics.adjoint import verify
 from controlat.methods import Method, build
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,70 +15,35 @@ import controlat
 from controlat import symbolic
 
 PACKAGE = Path(controlat.__file__).parent
+TESTS = Path(__file__).parent
 
-# Imports go upwards in this list only. A folder is one entry.
+# The folders, from the bottom up: imports go to earlier ones only, those inside functions included.
 ORDER = (
-    "registry",
+    "_util",
     "control",
-    "texts",
-    "ranges",
-    "files",
-    "settings_file",
-    "drawing",
-    "rng",
-    "parallel",
-    "losses",
-    "rates",
-    "augment",
-    "vision",
-    "balls",
-    "kernels",
-    "batchnorm",
-    "borrowed",
-    "asking",
-    "network",
-    "attacks",
-    "evaluation",
-    "schedules",
-    "records",
-    "families",
-    "symbolic",
-    "data",
     "models",
+    "data",
+    "attacks",
+    "records",
     "methods",
-    "plan",
-    "state",
+    "robust_accuracy",
+    "symbolic",
     "dynamics",
-    "adjoint",
-    "recording",
-    "runs",
     "pmp",
-    "checkpoints",
-    "training",
     "report",
-    "plots",
-    "config",
-    "setting",
-    "calibration",
-    "hindsight",
-    "candidate",
-    "derived",
-    "jobs",
-    "parser",
-    "cli",
-    "__main__",
+    "app",
 )
 # What must not see what, beyond the order: neighbours in the list that are independent by design.
 APART = {
-    "schedules": {"attacks", "evaluation", "network", "balls"},
-    "symbolic": {"attacks", "evaluation", "network", "balls", "kernels", "losses"},
-    "methods": {"evaluation", "schedules", "data"},
-    "evaluation": {"schedules", "data"},
-    "training": {"pmp"},
-    "pmp": {"runs", "evaluation"},
-    "report": {"training", "dynamics", "models", "data"},
-    "plots": {"training", "dynamics", "models", "data", "report"},
+    "data": {"models"},
+    "records": {"models", "data", "attacks"},
+    "robust_accuracy": {"data", "records", "methods"},
+    "symbolic": {"models", "data", "attacks", "records", "methods", "robust_accuracy"},
+    "dynamics": {"records", "robust_accuracy", "symbolic"},
+    "pmp": {"records", "robust_accuracy", "symbolic"},
+    "report": {"models", "data", "attacks", "methods", "symbolic", "dynamics"},
 }
+LOOSE = {"__init__.py", "__main__.py", "py.typed"}
 
 _TIMED = """
 import json, sys, time
@@ -132,7 +98,7 @@ def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
 
 def test_the_command_line_starts_without_sympy() -> None:
     """jsonargparse imports what annotations of settings name, even for type checkers only."""
-    code = "import sys, torch\nfrom controlat.parser import build_parser\nbuild_parser()\nprint(*sys.modules)"
+    code = "import sys\nfrom controlat.app.parser import build_parser\nbuild_parser()\nprint(*sys.modules)"
     brought = {name.partition(".")[0] for name in _python(code).split()}
     assert "jsonargparse" in brought
     assert "sympy" not in brought
@@ -171,46 +137,63 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def _home(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return file.relative_to(PACKAGE).parts[0]
 
 
-def _imports(body: list[ast.stmt]) -> Iterator[str]:
-    """First parts below controlat of what is imported when a module is loaded; not for type checking only."""
-    for node in body:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+def _for_type_checkers(tree: ast.AST) -> set[ast.AST]:
+    """What is imported for annotations only."""
+    guarded = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
+    return {inner for guard in guarded for inner in ast.walk(guard)}
+
+
+def _imports(file: Path) -> Iterator[tuple[str, ...]]:
+    """Names below controlat of all that a file imports, anywhere in it: folder, module, and so on."""
+    tree = ast.parse(file.read_text())
+    skipped = _for_type_checkers(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
             continue
-        if isinstance(node, (ast.If, ast.Try, ast.With)):
-            yield from _imports(node.body + getattr(node, "orelse", []))
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("controlat."))
-        if isinstance(node, ast.ImportFrom) and node.module == "controlat":
-            yield from (a.name for a in node.names)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("controlat."):
-            yield (node.module or "").split(".")[1]
+            yield from (tuple(a.name.split(".")[1:]) for a in node.names if a.name.startswith("controlat."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "controlat":
+            yield from ((*(node.module or "").split(".")[1:], a.name) for a in node.names)
 
 
-def _edges() -> set[tuple[str, str]]:
-    found = set()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        if file != PACKAGE / "__init__.py":
-            found |= {(_home(file), name) for name in _imports(ast.parse(file.read_text()).body)}
-    return {(a, b) for a, b in found if a != b}
+def _files() -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE]
 
 
-def test_the_list_names_every_module_of_the_package() -> None:
-    homes = {_home(file) for file in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert homes == set(ORDER)
+def test_nothing_lies_loose_and_the_order_names_every_folder() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == LOOSE
+    assert {_home(file) for file in _files()} == set(ORDER)
+
+
+def test_tests_stand_where_what_they_test_does() -> None:
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    assert folders == set(ORDER)
 
 
 def test_imports_go_down_the_layers_only() -> None:
-    edges = _edges()
-    assert ("attacks", "balls") in edges, "the walk finds imports"
-    assert ("jobs", "training") in edges
+    edges = {(_home(file), name[0]) for file in _files() for name in _imports(file)}
+    edges = {(a, b) for a, b in edges if a != b and b in ORDER}
+    assert ("attacks", "control") in edges, "the walk finds imports"
+    assert ("app", "symbolic") in edges, "also inside functions"
     rank = {name: i for i, name in enumerate(ORDER)}
-    upwards = {(a, b) for a, b in edges if rank[a] <= rank[b]}
-    assert not upwards
-    forbidden = {(a, b) for a, b in edges if b in APART.get(a, ())}
-    assert not forbidden
+    assert not {(a, b) for a, b in edges if rank[a] <= rank[b]}
+    assert not {(a, b) for a, b in edges if b in APART.get(a, ())}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Of one folder too: a file is read after all that it imports."""
+    names = {
+        f: ".".join(f.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for f in _files()
+    }
+    known = set(names.values())
+    needs: dict[str, set[str]] = {}
+    for file, name in names.items():
+        nearest = (".".join(n) if ".".join(n) in known else ".".join(n[:-1]) for n in _imports(file))
+        needs[name] = {n for n in nearest if n in known and n != name}
+    list(TopologicalSorter(needs).static_order())  # raises CycleError, which names the circle
 
 
 def test_relative_imports_do_not_hide_from_the_walk() -> None:

@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from controlat import methods
-from controlat.control import ControlSpace, Knob
-from controlat.files import read_json
+from controlat._util.files import read_json
+from controlat.control.space import ControlSpace, Knob
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
 SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "one_step.py"))

@@ -14,8 +14,8 @@ from torch import nn
 
 import controlat
 from controlat import report
+from controlat._util.files import read_json
 from controlat.data import load
-from controlat.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,8 +69,8 @@ def test_the_mathematics_of_the_readme_is_what_derive_prints() -> None:
 
 
 def test_commands_of_the_readme_are_accepted(tmp_path: Path) -> None:
-    from controlat.cli import _underscored
-    from controlat.parser import build_parser
+    from controlat.app.cli import _underscored
+    from controlat.app.parser import build_parser
 
     blocks = re.findall(r"```\n(controlat .*?)```", README, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from controlat.balls import Ball
-from controlat.borrowed import owned
-from controlat.control import Knob, flag, instance, number, whole
-from controlat.losses import Loss, cross_entropy
-from controlat.network import NonFiniteError, View
+from controlat._util.checks import flag, instance, number, whole
+from controlat._util.errors import NonFiniteError
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import Loss, cross_entropy
+from controlat.control.space import Knob
+from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
 
@@ -23,7 +25,15 @@ _OUTSIDE = 1e-6  # rounding of a float32 pipeline may leave [0, 1] by this much
 
 
 def path(
-    view: View, x0: Tensor, start: Tensor, y: Tensor, *, ball: Ball, alpha: float, steps: int, loss: Loss
+    view: FrozenModel,
+    x0: Tensor,
+    start: Tensor,
+    y: Tensor,
+    *,
+    ball: Ball,
+    alpha: float,
+    steps: int,
+    loss: Loss,
 ) -> Iterator[Tensor]:
     """Yield x^1, ..., x^K of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k))), from x^0 = start."""
     x0, x = view.prepare(x0), view.prepare(start)
@@ -34,7 +44,7 @@ def path(
 
 
 def ascend(
-    view: View,
+    view: FrozenModel,
     x0: Tensor,
     y: Tensor,
     *,
@@ -179,7 +189,7 @@ def pgd(
         check_labels(top, logits.shape[1])
         return cross_entropy(logits, labels)
 
-    with View(model, mode, channels_last=channels_last) as view:
+    with FrozenModel(model, mode, channels_last=channels_last) as view:
         result = ascend(
             view,
             x,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from controlat.balls import Ball
-from controlat.losses import margin
-from controlat.network import View
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import margin
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["square"]
 
@@ -16,7 +16,7 @@ _HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 def square(
-    view: View, x0: Tensor, y: Tensor, *, ball: Ball, queries: int, generator: torch.Generator
+    view: FrozenModel, x0: Tensor, y: Tensor, *, ball: Ball, queries: int, generator: torch.Generator
 ) -> Tensor:
     """Push a random square of every image to the edge of the ball, and keep what lowers the margin.
 

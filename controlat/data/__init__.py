@@ -12,10 +12,22 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from controlat import registry
+from controlat._util import registry
+from controlat.data._augment import Augment, Placement, parse_augment
 from controlat.data._types import Dataset, Samples, Split
 
-__all__ = ["Dataset", "Samples", "Split", "augmentation", "download", "load", "overview"]
+__all__ = [
+    "Augment",
+    "Dataset",
+    "Placement",
+    "Samples",
+    "Split",
+    "augmentation",
+    "download",
+    "load",
+    "overview",
+    "parse_augment",
+]
 
 
 def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:

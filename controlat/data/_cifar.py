@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlat._util.files import open_file, read_bytes
 from controlat.data import _cache
 from controlat.data._types import Dataset, Split
-from controlat.files import open_file, read_bytes
 
 __all__ = ["Layout", "load"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from controlat.files import open_file
+from controlat._util.files import open_file
 
 __all__ = ["Remote", "fetch"]
 

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from controlat.control import brief, instance, number
+from controlat._util.checks import brief, instance, number
 
 TOLERANCE = 1e-6  # by how much a pixel may leave [0, 1]
 

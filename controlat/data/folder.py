@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from controlat._util.files import open_file
 from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
 from controlat.data._types import Dataset, Samples
-from controlat.files import open_file
 
 __all__ = ["AUGMENT", "load"]
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from controlat._util.files import read_bytes
 from controlat.data import _cache
 from controlat.data._download import Remote
 from controlat.data._types import Dataset, Split
-from controlat.files import read_bytes
 
 __all__ = ["REMOTES", "load", "read_idx"]
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlat._util.vision import torchvision
 from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
 from controlat.data._types import Dataset, Samples
-from controlat.vision import torchvision
 
 __all__ = ["load"]
 

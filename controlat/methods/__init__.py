@@ -11,9 +11,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from controlat import registry
-from controlat.control import ControlSpace, brief, instance
-from controlat.methods._base import Batch, Context, Epoch, Hooks, Method, Prefixes, Rows, Update, Updates
+from controlat._util import registry
+from controlat._util.checks import brief, instance
+from controlat.control.space import ControlSpace
+from controlat.methods._base import (
+    Batch,
+    Context,
+    Epoch,
+    Hooks,
+    Method,
+    Prefixes,
+    Rows,
+    Update,
+    Updates,
+)
 
 __all__ = [
     "Batch",

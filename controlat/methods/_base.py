@@ -9,14 +9,18 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from controlat import batchnorm, network, rng
-from controlat.asking import ask
-from controlat.augment import Placement
-from controlat.balls import Ball
-from controlat.borrowed import replaced
-from controlat.control import Control, ControlSpace
-from controlat.network import Meter, View
-from controlat.parallel import Share
+from controlat._util import rng
+from controlat._util.parallel import Share
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.space import Control, ControlSpace
+from controlat.data import Placement
+from controlat.models.frozen import batchnorm
+from controlat.models.frozen.asking import ask
+from controlat.models.frozen.borrowed import replaced
+from controlat.models.frozen.hook import LayerHook
+from controlat.models.frozen.layout import in_layout, is_convolutional
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Batch", "Context", "Epoch", "Hooks", "Method", "Prefixes", "Rows", "Update", "Updates"]
 
@@ -106,7 +110,7 @@ class Context:
         channels_last: run convolutions in NHWC layout.
         share: the rows of the whole batch that this process works on.
         theta: parameters with a graph to the state before the step, while the step itself is differentiated
-            (`controlat.adjoint`); None otherwise.
+            (`controlat.dynamics.adjoint`); None otherwise.
         statistics: running statistics of the network's normalisation layers, alike.
         margin: how far inside the perturbation set `carried` puts what lies on its edge; 0 in training.
         passes: samples that `logits` has been asked about.
@@ -160,17 +164,17 @@ class Context:
         """The rows of this process, of a tensor with a row for every place of the whole batch."""
         return carried[self.share.rows]
 
-    def everyone(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of the whole batch."""
-        return self.share.everyone(rows)
+        return self.share.all_gather(rows)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the processes, of what each found on its rows."""
         return self.share.sum(value)
 
-    def view(self, mode: str = "eval") -> View:
+    def view(self, mode: str = "eval") -> FrozenModel:
         """The network for an inner solver. Leave it before the next yield: theta may move there."""
-        return View(
+        return FrozenModel(
             self.model, mode, channels_last=self.channels_last, meter=self.meter, autocast=self.autocast
         )
 
@@ -183,13 +187,13 @@ class Context:
     def layer(self, x: Tensor, layer: nn.Module) -> Tensor:
         """Differentiable output of one layer, as the model is trained; one first-layer pass per sample."""
         self.meter.layers += len(x)
-        with network.Tap(layer, stop=True) as tap:
+        with LayerHook(layer, stop=True) as tap:
             self._forward(x)
         return tap.output
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.channels_last and network.is_convolutional(self.model):
-            return network.in_layout(self.model, x, lambda x, nhwc: self._run(x))
+        if self.channels_last and is_convolutional(self.model):
+            return in_layout(self.model, x, lambda x, nhwc: self._run(x))
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from controlat.attacks.pgd import ascend
-from controlat.control import Control
+from controlat.control.space import Control
 from controlat.methods._base import Batch, Context
 
 __all__ = ["attacked", "smooth_steps"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from controlat.control import choice, flag, number, whole
-from controlat.network import MODES
+from controlat._util.checks import choice, flag, number, whole
+from controlat.models.frozen.borrowed import MODES
 
 __all__ = ["check_choice", "check_flag", "check_mode", "check_number", "check_whole"]
 

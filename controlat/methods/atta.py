@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
-from controlat.control import Control, ControlSpace, Knob
-from controlat.methods._base import Batch, Context, Epoch, Rows, Update, Updates
+from controlat.control.space import Control, ControlSpace, Knob
+from controlat.methods._base import (
+    Batch,
+    Context,
+    Epoch,
+    Rows,
+    Update,
+    Updates,
+)
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice, check_mode, check_number
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat.attacks.balls import unit
 from controlat.attacks.pgd import ALPHA, STEPS
-from controlat.balls import unit
-from controlat.control import Control, ControlSpace, Knob
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import attacked, smooth_steps
 from controlat.methods._options import check_flag, check_mode, check_whole

@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat._util.parallel import Share
 from controlat.attacks.pgd import ascend
-from controlat.control import Control, ControlSpace, Knob
-from controlat.methods._base import Batch, Context, Epoch, Update, Updates
+from controlat.control.space import Control, ControlSpace, Knob
+from controlat.methods._base import (
+    Batch,
+    Context,
+    Epoch,
+    Update,
+    Updates,
+)
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice, check_flag, check_number, check_whole
-from controlat.network import View
-from controlat.parallel import Share
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["METHOD", "Cat"]
 
@@ -152,7 +158,7 @@ class Cat:
     def _validate(self, ctx: Epoch, k: int) -> int:
         """How many held-out samples are right at strength k, inputs rounded."""
         right = 0
-        with View(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
+        with FrozenModel(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
             for i, (x, y) in enumerate(ctx.batches()):
                 if k > 0:
                     alpha, start = 2 * ctx.ball.eps / k, ctx.generator(f"validation {i}", x.device)

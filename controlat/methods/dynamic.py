@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import cross_entropy
+from controlat.attacks.per_sample import fosc, stopped
 from controlat.attacks.pgd import ALPHA, STEPS
-from controlat.attacks.stopped import fosc, stopped
-from controlat.balls import Ball
-from controlat.control import Control, ControlSpace, Knob
-from controlat.losses import cross_entropy
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice, check_flag, check_mode

@@ -8,13 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat.attacks.losses import cross_entropy
 from controlat.attacks.pgd import ALPHA, ascend
-from controlat.control import Control, ControlSpace, Knob
-from controlat.losses import cross_entropy
-from controlat.methods._base import Batch, Context, Epoch, Update, Updates
+from controlat.control.space import Control, ControlSpace, Knob
+from controlat.methods._base import (
+    Batch,
+    Context,
+    Epoch,
+    Update,
+    Updates,
+)
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice, check_flag, check_mode
-from controlat.network import View
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["METHOD", "Fast"]
 
@@ -79,7 +85,7 @@ class Fast:
         x_adv = ball.step(start, gradient, u["alpha"], x)
         if self.init == "previous":
             kept = ctx.memory.get("delta", x_adv[:0])
-            ctx.memory["delta"] = torch.cat([ctx.everyone(x_adv - x), kept[ctx.share.total :]])
+            ctx.memory["delta"] = torch.cat([ctx.all_gather(x_adv - x), kept[ctx.share.total :]])
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
@@ -87,7 +93,7 @@ class Fast:
         if not self.early_stop:
             return
         x, y, _, *_ = ctx.first()
-        with View(ctx.model, "train", meter=ctx.meter, channels_last=ctx.channels_last) as view:
+        with FrozenModel(ctx.model, "train", meter=ctx.meter, channels_last=ctx.channels_last) as view:
             generator = ctx.generator("overfitting", x.device)
             x = ascend(view, x, y, ball=ctx.ball, alpha=ctx.ball.eps / 4, steps=5, generator=generator)
             accuracy = (view(x).argmax(1) == y).double().mean()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from controlat.attacks.pgd import ALPHA
-from controlat.control import Control, ControlSpace, Knob
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 
 __all__ = ["METHOD", "Free"]
@@ -50,7 +50,7 @@ class Free:
             )
             alone = n * gradient  # of each sample's own loss, whatever the batch size
             delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(alone))
-        ctx.memory["delta"] = torch.cat([ctx.everyone(delta), kept[ctx.share.total :]])
+        ctx.memory["delta"] = torch.cat([ctx.all_gather(delta), kept[ctx.share.total :]])
 
 
 METHOD = Free

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from controlat.attacks.losses import cross_entropy
 from controlat.attacks.pgd import ALPHA
-from controlat.control import Control, ControlSpace, Knob
-from controlat.losses import cross_entropy
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_mode

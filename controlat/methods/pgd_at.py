@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat.attacks.losses import cross_entropy
 from controlat.attacks.pgd import ALPHA, STEPS, path
-from controlat.control import Control, ControlSpace
-from controlat.losses import cross_entropy
+from controlat.control.space import Control, ControlSpace
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import attacked, smooth_steps
 from controlat.methods._options import check_flag, check_mode, check_number

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat.attacks.losses import divergence
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
-from controlat.control import Control, ControlSpace, Knob
-from controlat.losses import divergence
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_flag, check_mode, check_number

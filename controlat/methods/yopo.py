@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlat._util.checks import instance
 from controlat.attacks.pgd import ALPHA
-from controlat.control import Control, ControlSpace, Knob, instance
+from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
 from controlat.methods._options import check_choice
-from controlat.network import Tap, first_layer
+from controlat.models.frozen.hook import LayerHook, first_layer
 
 __all__ = ["METHOD", "Yopo"]
 
@@ -70,9 +71,9 @@ class Yopo:
         cut = self.first_layer_grad == "hamiltonian"
         for j in range(m):
             last = j == m - 1
-            tap = Tap(layer, cut=cut)
+            tap = LayerHook(layer, cut=cut)
 
-            def loss(eta: Tensor = eta, tap: Tap = tap) -> Tensor:
+            def loss(eta: Tensor = eta, tap: LayerHook = tap) -> Tensor:
                 with tap:
                     logits = ctx.logits(x + eta)
                 return weight * F.cross_entropy(logits, y)

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from controlat import registry
-from controlat.asking import check_logits
-from controlat.borrowed import in_mode
+from controlat._util import registry
 from controlat.models._layers import ANY
+from controlat.models.frozen.asking import check_logits
+from controlat.models.frozen.borrowed import in_mode
 
 __all__ = ["build", "describe", "names"]
 

@@ -6,8 +6,8 @@ import difflib
 
 from torch import nn
 
+from controlat._util.vision import torchvision
 from controlat.models._layers import ANY, Normalize
-from controlat.vision import torchvision
 
 __all__ = ["INPUT", "VARIANTS", "build"]
 

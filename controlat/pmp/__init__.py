@@ -1,9 +1,17 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
+from controlat.pmp.candidates import MAXIMISERS, Grid
 from controlat.pmp.costate import sweep
-from controlat.pmp.full import HALVINGS, LAMBDAS, Calibration, Criterion, calibrate, examine, looked_at
+from controlat.pmp.full_criterion import (
+    HALVINGS,
+    LAMBDAS,
+    Calibration,
+    Criterion,
+    calibrate,
+    examine,
+    looked_at,
+)
 from controlat.pmp.greedy import criterion, measure, probe_batches
-from controlat.pmp.maximise import MAXIMISERS, Grid
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from controlat.adjoint import Kinks, State, pullbacks
-from controlat.control import instance
-from controlat.dynamics import Driver
+from controlat._util.checks import instance
+from controlat._util.errors import NonFiniteError
+from controlat.control.cost import Meter
+from controlat.dynamics.adjoint import Kinks, State, pullbacks
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.recording import Recording, Visit
+from controlat.dynamics.state import gather, put
 from controlat.methods import Rows
-from controlat.network import Meter, NonFiniteError
 from controlat.pmp.terminal import Terminal, check_terminal
-from controlat.recording import Recording, Visit
-from controlat.state import gather, put
 
-__all__ = ["Costate", "Swept", "sweep", "to_come"]
+__all__ = ["Costate", "Swept", "momentum_tail", "sweep"]
 
 
 # Costates of theta, of the optimiser's buffers and of running statistics: what a method puts back together.
@@ -48,17 +49,18 @@ class Costate:
     held: dict[str, Network] = field(default_factory=dict)
 
     @classmethod
-    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], to_come: float) -> Costate:
+    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], momentum_tail: float) -> Costate:
         """p at the end of a window: -grad Phi, and what the buffer will still do after it.
 
         Args:
             driver: at the end of the window.
             gradient: grad Phi there, in theta and in running statistics, as `Terminal.gradient` gives it.
-            to_come: by how much a unit of the buffer will still move theta against it, as `to_come` says.
+            momentum_tail: by how much a unit of the buffer will still move theta against it, as the function
+                `momentum_tail` says.
         """
         n = len(driver.parameters)
         parameters, statistics = [-g for g in gradient[:n]], [-g for g in gradient[n:]]
-        momentum = [-to_come * p for p in parameters] if driver.optimizer.momentum > 0 else []
+        momentum = [-momentum_tail * p for p in parameters] if driver.optimizer.momentum > 0 else []
         return cls(parameters, momentum, statistics or [torch.zeros_like(r) for r in driver.statistics])
 
     def seen(self, driver: Driver, visit: Visit) -> State:
@@ -191,7 +193,7 @@ def sweep(
             costates.pop(h, None)
         if not needed:
             return
-        gradient, left = terminal.gradient(driver, meter), to_come(recording, number)
+        gradient, left = terminal.gradient(driver, meter), momentum_tail(recording, number)
         if len(gradient) < len(driver.parameters) + len(driver.statistics):
             dropped.add("BatchNorm's running statistics (Phi)")
         for h in needed:
@@ -235,7 +237,7 @@ def _begins(first: int, number: int, h: int) -> int:
     return first + (number - first - 1) // h * h
 
 
-def to_come(recording: Recording, number: int) -> float:
+def momentum_tail(recording: Recording, number: int) -> float:
     """By how much a unit of the optimiser's buffer before step `number` still moves theta, without gradients.
 
     Heavy ball: sum of eta_k mu^k over the updates k = 1, 2, ... to the end of training, which is
@@ -245,10 +247,10 @@ def to_come(recording: Recording, number: int) -> float:
         recording: of a roll-out. An outer step after its end counts as one update.
         number: of the step, up to the one before which the roll-out ends.
     """
-    o, plan = recording.driver.optimizer, recording.plan
+    o, spec = recording.driver.optimizer, recording.spec
     total, weight = 0.0, o.momentum if o.nesterov else 1.0
     for n in range(number, _ends(recording)):
-        rate = plan.learning_rate(*divmod(n, plan.batches_per_epoch))
+        rate = spec.learning_rate(*divmod(n, spec.batches_per_epoch))
         for _ in range(recording.steps[n - recording.first].moves if n < recording.last else 1):
             weight *= o.momentum
             total += rate * weight
@@ -259,5 +261,5 @@ def to_come(recording: Recording, number: int) -> float:
 
 def _ends(recording: Recording) -> int:
     """The step before which training ends."""
-    plan = recording.plan
-    return recording.last if recording.end.stopped else plan.epochs * plan.batches_per_epoch
+    spec = recording.spec
+    return recording.last if recording.end.stopped else spec.epochs * spec.batches_per_epoch

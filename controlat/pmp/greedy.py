@@ -22,16 +22,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlat.asking import check_model
+from controlat._util.checks import (
+    brief,
+    choice,
+    flag,
+    number,
+    whole,
+)
+from controlat._util.errors import NonFiniteError
+from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch, check_labels
-from controlat.augment import Augment
-from controlat.balls import Ball
-from controlat.borrowed import owned
-from controlat.control import Control, brief, choice, flag, number, whole
-from controlat.dynamics import Driver, check_rows
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.data import Augment
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.rollout import check_rows
 from controlat.methods import Batch, Method, build, check_method
-from controlat.network import Meter, NonFiniteError, View
-from controlat.pmp.maximise import MAXIMISERS, Grid, Scored, rerun, sweep, tpe
+from controlat.models.frozen.asking import check_model
+from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.view import FrozenModel
+from controlat.pmp.candidates import (
+    MAXIMISERS,
+    Grid,
+    Scored,
+    rerun,
+    sweep,
+    tpe,
+)
 from controlat.pmp.pace import Pace
 from controlat.pmp.surface import FORMS, Array, Gap, Surface
 from controlat.pmp.terminal import AdversarialLoss, Terminal
@@ -266,7 +283,7 @@ def criterion(
     if told := ball.far(max(u.get("alpha", 0.0), *grid.alphas)):
         warnings.warn(told, stacklevel=2)
     driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
-    with View(model, channels_last=channels_last) as view:
+    with FrozenModel(model, channels_last=channels_last) as view:
         check_labels(int(y.max()), view(x[:1]).shape[1])
     phi = (x, y)
     if held_out is not None:

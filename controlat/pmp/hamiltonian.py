@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlat.adjoint import State, state
-from controlat.control import Control
-from controlat.dynamics import Driver
+from controlat._util.errors import NonFiniteError
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.adjoint import State, state
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.recording import Visit
 from controlat.methods import Prefixes
-from controlat.network import Meter, NonFiniteError
-from controlat.pmp.maximise import Grid, rerun, sweep
+from controlat.pmp.candidates import Grid, rerun, sweep
 from controlat.pmp.surface import Array
-from controlat.recording import Visit
 
 __all__ = ["Gains", "gains"]
 

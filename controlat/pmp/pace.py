@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from controlat.control import number
+from controlat._util.checks import number
 
 __all__ = ["Pace"]
 

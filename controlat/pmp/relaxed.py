@@ -14,15 +14,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from controlat.adjoint import buffers
-from controlat.control import Control, instance, number
-from controlat.dynamics import Driver, Step
+from controlat._util.checks import instance, number
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.adjoint import buffers
+from controlat.dynamics.driver import Driver, Step
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.state import Snapshot, gather, put
 from controlat.methods import Batch, Rows
-from controlat.network import Meter
-from controlat.pmp.costate import to_come
+from controlat.pmp.costate import momentum_tail
 from controlat.pmp.terminal import Terminal, check_terminal
-from controlat.recording import Recording
-from controlat.state import Snapshot, gather, put
 
 __all__ = ["Outcome", "relaxed"]
 
@@ -127,7 +128,7 @@ def relaxed(
     part = number(part, "part")
     driver = recording.driver
     given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
-    mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.plan.batches_per_epoch)
+    mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.spec.batches_per_epoch)
     with recording.put_back():
         for n in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
             mixing.restore(recording.stored[n])
@@ -135,7 +136,7 @@ def relaxed(
             if progress is not None:
                 progress()
         phi = terminal.value(mixing)
-        left = to_come(recording, recording.last)
+        left = momentum_tail(recording, recording.last)
         if left:
             after = buffers(mixing)
             driver.restore(recording.end)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from controlat.control import Control, number
+from controlat._util.checks import number
+from controlat.control.space import Control
 
 __all__ = ["FORMS", "Array", "Gap", "Surface", "interval"]
 

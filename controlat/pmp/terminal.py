@@ -15,17 +15,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from controlat import registry
-from controlat.asking import ask
+from controlat._util import registry
+from controlat._util.checks import (
+    brief,
+    choice,
+    instance,
+    number,
+    whole,
+)
+from controlat._util.errors import NonFiniteError
+from controlat._util.rng import generator, scoped
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import LOSSES
 from controlat.attacks.pgd import ascend, check_batch
-from controlat.balls import Ball
-from controlat.batchnorm import followed
-from controlat.borrowed import alone, in_mode, merges, owned
-from controlat.control import brief, choice, instance, number, whole
-from controlat.dynamics import Driver
-from controlat.losses import LOSSES
-from controlat.network import Meter, NonFiniteError, View
-from controlat.rng import generator, scoped
+from controlat.control.cost import Meter
+from controlat.dynamics.driver import Driver
+from controlat.models.frozen.asking import ask
+from controlat.models.frozen.batchnorm import followed
+from controlat.models.frozen.borrowed import alone, in_mode, merges, owned
+from controlat.models.frozen.view import FrozenModel
 
 __all__ = [
     "TERMINALS",
@@ -192,7 +200,7 @@ class AdversarialLoss:
             x, y = self.x[i : i + _BATCH], self.y[i : i + _BATCH]
             start = generator(self.seed, "terminal", i, device=device)
             with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
-                with View(driver.model, channels_last=channels_last, meter=meter) as view:
+                with FrozenModel(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
                 yield partial(self._sum, driver.model, x, y)
 

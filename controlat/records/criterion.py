@@ -7,7 +7,14 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from controlat.records.fields import Controls, Count, Number, Pair, Unbounded, numbered
+from controlat.records.fields import (
+    Controls,
+    Count,
+    Number,
+    Pair,
+    Unbounded,
+    numbered,
+)
 
 __all__ = ["Calibration", "CriterionLine", "Failed", "Full", "outcome"]
 

@@ -7,7 +7,13 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from controlat.records.fields import Count, Number, Pair, Share, Unbounded
+from controlat.records.fields import (
+    Count,
+    Number,
+    Pair,
+    Share,
+    Unbounded,
+)
 
 __all__ = ["Evaluation"]
 

@@ -10,14 +10,14 @@ import torch
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from controlat.schedules import Schedule
+from controlat.control.schedules import Schedule
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
-Unbounded = Number | Literal["nan", "inf", "-inf"]  # as `controlat.files` writes them
+Unbounded = Number | Literal["nan", "inf", "-inf"]  # as `controlat._util.files` writes them
 Controls = dict[str, Number]
 Settings = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from controlat.files import read_json, read_json_lines
+from controlat._util.files import read_json, read_json_lines
 
 __all__ = ["checked", "missing", "read_epochs", "read_record", "short"]
 

@@ -9,7 +9,14 @@ from typing_extensions import TypedDict
 
 from controlat.records.criterion import Calibration, Failed, outcome
 from controlat.records.evaluation import Evaluation
-from controlat.records.fields import Controls, Count, Number, Pair, ScheduleRecord, numbered
+from controlat.records.fields import (
+    Controls,
+    Count,
+    Number,
+    Pair,
+    ScheduleRecord,
+    numbered,
+)
 from controlat.records.training import Environment, LogLine
 
 __all__ = ["Result"]

@@ -44,7 +44,7 @@ class LogLine(TypedDict):
 
 
 class Tally(TypedDict):
-    """`controlat.training.Tally`."""
+    """`controlat.app.trainer.Tally`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     epoch: Count

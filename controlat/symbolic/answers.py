@@ -12,7 +12,13 @@ import sympy
 
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
-from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
+from controlat.symbolic.limits import (
+    LATE,
+    NotFound,
+    TimeLimit,
+    limited,
+    within,
+)
 
 __all__ = ["Answer", "Budget", "agrees", "attempts"]
 

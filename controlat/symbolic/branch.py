@@ -10,7 +10,13 @@ import sympy
 from scipy.interpolate import CubicHermiteSpline
 
 from controlat.symbolic.formula import THETA
-from controlat.symbolic.landscape import Array, Landscape, LandscapeError, Point, compiled
+from controlat.symbolic.landscape import (
+    Array,
+    Landscape,
+    LandscapeError,
+    Point,
+    compiled,
+)
 
 __all__ = ["Branch", "choose"]
 

@@ -19,7 +19,13 @@ from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
 from controlat.symbolic.landscape import Array, LandscapeError, crossing
 from controlat.symbolic.limits import unhurried
-from controlat.symbolic.task import ALPHA, GAMMA, HORIZON, TAU, Task
+from controlat.symbolic.task import (
+    ALPHA,
+    GAMMA,
+    HORIZON,
+    TAU,
+    Task,
+)
 
 __all__ = ["Derivation"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from controlat._util.texts import table
 from controlat.symbolic.words import (
     CRITERION,
     HOLDS,
@@ -29,7 +30,6 @@ from controlat.symbolic.words import (
     say_zeros,
     schedule_table,
 )
-from controlat.texts import table
 
 __all__ = ["markdown"]
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Sheet
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from controlat.drawing import line_style, panels, save
+from controlat._util.drawing import line_style, panels, save
 from controlat.symbolic.words import greek
 
 __all__ = ["FIGURES", "Figure"]

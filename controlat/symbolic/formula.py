@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import sympy
 
-from controlat.control import number
+from controlat._util.checks import number
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "THETA", "FormulaError", "X", "exact", "parameter_symbols", "parse"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from controlat.schedules import Curve, Schedule
+from controlat.control.schedules import Curve, Schedule
 
 __all__ = ["MAPPINGS", "Handover", "hand_over"]
 

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from controlat.symbolic import AMATA
-from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
+from controlat.symbolic.formula import (
+    THETA,
+    X,
+    exact,
+    parameter_symbols,
+    parse,
+)
 from controlat.symbolic.limits import check
 
 __all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "crossing"]

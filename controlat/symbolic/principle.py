@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_bvp, solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, grid_of_q, smallest_q, whole_cap
+from controlat.symbolic.bolza import (
+    SETS,
+    Bolza,
+    candidates,
+    grid_of_q,
+    smallest_q,
+    whole_cap,
+)
 from controlat.symbolic.landscape import LandscapeError, crossing
 
 __all__ = [

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from controlat.texts import count, table
+from controlat._util.texts import count, table
 
 __all__ = ["greek"]
 

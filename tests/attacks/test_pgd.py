@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import controlat
+from controlat._util.errors import NonFiniteError
 from controlat.attacks import ascend, fgsm, path, pgd
-from controlat.balls import Ball
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import cross_entropy, margin
+from controlat.control.cost import Meter
 from controlat.data import digits
-from controlat.losses import cross_entropy, margin
 from controlat.models import lenet
-from controlat.network import Meter, NonFiniteError, View
+from controlat.models.frozen.view import FrozenModel
 
 # -------------------------------------------------------------------------------------------------- networks
 
@@ -330,7 +332,7 @@ def test_fractions_are_read_as_text(small: Any) -> None:
 def test_path_visits_the_points_that_shorter_attacks_end_at(small: Any) -> None:
     model, x, y = small
     ball, start = Ball(0.1), Ball(0.1).start(x, torch.Generator().manual_seed(4))
-    with View(model) as view:
+    with FrozenModel(model) as view:
         visited = list(path(view, x, start, y, ball=ball, alpha=0.03, steps=4, loss=cross_entropy))
     for k, point in enumerate(visited, start=1):
         g = torch.Generator().manual_seed(4)
@@ -537,7 +539,7 @@ def test_working_in_parts_changes_nothing(norm: str, monkeypatch: pytest.MonkeyP
     found = attack()
     assert len(set(model[0].seen)) > 1  # in parts, each taken through all its steps
     assert sum(model[0].seen) == 3 * 150
-    monkeypatch.setattr("controlat.network._CPU_CHUNK", 10**6)
+    monkeypatch.setattr("controlat.models.frozen.view._CPU_CHUNK", 10**6)
     whole = attack()
     assert model[0].seen == [150] * 3
     assert torch.allclose(found, whole, rtol=0, atol=1e-6)
@@ -566,7 +568,7 @@ def test_a_batch_whose_samples_interact_is_not_worked_on_in_parts(options: Any, 
 def test_the_meter_counts_the_samples_that_the_model_sees(net: Callable[[], nn.Module]) -> None:
     model, x, y = big(nn.Sequential(Counts(), net()))
     meter = Meter(gradients=5)
-    with View(model, meter=meter) as view:
+    with FrozenModel(model, meter=meter) as view:
         ascend(view, x, y, ball=Ball(0.1), alpha=0.03, steps=4)
         assert sum(model[0].seen) == 4 * 150
         assert meter == Meter(gradients=5 + 4 * 150, forwards=0)
@@ -579,7 +581,7 @@ def test_the_meter_counts_the_samples_that_the_model_sees(net: Callable[[], nn.M
 
 def test_gradients_of_samples_do_not_depend_on_the_batch(small: Any) -> None:
     model, x, y = small
-    with View(model) as view:
+    with FrozenModel(model) as view:
         whole = view.gradient(x, lambda logits: cross_entropy(logits, y))
         alone = [view.gradient(x[i : i + 1], lambda z, i=i: cross_entropy(z, y[i : i + 1])) for i in range(6)]
     assert torch.allclose(whole, torch.cat(alone), rtol=1e-12)
@@ -601,7 +603,7 @@ def test_margin_by_brute_force() -> None:
 
 def test_ascent_of_the_margin_stops_once_another_class_leads() -> None:
     model, x, y, _ = linear_problem()
-    with View(model) as view:
+    with FrozenModel(model) as view:
         found = ascend(view, x, y, ball=Ball(0.5), alpha=0.01, steps=50, random_start=False, loss=margin)
     before, after = (cross_entropy(model(v), y).detach() for v in (x, found))
     wrong = before > math.log(2)  # of two classes
@@ -738,7 +740,7 @@ def test_a_network_that_is_not_finite_is_an_error(small: Any, norm: str, factor:
     with pytest.raises(NonFiniteError, match=r"gradient of the loss .* is not finite"):
         pgd(model, x, y, norm=norm, **GOOD)
     assert_same(traces(model), before)
-    with pytest.raises(NonFiniteError, match="logits that are not finite"), View(model) as view:
+    with pytest.raises(NonFiniteError, match="logits that are not finite"), FrozenModel(model) as view:
         view(x)
 
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import margin
 from controlat.attacks.square import square
-from controlat.balls import Ball
+from controlat.control.cost import Meter
 from controlat.data import load
-from controlat.losses import margin
-from controlat.network import Meter, View
+from controlat.models.frozen.view import FrozenModel
 
 
 class Counting(nn.Module):
@@ -66,7 +67,7 @@ def attacked(
     seed: int = 0,
     meter: Meter | None = None,
 ) -> Tensor:
-    with View(model, meter=meter) as view:
+    with FrozenModel(model, meter=meter) as view:
         return square(view, x, y, ball=ball, queries=queries, generator=torch.Generator().manual_seed(seed))
 
 

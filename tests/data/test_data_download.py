@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat import registry
+from controlat._util import registry
 from controlat.data import _cache, _download
 from controlat.data._download import PAUSES, Remote, fetch
 

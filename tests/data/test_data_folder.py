@@ -19,11 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 import controlat
-from controlat.data import Dataset, Samples, Split, augmentation, load
+from controlat.control.learning_rate import parse_rate
+from controlat.control.schedule_text import parse_schedule
+from controlat.data import (
+    Dataset,
+    Samples,
+    Split,
+    augmentation,
+    load,
+)
 from controlat.data._stream import Streamed
-from controlat.families import parse_schedule
-from controlat.plan import Plan
-from controlat.rates import parse_rate
+from controlat.dynamics.run_spec import RunSpec
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10_jpeg.tar.gz"
 
@@ -355,7 +361,7 @@ def test_a_bad_picture_in_mid_epoch_is_one_clear_error(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", 8)
     training, _ = load("folder", root).hold_out(4)
     assert isinstance(training, Streamed)
-    p = Plan(training, 4, 1, parse_schedule("none", 1), parse_rate(0.1), seed=0)
+    p = RunSpec(training, 4, 1, parse_schedule("none", 1), parse_rate(0.1), seed=0)
     position = training.positions[list(p.batches(0))[2].indices[1]]
     path = sorted(root.glob("*/*.png"))[position]
     path.write_bytes(path.read_bytes()[:40])

@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from controlat.augment import Augment
-from controlat.data import Dataset, Split
+from controlat.control.learning_rate import parse_rate
+from controlat.control.schedule_text import parse_schedule
+from controlat.data import Augment, Dataset, Split
 from controlat.data._stream import Streamed, default_workers
-from controlat.families import parse_schedule
-from controlat.plan import Plan
-from controlat.rates import parse_rate
+from controlat.dynamics.run_spec import RunSpec
 
 SHAPE = (3, 2, 4)
 AHEAD = 2  # batches that may be decoded beside the one in use
@@ -174,7 +173,7 @@ def test_a_data_set_of_streams_is_cut_like_one_in_memory() -> None:
 def test_a_plan_gives_the_same_batches_streamed_and_in_memory() -> None:
     found = []
     for data in (streamed(11, workers=1), streamed(11, workers=4), in_memory(11)):
-        p = Plan(data, 4, 2, parse_schedule("none", 2), parse_rate(0.1), 0, Augment(1, True))
+        p = RunSpec(data, 4, 2, parse_schedule("none", 2), parse_rate(0.1), 0, Augment(1, True))
         found.append([b[:3] for first in (0, 1) for b in p.batches(1, first=first)])
     assert same(found[0], found[1])
     assert same(found[0], found[2])
@@ -243,7 +242,7 @@ def test_closing_early_stops_decoding() -> None:
 
 @pytest.mark.parametrize("augment", [None, Augment(1, True)])
 def test_leaving_a_plan_in_mid_epoch_leaves_no_thread(augment: Augment | None) -> None:
-    p = Plan(streamed(40), 4, 1, parse_schedule("none", 1), parse_rate(0.1), 0, augment)
+    p = RunSpec(streamed(40), 4, 1, parse_schedule("none", 1), parse_rate(0.1), 0, augment)
     for batch in p.batches(0):
         if batch.number == 2:
             assert decoders()

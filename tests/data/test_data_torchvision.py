@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from controlat._util.vision import torchvision
 from controlat.data import Samples, Split, augmentation, load
-from controlat.vision import torchvision
 
 try:
     torchvision()

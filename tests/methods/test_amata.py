@@ -12,14 +12,15 @@ from helpers import flat, same
 from systems import OPTIONS, PLAIN, Case, batch, constant, driver, trained_on
 from torch import Tensor, nn
 
-from controlat import cli, jobs
-from controlat.config import Problem
-from controlat.control import Control
+from controlat._util.files import read_json_lines
+from controlat.app import cli, jobs
+from controlat.app.settings import Problem
+from controlat.control.schedules import Schedule
+from controlat.control.space import Control
 from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, Step, rollout
-from controlat.files import read_json_lines
+from controlat.dynamics.driver import Driver, SGDSettings, Step
+from controlat.dynamics.rollout import rollout
 from controlat.methods import names
-from controlat.schedules import Schedule
 
 EPS, EPOCHS = 0.1, 3
 KNOBS = [
@@ -50,8 +51,8 @@ def text(name: str, **chosen: str) -> str:
 
 
 def run(d: Driver, schedule: Schedule, n: int = 6, **options: Any) -> list[Step]:
-    plan = replace(constant(schedule(0), n, epochs=int(schedule.epochs), **options), schedule=schedule)
-    return list(rollout(d, plan))
+    spec = replace(constant(schedule(0), n, epochs=int(schedule.epochs), **options), schedule=schedule)
+    return list(rollout(d, spec))
 
 
 def test_every_method_has_a_knob_that_can_be_scheduled() -> None:
@@ -197,10 +198,10 @@ def test_free_carries_its_perturbation_on_when_the_replays_change() -> None:
     seen = trained_on(d.model)
     steps = run(d, problem("free", 4).schedule_of(FREE), 4, batch_size=4)
     assert len(seen) == sum(s.control["steps"] for s in steps) == 2 + 3 + 3 + 4
-    plan = constant(PLAIN["free"].control(), 4, batch_size=4, epochs=4)
+    spec = constant(PLAIN["free"].control(), 4, batch_size=4, epochs=4)
     moved = []
     for s in steps:
-        (b,) = plan.batches(s.epoch)
+        (b,) = spec.batches(s.epoch)
         passes = [seen.pop(0) - b.x for _ in range(s.control["steps"])]
         moved.append(passes[0].abs().max() > 0)
         assert max(float(delta.abs().max()) for delta in passes) <= EPS + 1e-12
@@ -218,10 +219,10 @@ def test_fast_starts_at_one_constant_at_first_and_at_random_later(tmp_path: Path
     inner = batch(40, margin=EPS)
     data, schedule = Split(inner.x, inner.y), problem("fast", 12).schedule_of(FAST)
     run(d, schedule, data=data, batch_size=40)
-    plan = constant(schedule(0), data=data, batch_size=40, epochs=12)
+    spec = constant(schedule(0), data=data, batch_size=40, epochs=12)
     assert len(starts) == 12
     for epoch, x in enumerate(starts):
-        (b,) = plan.batches(epoch)
+        (b,) = spec.batches(epoch)
         delta = x - b.x
         if epoch < 8:
             torch.testing.assert_close(delta, torch.full_like(delta, EPS / 2), rtol=0, atol=1e-15)
@@ -237,8 +238,8 @@ def test_fast_starts_at_one_constant_at_first_and_at_random_later(tmp_path: Path
 
 def test_atta_forgets_every_second_epoch_at_first_and_every_tenth_later(tmp_path: Path) -> None:
     schedule, found = problem("atta", 32).schedule_of(ATTA), {}
-    plan = replace(constant(schedule(0), 4, batch_size=2, epochs=32), schedule=schedule)
-    list(rollout(driver(PLAIN["atta"]), plan, record=found.__setitem__, stride=2))
+    spec = replace(constant(schedule(0), 4, batch_size=2, epochs=32), schedule=schedule)
+    list(rollout(driver(PLAIN["atta"]), spec, record=found.__setitem__, stride=2))
     assert len(found) == 32
     empty = [step // 2 + 1 for step, state in found.items() if not state.rows]
     assert empty == [1, 2, 4, 10, 20, 30]  # in the first epoch there is nothing yet

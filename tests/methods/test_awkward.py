@@ -11,10 +11,10 @@ from systems import PLAIN, Case, batch, constant, driver
 from torch import Tensor, nn
 
 from controlat import Ball, pgd
-from controlat.adjoint import verify
+from controlat.dynamics.adjoint import verify
+from controlat.dynamics.recording import Recording
 from controlat.pmp import AdversarialLoss
 from controlat.pmp.costate import sweep
-from controlat.recording import Recording
 
 every = pytest.mark.parametrize("kind", KINDS)
 plain = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from systems import Case, driver, trained_on
 from torch import Tensor, nn
 
-from controlat import rng
-from controlat.balls import Ball
-from controlat.dynamics import Driver, SGDSettings
+from controlat._util import rng
+from controlat.attacks.balls import Ball
+from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.methods import Batch, names
 
 EPS, SEED, N, PIXELS = 0.1, 3, 12, 16

@@ -9,9 +9,10 @@ from helpers import SHAPE, cnn_bn, flat, same, samples, split, trace
 from systems import CASES, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, trained_on
 from torch import nn
 
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import SGDSettings, rollout
+from controlat.attacks.balls import Ball
+from controlat.control.space import Control
+from controlat.dynamics.driver import SGDSettings
+from controlat.dynamics.rollout import rollout
 from controlat.methods import Context, Prefixes, names
 
 EPS = 0.1

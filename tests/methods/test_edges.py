@@ -9,13 +9,15 @@ from helpers import CLASSES, SHAPE, cnn_bn, flat, same, samples, split
 from systems import CASES, PLAIN, Case, batch, constant, driver, trained_on
 from torch import Tensor, nn
 
-from controlat import rng
-from controlat.attacks.stopped import stopped
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import SGDSettings, rollout
+from controlat._util import rng
+from controlat.attacks.balls import Ball
+from controlat.attacks.per_sample import stopped
+from controlat.control.space import Control
+from controlat.dynamics.driver import SGDSettings
+from controlat.dynamics.rollout import rollout
 from controlat.methods import Batch
-from controlat.network import View, first_layer
+from controlat.models.frozen.hook import first_layer
+from controlat.models.frozen.view import FrozenModel
 
 SGD = SGDSettings(momentum=0.0)
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -90,7 +92,7 @@ def test_a_single_survivor_is_attacked_within_its_batch(name: str) -> None:
         noticed.append((rows.tolist(), len(points), len(logits), len(gradient)))
         return torch.full_like(rows, k == 0, dtype=torch.bool) | (rows == 4)
 
-    with View(model, "train") as view:
+    with FrozenModel(model, "train") as view:
         found = stopped(view, b.x, b.x, b.y, ball=ball, alpha=0.03, steps=3, goes_on=goes_on)
         x = b.x
         for k in range(3):

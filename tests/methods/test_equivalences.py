@@ -11,20 +11,20 @@ from helpers import CLASSES, SHAPE, cnn_bn, flat, mlp, same, split
 from systems import HEAVY, Case, batch, constant, driver, smooth, trained_on
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat._util import rng
+from controlat.app.settings import TrainSettings
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import cross_entropy, divergence
+from controlat.attacks.per_sample import fosc
 from controlat.attacks.pgd import path
-from controlat.attacks.stopped import fosc
-from controlat.augment import Augment
-from controlat.balls import Ball
-from controlat.config import TrainSettings
-from controlat.control import Control
-from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, rollout
-from controlat.losses import cross_entropy, divergence
+from controlat.control.space import Control
+from controlat.data import Augment, Split
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch, Update, Updates, build
 from controlat.methods.awp import Awp
-from controlat.network import View
-from controlat.plan import Plan
+from controlat.models.frozen.view import FrozenModel
 
 EPS, RATE, SEED = 0.1, 0.1, 3
 BALL, SGD = Ball(EPS), SGDSettings(momentum=0.0)
@@ -59,7 +59,7 @@ def iterates(
     norm: str = "linf",
 ) -> list[Tensor]:
     """x^0, ..., x^K of PGD."""
-    with View(model, mode) as view:
+    with FrozenModel(model, mode) as view:
         found = path(
             view, b.x, start, b.y, ball=Ball(EPS, norm), alpha=alpha, steps=steps, loss=cross_entropy
         )
@@ -228,7 +228,7 @@ def inner_split(n: int = 10) -> Split:
 def test_atta_1_with_frozen_weights_over_e_epochs_is_pgd_e(augment: Augment | None) -> None:
     case, data = Case("atta"), inner_split()
     p = constant(case.control(alpha=0.02, steps=1), data=data, augment=augment, epochs=4)
-    p = Plan(**{**vars(p), "rate": lambda t, T: 0.0})
+    p = RunSpec(**{**vars(p), "rate": lambda t, T: 0.0})
     d, start = driver(case, optimizer=SGD), torch.empty_like(data.x)
     for b in p.batches(0):
         start[b.indices] = b.x + 0.001 * torch.empty_like(b.x).normal_(generator=draws(b, "start"))
@@ -244,7 +244,7 @@ def test_atta_with_crops_and_flips_moves_each_window_where_it_lies() -> None:
     """Against a loop over samples with slices and flips of the padded frame."""
     case, data, pad = Case("atta"), inner_split(), 1
     p = constant(case.control(alpha=0.03, steps=2), data=data, augment=Augment(pad, True, 0.5), epochs=3)
-    p = Plan(**{**vars(p), "rate": lambda t, T: 0.0})
+    p = RunSpec(**{**vars(p), "rate": lambda t, T: 0.0})
     d, model = driver(case, optimizer=SGD), smooth()
     frames: dict[int, Tensor] = {}
     trained, seen = [], trained_on(d.model)
@@ -645,7 +645,7 @@ def separable(n: int, wrong: int = 0) -> Split:
     return Split(x, torch.where(torch.arange(n) < wrong, 1 - y, y))
 
 
-def curriculum(held_out: Split | None, **options: Any) -> tuple[Driver, Plan]:
+def curriculum(held_out: Split | None, **options: Any) -> tuple[Driver, RunSpec]:
     case = Case("cat", options)
     model = mlp(classes=2)
     d = driver(case, model, optimizer=HEAVY)
@@ -653,7 +653,7 @@ def curriculum(held_out: Split | None, **options: Any) -> tuple[Driver, Plan]:
     return d, p
 
 
-def epochs(d: Driver, p: Plan, first: int = 0) -> Iterator[int]:
+def epochs(d: Driver, p: RunSpec, first: int = 0) -> Iterator[int]:
     """The strength after each epoch."""
     for e in range(first, p.epochs):
         list(rollout(d, p, epoch=e, until=e + 1))
@@ -795,7 +795,7 @@ def test_trades_with_beta_zero_is_standard_training(norm: str) -> None:
 
 def test_trades_the_divergence_is_not_negative_and_has_no_gradient_at_the_clean_input() -> None:
     b, model = batch(50), smooth()
-    with View(model) as view:
+    with FrozenModel(model) as view:
         clean = view(b.x)
         at = view.gradient(b.x, lambda logits: divergence(logits, clean))
         beside = view.gradient(b.x + 0.001, lambda logits: divergence(logits, clean))

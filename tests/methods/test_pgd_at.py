@@ -6,19 +6,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHAPE, cnn_bn, flat, mlp, plan, same, samples, split
+from helpers import SHAPE, cnn_bn, flat, mlp, same, samples, spec, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from controlat import rng
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import Driver, SGDSettings, rollout
+from controlat._util import rng
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch, Prefixes
 from controlat.methods.pgd_at import PgdAT
-from controlat.network import Meter
-from controlat.plan import Plan
 
 SEED = 3
 SETTINGS = {
@@ -39,23 +40,23 @@ def no_attack(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def by_hand(
-    model: nn.Module, plan: Plan, o: SGDSettings, attack: Attack = no_attack, clean_weight: float = 0.0
+    model: nn.Module, spec: RunSpec, o: SGDSettings, attack: Attack = no_attack, clean_weight: float = 0.0
 ) -> nn.Module:
     """Training as anybody would write it; only the order of samples and the noise are the plan's."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1.0, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
     )
-    for epoch in range(plan.epochs):
-        for batch in plan.batches(epoch):
+    for epoch in range(spec.epochs):
+        for batch in spec.batches(epoch):
             x = attack(model, batch)
             model.train()
-            with rng.scoped(plan.seed, epoch, batch.number, "update", 0):
+            with rng.scoped(spec.seed, epoch, batch.number, "update", 0):
                 loss = F.cross_entropy(model(x), batch.y)
                 if clean_weight:
                     loss = loss + clean_weight * F.cross_entropy(model(batch.x), batch.y)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.param_groups[0]["lr"] = plan.learning_rate(epoch, batch.number)
+            optimizer.param_groups[0]["lr"] = spec.learning_rate(epoch, batch.number)
             optimizer.step()
     return model
 
@@ -102,9 +103,9 @@ def hand_fgsm(eps: float) -> Attack:
     return attack
 
 
-def trained(model: nn.Module, plan: Plan, o: SGDSettings, method: PgdAT, ball: Ball) -> nn.Module:
-    driver = Driver(model, method, ball, o, plan.seed, channels_last=False)
-    for _ in rollout(driver, plan):
+def trained(model: nn.Module, spec: RunSpec, o: SGDSettings, method: PgdAT, ball: Ball) -> nn.Module:
+    driver = Driver(model, method, ball, o, spec.seed, channels_last=False)
+    for _ in rollout(driver, spec):
         pass
     return model
 
@@ -122,14 +123,14 @@ def assert_close(model: nn.Module, other: nn.Module) -> None:
 def test_no_steps_is_standard_training_bit_for_bit(o: SGDSettings, dtype: torch.dtype) -> None:
     data = split(14)
     data = type(data)(data.x.to(dtype), data.y)
-    p = plan(data, rate="onecycle:lr=0.5", epochs=3, seed=SEED)
+    p = spec(data, rate="onecycle:lr=0.5", epochs=3, seed=SEED)
     found = trained(mlp().to(dtype), p, o, PgdAT(), Ball(0.1))
     assert same(found.state_dict(), by_hand(mlp().to(dtype), p, o).state_dict())
     assert not same(found.state_dict(), mlp().to(dtype).state_dict())
 
 
 def test_no_steps_is_standard_training_bit_for_bit_with_batchnorm_and_dropout() -> None:
-    p = plan(split(10, SHAPE), seed=SEED)
+    p = spec(split(10, SHAPE), seed=SEED)
     o = SETTINGS["momentum"]
     found = trained(cnn_bn(), p, o, PgdAT(attack_mode="train"), Ball(0.1))
     assert same(found.state_dict(), by_hand(cnn_bn(), p, o).state_dict())
@@ -143,7 +144,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def test_no_steps_in_the_fast_memory_layout_is_standard_training_up_to_rounding() -> None:
-    p = plan(split(10, SHAPE), seed=SEED)
+    p = spec(split(10, SHAPE), seed=SEED)
     model, o = without_dropout(cnn_bn()), SETTINGS["momentum"]
     for _ in rollout(Driver(model, PgdAT(), Ball(0.1), o, SEED, channels_last=True), p):
         pass
@@ -151,7 +152,7 @@ def test_no_steps_in_the_fast_memory_layout_is_standard_training_up_to_rounding(
 
 
 def test_one_step_of_size_eps_without_random_start_is_fgsm_training() -> None:
-    p = plan(split(14), schedule="fgsm:alpha=0.2", rate=0.5, seed=SEED)
+    p = spec(split(14), schedule="fgsm:alpha=0.2", rate=0.5, seed=SEED)
     o = SETTINGS["momentum"]
     found = trained(mlp(), p, o, PgdAT(random_start=False), Ball(0.2))
     assert same(found.state_dict(), by_hand(mlp(), p, o, hand_fgsm(0.2)).state_dict())
@@ -162,7 +163,7 @@ def test_one_step_of_size_eps_without_random_start_is_fgsm_training() -> None:
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("random_start", [True, False])
 def test_a_ball_of_radius_zero_gives_standard_training(norm: str, steps: int, random_start: bool) -> None:
-    p = plan(split(14), schedule=f"pgd:steps={steps},alpha=0.1", rate=0.5, seed=SEED)
+    p = spec(split(14), schedule=f"pgd:steps={steps},alpha=0.1", rate=0.5, seed=SEED)
     o = SETTINGS["momentum"]
     found = trained(mlp(), p, o, PgdAT(random_start=random_start), Ball(0, norm))
     assert same(found.state_dict(), by_hand(mlp(), p, o).state_dict())
@@ -175,7 +176,7 @@ def test_a_ball_of_radius_zero_gives_standard_training(norm: str, steps: int, ra
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("start", [True, False])
 def test_pgd_training_equals_the_loop_written_by_hand(o: SGDSettings, norm: str, start: bool) -> None:
-    p = plan(split(14), schedule="pgd:steps=3,alpha=0.05", rate=0.5, seed=SEED)
+    p = spec(split(14), schedule="pgd:steps=3,alpha=0.05", rate=0.5, seed=SEED)
     found = trained(mlp(), p, o, PgdAT(random_start=start), Ball(0.1, norm))
     attack = hand_pgd(0.1, 0.05, 3, start=start, norm=norm)
     assert_close(found, by_hand(mlp(), p, o, attack))
@@ -184,7 +185,7 @@ def test_pgd_training_equals_the_loop_written_by_hand(o: SGDSettings, norm: str,
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_pgd_training_with_batchnorm_and_dropout_equals_the_loop_written_by_hand(mode: str) -> None:
-    p = plan(split(10, SHAPE), schedule="pgd:steps=2,alpha=0.05", seed=SEED)
+    p = spec(split(10, SHAPE), schedule="pgd:steps=2,alpha=0.05", seed=SEED)
     o = SETTINGS["momentum"]
     found = trained(cnn_bn(), p, o, PgdAT(attack_mode=mode), Ball(0.1))
     assert_close(found, by_hand(cnn_bn(), p, o, hand_pgd(0.1, 0.05, 2, mode=mode)))
@@ -193,7 +194,7 @@ def test_pgd_training_with_batchnorm_and_dropout_equals_the_loop_written_by_hand
 
 
 def test_running_statistics_see_the_training_batch_once_whatever_the_attack_does() -> None:
-    p = plan(split(8, SHAPE), schedule="pgd:steps=3,alpha=0.05", epochs=1, seed=SEED)
+    p = spec(split(8, SHAPE), schedule="pgd:steps=3,alpha=0.05", epochs=1, seed=SEED)
     found = trained(cnn_bn(), p, SETTINGS["plain"], PgdAT(attack_mode="train"), Ball(0.1))
     counts = [int(m.num_batches_tracked) for m in found.modules() if isinstance(m, nn.BatchNorm2d)]
     assert counts == [p.batches_per_epoch] * 3
@@ -202,7 +203,7 @@ def test_running_statistics_see_the_training_batch_once_whatever_the_attack_does
 @pytest.mark.parametrize("build", [mlp, cnn_bn])
 def test_the_clean_term_is_added_with_its_weight(build: Callable[[], nn.Module]) -> None:
     shape = SHAPE if build is cnn_bn else (1, 2, 2)
-    p = plan(split(10, shape), schedule="pgd:steps=2,alpha=0.05", seed=SEED)
+    p = spec(split(10, shape), schedule="pgd:steps=2,alpha=0.05", seed=SEED)
     o = SETTINGS["plain"]
     found = trained(build(), p, o, PgdAT(clean_weight=0.7), Ball(0.1))
     assert_close(found, by_hand(build(), p, o, hand_pgd(0.1, 0.05, 2), clean_weight=0.7))

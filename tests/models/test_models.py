@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from controlat import registry
+from controlat._util import registry
 from controlat.models import build, names
 
 MNIST, DIGITS = (1, 28, 28), (1, 8, 8)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from controlat import vision
+from controlat._util import vision
 from controlat.models import build
 
 COLOUR = (3, 32, 32)

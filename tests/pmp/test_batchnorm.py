@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from controlat import rng
-from controlat.adjoint import pullback, state, verify
+from controlat._util import rng
+from controlat.control.cost import Meter
 from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, rollout
+from controlat.dynamics.adjoint import pullback, state, verify
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.rollout import rollout
 from controlat.methods import Batch
-from controlat.network import Meter
 from controlat.pmp.costate import sweep
 from controlat.pmp.terminal import AdversarialLoss, Weighted, differentiated
-from controlat.recording import Recording
 
 
 class Frozen(nn.BatchNorm2d):
@@ -129,7 +130,7 @@ def by_hand(model: nn.Module) -> tuple[nn.Module, list[ByHand]]:
 
 def run_by_hand(rec: Recording, points: list[Tensor], o: SGDSettings) -> tuple[float, list[Tensor]]:
     """Phi after the whole run from its first state, and its gradient there in theta, v and r."""
-    labels = [b.y for e in range(rec.plan.epochs) for b in rec.plan.batches(e)]
+    labels = [b.y for e in range(rec.spec.epochs) for b in rec.spec.batches(e)]
     rates = [s.rate for s in rec.steps]
     rec.driver.restore(rec.end)
     x = last_point(rec.driver)
@@ -166,7 +167,7 @@ def test_costates_are_minus_the_gradient_of_phi_through_training(
     d = driver(case, network(make), optimizer=o, channels_last=False)
     rec = Recording.of(d, planned(case.control()), stride=4)
     value, (other, points) = PHI.value(d), (twin := network(make), trained_on(twin))
-    list(rollout(driver(case, other, optimizer=o, channels_last=False), rec.plan))
+    list(rollout(driver(case, other, optimizer=o, channels_last=False), rec.spec))
     *_, s = sweep(rec, PHI)
     assert s.dropped == ()
     visit = s.visit
@@ -186,8 +187,8 @@ FOLLOWED = [name for name in CASES if name not in ("cat curriculum", "yopo hamil
 def mixed(case: Case, o: SGDSettings, make: Callable[[], nn.Module] = NORMS["momentum 0.6"]) -> Any:
     """With BatchNorm training curves strongly: a small rate and lambda, and no batch of two samples."""
     d, (x, y) = driver(case, network(make), optimizer=o, channels_last=False), samples(12, SIZE)
-    plan = replace(apart(case, rate=0.05), data=Split(0.2 + 0.6 * x, y))
-    return mixing(Recording.of(d, plan, stride=4), h=1e-6)
+    spec = replace(apart(case, rate=0.05), data=Split(0.2 + 0.6 * x, y))
+    return mixing(Recording.of(d, spec, stride=4), h=1e-6)
 
 
 @pytest.mark.parametrize("name", FOLLOWED)

@@ -15,20 +15,28 @@ from systems import CASES, PLAIN, Case, constant, driver, passes, smooth, traine
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from controlat import rng
-from controlat.adjoint import State, pullback, state
-from controlat.balls import Ball
-from controlat.control import Control, ControlSpace
-from controlat.dynamics import Driver, SGDSettings, rollout
-from controlat.methods import Batch, Context, Epoch, Rows, Update
+from controlat._util import rng
+from controlat._util.errors import NonFiniteError
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.space import Control, ControlSpace
+from controlat.dynamics.adjoint import State, pullback, state
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
+from controlat.methods import (
+    Batch,
+    Context,
+    Epoch,
+    Rows,
+    Update,
+)
 from controlat.methods.pgd_at import PgdAT
-from controlat.network import Meter, NonFiniteError
-from controlat.plan import Plan
-from controlat.pmp.costate import Costate, Swept, sweep, to_come
+from controlat.pmp.candidates import Grid
+from controlat.pmp.costate import Costate, Swept, momentum_tail, sweep
 from controlat.pmp.hamiltonian import Gains, _by_gradients, _by_steps, gains
-from controlat.pmp.maximise import Grid
 from controlat.pmp.terminal import AdversarialLoss
-from controlat.recording import Recording
 
 SIZE, RATE = (1, 4, 4), 0.1
 SETTINGS = {
@@ -45,10 +53,10 @@ PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Grid((0.017, 0.05), 3)
 
 
-def planned(u: Control, n: int = 10, epochs: int = 2, **options: Any) -> Plan:
+def planned(u: Control, n: int = 10, epochs: int = 2, **options: Any) -> RunSpec:
     """Three batches per epoch, the last one shorter; the rate changes with every step."""
-    plan = constant(u, n, epochs=epochs, held_out=split(8, SIZE, seed=5), **options)
-    return replace(plan, rate=lambda t, T: RATE * (1 - 0.7 * t / T))
+    spec = constant(u, n, epochs=epochs, held_out=split(8, SIZE, seed=5), **options)
+    return replace(spec, rate=lambda t, T: RATE * (1 - 0.7 * t / T))
 
 
 def recorded(case: Case, o: SGDSettings = SETTINGS["heavy ball, decay"], **options: Any) -> Recording:
@@ -121,10 +129,10 @@ def test_costates_are_minus_the_gradient_of_phi_through_training(o: SGDSettings)
     case = PLAIN["pgd_at"]
     rec, other = recorded(case, o), smooth()
     d, points = rec.driver, trained_on(other)
-    for _ in rollout(driver(case, other, optimizer=o, channels_last=False), rec.plan):
+    for _ in rollout(driver(case, other, optimizer=o, channels_last=False), rec.spec):
         pass
     x, total = last_point(d), rec.last
-    labels = [b.y for e in range(rec.plan.epochs) for b in rec.plan.batches(e)]
+    labels = [b.y for e in range(rec.spec.epochs) for b in rec.spec.batches(e)]
     given = list(zip(points, labels, [s.rate for s in rec.steps], strict=True))
     assert len(given) == total == 6
     assert len({rate for *_, rate in given}) == total
@@ -254,21 +262,21 @@ def test_windows_end_with_what_the_buffer_will_do_and_begin_anew(o: SGDSettings,
 def test_the_buffers_costate_is_that_of_the_free_buffer(o: SGDSettings, name: str) -> None:
     """At every window's end: with the rates to come, and as many updates for a step as the method makes."""
     u = CASES[name].control()
-    plan = planned(u, epochs=40)  # 120 steps, the rate changes with every one
+    spec = planned(u, epochs=40)  # 120 steps, the rate changes with every one
     d = driver(CASES[name], optimizer=o, channels_last=False)
-    rec = Recording.of(d, plan, last=118)
+    rec = Recording.of(d, spec, last=118)
     moves = {"pgd_at": 1, "free": int(u["steps"])}[name]
     for number in (1, 50, 100, 115, 118):
         updates = [n for n in range(number, 120) for _ in range(moves if n < 118 else 1)]
-        rates = [plan.learning_rate(*divmod(n, 3)) for n in updates]
+        rates = [spec.learning_rate(*divmod(n, 3)) for n in updates]
         assert len(set(rates)) > 1
-        assert to_come(rec, number) == pytest.approx(-worth_of_the_buffer(o, rates), rel=1e-12)
+        assert momentum_tail(rec, number) == pytest.approx(-worth_of_the_buffer(o, rates), rel=1e-12)
 
 
 def test_at_the_end_of_training_the_buffer_is_worth_nothing() -> None:
     for o in (SETTINGS["heavy ball"], SETTINGS["Nesterov"], SETTINGS["plain"]):
         rec = recorded(PLAIN["pgd_at"], o)
-        assert to_come(rec, rec.last) == 0
+        assert momentum_tail(rec, rec.last) == 0
         gradient = PHI.gradient(rec.driver)
         p = Costate.terminal(rec.driver, gradient, 0.0)
         assert same(p.parameters, [-g for g in gradient])
@@ -277,11 +285,11 @@ def test_at_the_end_of_training_the_buffer_is_worth_nothing() -> None:
 
 
 def test_far_from_the_end_the_buffer_is_worth_the_geometric_series() -> None:
-    plan = constant(PLAIN["pgd_at"].control(), 10, epochs=300, rate=0.1)
+    spec = constant(PLAIN["pgd_at"].control(), 10, epochs=300, rate=0.1)
     for o, factor in ((SETTINGS["heavy ball"], 9.0), (SETTINGS["Nesterov"], 8.1)):
         d = driver(PLAIN["pgd_at"], optimizer=o, channels_last=False)
-        rec = Recording.of(d, plan, last=2)
-        assert to_come(rec, 2) == pytest.approx(0.1 * factor, rel=1e-12)
+        rec = Recording.of(d, spec, last=2)
+        assert momentum_tail(rec, 2) == pytest.approx(0.1 * factor, rel=1e-12)
 
 
 @dataclass(frozen=True)
@@ -314,10 +322,10 @@ def test_what_a_hook_does_in_place_is_named(memory: bool, name: str) -> None:
 @pytest.mark.parametrize("first", [0, 1])
 def test_several_horizons_in_one_pass_are_those_of_each_alone(name: str, first: int) -> None:
     d = driver(CASES[name], channels_last=False)
-    plan = planned(CASES[name].control(), epochs=3)
-    for _ in itertools.islice(rollout(d, plan), first):
+    spec = planned(CASES[name].control(), epochs=3)
+    for _ in itertools.islice(rollout(d, spec), first):
         pass
-    rec = Recording.of(d, plan, first=first, stride=4)
+    rec = Recording.of(d, spec, first=first, stride=4)
     whole = rec.last - first
     together = swept(rec, PHI, (4, 1, 2, whole, 2))
     assert sorted(together) == list(range(first, rec.last))
@@ -376,8 +384,8 @@ def test_looking_at_nothing_costs_nothing() -> None:
 @pytest.mark.parametrize("name", ["pgd_at", "awp", "free"])
 def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: str) -> None:
     rec = recorded(CASES[name], o, stride=1)
-    d, plan = rec.driver, rec.plan
-    rates = [plan.learning_rate(*divmod(number, 3)) for number in range(6)]
+    d, spec = rec.driver, rec.spec
+    rates = [spec.learning_rate(*divmod(number, 3)) for number in range(6)]
     for number, s in swept(rec, PHI, [1]).items():
         visit = rec.at(number)
         d.step(visit.batch, visit.control, visit.rate)
@@ -441,7 +449,7 @@ def test_a_consumer_may_move_the_driver_which_is_put_back(case: Case) -> None:
             assert d.meter is meter
             moved[s.visit.number] = s._replace(costates={h: copied(p) for h, p in s.costates.items()})
             d.meter = Meter()
-            d.step(rec.plan.batches(1).__next__(), s.visit.control, 0.3)
+            d.step(rec.spec.batches(1).__next__(), s.visit.control, 0.3)
             d.meter = meter
             d.memory.clear()
             d.rows.clear()
@@ -612,9 +620,9 @@ def test_a_sweep_costs_five_evaluations_per_update_beside_the_attack(case: Case)
 
     Step sizes change, so that no carried perturbation comes back to a clip: to measure that costs 2 more.
     """
-    plan = replace(planned(case.control()), schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
+    spec = replace(planned(case.control()), schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
     d, meter = driver(case, optimizer=SETTINGS["heavy ball, decay"], channels_last=False), Meter()
-    rec = Recording.of(d, plan, stride=4)
+    rec = Recording.of(d, spec, stride=4)
     run = sum(s.spent.gradients for s in rec.steps)
     points = [
         len(x)

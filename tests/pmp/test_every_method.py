@@ -5,9 +5,9 @@ import torch
 from helpers import flat, same, split
 from systems import CASES, Case, constant, driver
 
-from controlat.balls import Ball
-from controlat.dynamics import rollout
-from controlat.network import Meter
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.dynamics.rollout import rollout
 from controlat.pmp import AdversarialLoss, Grid, probe_batches
 from controlat.pmp.greedy import measure
 

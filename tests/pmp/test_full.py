@@ -12,18 +12,29 @@ import torch
 from helpers import Counted, flat, same, split
 from systems import CASES, PLAIN, Case, constant, driver
 
-from controlat.balls import Ball
-from controlat.control import Control, ControlSpace, Knob
-from controlat.dynamics import Driver, SGDSettings
-from controlat.families import parse_schedule
-from controlat.files import read_json, write_json
+from controlat._util.errors import NonFiniteError
+from controlat._util.files import read_json, write_json
+from controlat._util.rng import generator, scoped
+from controlat.attacks.balls import Ball
+from controlat.control.schedule_text import parse_schedule
+from controlat.control.space import Control, ControlSpace, Knob
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import Recording
 from controlat.methods import Batch, Context, Update
-from controlat.network import NonFiniteError
-from controlat.pmp import AdversarialLoss, Calibration, Criterion, Grid, calibrate, examine, full, sweep
+from controlat.pmp import (
+    AdversarialLoss,
+    Calibration,
+    Criterion,
+    Grid,
+    calibrate,
+    examine,
+    sweep,
+)
+from controlat.pmp import (
+    full_criterion as full,
+)
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
-from controlat.recording import Recording
-from controlat.rng import generator, scoped
 
 GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
 SETTINGS = {
@@ -39,9 +50,9 @@ def phi(seed: int = 9) -> AdversarialLoss:
     return AdversarialLoss(*split(8, (1, 4, 4), seed=seed).take(torch.arange(8)), Ball(0.1), steps=3)
 
 
-def recorded(case: Case, o: SGDSettings = SETTINGS["momentum"], **plan: Any) -> Recording:
+def recorded(case: Case, o: SGDSettings = SETTINGS["momentum"], **spec: Any) -> Recording:
     p = constant(case.control(), n=10, epochs=2, held_out=split(8, (1, 4, 4), seed=5))
-    return Recording.of(driver(case, optimizer=o, channels_last=False), replace(p, **plan))
+    return Recording.of(driver(case, optimizer=o, channels_last=False), replace(p, **spec))
 
 
 @every
@@ -63,7 +74,7 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     else:
         assert found.dropped == ()
     assert slope == pytest.approx(found.total(), rel=tolerance)
-    assert found.value() == pytest.approx(found.total() / (r.plan.mean_rate() * 6))
+    assert found.value() == pytest.approx(found.total() / (r.spec.mean_rate() * 6))
 
 
 def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() -> None:
@@ -337,7 +348,7 @@ def test_a_sweep_takes_no_step_again_before_the_first_that_is_looked_at() -> Non
 
 
 def system_of(r: Recording) -> tuple[Any, Any]:
-    return driver(PLAIN["pgd_at"], optimizer=r.driver.optimizer, channels_last=False), r.plan
+    return driver(PLAIN["pgd_at"], optimizer=r.driver.optimizer, channels_last=False), r.spec
 
 
 def test_a_trust_region_lowers_the_gap_and_a_huge_one_leaves_nothing() -> None:
@@ -365,7 +376,7 @@ def test_numbers_out_of_range_are_refused() -> None:
     for ask in (found.value, found.interval, found.per_block, found.cosines):
         with pytest.raises(ValueError, match=r"horizon 7 was not examined; there are \(3, 6\)"):
             ask(7)
-    other = Recording.of(driver(PLAIN["pgd_at"], optimizer=SETTINGS["momentum"]), r.plan, last=4)
+    other = Recording.of(driver(PLAIN["pgd_at"], optimizer=SETTINGS["momentum"]), r.spec, last=4)
     with pytest.raises(ValueError, match=r"steps 0\.\.5, the roll-out has 0\.\.3"):
         calibrate(other, found, phi())
 

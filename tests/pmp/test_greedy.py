@@ -20,14 +20,15 @@ from scipy import stats
 from torch import Tensor, nn
 
 import controlat
-from controlat import rng
-from controlat.balls import Ball
-from controlat.candidate import Candidate
-from controlat.control import Control
-from controlat.dynamics import Driver
+from controlat._util import rng
+from controlat._util.errors import NonFiniteError
+from controlat.app.schedule_run import ScheduleRun
+from controlat.attacks.balls import Ball
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, build
 from controlat.methods.pgd_at import PgdAT
-from controlat.network import Meter, NonFiniteError
 from controlat.pmp import (
     FORMS,
     AdversarialLoss,
@@ -39,7 +40,7 @@ from controlat.pmp import (
     measure,
     probe_batches,
 )
-from controlat.pmp.maximise import rerun
+from controlat.pmp.candidates import rerun
 
 EPS = 0.2
 BALL = Ball(EPS)
@@ -516,7 +517,7 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
 ) -> None:
     settings = SimpleNamespace(batch_size=size, probe=probe, augmentation=None)
     training = split(2048, (1, 2, 2))
-    found = Candidate(SimpleNamespace(training=training), settings, None, 0, None, None).probe(3)  # type: ignore[arg-type]
+    found = ScheduleRun(SimpleNamespace(training=training), settings, None, 0, None, None).probe(3)  # type: ignore[arg-type]
     assert [len(b.x) for b in found] == [probe // count] * count
 
 

@@ -12,15 +12,23 @@ import torch
 from helpers import mlp, same, samples
 from torch import nn
 
-from controlat import rng
-from controlat.balls import Ball
-from controlat.control import Control
-from controlat.dynamics import Driver
+from controlat._util import rng
+from controlat._util.errors import NonFiniteError
+from controlat.attacks.balls import Ball
+from controlat.control.space import Control
+from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, Context, Update
 from controlat.methods.pgd_at import PgdAT
-from controlat.network import NonFiniteError
-from controlat.pmp import FORMS, AdversarialLoss, Grid, Surface, criterion, measure, probe_batches
-from controlat.pmp.maximise import tpe
+from controlat.pmp import (
+    FORMS,
+    AdversarialLoss,
+    Grid,
+    Surface,
+    criterion,
+    measure,
+    probe_batches,
+)
+from controlat.pmp.candidates import tpe
 
 EPS = 0.2
 U = Control(alpha=0.02, steps=1)

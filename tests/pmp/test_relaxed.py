@@ -12,24 +12,32 @@ from helpers import CLASSES, flat, same, samples, trace
 from systems import CASES, PLAIN, Case, constant, driver, smooth
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat._util import rng
+from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import STEPS
-from controlat.balls import Ball
-from controlat.control import Control, ControlSpace
+from controlat.control.cost import Meter
+from controlat.control.space import Control, ControlSpace
 from controlat.data import Split
-from controlat.dynamics import Driver, SGDSettings, rollout
-from controlat.methods import Batch, Context, Epoch, Method, Rows, Update
+from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
+from controlat.methods import (
+    Batch,
+    Context,
+    Epoch,
+    Method,
+    Rows,
+    Update,
+)
 from controlat.methods.cat import Cat
 from controlat.methods.free import Free
 from controlat.methods.pgd_at import PgdAT
-from controlat.network import Meter
-from controlat.plan import Plan
+from controlat.pmp.candidates import Grid
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
-from controlat.pmp.maximise import Grid
 from controlat.pmp.relaxed import Outcome, relaxed
 from controlat.pmp.terminal import AdversarialLoss
-from controlat.recording import Recording
 
 SIZE, H, GAMMA, PER_EPOCH = (1, 4, 4), 1e-5, 0.01, 3
 SETTINGS = {
@@ -43,15 +51,15 @@ PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Grid((0.013,), 2)
 
 
-def planned(case: Case, epochs: int = 2, rate: float = 0.1) -> Plan:
+def planned(case: Case, epochs: int = 2, rate: float = 0.1) -> RunSpec:
     """Pixels keep away from black and white, and no two step sizes are the same.
 
     Perturbations that are carried otherwise come to lie exactly where they are clipped: a kink.
     """
     x, y = samples(10, SIZE)
-    plan = constant(case.control(), epochs=epochs, held_out=Split(*samples(8, SIZE, seed=5)))
-    plan = replace(plan, data=Split(0.2 + 0.6 * x, y), rate=lambda t, T: rate * (1 - 0.6 * t / T))
-    return replace(plan, schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
+    spec = constant(case.control(), epochs=epochs, held_out=Split(*samples(8, SIZE, seed=5)))
+    spec = replace(spec, data=Split(0.2 + 0.6 * x, y), rate=lambda t, T: rate * (1 - 0.6 * t / T))
+    return replace(spec, schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
 
 
 def recorded(case: Case, o: SGDSettings, epochs: int = 2, eps: float = 0.1, norm: str = "linf") -> Recording:
@@ -71,7 +79,7 @@ class Mixed(NamedTuple):
 
 def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID, h: float = H) -> Mixed:
     """Every step goes towards the best control that is not its own."""
-    price, whole = GAMMA * rec.plan.mean_rate(), rec.last - rec.first
+    price, whole = GAMMA * rec.spec.mean_rate(), rec.last - rec.first
     gap, others, looked, norms, dropped = 0.0, {}, {}, {}, ()
     with rec.put_back():
         for s in sweep(rec, phi):
@@ -169,9 +177,9 @@ def on_the_edge(name: str, steps: int, eps: float = 0.1) -> Mixed:
     """Steps of size eps: every pixel lies on the edge, or comes exactly to it. lambda goes forward alone."""
     case = CASES[name]._replace(knobs={"steps": steps})
     d = driver(case, ball=Ball(eps), optimizer=SETTINGS["momentum"], channels_last=False)
-    plan = replace(planned(case, epochs=3), schedule=lambda t: case.control(alpha=eps))
-    rec = Recording.of(d, plan, stride=4)
-    found, price = mixing(rec), GAMMA * plan.mean_rate()
+    spec = replace(planned(case, epochs=3), schedule=lambda t: case.control(alpha=eps))
+    rec = Recording.of(d, spec, stride=4)
+    found, price = mixing(rec), GAMMA * spec.mean_rate()
     others = {n: g.controls[1 + int(g.value(9, price)[1:].argmax())] for n, g in found.looked.items()}
     j = [relaxed(rec, others, part, PHI).objective(price) for part in (0.0, H, 2 * H)]
     return found._replace(slope=(3 * j[0] - 4 * j[1] + j[2]) / (2 * H))
@@ -198,10 +206,10 @@ WINDOWS = [(0, 4), (1, 5), (2, 9), (4, 9)]
 
 def window(case: Case, first: int, last: int, o: SGDSettings = SETTINGS["plain"]) -> Recording:
     """A part of three epochs."""
-    d, plan = driver(case, optimizer=o, channels_last=False), planned(case, epochs=3)
-    for _ in itertools.islice(rollout(d, plan), first):
+    d, spec = driver(case, optimizer=o, channels_last=False), planned(case, epochs=3)
+    for _ in itertools.islice(rollout(d, spec), first):
         pass
-    return Recording.of(d, plan, first=first, last=last, stride=2)
+    return Recording.of(d, spec, first=first, last=last, stride=2)
 
 
 @optimizers
@@ -261,10 +269,10 @@ def test_costates_pass_through_networks_that_are_put_back(reloads: dict[int, str
 def test_a_network_of_before_the_roll_out_takes_the_costate_with_it() -> None:
     """Saved in epoch 0, put back after epoch 2: what the steps between do to theta counts for nothing."""
     d = driver(Reverting(saves={0: "a"}, reloads={2: "a"}), optimizer=SETTINGS["plain"], channels_last=False)
-    plan = planned(PLAIN["free"], 4)
-    for _ in rollout(d, plan, until=1):
+    spec = planned(PLAIN["free"], 4)
+    for _ in rollout(d, spec, until=1):
         pass
-    rec = Recording.of(d, plan, first=3, stride=2)
+    rec = Recording.of(d, spec, first=3, stride=2)
     assert rec.events == [(9, "reload", "a")]
     check(mixing(rec))
 
@@ -298,8 +306,8 @@ class Carrying:
         size = dict(ctx.weights())["3.weight"].square().mean()
         if ctx.theta is None:
             size = size.detach()
-        everyone = torch.ones(len(batch.x), dtype=torch.bool)
-        ctx.rows["own"] = Rows(0.5 * kept + u["steps"] * size * batch.x, everyone)
+        all_gather = torch.ones(len(batch.x), dtype=torch.bool)
+        ctx.rows["own"] = Rows(0.5 * kept + u["steps"] * size * batch.x, all_gather)
         yield Update(lambda: F.cross_entropy(ctx.logits(batch.x + kept), batch.y))
 
 
@@ -309,8 +317,8 @@ def test_what_samples_carry_is_followed_until_it_is_forgotten(masked: bool, forg
     """0 where nothing is carried: a method that reads that without the mask has the same costates."""
     method = Carrying(masked, forgets)
     d = driver(method, optimizer=SETTINGS["momentum"], channels_last=False)
-    plan = constant(Control(steps=2), epochs=3)
-    check(mixing(Recording.of(d, plan, stride=2)))
+    spec = constant(Control(steps=2), epochs=3)
+    check(mixing(Recording.of(d, spec, stride=2)))
 
 
 class Remembering:
@@ -378,9 +386,9 @@ def test_lambda_1_is_the_run_under_the_other_controls(case: Case) -> None:
     found = relaxed(rec, others, 1.0, PHI)
     assert same(rec.driver.snapshot(), end)
     assert same(trace(rec.driver.model), left)
-    plan = replace(rec.plan, schedule=lambda t: others[round(t * PER_EPOCH)])
+    spec = replace(rec.spec, schedule=lambda t: others[round(t * PER_EPOCH)])
     d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
-    steps = list(rollout(d, plan))
+    steps = list(rollout(d, spec))
     assert found.phi == PHI.value(d)
     assert found.evaluations == pytest.approx(sum(s.spent.gradients / s.samples for s in steps))
     assert found.phi != PHI.value(rec.driver)
@@ -390,9 +398,9 @@ def test_steps_without_another_control_keep_theirs() -> None:
     case = PLAIN["pgd_at"]
     rec, v = recorded(case, SETTINGS["momentum"]), Control(alpha=0.05, steps=3)
     found = relaxed(rec, {2: v}, 1.0, PHI)
-    plan = replace(rec.plan, schedule=lambda t: v if round(t * PER_EPOCH) == 2 else rec.plan.schedule(t))
+    spec = replace(rec.spec, schedule=lambda t: v if round(t * PER_EPOCH) == 2 else rec.spec.schedule(t))
     d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
-    list(rollout(d, plan))
+    list(rollout(d, spec))
     assert found.phi == PHI.value(d)
     assert relaxed(rec, {n: s.control for n, s in enumerate(rec.steps)}, 0.7, PHI).phi == PHI.value(
         rec.driver
@@ -451,15 +459,15 @@ def test_one_step_goes_a_part_of_the_way(o: SGDSettings, part: float) -> None:
     """For one update this is the step with the mixed gradient; running statistics are mixed too."""
     case, v = PLAIN["pgd_at"], Control(alpha=0.05, steps=3)
     ends, gradients = [], []
-    plan = planned(case)
-    first = next(plan.batches(0))
-    for control in (plan.control(first), v):
+    spec = planned(case)
+    first = next(spec.batches(0))
+    for control in (spec.control(first), v):
         d = driver(case, noisy(), optimizer=o, channels_last=False)
         start = [p.detach().clone() for p in d.parameters]
         gradients.append(d.field(first, control).gradients)
-        d.step(first, control, plan.learning_rate(0, 0))
+        d.step(first, control, spec.learning_rate(0, 0))
         ends.append({name: t.clone() for name, t in d.model.state_dict().items()})
-    rec = Recording.of(driver(case, noisy(), optimizer=o, channels_last=False), plan, last=1)
+    rec = Recording.of(driver(case, noisy(), optimizer=o, channels_last=False), spec, last=1)
     phi = Looking()
     relaxed(rec, {0: v}, part, phi)
     (found,) = phi.seen
@@ -472,7 +480,7 @@ def test_one_step_goes_a_part_of_the_way(o: SGDSettings, part: float) -> None:
     mixed = [
         (1 - part) * g + part * k + o.weight_decay * t for g, k, t in zip(*gradients, start, strict=True)
     ]
-    rate = plan.learning_rate(0, 0) * (1 + o.momentum * o.nesterov)
+    rate = spec.learning_rate(0, 0) * (1 + o.momentum * o.nesterov)
     names = [name for name, _ in noisy().named_parameters()]
     expected = flat(t - rate * g for t, g in zip(start, mixed, strict=True))
     torch.testing.assert_close(flat(found[name] for name in names), expected, rtol=1e-12, atol=1e-15)

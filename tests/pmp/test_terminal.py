@@ -19,14 +19,19 @@ from hypothesis import strategies as st
 from systems import CASES, constant, driver, passes, smooth
 from torch import Tensor, nn
 
-from controlat import rng
+from controlat._util import rng
+from controlat._util.errors import NonFiniteError
+from controlat.app.experiment import TERMINAL_POINTS, Experiment
+from controlat.app.settings import EvaluateSettings
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import LOSSES, lead
 from controlat.attacks.pgd import ascend
-from controlat.balls import Ball
-from controlat.config import EvaluateSettings
+from controlat.control.cost import Meter
 from controlat.data import Dataset
-from controlat.dynamics import Driver, rollout
-from controlat.losses import LOSSES, lead
-from controlat.network import Meter, NonFiniteError, View
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.recording import Recording
+from controlat.dynamics.rollout import rollout
+from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal import (
     TERMINALS,
     AdversarialLoss,
@@ -37,8 +42,6 @@ from controlat.pmp.terminal import (
     parse_terminal,
     try_terminal,
 )
-from controlat.recording import Recording
-from controlat.setting import TERMINAL_POINTS, Setting
 
 SIZE, N = (1, 4, 4), 9
 LOSS_NAMES = tuple(LOSSES)
@@ -125,7 +128,7 @@ def test_the_gradient_is_that_of_the_value(cost: Terminal) -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_adversarial_loss_is_a_mean_under_pgd_by_hand(loss: str, steps: int) -> None:
     d, cost = trained(), phi(steps=steps, loss=loss)
-    with View(d.model, channels_last=False) as view:
+    with FrozenModel(d.model, channels_last=False) as view:
         start = rng.generator(cost.seed, "terminal", 0)
         x = ascend(view, cost.x, cost.y, ball=cost.ball, alpha=0.1 / 4, steps=steps, generator=start)
     assert bool(steps) == bool((x - cost.x).abs().max() > 0.05)
@@ -598,24 +601,24 @@ def test_an_error_inside_the_users_factory_is_its_own(own: Callable[[str], str])
 # ----------------------------------------------------------------------------------------------- in a setting
 
 
-def setting(n: int) -> Setting:
+def experiment(n: int) -> Experiment:
     held_out, other = split(n, SIZE), split(4, SIZE)
     problem = EvaluateSettings(eps=0.1)
-    return Setting(
+    return Experiment(
         problem, torch.device("cpu"), Dataset("own", other, other, CLASSES), other, held_out, other
     )
 
 
 @pytest.mark.parametrize("n", [5, TERMINAL_POINTS + 44])
 def test_a_setting_makes_it_of_some_held_out_samples_in_another_order(n: int) -> None:
-    cost, x = setting(n).terminal(3), setting(n).held_out.take(torch.arange(n))[0]
+    cost, x = experiment(n).terminal(3), experiment(n).held_out.take(torch.arange(n))[0]
     assert isinstance(cost, AdversarialLoss)
     assert (cost.steps, cost.alpha, cost.seed, cost.ball) == (20, None, 3, Ball(0.1))
     where = [int((x == row).flatten(1).all(1).nonzero()) for row in cost.x]
     assert len(set(where)) == len(where) == min(n, TERMINAL_POINTS)
     assert where != sorted(where)
     d = trained()
-    other = setting(n).terminal(3, "adversarial+0.5*clean")
+    other = experiment(n).terminal(3, "adversarial+0.5*clean")
     expected = cost.value(d) + 0.5 * replace(cost, steps=0).value(d)
     assert other.value(d) == pytest.approx(expected, rel=1e-12)
 

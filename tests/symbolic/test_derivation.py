@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
 
-from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task, verify
+from controlat.symbolic import (
+    AMATA,
+    Derivation,
+    Landscape,
+    LandscapeError,
+    Task,
+    verify,
+)
 from controlat.symbolic.formula import THETA
 from controlat.symbolic.questions import T
 from controlat.symbolic.task import GAMMA, HORIZON, TAU

@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 import sympy
 
-from controlat.control import number
+from controlat._util.checks import number
 from controlat.symbolic import limits
 from controlat.symbolic.formula import THETA, X, parse
 from controlat.symbolic.limits import NotFound, TimeLimit, apply, limited

@@ -31,7 +31,7 @@ def test_a_derivation_ends_at_its_limit_with_the_numbers_and_names_the_rest() ->
 
 
 def test_numbers_that_take_longer_than_the_limit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("controlat.derived._NUMBERS", 1e-6)
+    monkeypatch.setattr("controlat.app.derive._NUMBERS", 1e-6)
     with pytest.raises(ValueError, match=r"seconds: the numbers alone take longer than 1e-06 seconds; give"):
         controlat.derive(seconds=1e-6, progress=False)
 

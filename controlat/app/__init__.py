@@ -1,0 +1,1 @@
+"""What the commands do: settings, runs on disk, the trainer, one file per command."""

@@ -1,0 +1,314 @@
+"""The command line: evaluate, train, derive, attack, data, methods, models. Bad usage: one line, code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+# Nothing that takes time is imported here, but where an interruption is waited for.
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+__all__ = ["main"]
+
+
+def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
+    from controlat.app.parser import LISTS
+
+    given = found.as_dict()
+    return {k: v for k, v in given.items() if k not in drop and (k not in LISTS or v is not None)}
+
+
+def _evaluate(found: Namespace) -> None:
+    from controlat import report
+    from controlat._util.texts import count, duration, speaker
+    from controlat.app import jobs
+
+    settings = _settings(found, ("config", "out", "dry_run"))
+    if found.dry_run:
+        cost = jobs.estimate(**settings)
+        for part, value in cost["gradients"].items():
+            print(f"{part:>14}  {count(value):>8} gradient evaluations")
+        seconds = cost["seconds"]
+        readable = f" ({duration(seconds)})" if seconds >= 90 else ""
+        print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
+        return
+    result = jobs.evaluate(found.out, **settings)
+    if speaker():
+        return
+    print(report.table(*report.rows(result)))
+    print()
+    for line in report.notes(result):
+        print(f"- {line}")
+    names = ", ".join(report.figures(result))
+    print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
+    if (found.data, found.model, found.method) == ("digits", "mlp", "pgd_at"):
+        print(_NEXT)
+
+
+_NEXT = """Next: your own schedules, for example
+  controlat evaluate --out mine --schedules pgd:steps=5,alpha=0.06 linear:start=0,end=5,tau=0.3 --seeds 0 1 2
+or real data (the four MNIST files in a folder); --dry-run says first what it will cost:
+  controlat evaluate --out mnist --data mnist --data-dir FOLDER --model lenet --eps 0.3 --epochs 6 \\
+    --schedules pgd:steps=10,alpha=0.01 amata:min=5,max=40,tau=0.4 --dry-run"""
+
+
+def _train(found: Namespace) -> None:
+    from controlat import report
+    from controlat._util.texts import count, duration, speaker
+    from controlat.app import jobs
+
+    result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    if speaker():
+        return
+    epochs = result["epochs"]
+    # Every control that changes, and the two that all readers look for.
+    knobs = [
+        name
+        for name in sorted(epochs[0]["control"], key=lambda name: name != "steps")
+        if name in ("steps", "alpha") or len({e["control"][name] for e in epochs}) > 1
+    ]
+    carried = [name for name in ("strength",) if name in epochs[-1]["carried"]]
+    heads = ["epoch", *("K" if name == "steps" else name for name in knobs), *carried]
+    heads += ["loss", "clean %", "robust %", "gradient evals", "seconds"]
+    cells = [
+        [
+            str(e["epoch"]),
+            *(f"{e['control'][name]:.4g}" for name in knobs),
+            *(f"{e['carried'].get(name, 0):g}" for name in carried),
+            f"{e['loss']:.4f}",
+            f"{100 * e['clean']:.1f}",
+            f"{100 * e['robust']:.1f}",
+            count(e["gradients"]),
+            f"{e['seconds']:.1f}",
+        ]
+        for e in result["epochs"]
+    ]
+    print(report.table(heads, cells))
+    spent = f"{count(result['gradients'])} gradient evaluations, {duration(result['seconds'])}"
+    layers = epochs[-1]["layers"]
+    spent += f" and {count(layers)} passes of the first layer" * bool(layers)
+    again = " (finished before)" if result["finished_before"] else ""
+    print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
+    print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
+
+
+def _derive(found: Namespace) -> None:
+    from controlat.app.derive import derive
+    from controlat.symbolic.figures import FIGURES
+
+    result = derive(out=found.out, **_settings(found, ("config", "out")))
+    print(result)
+    names = ", ".join(name for name, figure in FIGURES.items() if figure.wanted(result.result))
+    print(f"\nIn {found.out}: schedule.json, summary.md, result.json, {names}.")
+    print(f"Train under it: controlat train --out RUN --schedule {Path(found.out) / 'schedule.json'} ...")
+
+
+def _attack(found: Namespace) -> None:
+    from controlat import report
+    from controlat._util.texts import count
+    from controlat.app import jobs
+
+    settings = _settings(found, ("config", "out", "checkpoint"))
+    result = jobs.attack(found.checkpoint, out=found.out, **settings)
+    print(report.attack_table(result))
+    print(
+        f"\n{result['checkpoint']}: {result['points']} points, {result['norm']} eps {result['eps']:.4g}, "
+        f"after {result['epoch']} epochs of {result['schedule'] or 'a schedule'}; "
+        f"{count(result['gradients'])} gradient evaluations, "
+        f"{result['seconds']:.1f} seconds. A sample is robust if it survives every attack and restart."
+    )
+    for line in report.attack_notes(result):
+        print(line)
+    if found.out is not None:
+        print(f"Written to {found.out}" + (f" and {jobs.figure_of(found.out)}" if found.sweeps else ""))
+
+
+def _data(found: Namespace) -> None:
+    from controlat import data, report
+
+    if found.name is None:
+        print(report.table(*data.overview(), words=range(4)))
+        print("\nFiles are looked for in --data-dir, else in the cache, where controlat data NAME puts them.")
+        return
+    folder = data.download(found.name, found.data_dir)
+    where = "" if found.data_dir is None else f" --data-dir {found.data_dir}"
+    print(f"{found.name} is in {folder}; use it with --data {found.name}{where}")
+
+
+def _methods(found: Namespace) -> None:
+    from controlat import methods, report
+
+    if found.name is not None:
+        print(methods.manual(found.name))
+        return
+    print(report.methods_table(methods.describe()).replace("\\|", "|"))
+    print("\ncontrolat methods NAME describes one, with its options.")
+    print("Any control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
+
+
+def _models(found: Namespace) -> None:
+    from controlat import models, report
+    from controlat.app.ranges import RANGES
+
+    def row(entry: dict[str, Any]) -> list[str]:
+        number = "" if entry["parameters"] is None else f"{entry['parameters']:,}"
+        return [entry["name"], number, " x ".join(map(str, entry["input"])), entry["what"]]
+
+    RANGES["num_classes"].check("num_classes", found.num_classes)
+    heads = ["network", "parameters", "for input", ""]
+    print(report.table(heads, [row(entry) for entry in models.describe(found.num_classes)], words=(0, 3)))
+    print("\nInputs are pixels in [0, 1]. Other sizes are taken if they are not too small for the network.")
+
+
+def _underscored(argument: str) -> str:
+    """--data-dir is --data_dir."""
+    name, sign, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + sign + value if name.startswith("--") else argument
+
+
+_COMMANDS = {
+    "evaluate": _evaluate,
+    "train": _train,
+    "derive": _derive,
+    "attack": _attack,
+    "data": _data,
+    "methods": _methods,
+    "models": _models,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``controlat``; those of the process by default.
+
+    Returns:
+        0 when it went well, 1 when training diverged or another process was lost, 130 or 143 when it was
+        interrupted. Bad usage raises SystemExit(2), after one line.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
+    words = [_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    _open_streams()
+    try:
+        with _terminated():
+            return _run(words)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        _to_nowhere(sys.stdout)
+        return 0
+    except KeyboardInterrupt as error:
+        print(_interrupted(words), file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def _interrupted(words: list[str]) -> str:
+    cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
+    cure["train"] = "the same command with --resume goes on"
+    told = cure.get(words[0] if words else "", "the same command begins again")
+    return f"controlat: interrupted; {told}"
+
+
+def _run(words: list[str]) -> int:
+    with _at_once(words):
+        from controlat._util.errors import NonFiniteError
+        from controlat._util.parallel import PeerLost, started
+        from controlat._util.texts import speaker
+        from controlat.app.parser import build_parser
+
+    parser = build_parser()
+    try:
+        found = parser.parse_args(words)
+        if started() > 1 and (
+            found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
+        ):
+            raise ValueError(
+                "train and evaluate run in several processes, nothing else; start it without torchrun"
+            )
+        _COMMANDS[found.command](found[found.command])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except PeerLost as error:
+        print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONTROLAT_DEBUG"):
+            raise
+        parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))
+    except NonFiniteError as error:
+        print(f"controlat{speaker()}: training stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _at_once(words: list[str]) -> Iterator[None]:
+    """End the process at Ctrl-C inside the block: modules that are imported may swallow an exception."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        os.write(2, f"{_interrupted(words)}\n".encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # signals are heard there only
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Raise Terminated on SIGTERM inside the block, where nobody else waits for the signal.
+
+    Under torchrun it comes when another process ended; one that waits in native code hears it as soon as the
+    connection breaks, and torchrun kills it after 30 seconds if not.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _open_streams() -> None:
+    """What a terminal cannot show is replaced, and what is written to a closed stream is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what is left in a stream's buffer go, or Python complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

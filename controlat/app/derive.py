@@ -1,0 +1,288 @@
+"""The job `derive`: solve a landscape, check the result, and make it a schedule of the trainer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlat._util.checks import number
+from controlat._util.files import expanded, write_json, write_text
+from controlat.app.experiment import progress_bar
+from controlat.app.runs import claimed, environment
+from controlat.app.settings import DeriveSettings, settings_from
+from controlat.control.schedules import Schedule
+from controlat.symbolic import AMATA
+from controlat.symbolic.handover import Handover, hand_over
+
+if TYPE_CHECKING:
+    from controlat.symbolic import Bound, Derivation, Fit, Verification
+
+__all__ = ["Derived", "derive"]
+
+FORMAT, VERSION = "controlat derivation", 1
+DEMO_TAU, RUN_TAU = 0.3, 2.0  # alpha K of the network: that of the demo; in units of eps of a run
+DEMO_EPOCHS = 12
+_NUMBERS = 10.0  # seconds that the numbers alone may take, however short the time limit
+_POINTS = 101  # of t in the result file
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What `derive` found: formulas, functions of time, checks, and the schedule for the trainer.
+
+    Args:
+        derivation: x*(theta), alpha*(theta), theta(t), K*(t) and the rest, as formulas and as functions.
+        handover: the network's schedule, and what became of K* on the way.
+        verification: the check against the maximum principle; None if it was left out.
+        bound: Theorem 1 beside actual runs; None if it was left out.
+        fit: the calibration; None without a run.
+        result: all of it as plain data, the content of result.json.
+    """
+
+    derivation: Derivation
+    handover: Handover
+    verification: Verification | None
+    bound: Bound | None
+    fit: Fit | None
+    result: dict[str, Any]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule for the trainer, or for one's own loop."""
+        return self.handover.schedule
+
+    def for_network(
+        self, *, epochs: float, k_min: float, k_max: float, tau: float, **options: Any
+    ) -> Schedule:
+        """The schedule for another network: as `controlat.symbolic.hand_over`."""
+        horizon = float(self.derivation.task.horizon)
+        options = {"epochs": epochs, "k_min": k_min, "k_max": k_max, "tau": tau} | options
+        return hand_over(self.derivation.K, horizon, **options).schedule
+
+    def theta(self, t: Any) -> Any:
+        """theta(t) of the robust flow."""
+        return self.derivation.theta(t)
+
+    def alpha(self, t: Any) -> Any:
+        """alpha*(theta(t))."""
+        return self.derivation.alpha(t)
+
+    def K(self, t: Any) -> Any:
+        """K*(t), a real number."""
+        return self.derivation.K(t)
+
+    def __repr__(self) -> str:
+        task = self.derivation.task
+        numbers = ", ".join(f"{n} = {getattr(task, n)}" for n in ("theta0", "tau", "horizon", "gamma"))
+        return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
+
+    def __str__(self) -> str:
+        from controlat.symbolic.terminal import printed
+
+        return printed(self.result)
+
+
+def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings: Any) -> Derived:
+    """Derive a schedule from a one-dimensional landscape l(theta, x), check it, and make it a network's.
+
+    Args:
+        landscape: formula in theta, x and named parameters; Amata's (Ye et al., 2021, equation 11) if left
+            out.
+        out: directory for result.json, schedule.json, summary.md and figures; nothing is written without it.
+        **settings: the other fields of `controlat.app.settings.DeriveSettings`.
+
+    Returns:
+        The formulas, functions, checks and the schedule; printed, it reads like summary.md.
+
+    Raises:
+        ValueError: bad settings; a formula that is refused; a landscape without an inner maximum, with a flat
+            one, or whose flow leaves its domain; a directory that holds something else.
+
+    >>> found = derive(theta0=1, tau=10, horizon=3, checks=False)
+    >>> print(found.derivation.formula("K"))
+    2*tau*exp(2*t)/(theta_0**2 + exp(2*t))
+    >>> [found.schedule(epoch)["steps"] for epoch in range(12)]
+    [1, 3, 5, 7, 8, 9, 9, 10, 10, 10, 10, 10]
+    """
+    chosen = settings_from(DeriveSettings, {"landscape": landscape, **settings}, "derive")
+    plain = {"command": "derive"} | chosen.to_json()
+    if out is None:
+        return _derive(chosen, plain, None)
+    out = expanded(out)
+    with claimed(out, plain):
+        return _derive(chosen, plain, out)
+
+
+@np.errstate(all="ignore")  # what is not finite is named in the result
+def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> Derived:
+    measured = _measured(chosen)
+    began = time.perf_counter()
+    with progress_bar(4, "", chosen.progress) as bar:
+        found, fit, verification, bound, late = _solved(chosen, measured, bar)
+        handover = _hand_over(chosen, found, measured, fit)
+        result = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": plain,
+            "environment": environment(),
+            "task": _task(found),
+            **_solution(found),
+            "verification": None if verification is None else verification.to_json(),
+            "bound": None if bound is None else bound.to_json(),
+            "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
+            "network": handover.to_json(),
+            "left_out": late,
+            "seconds": time.perf_counter() - began,
+        }
+        if out is not None:
+            bar.set_description("figures")
+            _write(result, out)
+    return Derived(found, handover, verification, bound, fit, result)
+
+
+def _solved(
+    chosen: DeriveSettings, measured: dict[str, Any] | None, bar: Any
+) -> tuple[Derivation, Fit | None, Verification | None, Bound | None, list[str]]:
+    """Derivation, fit, the two checks, and what was left out, within the time limit.
+
+    Raises:
+        ValueError: the time was over before the numbers were there.
+    """
+    from controlat.symbolic import Derivation, convergence, verify
+    from controlat.symbolic.limits import LATE, TimeLimit, within
+
+    task, fit = chosen.task, None
+    verification, bound = None, None
+    began, least = time.monotonic(), max(chosen.seconds, _NUMBERS)
+    bar.set_description("deriving")
+    try:
+        with within(least):
+            if measured is not None:
+                task, fit = _fitted(chosen, measured)
+            found = Derivation(task)
+    except TimeLimit:
+        raise ValueError(
+            f"seconds: the numbers alone take longer than {least:g} seconds; give more, or a shorter horizon"
+        ) from None
+    bar.update()
+    late = list(found.budget.late)
+    with within(chosen.seconds - (time.monotonic() - began)):
+        if chosen.checks:
+            bar.set_description("the maximum principle")
+            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
+            try:
+                verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
+                late += verification.left_out
+            except TimeLimit:
+                late.append("the check against the maximum principle")
+            bar.update()
+            bar.set_description("Theorem 1")
+            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
+            if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
+                late.append("rows of Theorem 1")
+            bar.update()
+    return found, fit, verification, bound, late
+
+
+def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
+    """What was measured on the run: now, or by an earlier call, which left it with the run."""
+    if chosen.calibrate is None:
+        return None
+    from controlat.app.calibration import measured
+
+    options: dict[str, Any] = {"data_dir": chosen.data_dir, "device": chosen.device}
+    return measured(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
+
+
+def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]:
+    """The task that the run asks for: theta_0, the scale of time, and tau so that K* is in its steps.
+
+    The steps needed are K* itself; a curvature of 1/alpha* pixels makes it tau_net/alpha*.
+    """
+    from controlat.symbolic import fit
+
+    values = measured["measures"][chosen.measure]["values"]
+    try:
+        found = fit(chosen.task, measured["times"], values, chosen.since)
+    except ValueError as error:
+        raise ValueError(f"calibration to {chosen.measure}: {error}") from None
+    scale = 1.0 if chosen.measure == "convergence" else _tau_net(chosen, measured)
+    return found.task(chosen.task, found.amplitude * scale), found
+
+
+def _tau_net(chosen: DeriveSettings, measured: dict[str, Any] | None) -> float:
+    if chosen.tau_net is not None:
+        return number(chosen.tau_net, "tau_net")
+    return DEMO_TAU if measured is None else RUN_TAU * float(measured["eps"])
+
+
+def _hand_over(
+    chosen: DeriveSettings, found: Derivation, measured: dict[str, Any] | None, fit: Fit | None
+) -> Handover:
+    epochs = chosen.epochs or (DEMO_EPOCHS if measured is None else measured["epochs"])
+    since = 0.0 if fit is None else fit.times[0] / fit.times[-1]
+    return hand_over(
+        found.K,
+        float(found.task.horizon),
+        epochs=epochs,
+        since=since,
+        k_min=chosen.k_min,
+        k_max=chosen.k_max,
+        tau=_tau_net(chosen, measured),
+        mapping=chosen.mapping or "affine",
+        resolution=chosen.resolution,
+        label=("calibrated" if measured is not None else "derived") + f"({chosen.k_min:g}..{chosen.k_max:g})",
+    )
+
+
+def _task(found: Derivation) -> dict[str, Any]:
+    import sympy  # slow to import, as whatever is symbolic
+
+    task, landscape = found.task, found.landscape
+    names = ("theta0", "tau", "horizon", "gamma")
+    return {
+        "landscape": landscape.text,
+        "latex": sympy.latex(landscape.expression),
+        "x0": landscape.point,
+        "parameters": {str(k): float(v) for k, v in landscape.values.items()},
+        "x_range": list(landscape.ends),
+        "theta_range": list(task.reach),
+        **{name: float(getattr(task, name)) for name in names},
+        "order": task.order,
+        "quadratic": landscape.quadratic,
+    }
+
+
+def _solution(found: Derivation) -> dict[str, Any]:
+    """Formulas, curves and what the figures need, as plain data."""
+    t = np.linspace(0, float(found.task.horizon), _POINTS)
+    curves = {"theta": found.theta, "alpha": found.alpha, "K": found.K, "linear": found.linear}
+    return {
+        "formulas": {key: answer.to_json() for key, answer in found.answers.items()},
+        "stationary": [point._asdict() for point in found.points],
+        "branch": {"rank": found.index, "x": found.point.x, "domain": list(found.branch.domain)},
+        "minima": found.minima,
+        "series": {"values": found.series_numbers, "formulas": [str(c) for c in found.coefficients]},
+        "curves": {"t": t.tolist(), **{name: f(t).tolist() for name, f in curves.items()}}
+        | {"series": found.series(t).tolist()},
+        "rising": found.rising,
+        "cost": {"J": found.cost, **found.parts},
+        "pictures": found.pictures(),
+        "notes": found.notes,
+    }
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    from controlat.symbolic.document import markdown
+    from controlat.symbolic.figures import FIGURES
+
+    write_json(out / "schedule.json", result["network"]["schedule"])
+    for name, figure in FIGURES.items():
+        if figure.wanted(result):
+            figure.draw(result, out / name)
+    write_text(out / "summary.md", markdown(result))
+    write_json(out / "result.json", result)  # last: where it is, the others are

@@ -1,0 +1,192 @@
+"""A problem with its data in place: what every run of it shares."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from controlat import models
+from controlat._util import rng
+from controlat._util.parallel import current
+from controlat._util.texts import count, duration
+from controlat.app.checkpoints import load_checkpoint, load_weights
+from controlat.app.settings import AttackSettings, EvaluateSettings, Problem, from_json
+from controlat.app.trainer import initial_model, place
+from controlat.attacks.losses import cross_entropy
+from controlat.control.cost import Meter
+from controlat.control.schedules import Schedule
+from controlat.data import Dataset, Samples
+from controlat.data import load as load_data
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.run_spec import RunSpec
+from controlat.methods import build
+from controlat.models.frozen.view import FrozenModel
+from controlat.pmp.terminal import Terminal, build_terminal
+from controlat.robust_accuracy import Evaluation, Extras, protocol
+from controlat.robust_accuracy.source import read_device
+
+__all__ = ["TERMINAL_POINTS", "Experiment", "pick_device", "progress_bar"]
+
+TERMINAL_POINTS = 256  # held-out samples of Phi
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by its name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return read_device(name)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A problem with its data in place: what every run of it shares."""
+
+    problem: Problem
+    device: torch.device
+    data: Dataset
+    training: Samples
+    held_out: Samples
+    test: Samples
+
+    @classmethod
+    def of(cls, problem: Problem) -> Experiment:
+        """Load the data and keep a slice of the training set for validation."""
+        device = pick_device(problem.device)
+        data = load_data(problem.data, problem.data_dir, **problem.data_options)
+        problem.ball.check(data.in_shape)
+        data = data.limited(problem.train_points, problem.test_points)
+        held_out = problem.held_out or max(1, min(1000, len(data.train) // 10))
+        if held_out >= len(data.train):
+            raise ValueError(f"held_out must be below the {len(data.train)} training samples, got {held_out}")
+        training, validation = data.hold_out(held_out)
+        return cls(problem, device, data, training.to(device), validation.to(device), data.test.to(device))
+
+    def spec(self, schedule: Schedule, seed: int) -> RunSpec:
+        """The roll-out of one schedule under one seed."""
+        p = self.problem
+        return RunSpec(
+            self.training,
+            p.batch_size,
+            p.epochs,
+            schedule,
+            p.rate,
+            seed,
+            p.augmentation,
+            self.held_out,
+            current(),
+        )
+
+    def model(self, seed: int) -> nn.Module:
+        """The network at its initial weights."""
+        p = self.problem
+        model = initial_model(lambda: models.build(p.model, self.data.in_shape, self.data.num_classes), seed)
+        return place(model.train(), self.device, p.channels_last, self.data.in_shape)
+
+    def driver(self, seed: int) -> Driver:
+        """The system at its initial state."""
+        p = self.problem
+        return Driver(
+            self.model(seed),
+            build(p.method, p.method_options),
+            p.ball,
+            p.sgd,
+            seed,
+            torch.bfloat16 if p.bf16 else None,
+            p.channels_last,
+        )
+
+    def terminal(self, seed: int, name: str = "adversarial") -> Terminal:
+        """Phi on held-out samples, by its name or as a sum of names (`controlat.pmp.terminal`)."""
+        data = self.held_out  # in the order of the data set, which may be sorted by class
+        order = torch.randperm(len(data), generator=rng.generator(0, "terminal"))
+        return build_terminal(name, *data.take(order[:TERMINAL_POINTS]), self.problem.ball, seed)
+
+    def surrogate(self, checkpoint: str | None) -> nn.Module | None:
+        """A network trained independently, for transfer attacks.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of a network for other data.
+        """
+        if checkpoint is None:
+            return None
+        found = load_checkpoint(checkpoint, self.device)
+        there = found["settings"]
+        if there.get("data") != self.problem.data:
+            raise ValueError(
+                f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
+            )
+        plain = {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
+        from_json(Problem, there | plain, f"surrogate {checkpoint}: settings")
+        model = models.build(there["model"], self.data.in_shape, self.data.num_classes).train()
+        network = (
+            f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
+        )
+        load_weights(model, found["model"], f"surrogate {checkpoint}", network)
+        return place(model, self.device, self.problem.channels_last, self.data.in_shape)
+
+    def evaluate(
+        self, model: nn.Module, settings: EvaluateSettings | AttackSettings, seed: int, batch_size: int = 256
+    ) -> Evaluation:
+        """Everything that is asked for on the test set, with a progress bar."""
+        surrogate = self.surrogate(settings.surrogate)
+        extras = Extras(settings.checks, settings.autoattack, settings.sweeps, surrogate)
+        sizes = len(self.test), self.data.num_classes, settings.attacks
+        if settings.autoattack:
+            cost = extras.cost(*sizes)["autoattack"]
+            told = self._announce(model, cost, min(settings.autoattack, len(self.test)), batch_size)
+            tqdm.write(told, file=sys.stderr)
+        with progress_bar(extras.samples(*sizes), " samples", settings.progress) as bar:
+            return protocol(
+                model,
+                self.test,
+                self.problem.ball,
+                attacks=settings.attacks,
+                extras=extras,
+                batch_size=batch_size,
+                seed=seed,
+                progress=lambda n, name: (bar.set_description(name), bar.update(n)),
+                channels_last=self.problem.channels_last,
+            )
+
+    def _announce(self, model: nn.Module, cost: Meter, points: int, batch_size: int) -> str:
+        """What AutoAttack will cost at most, from a few timed passes of the batch that it will use."""
+        x, y = self.test.take(torch.arange(min(points, batch_size)))
+        calls = -(-points // batch_size) / points
+        with FrozenModel(model, channels_last=self.problem.channels_last) as view:
+            backward = fastest(
+                lambda: view.gradient(view.prepare(x), lambda logits: cross_entropy(logits, y)).sum().item()
+            )
+            forward = fastest(lambda: view(x).sum().item())
+        seconds = calls * (cost.gradients * backward + cost.forwards * forward)
+        return (
+            f"AutoAttack on {points} points: at most {count(cost.gradients)} gradient evaluations and "
+            f"{count(cost.forwards)} forward passes, about {duration(seconds)} on this machine"
+        )
+
+
+def fastest(call: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of some calls."""
+    found = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found = min(found, time.perf_counter() - began)
+    return found
+
+
+def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:
+    """A progress bar that is there while it is needed, on a terminal only."""
+    disable = None if show else True
+    return tqdm(total=total, unit=unit, desc=label, disable=disable, leave=False, mininterval=0.5)

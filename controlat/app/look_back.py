@@ -1,0 +1,194 @@
+"""The full criterion of a run that is over: roll it out again, recorded, and look back along its costates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from controlat._util.checks import number
+from controlat._util.errors import NonFiniteError
+from controlat._util.parallel import World
+from controlat.app.experiment import Experiment
+from controlat.app.settings import EvaluateSettings
+from controlat.control.schedules import Schedule
+from controlat.dynamics.recording import GIBI, Recording
+from controlat.dynamics.run_spec import RunSpec
+from controlat.dynamics.state import same_bits
+from controlat.methods import Method
+from controlat.pmp import (
+    HALVINGS,
+    LAMBDAS,
+    Criterion,
+    Grid,
+    Price,
+    calibrate,
+    described,
+    examine,
+    looked_at,
+)
+
+__all__ = ["full_criterion", "most_evaluations", "report_payload"]
+
+
+def full_criterion(
+    experiment: Experiment,
+    settings: EvaluateSettings,
+    schedule: Schedule,
+    seed: int,
+    grid: Grid,
+    trained: nn.Module | None = None,
+    bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
+) -> dict[str, Any]:
+    """The criterion over all horizons, and its calibration, for one schedule under one seed.
+
+    Args:
+        experiment: the problem with its data.
+        settings: gamma, horizons, looks, memory.
+        schedule: t -> u.
+        seed: of the run.
+        grid: what is searched.
+        trained: the network at the end of the run, to see whether the recorded roll-out ends there.
+        bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
+
+    Returns:
+        Plain data: ``criterion``, ``calibration``, ``terminal`` (Phi in words), ``same`` (whether the
+        roll-out ended with the bits of `trained`; None without it), ``stride``, ``gradients`` by part,
+        ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
+    """
+    began = time.perf_counter()
+    driver, spec = experiment.driver(seed), replace(experiment.spec(schedule, seed), world=World())
+    terminal = experiment.terminal(seed, settings.terminal)
+    total = spec.epochs * spec.batches_per_epoch
+    with bar("roll-out", total) as b:
+        recording = Recording.of(driver, spec, limit=settings.memory * GIBI, progress=_told(b))
+    same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
+    steps = recording.last - recording.first
+    try:
+        with bar("costates", steps) as b:
+            found = examine(
+                recording,
+                terminal,
+                grid,
+                gamma=settings.gamma,
+                horizons=settings.horizons or [1, spec.batches_per_epoch],
+                looks=settings.looks,
+                progress=_told(b),
+            )
+    except NonFiniteError as error:
+        return {"failed": str(error)}
+    with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
+        calibration = calibrate(recording, found, terminal, progress=_told(b))
+    return {
+        "criterion": found.to_json(),
+        "calibration": calibration.to_json(),
+        "terminal": described(terminal),
+        "same": same,
+        "stride": recording.stride,
+        "gradients": {
+            "roll-out": sum(step.spent.gradients for step in recording.steps),
+            "steps again": found.replayed,
+            "costates and scores": found.spent,
+            "calibration": calibration.spent,
+        },
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def most_evaluations(
+    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Grid, phi: Price, replays: int
+) -> float:
+    """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
+
+    Args:
+        settings: horizons and looks.
+        spec: of the run.
+        method: its method; a loss of up to three passes is reckoned with.
+        grid: what is searched.
+        phi: of the terminal cost.
+        replays: how often steps are taken again at most.
+    """
+    per_epoch, n = spec.batches_per_epoch, len(spec.data)
+    steps = spec.epochs * per_epoch
+    controls = [spec.schedule(step / per_epoch) for step in range(steps)]
+    rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
+    looked = looked_at(spec.blocks(0, steps), settings.looks)
+    horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
+    windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
+    pulled = rolled + 2 * 3 * len(horizons) * spec.epochs * n
+    scored = sum(grid.cost(method, controls[number]) for number in looked) * spec.batch_size
+    dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
+    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * spec.epochs * n + phi.value)
+    return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
+
+
+def _told(bar: Any) -> Callable[..., object] | None:
+    """What moves a progress bar by one, whatever it is called with."""
+    return None if bar is None else lambda *_: bar.update()
+
+
+def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
+    """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, calibration.
+
+    Args:
+        found: that data.
+        surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
+    """
+    if "failed" in found:
+        return dict(found)
+    criterion, rho = Criterion.from_json(found["criterion"]), found["calibration"]["rho"]
+    gamma = number(criterion.gamma, "gamma")
+    horizons = [
+        {
+            "steps": h,
+            "value": criterion.value(h),
+            "interval": criterion.interval(h),
+            "per_step": float(criterion.per_step(h).mean()),
+            "blocks": criterion.per_block(h),
+        }
+        for h in criterion.horizons
+    ]
+    best = criterion.best()
+    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
+    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
+    blocks = [
+        {
+            "t": begins[b.index] / per_epoch,
+            "control": dict(b.control),
+            "maximiser": dict(b.maximiser),
+            "gain": b.gain,
+            "cosine": cosine,
+        }
+        for b, cosine in zip(best, criterion.cosines(), strict=True)
+    ]
+    chosen = sorted({0, len(best) // 2, len(best) - 1})
+    drawn = [
+        blocks[i]
+        | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
+        for i in chosen
+        if surfaces
+    ]
+    return {
+        "horizons": horizons,
+        "blocks": blocks,
+        "surfaces": drawn,
+        "cosine": float(np.mean(criterion.cosines())),
+        "growth": criterion.growth if math.isfinite(criterion.growth) else None,
+        "C_rho": None if rho is None else criterion.value(rho=rho),
+        "prices": [
+            {"gamma": g, "value": replace(criterion, gamma=g).value()} for g in (gamma / 4, 4 * gamma)
+        ],
+        "steps": criterion.steps,
+        "looked": len(criterion.looked),
+        "phi": criterion.phi,
+        "evaluations": criterion.evaluations,
+        "norms": [list(pair) for pair in criterion.norms[:: max(1, len(criterion.norms) // 100)]],
+        "dropped": list(criterion.dropped),
+        **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
+    }

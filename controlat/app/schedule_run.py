@@ -1,0 +1,229 @@
+"""One run of an evaluation: a schedule under a seed, trained, scored, attacked, and looked back upon."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from controlat._util import rng
+from controlat._util.checks import number
+from controlat._util.files import append_json_line, plain, write_json, write_text
+from controlat._util.parallel import World
+from controlat.app.experiment import Experiment, progress_bar
+from controlat.app.look_back import full_criterion, report_payload
+from controlat.app.runs import slug
+from controlat.app.settings import EvaluateSettings
+from controlat.app.trainer import fit, read_log
+from controlat.control.schedules import Schedule
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.rollout import rollout
+from controlat.dynamics.run_spec import RunSpec
+from controlat.dynamics.state import same_bits
+from controlat.methods import Batch
+from controlat.pmp import (
+    FORMS,
+    Gap,
+    Grid,
+    Surface,
+    measure,
+    probe_batches,
+)
+from controlat.records import (
+    CriterionLine,
+    Evaluation,
+    Full,
+    missing,
+    read_epochs,
+    read_record,
+)
+from controlat.robust_accuracy import parse_attack
+
+__all__ = ["ScheduleRun", "candidates"]
+
+CRITERION = "criterion.jsonl"
+_PROBE_BATCHES = 4, 16
+
+
+@dataclass(frozen=True)
+class ScheduleRun:
+    """One run of an evaluation: a schedule under a seed, in its directory."""
+
+    experiment: Experiment
+    settings: EvaluateSettings
+    schedule: Schedule
+    seed: int
+    directory: Path
+    grid: Grid
+
+    def probe(self, epoch: int) -> list[Batch]:
+        """The probe at one epoch: fixed training samples, in batches of the training batch size.
+
+        Of these there are four at least, which are smaller then, as cross-fitting needs two in each half; and
+        16 at most.
+        """
+        data, size = self.experiment.training, self.settings.batch_size
+        order = torch.randperm(len(data), generator=rng.generator(0, "probe"))[: self.settings.probe]
+        least, most = _PROBE_BATCHES
+        count = min(max(len(order) // size, 2, min(least, len(order) // 2)), most)
+        augment = self.settings.augmentation
+        return probe_batches(*data.take(order), count, epoch, order, augment)
+
+    def measure(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
+        """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
+        began, s, u = time.perf_counter(), self.settings, spec.schedule(epoch)
+        analysis = Driver(
+            driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
+        )
+        analysis.memory, analysis.rows = driver.memory, driver.rows
+        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
+            surface = measure(
+                analysis,
+                self.probe(epoch),
+                u,
+                self.grid,
+                terminal=self.experiment.terminal(self.seed, s.terminal),
+                scale=spec.mean_rate(epoch) / spec.mean_rate() / (1 - s.momentum),
+                rate=spec.mean_rate(epoch),
+                maximiser=s.maximiser,
+                gamma=number(s.gamma, "gamma"),
+                trials=s.trials,
+                progress=bar.update,
+            )
+        line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
+        return line | {"seconds": time.perf_counter() - began}
+
+    def look_back(self, trained: nn.Module) -> dict[str, Any]:
+        """The full criterion of the run, with progress bars."""
+        s = self.settings
+        return full_criterion(
+            self.experiment,
+            s,
+            self.schedule,
+            self.seed,
+            self.grid,
+            trained,
+            lambda what, total: progress_bar(total, " steps", s.progress, what),
+        )
+
+    def run(self, label: str) -> dict[str, Any]:
+        """Train, score and attack; what is already there is read, not made again.
+
+        Several processes train together; the first of them scores, attacks and returns what was found.
+        """
+        s, file, path = self.settings, self.directory / "evaluation.json", self.directory / CRITERION
+        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.schedule, self.seed)
+        scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
+        tally = fit(
+            driver,
+            spec,
+            self.directory,
+            held_out=self.experiment.held_out,
+            settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
+            at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
+            progress=s.progress,
+            label=label,
+        )
+        if not spec.world.first:
+            return {}
+        if lost := missing(self._surfaces(tally.epoch), tally.epoch):
+            self._score_again(lost, tally.epoch, driver.model)
+        if not file.exists():
+            found = self.experiment.evaluate(driver.model, s, self.seed)
+            write_json(file, found.to_json())
+        full = self.directory / "full.json"
+        if s.full and not full.exists():
+            write_json(full, self.look_back(driver.model))
+        return {
+            "seed": self.seed,
+            "directory": self.directory.name,
+            "epochs": read_log(self.directory),
+            "criterion": self.criterion(tally.epoch),
+            "evaluation": self._evaluation(file),
+            **({"full": report_payload(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
+            "gradients": tally.gradients,
+            "forwards": tally.forwards,
+            "seconds": tally.seconds,
+        }
+
+    def _surfaces(self, epochs: int) -> list[dict[str, Any]]:
+        """The lines of criterion.jsonl."""
+        return read_epochs(self.directory / CRITERION, CriterionLine, epochs)
+
+    def _score_again(self, lost: Sequence[int], epochs: int, trained: nn.Module) -> None:
+        """Train once more, in memory, to score epochs whose lines were lost."""
+        path, lines = self.directory / CRITERION, self._surfaces(epochs)
+        told = f"{path} lacked epoch {', '.join(map(str, lost))}; trained again in memory to score it"
+        driver = self.experiment.driver(self.seed)
+        spec = replace(self.experiment.spec(self.schedule, self.seed), world=World())
+        for epoch in range(epochs):
+            if epoch in lost:
+                lines.append(self.measure(driver, spec, epoch))
+            for _ in rollout(driver, spec, epoch=epoch, until=epoch + 1):
+                pass
+        if not same_bits(driver.model.state_dict(), trained.state_dict()):
+            told += ", which did not end with the same bits (another device or thread count?)"
+        tqdm.write(f"controlat: warning: {told}", file=sys.stderr)
+        lines.sort(key=lambda line: int(line["epoch"]))
+        write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
+
+    def _evaluation(self, path: Path) -> dict[str, Any]:
+        """evaluation.json, which has every attack that was asked for."""
+        found: dict[str, Any] = read_record(path, Evaluation)
+        names = [parse_attack(a).name for a in self.settings.attacks]
+        if list(found["after"]) != names:
+            raise ValueError(
+                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
+            )
+        return found
+
+    def criterion(self, epochs: int) -> list[dict[str, Any]]:
+        """The gaps of so many epochs in both forms, from the stored surfaces."""
+        found = []
+        for line in self._surfaces(epochs):
+            surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
+            try:
+                gaps: dict[str, Gap] = {
+                    form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
+                }
+            except ValueError as error:
+                where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
+                raise ValueError(f"{where}: {error}") from None
+            found.append(
+                {
+                    "epoch": line["epoch"],
+                    **{form: gap.to_json() for form, gap in gaps.items()},
+                    "prices": [
+                        {"gamma": g}
+                        | {form: surface.gap(gaps[form].control, g, form).value for form in FORMS}
+                        for g in (gamma / 4, 4 * gamma)
+                    ],
+                    "scale": surface.scale,
+                    "candidates": len(surface.controls),
+                    "gradients": surface.spent,
+                    "seconds": line["seconds"],
+                }
+            )
+        return found
+
+
+def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
+    """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
+    schedules = [settings.schedule_of(text) for text in settings.schedules]
+    every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]
+    largest = max(int(u.get("steps", 1)) for u in every)
+    eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
+    grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
+    for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
+        for seed in settings.seeds:
+            directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"
+            yield ScheduleRun(experiment, settings, schedule, seed, directory, grid)

@@ -1,0 +1,155 @@
+"""Controls u, the admissible set G and the running cost R(u) = gamma n(u).
+
+A control is a point of G: the knobs of the inner loop, (alpha, K) for PGD. The running cost is counted in
+gradient evaluations: forward-backward passes per sample, K + 1 for one outer step of PGD-K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from controlat._util.checks import brief, choice, instance, number
+from controlat._util.registry import meant
+
+__all__ = ["Control", "ControlSpace", "Knob"]
+
+
+class Control(Mapping[str, Any]):
+    """A control u: a frozen mapping from knob to value, to be passed on as ``**u``.
+
+    ``steps = 0`` is no attack, whatever the step size: such a control has ``alpha = 0``, so that equal
+    controls compare equal.
+
+    Args:
+        knobs: values by name; integral values of ``steps`` become int.
+
+    Raises:
+        ValueError: a value is not a finite number.
+
+    >>> u = Control(alpha=0.01, steps=10)
+    >>> dict(u)
+    {'alpha': 0.01, 'steps': 10}
+    >>> Control(alpha=0.3, steps=0) == Control(alpha=0, steps=0)
+    True
+    """
+
+    __slots__ = ("_knobs",)
+
+    def __init__(self, /, **knobs: float) -> None:
+        values = {name: v if type(v) is int else number(v, name) for name, v in knobs.items()}
+        if float(values.get("steps", 0.5)).is_integer():
+            values["steps"] = int(values["steps"])
+        if values.get("steps") == 0 and "alpha" in values:
+            values["alpha"] = 0.0
+        self._knobs = dict(sorted(values.items()))
+
+    def __getitem__(self, name: str) -> Any:  # int or float: `**u` must fit any signature
+        if name not in self._knobs:
+            raise KeyError(f"{name!r} is no control; there are {', '.join(self._knobs) or 'none'}")
+        return self._knobs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._knobs)
+
+    def __len__(self) -> int:
+        return len(self._knobs)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._knobs.items()))
+
+    def __repr__(self) -> str:
+        return "Control(" + ", ".join(f"{name}={value:g}" for name, value in self.items()) + ")"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One coordinate of u: its kind, its bounds and what it means.
+
+    Args:
+        kind: ``"real"`` or ``"integer"``.
+        low: smallest admissible value.
+        high: largest admissible value; infinite where G is bounded later.
+        meaning: one line for tables and errors.
+        default: its value where a schedule does not name it; None where it must.
+    """
+
+    kind: str
+    low: float
+    high: float = math.inf
+    meaning: str = ""
+    default: float | None = None
+
+    def __post_init__(self) -> None:
+        choice(self.kind, "Knob.kind", ("real", "integer"))
+        instance(self.meaning, str, "Knob.meaning")
+        for name in ("low", "high"):
+            instance(getattr(self, name), (int, float), f"Knob.{name}")
+        if not self.low <= self.high:
+            raise ValueError(f"Knob needs low <= high, got [{self.low}, {self.high}]")
+        if self.default is not None:
+            self.check("Knob.default", number(self.default, "Knob.default"))
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError unless `value` is admissible; the message says what is."""
+        if self.kind == "integer" and not float(value).is_integer():
+            raise ValueError(f"{name} must be an integer, got {value:g}")
+        if not self.low <= value <= self.high:
+            allowed = f">= {self.low:g}" if math.isinf(self.high) else f"in [{self.low:g}, {self.high:g}]"
+            raise ValueError(f"{name} must be {allowed}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class ControlSpace(Mapping[str, Knob]):
+    """The admissible set G of a method: its knobs and the evaluations that one outer step costs.
+
+    Args:
+        knobs: name to `Knob`.
+        cost: n(u), gradient evaluations per sample of one outer step; an upper bound where the true
+            number depends on the data. Used for planning: results count what was spent.
+    """
+
+    knobs: Mapping[str, Knob]
+    cost: Callable[[Control], float]
+
+    def __post_init__(self) -> None:
+        instance(self.knobs, Mapping, "knobs of a ControlSpace")
+        for name, knob in self.knobs.items():
+            instance(knob, Knob, f"knob {name!r} of a ControlSpace")
+        if not callable(self.cost):
+            raise TypeError(
+                f"cost of a ControlSpace must be a function of the control, got {brief(self.cost)}"
+            )
+
+    def __getitem__(self, name: str) -> Knob:
+        return self.knobs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.knobs)
+
+    def __len__(self) -> int:
+        return len(self.knobs)
+
+    def check(self, control: Mapping[str, float]) -> Control:
+        """Return `control` as a `Control` of this set.
+
+        Raises:
+            ValueError: a knob is unknown, missing without a default, of the wrong kind or out of bounds.
+        """
+        instance(control, Mapping, "control", "such as {'alpha': 0.01, 'steps': 10}")
+        known = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
+        given, control = sorted(control), known | dict(control)
+        if set(control) != set(self.knobs):
+            unknown, missing = sorted(set(control) - set(self.knobs)), sorted(set(self.knobs) - set(control))
+            named = [f"{n}{', ' * bool(near := meant(n, self.knobs))}{near}".strip() for n in unknown]
+            wrong = [f"not {', '.join(named)}"] * bool(unknown)
+            wrong += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
+            raise ValueError(
+                f"a control of this method has {', '.join(sorted(self.knobs))}; "
+                f"got {', '.join(given) or 'nothing'} ({'; '.join(wrong)})"
+            )
+        for name, knob in self.knobs.items():
+            knob.check(name, number(control[name], name))
+        return Control(**{n: int(v) if self.knobs[n].kind == "integer" else v for n, v in control.items()})

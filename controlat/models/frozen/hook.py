@@ -1,0 +1,97 @@
+"""What one layer of a running network puts out."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+__all__ = ["LayerHook", "Reached", "first_layer"]
+
+_COMPILED = (
+    "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give "
+    "the network as it was before"
+)
+
+
+class Reached(Exception):
+    """The layer that was asked for has been computed."""
+
+
+class LayerHook:
+    """A context that catches what a layer puts out while a model runs, and may stop the model there.
+
+    Args:
+        layer: a module of the model.
+        stop: leave the model's forward pass once the layer has run (see `until`).
+        cut: hand the rest of the model a copy without a graph to what came before, so that gradients with
+            respect to the output stop there.
+
+    Raises:
+        ValueError: the layer does not run as a module of its own, as in compiled networks; its output is no
+            tensor, or depends on nothing that is trained.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> with LayerHook(model[0]) as tap:
+    ...     y = model(torch.ones(1, 2))
+    >>> tap.output.shape
+    torch.Size([1, 3])
+    """
+
+    output: Tensor
+
+    def __init__(self, layer: nn.Module, *, stop: bool = False, cut: bool = False) -> None:
+        self.layer, self.stop, self.cut = layer, stop, cut
+
+    def __enter__(self) -> Self:
+        if isinstance(self.layer, torch.jit.ScriptModule):
+            raise ValueError(_COMPILED)
+        self._handle = self.layer.register_forward_hook(self._hook)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        self._handle.remove()
+        if kind is None and not hasattr(self, "output"):
+            raise ValueError(_COMPILED)
+        return kind is Reached
+
+    def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        kind = type(module).__name__
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the layer {kind} puts out a {type(output).__name__}; name one that gives a tensor"
+            )
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise ValueError(f"nothing is trained up to the layer {kind}; name a later one")
+        self.output = output.detach().requires_grad_() if self.cut else output
+        if self.stop:
+            raise Reached
+        return self.output.clone()  # an activation in place would overwrite what was caught
+
+
+def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
+    """A module by its dotted name; by default the first with parameters that are trained, and none within it.
+
+    Raises:
+        ValueError: there is none of that name; the message lists the first ones. Or the network is compiled.
+    """
+    if "_orig_mod" in model._modules:  # of torch.compile
+        raise ValueError(_COMPILED)
+    modules = dict(model.named_modules())
+    if name is not None:
+        if name not in modules:
+            listed = ", ".join(n for n in list(modules)[1:9])
+            raise ValueError(f"the model has no layer {name!r}; its first ones are: {listed}")
+        found: nn.Module = modules[name]
+    else:
+        inner = {
+            id(part) for m in modules.values() if is_parametrized(m) for part in m.parametrizations.modules()
+        }
+        layers = [m for m in modules.values() if id(m) not in inner]
+        own = [(m, [*m.parameters(recurse=is_parametrized(m))]) for m in layers]
+        trained = [m for m, weights in own if any(p.requires_grad for p in weights)]
+        owners = trained or [m for m, weights in own if weights]  # within a view none is trained
+        found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
+    return found

@@ -1,0 +1,210 @@
+"""The network as an attack sees it: frozen weights, one mode, counted evaluations, no trace left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from controlat._util import kernels, rng
+from controlat._util.checks import choice, flag, instance
+from controlat._util.errors import NonFiniteError
+from controlat.control.cost import Meter
+from controlat.models.frozen.asking import ask, check_model
+from controlat.models.frozen.borrowed import MODES, alone, in_mode, owned, replaced
+from controlat.models.frozen.hook import LayerHook
+from controlat.models.frozen.layout import (
+    channels_first,
+    channels_last,
+    in_layout,
+    is_convolutional,
+    runs_nchw_only,
+)
+
+__all__ = ["FrozenModel", "check_model", "runs_channels_last"]
+
+
+# On CPU, buffers of this many samples are small enough for the C library to keep; those of 256 it gives back
+# after every step, and faults in again at the next (benchmarks/README.md).
+_CPU_CHUNK = 64
+
+
+def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network runs in NHWC layout, tried in both modes on two black images of a shape (C, H, W)."""
+    if not is_convolutional(model):
+        return True
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    x = torch.zeros(2, *shape, dtype=first.dtype, device=first.device)
+    with rng.scoped(0, "layout", device=first.device), torch.no_grad():
+        for mode in MODES:
+            with FrozenModel(model, mode) as view:
+                view.logits(x)
+    return not runs_nchw_only(model)
+
+
+def _couples_samples(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", 0) is None
+
+
+class FrozenModel:
+    """A context in which a model can be asked for logits and input gradients, and nothing of it changes.
+
+    Inside, the model has detached weights and copies of its buffers in place of its own; outside it has the
+    very Parameters and buffers that it had, and the training flag of every module, ``.grad`` and
+    ``requires_grad`` are as they were, also after an error. Modes are entered and left through `train`, for
+    modules that do more there than set a flag. Views of one model in several threads take turns; nothing
+    else may use it while a view is open. A view within a view starts from the buffers of the outer one.
+
+    Args:
+        model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
+        mode: ``"eval"`` or ``"train"``: how BatchNorm and dropout behave inside.
+        channels_last: run convolutional models in NHWC layout and with a faster kernel for one-channel
+            images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
+        meter: where evaluations are counted.
+        autocast: a dtype for mixed precision, None for none.
+
+    Raises:
+        TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
+        ValueError: unknown mode, or lazy layers that have not run yet.
+        RuntimeError: entered inside ``torch.inference_mode()``.
+
+    >>> import torch
+    >>> from controlat.attacks.losses import cross_entropy
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
+    >>> with FrozenModel(model) as view:
+    ...     gradient = view.gradient(x, lambda logits: cross_entropy(logits, y))
+    >>> gradient.shape, view.meter.gradients
+    (torch.Size([2, 1, 2, 2]), 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "eval",
+        *,
+        channels_last: bool = True,
+        meter: Meter | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        check_model(model)
+        choice(mode, "mode", MODES)
+        flag(channels_last, "channels_last")
+        instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
+        self.model, self.mode = model, mode
+        self.channels_last = channels_last and is_convolutional(model)
+        self.meter = Meter() if meter is None else meter
+        self.autocast = autocast
+
+    def __enter__(self) -> Self:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(alone(self.model))
+            stack.enter_context(in_mode(self.model, self.mode == "train"))
+            self._weights = stack.enter_context(contextlib.ExitStack())
+            self._freeze(self.channels_last and not runs_nchw_only(self.model))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _freeze(self, nhwc: bool) -> None:
+        """Put detached weights and copies of buffers in place, in one layout."""
+        self._weights.close()
+        self._nhwc = nhwc
+        layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
+        frozen: dict[int, Tensor] = {
+            id(p): nn.Parameter(layout(owned(p.detach())), requires_grad=False)
+            for p in self.model.parameters()
+        }
+        if self.channels_last:
+            for i in kernels.one_channel_weights(self.model) & frozen.keys():
+                frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
+        frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
+        self._weights.enter_context(replaced(self.model, frozen))
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """Parts of a batch that can be worked on in turn: faster on CPU where samples do not interact."""
+        whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
+        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        for i in range(0, len(x), max(size, 1)):
+            yield slice(i, i + size)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x in the memory layout that this view runs in."""
+        return channels_last(x) if self.channels_last and self._nhwc else x
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.autocast is None:
+            return self._run(x)
+        with torch.autocast(x.device.type, dtype=self.autocast):
+            return self._run(x).float()
+
+    def _run(self, x: Tensor) -> Tensor:
+        def run(x: Tensor, nhwc: bool) -> Tensor:
+            if nhwc != self._nhwc:
+                self._freeze(nhwc)
+            return ask(self.model, x, self.model)
+
+        return in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits, without a graph; counted as forward passes.
+
+        Raises:
+            NonFiniteError: a logit is not finite.
+        """
+        self.meter.forwards += len(x)
+        with torch.no_grad():
+            logits = self._forward(self.prepare(x))
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError("the network returns logits that are not finite")
+        return logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, with a graph to x where x asks for one: for attacks of other libraries.
+
+        A forward pass at first; each backward pass through it then counts as one gradient evaluation.
+        """
+        n, passes = len(x), 0
+
+        def count(_: Tensor) -> None:
+            nonlocal passes
+            passes += 1
+            self.meter.gradients += n
+            self.meter.forwards -= n if passes == 1 else 0
+
+        self.meter.forwards += n
+        found = self._forward(self.prepare(x))
+        if found.requires_grad:
+            found.register_hook(count)
+        return found
+
+    def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+        """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
+        self.meter.layers += len(x)
+        x = owned(x.detach()).requires_grad_()
+        with torch.enable_grad():
+            with LayerHook(layer, stop=True) as tap:
+                self._forward(x)
+            (gradient,) = torch.autograd.grad((tap.output * weight).sum(), x)
+        return gradient
+
+    def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gradient with respect to x of the SUM over samples of objective(logits).
+
+        The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
+        """
+        self.meter.gradients += len(x)
+        x = owned(x.detach()).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+        return gradient

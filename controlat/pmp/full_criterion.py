@@ -1,0 +1,515 @@
+"""Amata's criterion (13) over any horizon, from exact costates, and what its size means.
+
+With DeltaH_t(v) of `controlat.pmp.hamiltonian`, in units of the objective J = Phi + gamma eta sum n:
+
+    G = sum_t max_v DeltaH_t(v),        C = G / (eta T),
+
+eta the mean learning rate and T the number of steps. Where a control is held over a block of steps (an
+epoch), DeltaH is summed over the block before the maximum is taken: a schedule cannot change more often.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from controlat._util.checks import instance, number
+from controlat._util.errors import NonFiniteError
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.recording import Recording
+from controlat.pmp.candidates import Grid
+from controlat.pmp.costate import sweep
+from controlat.pmp.hamiltonian import Gains, gains
+from controlat.pmp.relaxed import Outcome, relaxed
+from controlat.pmp.surface import Array
+from controlat.pmp.terminal import Terminal, check_terminal
+
+__all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
+
+LAMBDAS = (0.5, 0.25)
+HALVINGS = 1
+RELIABLE = 0.25
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps that share one control: what each candidate would be worth in all of them.
+
+    Args:
+        index: number of the block.
+        control: u in the block.
+        maximiser: the best candidate v.
+        gain: sum over the block of DeltaH(v), >= 0.
+        size: sum over the block of ||S(z, v) - S(z, u)||^2.
+        looked: number of steps that were looked at.
+        steps: number of steps.
+    """
+
+    index: int
+    control: Control
+    maximiser: Control
+    gain: float
+    size: float
+    looked: int
+    steps: int
+
+
+class _Part(NamedTuple):
+    """What is known of a block: its steps that were looked at, u and the candidates that all of these have,
+    where each has them, and the number of all its steps."""
+
+    members: list[Gains]
+    controls: list[Control]
+    where: list[list[int]]
+    steps: int
+
+    @classmethod
+    def of(cls, members: list[Gains], steps: int) -> _Part:
+        places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
+        common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
+        where = [[0, *(known[v] for v in common)] for known in places]
+        return cls(members, [members[0].controls[0], *common], where, steps)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """C over several horizons, of one roll-out.
+
+    Args:
+        looked: what was learnt at every step that was looked at, in order.
+        blocks: number of the block that each step of the roll-out belongs to.
+        first: number of the first step.
+        rate: eta, the mean learning rate: the unit of time and of cost.
+        gamma: price of one evaluation per sample.
+        phi: terminal cost at the end.
+        evaluations: sum over steps of n(u_t).
+        lower: a lower bound of the terminal cost.
+        norms: (step, ||p||) of the longest horizon along the run.
+        dropped: what the costates leave out.
+        spent: gradient evaluations of costates and scoring, in samples.
+        replayed: gradient evaluations of taking steps again, in samples.
+    """
+
+    looked: tuple[Gains, ...]
+    blocks: tuple[int, ...]
+    first: int
+    rate: float
+    gamma: float
+    phi: float
+    evaluations: float
+    lower: float
+    norms: tuple[tuple[int, float], ...]
+    dropped: tuple[str, ...]
+    spent: int
+    replayed: int
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """The horizons, in steps; the last one is the longest."""
+        return tuple(sorted(self.looked[0].rewards))
+
+    def _known(self, horizon: int | None) -> int:
+        """A horizon that was examined; the whole roll-out where none is given."""
+        if horizon is not None and horizon not in self.horizons:
+            raise ValueError(f"horizon {horizon} was not examined; there are {self.horizons}")
+        return self.horizons[-1] if horizon is None else horizon
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps of the roll-out."""
+        return len(self.blocks)
+
+    @property
+    def price(self) -> float:
+        """gamma eta, the price of one evaluation per sample in units of J."""
+        return self.gamma * self.rate
+
+    @property
+    def objective(self) -> float:
+        """J = Phi + gamma eta sum n."""
+        return self.phi + self.price * self.evaluations
+
+    def best(self, horizon: int | None = None, rho: float = 0.0) -> list[Block]:
+        """For every block the candidate with the largest gain, less (rho/2) ||DeltaS||^2.
+
+        Sums over the steps that were looked at stand for those over all steps of the block.
+        """
+        h = self._known(horizon)
+        return [self._best(index, h, rho) for index in self._parts]
+
+    def _best(self, index: int, h: int, rho: float) -> Block:
+        members, names, _, total = self._parts[index]
+        scale = total / len(members)
+        value, size = self._table(index, h)
+        worth = scale * (value - rho / 2 * size).sum(0)
+        i = int(np.argmax(worth)) if worth.max() > 0 else 0
+        gain, moved = float(worth[i]), float(scale * size[:, i].sum())
+        return Block(index, names[0], names[i], gain, moved, len(members), total)
+
+    @functools.cached_property
+    def _parts(self) -> dict[int, _Part]:
+        """What is known of every block, by its number."""
+        members: dict[int, list[Gains]] = {index: [] for index in self.blocks}
+        for g in self.looked:
+            members[self.blocks[g.number - self.first]].append(g)
+        steps = Counter(self.blocks)
+        return {index: _Part.of(found, steps[index]) for index, found in members.items()}
+
+    def _table(self, index: int, h: int) -> tuple[Array, Array]:
+        """Values and sizes (steps looked at, candidates) of a block's candidates, u_t of each step first."""
+        members, _, where, _ = self._parts[index]
+        value = np.stack([g.value(h, self.price)[w] for g, w in zip(members, where, strict=True)])
+        size = np.stack([g.sizes[w] for g, w in zip(members, where, strict=True)])
+        return value, size
+
+    def surface(self, index: int, horizon: int | None = None) -> list[tuple[Control, float]]:
+        """(v, sum of DeltaH(v) over the block) for every candidate of a block, u first."""
+        h = self._known(horizon)
+        members, names, _, total = self._parts[index]
+        worth = self._table(index, h)[0].sum(0) * total / len(members)
+        return list(zip(names, map(float, worth), strict=True))
+
+    def total(self, horizon: int | None = None, rho: float = 0.0) -> float:
+        """G, the sum over blocks, in units of J."""
+        return sum(b.gain for b in self.best(horizon, rho))
+
+    def value(self, horizon: int | None = None, rho: float = 0.0) -> float:
+        """C = G / (eta T)."""
+        return self.total(horizon, rho) / (self.rate * self.steps)
+
+    def cosines(self, horizon: int | None = None) -> list[float]:
+        """Cosine between p_{t+1} and S(z, v) - S(z, u), v the maximiser of the block: mean for every block.
+
+        Near 0 the costate hardly sees what the maximiser does, and noise decides.
+        """
+        h = self._known(horizon)
+        found = []
+        for block in self.best(h):
+            members = self._parts[block.index].members
+            found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
+        return found
+
+    @property
+    def growth(self) -> float:
+        """||p|| after the first step that was looked at over ||p|| at the end, for the longest horizon."""
+        return self.norms[0][1] / self.norms[-1][1] if self.norms[-1][1] > 0 else math.nan
+
+    def per_step(self, horizon: int | None = None) -> Array:
+        """max_v DeltaH_t(v) / eta at every step that was looked at: C if u could change at every step."""
+        h = self._known(horizon)
+        return np.array([g.value(h, self.price).max() / self.rate for g in self.looked])
+
+    def per_block(self, horizon: int | None = None) -> list[float]:
+        """C of every block."""
+        return [b.gain / (self.rate * b.steps) for b in self.best(horizon)]
+
+    def interval(self, horizon: int | None = None) -> tuple[float, float] | None:
+        """95 % interval of this roll-out's C, of whose steps some were looked at (Student t), not below 0.
+
+        Blocks are strata of a finite population: the variance of a sum is the sum of their variances, and a
+        block whose steps were all looked at has none. Maximisers are held fixed; where u is the best, the
+        upper end has what the second best might gain. None where one step stands for several.
+
+        Source:
+            Cochran (1977), equation 5.14, for strata.
+        """
+        h = self._known(horizon)
+        total, variance, degrees = 0.0, 0.0, 0
+        seconds: list[tuple[float, float]] = []
+        for block in self.best(h):
+            n, left = block.looked, 1 - block.looked / block.steps
+            if left == 0:
+                total += block.gain
+                continue
+            if n < 2:
+                return None
+            value, _ = self._table(block.index, h)
+            mean, spread = block.steps * value.mean(0), block.steps * value.std(0, ddof=1) * (left / n) ** 0.5
+            degrees += n - 1
+            if block.gain > 0:
+                i = int(np.argmax(mean))
+                total, variance = total + block.gain, variance + float(spread[i]) ** 2
+            elif len(mean) > 1:
+                i = 1 + int(np.argmax(mean[1:]))
+                seconds.append((float(mean[i]), float(spread[i])))
+        t = float(stdtrit(degrees, 0.975)) if degrees else 0.0
+        half, more = t * variance**0.5, sum(max(0.0, m + t * s) for m, s in seconds)
+        unit = self.rate * self.steps
+        return max(0.0, total - half) / unit, (total + half + more) / unit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "looked"}
+        return plain | {"looked": [g.to_json() for g in self.looked]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Criterion:
+        """The criterion that `to_json` described."""
+        looked = tuple(Gains.from_json(g) for g in found["looked"])
+        norms = tuple((int(n), float(p)) for n, p in found["norms"])
+        others = {"blocks": tuple(found["blocks"]), "dropped": tuple(found["dropped"]), "norms": norms}
+        known = {f.name: found[f.name] for f in fields(cls)}
+        return cls(**{**known, **others, "lower": float(found["lower"]), "looked": looked})
+
+
+def _index(g: Gains, v: Control) -> int:
+    return g.controls.index(v) if v in g.controls else 0
+
+
+def examine(
+    recording: Recording,
+    terminal: Terminal,
+    grid: Grid,
+    *,
+    gamma: float | str,
+    horizons: Sequence[int] | None = None,
+    looks: int | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Criterion:
+    """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
+
+    Args:
+        recording: of the roll-out under u; its driver is left at its end.
+        terminal: Phi.
+        grid: what is searched, around u_t.
+        gamma: price of one gradient evaluation per sample.
+        horizons: numbers of steps; the whole roll-out is always among them.
+        looks: number of steps of each block that are looked at, spread evenly; all of them by default.
+        progress: called after every step of the sweep.
+
+    Returns:
+        The criterion over all horizons.
+
+    Raises:
+        ValueError: a number is out of range.
+        NonFiniteError: a costate is not finite.
+
+    Source:
+        Ye et al. (2021), equation 13.
+    """
+    for name, value, kind in (("recording", recording, Recording), ("grid", grid, Grid)):
+        instance(value, kind, name)
+    check_terminal(terminal, "terminal")
+    instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
+    gamma = number(gamma, "gamma")
+    if gamma < 0:
+        raise ValueError(f"gamma must be >= 0, got {gamma:g}")
+    if looks is not None and (type(looks) is not int or looks < 1):
+        raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
+    spec, driver, entire = recording.spec, recording.driver, recording.last - recording.first
+    blocks = spec.blocks(recording.first, recording.last)
+    numbers = {recording.first + n for n in looked_at(blocks, looks)}
+    meter, replayed = Meter(), recording.spent.gradients
+    found, norms = [], []
+    with recording.put_back():
+        driver.restore(recording.end)
+        phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
+        if not math.isfinite(phi):
+            raise NonFiniteError(f"the terminal cost is {phi}")
+        for swept in sweep(
+            recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
+        ):
+            visit, costates, of, dropped = swept
+            norms.append((visit.number, of[entire]))
+            if visit.number in numbers:
+                found.append(gains(driver, visit, costates, of, grid, meter))
+            if progress is not None:
+                progress()
+    return Criterion(
+        tuple(reversed(found)),
+        blocks,
+        recording.first,
+        spec.mean_rate(),
+        gamma,
+        phi,
+        sum(step.spent.gradients / step.samples for step in recording.steps),
+        terminal.lower,
+        tuple(reversed(norms)),
+        dropped,
+        meter.gradients,
+        recording.spent.gradients - replayed,
+    )
+
+
+def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
+    """Positions of some steps of each block, spread evenly.
+
+    >>> looked_at([0, 0, 0, 0, 1], 2)
+    [1, 3, 4]
+    """
+    members: dict[int, list[int]] = {}
+    for i, index in enumerate(blocks):
+        members.setdefault(index, []).append(i)
+    found: list[int] = []
+    for steps in members.values():
+        n = len(steps)
+        k = n if looks is None else min(looks, n)
+        found += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the size of G means, from relaxed roll-outs towards its maximisers.
+
+    The roll-outs go a part lambda of the way. Where a quarter of the way reaches less than a quarter of what
+    G promises for it, lambda is halved (Armijo's rule).
+
+    Args:
+        gain: G.
+        objective: J of the roll-out.
+        outcomes: J(lambda) of the relaxed roll-outs; inf where training diverged.
+        sizes: sum over all steps of ||S(z, v) - S(z, u)||^2.
+        bound: a lower bound of J.
+        spent: gradient evaluations that it took, in samples.
+    """
+
+    gain: float
+    objective: float
+    outcomes: Mapping[float, float]
+    sizes: float
+    bound: float
+    spent: int
+
+    @property
+    def certificate(self) -> float:
+        """D = max over lambda of [J - J(lambda)]_+: the largest decrease that was really reached."""
+        return max(0.0, *(self.objective - j for j in self.outcomes.values()))  # inf where one diverged
+
+    def reliability(self, part: float) -> float:
+        """r(lambda) = (J - J(lambda)) / (lambda G): near 1 where first order rules; NaN where G is 0."""
+        if self.gain <= 0:
+            return math.nan
+        return (self.objective - self.outcomes[part]) / (part * self.gain)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether r(1/4) >= 1/4, or that at the lambda nearest below (else the smallest); also if G is 0."""
+        parts = [part for part in self.outcomes if part <= 0.25]
+        return self.gain <= 0 or self.reliability(max(parts, default=min(self.outcomes))) >= RELIABLE
+
+    @property
+    def reach(self) -> float | None:
+        """The largest lambda with r >= 1/4: how far first order reaches. None without one, or if G is 0."""
+        parts = [part for part in self.outcomes if self.gain > 0 and self.reliability(part) >= RELIABLE]
+        return max(parts, default=None)
+
+    @property
+    def kappa(self) -> float:
+        """G / (J - its lower bound): above 1, G cannot be a decrease. NaN without a bound."""
+        room = self.objective - self.bound
+        return self.gain / room if 0 < room < math.inf else math.nan
+
+    @property
+    def curvature(self) -> float:
+        """M = 2 [J(lambda) - J + lambda G] / lambda^2, at the largest lambda; inf where that diverged."""
+        part = max(self.outcomes)
+        return 2 * (self.outcomes[part] - self.objective + part * self.gain) / part**2
+
+    @property
+    def model_gain(self) -> float:
+        """The largest decrease of J - lambda G + lambda^2 M / 2 over lambda in [0, 1]: an estimate."""
+        m = self.curvature
+        return self.gain**2 / (2 * m) if m > self.gain else self.gain - m / 2
+
+    @property
+    def rho(self) -> float:
+        """[M]_+ / sum ||DeltaS||^2: the trust region's price of leaving the roll-out."""
+        return max(0.0, self.curvature) / self.sizes if self.sizes > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and what follows from them, as plain data."""
+        names = ("gain", "objective", "sizes", "bound", "spent", "certificate", "calibrated")
+        more = ("kappa", "curvature", "model_gain", "rho")
+        return {
+            **{name: _finite(getattr(self, name)) for name in (*names, *more)},
+            "reach": self.reach,
+            "outcomes": {str(k): _finite(v) for k, v in self.outcomes.items()},
+            "reliability": {str(k): _finite(self.reliability(k)) for k in self.outcomes},
+        }
+
+
+def _finite(value: float) -> float | None:
+    """A number, or None where it means nothing."""
+    return value if math.isfinite(value) else None
+
+
+def calibrate(
+    recording: Recording,
+    criterion: Criterion,
+    terminal: Terminal,
+    *,
+    lambdas: Sequence[float] = LAMBDAS,
+    halvings: int = HALVINGS,
+    progress: Callable[[float], object] | None = None,
+) -> Calibration:
+    """Roll out relaxed controls towards the maximisers of a criterion, one roll-out for each lambda.
+
+    From the smallest lambda on it is halved while r < 1/4 (Armijo's rule): a decrease of that size is certain
+    for lambda -> 0 where G is exact, and how small lambda has to be says how far first order reaches.
+
+    Args:
+        recording: of the roll-out that `criterion` is of.
+        criterion: what `examine` found; its maximisers over the whole roll-out are gone towards.
+        terminal: Phi.
+        lambdas: parts of the way, in (0, 1].
+        halvings: how often the smallest of them is halved at most. Below about 0.1 rounding to float32 and
+            signs that change rule.
+        progress: called with lambda after every step.
+
+    Raises:
+        ValueError: a lambda is out of range.
+
+    Source:
+        Armijo (1966), for the rule; `relaxed` for the gap.
+    """
+    if criterion.first != recording.first or criterion.steps != recording.last - recording.first:
+        raise ValueError(
+            f"the criterion is of steps {criterion.first}..{criterion.first + criterion.steps - 1}, the "
+            f"roll-out has {recording.first}..{recording.last - 1}: they do not belong together"
+        )
+    if not lambdas or not all(0 < part <= 1 for part in lambdas):
+        raise ValueError(f"lambdas must be in (0, 1], got {list(lambdas)}")
+    best = {b.index: b for b in criterion.best()}
+    others = {
+        criterion.first + i: best[index].maximiser
+        for i, index in enumerate(criterion.blocks)
+        if best[index].gain > 0
+    }
+    found: dict[float, Outcome] = {}
+
+    def roll_out(part: float) -> float:
+        """r(lambda)."""
+        if not others:  # G = 0: nothing to go towards
+            found[part] = Outcome(criterion.phi, criterion.evaluations, 0)
+            return 1.0
+        broadcast = None if progress is None else functools.partial(progress, part)
+        try:
+            found[part] = relaxed(recording, others, part, terminal, progress=broadcast)
+        except NonFiniteError:  # the maximisers promise what training does not survive: that is an answer
+            found[part] = Outcome(math.inf, 0.0, 0)
+        return (criterion.objective - found[part].objective(criterion.price)) / (part * gain)
+
+    gain, part = sum(b.gain for b in best.values()), min(lambdas)
+    trusted = [roll_out(part) for part in sorted(lambdas, reverse=True)][-1] >= RELIABLE
+    for _ in range(halvings):
+        if not trusted:
+            part /= 2
+            trusted = roll_out(part) >= RELIABLE
+    cheapest = min(float(g.evaluations.min()) for g in criterion.looked)
+    return Calibration(
+        gain,
+        criterion.objective,
+        {part: outcome.objective(criterion.price) for part, outcome in found.items()},
+        sum(b.size for b in best.values() if b.gain > 0),
+        criterion.lower + criterion.price * criterion.steps * cheapest,
+        sum(outcome.spent for outcome in found.values()),
+    )

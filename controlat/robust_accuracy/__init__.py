@@ -1,0 +1,36 @@
+"""Honest robust accuracy: several attacks in turn, checks of the attacks themselves, and intervals.
+
+`robustness` is the core; `autoattack`, `transfer` and `curves` add to it, and `protocol` runs what is asked
+for on one network, as the commands do.
+"""
+
+from __future__ import annotations
+
+from controlat.robust_accuracy.accuracy import Accuracy, wilson
+from controlat.robust_accuracy.attack import Attack, parse_attack
+from controlat.robust_accuracy.auto import AutoAttacked, autoattack
+from controlat.robust_accuracy.curves import Curves, curves
+from controlat.robust_accuracy.masking import Masking, MaskingWarning
+from controlat.robust_accuracy.protocol import Evaluation, Extras, protocol
+from controlat.robust_accuracy.robust import Robustness, robustness
+from controlat.robust_accuracy.transfer import Transfer, transfer
+
+__all__ = [
+    "Accuracy",
+    "Attack",
+    "AutoAttacked",
+    "Curves",
+    "Evaluation",
+    "Extras",
+    "Masking",
+    "MaskingWarning",
+    "Robustness",
+    "Transfer",
+    "autoattack",
+    "curves",
+    "parse_attack",
+    "protocol",
+    "robustness",
+    "transfer",
+    "wilson",
+]
