@@ -4,8 +4,8 @@
 
 It reads the folder of methods, trains each a little on the bundled digits, and calls
 `controlat.dynamics.verify` at the state it has reached: the vector-Jacobian product of the step beside
-central differences of the step, in float64 and on smooth networks. Results go to analysis/one_step: result.json (all
-numbers), table.md.
+central differences of the step, in float64 and on smooth networks. Results go to analysis/one_step:
+result.json (all numbers), table.md.
 """
 
 from __future__ import annotations
