@@ -27,9 +27,11 @@ from controlat.app.settings import (
     Problem,
     TrainSettings,
     from_json,
+    names_factory,
     settings_from,
 )
 from controlat.app.trainer import (
+    SCHEDULE,
     VALIDATION,
     deterministic,
     fit,
@@ -37,8 +39,9 @@ from controlat.app.trainer import (
     read_log,
 )
 from controlat.attacks.balls import Ball
+from controlat.control.controller import ahead
 from controlat.control.cost import Meter
-from controlat.control.schedules import Schedule
+from controlat.control.schedules import Schedule, load_schedule
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
@@ -54,7 +57,7 @@ __all__ = ["attack", "estimate", "evaluate", "train"]
 
 
 def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    """Train one network under one schedule: `controlat train`.
+    """Train one network under one schedule or controller: `controlat train`.
 
     Args:
         out: the run directory. It gets settings.json, schedule.json, log.jsonl, last.pt, best.pt.
@@ -75,7 +78,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     True
     """
     chosen, out = settings_from(TrainSettings, settings, "train"), expanded(out)
-    schedule, plain = chosen.planned, {"command": "train"} | chosen.to_json()
+    controller, plain = chosen.planned, {"command": "train"} | chosen.to_json()
     with _together(out, plain, chosen) as (world, known):
         finished = world.broadcast(
             not missing(read_log(out, chosen.epochs), chosen.epochs) if world.first else None
@@ -84,21 +87,22 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
-        if world.first:
-            _note_unreached(chosen, {chosen.schedule or schedule.text: schedule})
-            _note_far(short(chosen.schedule), _alphas(schedule), chosen.ball)
+        if world.first and isinstance(controller, Schedule):
+            _note_unreached(chosen, {chosen.text: controller})
+            _note_far(short(chosen.text), _alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen)
         driver = experiment.driver(chosen.seed)
         tally = fit(
             driver,
-            experiment.spec(schedule, chosen.seed),
+            experiment.spec(controller, chosen.seed),
             out,
             held_out=experiment.held_out,
             settings=plain | {"data_dir": chosen.data_dir},
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=short(chosen.schedule),
+            label=short(chosen.text),
+            name=chosen.text,
         )
         records = world.once(lambda: read_log(out))
     return {
@@ -187,7 +191,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             experiment = Experiment.of(chosen)
             every = list(candidates(experiment, chosen, out))
             if world.first:
-                planned = {text: chosen.schedule_of(text) for text in chosen.schedules}
+                planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
                 _note_unreached(chosen, planned)
                 for text, schedule in planned.items():
                     _note_far(short(text), _alphas(schedule), chosen.ball)
@@ -201,20 +205,22 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             for i, candidate in enumerate(every):
                 which, label = (
                     i // len(chosen.seeds),
-                    f"[{i + 1}/{len(every)}] {short(candidate.schedule.text)}",
+                    f"[{i + 1}/{len(every)}] {short(candidate.text)}",
                 )
                 found = candidate.run(f"{label}, seed {candidate.seed}")
                 runs.setdefault(which, []).append(found)
                 if chosen.progress and world.first:
                     left = found["evaluation"]["robust"]["value"]
                     tqdm.write(f"{label}, seed {candidate.seed}: robust {left:.1%}", file=sys.stderr)
-            schedules = [
-                {"text": label, "schedule": chosen.schedule_of(text).to_json(), "runs": runs[i]}
-                for i, (text, label) in enumerate(
-                    zip(chosen.schedules, labels(chosen.schedules), strict=True)
-                )
-            ]
             if world.first:
+                schedules = [
+                    {
+                        "text": label,
+                        "schedule": _taken(every[i * len(chosen.seeds)]).to_json(),
+                        "runs": runs[i],
+                    }
+                    for i, label in enumerate(labels(chosen.schedules))
+                ]
                 result = report.assemble(
                     settings=chosen.to_json(),
                     environment=environment(experiment.device),
@@ -235,6 +241,12 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     return dict(result)
 
 
+def _taken(run: ScheduleRun) -> Schedule:
+    """The schedule of a run; that of a closed loop as it was taken."""
+    c = run.controller
+    return c if isinstance(c, Schedule) else load_schedule(run.directory / SCHEDULE)
+
+
 def labels(texts: Sequence[str]) -> list[str]:
     """The schedules' texts for tables and figures: long ones cut, and numbered if that makes them equal."""
     names = list(map(short, texts))
@@ -251,7 +263,7 @@ def _phi(experiment: Experiment, chosen: EvaluateSettings) -> str:
 
 def _strides(experiment: Experiment, chosen: EvaluateSettings, candidate: ScheduleRun) -> tuple[int, ...]:
     """How the full criterion records a run; an error where it does not fit in memory."""
-    spec = replace(experiment.spec(candidate.schedule, candidate.seed), world=World())
+    spec = replace(experiment.spec(candidate.controller, candidate.seed), world=World())
     driver = experiment.driver(candidate.seed)
     try:
         return Recording.check(driver, spec, limit=chosen.memory * GIBI)
@@ -300,9 +312,9 @@ def estimate(**settings: Any) -> dict[str, Any]:
     phi = price(experiment.terminal(chosen.seeds[0], chosen.terminal), experiment.driver(chosen.seeds[0]))
     replays = len(_strides(experiment, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:
-        spec = experiment.spec(c.schedule, c.seed)
+        spec = experiment.spec(c.controller, c.seed)
         for epoch in range(chosen.epochs):
-            u = [c.schedule(epoch + b / spec.batches_per_epoch) for b in range(spec.batches_per_epoch)]
+            u = spec.plan(epoch * spec.batches_per_epoch, (epoch + 1) * spec.batches_per_epoch)
             count["training"] += sum(map(method.controls.cost, u)) * len(experiment.training) / len(u)
             tried = c.grid.cost(method, u[0])
             if chosen.maximiser == "tpe":
@@ -321,9 +333,9 @@ def estimate(**settings: Any) -> dict[str, Any]:
 
 
 def _seconds_per_evaluation(experiment: Experiment, candidate: ScheduleRun) -> float:
-    driver, spec = experiment.driver(0), experiment.spec(candidate.schedule, 0)
+    driver, spec = experiment.driver(0), experiment.spec(candidate.controller, 0)
     batch = next(spec.batches(0))
-    control = candidate.schedule(0)
+    control = ahead(spec.controller, spec.moment(0), driver)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()
@@ -381,7 +393,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         "norm": experiment.problem.norm,
         "attacks": list(chosen.attacks),
         "seed": chosen.seed,
-        "schedule": found["schedule"]["text"],
+        "schedule": found.get("schedule", {}).get("text", found["settings"].get("controller")),
         "environment": environment(device),
     }
     if out is not None:

@@ -1,4 +1,4 @@
-"""The controlled system: one outer step z' = S(z, u), and roll-outs of it under a schedule.
+"""The controlled system: one outer step z' = S(z, u), and roll-outs of it under a controller.
 
 One driver serves the trainer, the recorded roll-out and the scoring of candidate controls: what is analysed
 is what is trained. z is the whole state: parameters, buffers, optimiser buffers and a method's memory.
@@ -113,6 +113,7 @@ class Driver:
         rows: what training samples carry, by name, a row for each; part of the state.
         kept: copies of network and optimiser that the method put aside; part of the state.
         stopped: why the method ended training; empty while it goes on.
+        controller_memory: what a controller remembers, plain data; part of the state.
         margin: as in `Context`.
         notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and a name,
             ``"set"`` and the name of memory that is new, ``"moved"`` and what it wrote to in place.
@@ -130,6 +131,7 @@ class Driver:
     rows: dict[str, Rows] = field(default_factory=dict)
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: str = ""
+    controller_memory: dict[str, Any] = field(default_factory=dict)
     margin: float = 0.0
     notice: Callable[[str, str], object] | None = None
 
@@ -278,7 +280,15 @@ class Driver:
                 rows[name] = {"values": store.values.clone(), "seen": store.seen.clone()}
             else:
                 rows[name] = {"index": touched.clone(), **gather(store, touched)._asdict()}
-        return Snapshot(model, copied(self.sgd.state_dict()), memory, rows, dict(self.kept), self.stopped)
+        return Snapshot(
+            model=model,
+            optimizer=copied(self.sgd.state_dict()),
+            memory=memory,
+            rows=rows,
+            kept=dict(self.kept),
+            stopped=self.stopped,
+            controller=copy.deepcopy(self.controller_memory),
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put the state z back to a snapshot, which stays usable.
@@ -297,6 +307,7 @@ class Driver:
             else:
                 self.rows[name] = Rows(rows.values.clone(), rows.seen.clone())
         self.kept, self.stopped = dict(snapshot.kept), snapshot.stopped
+        self.controller_memory = copy.deepcopy(snapshot.controller)
 
     def _updates(
         self, ctx: Context, batch: Batch, u: Control
@@ -479,13 +490,13 @@ class Driver:
         """Let the method do what it does before the first step of an epoch."""
         if hasattr(self.method, "start_epoch"):
             with rng.scoped(self.seed, epoch, -1, "start", device=self.device), self._watched():
-                self.method.start_epoch(self._epoch(spec, epoch), spec.schedule(epoch))
+                self.method.start_epoch(self._epoch(spec, epoch), spec.opening(epoch, self))
 
     def end_epoch(self, spec: RunSpec, epoch: int) -> None:
         """Let the method do what it does after the last step of an epoch."""
         if hasattr(self.method, "end_epoch"):
             with rng.scoped(self.seed, epoch, -1, "end", device=self.device), self._watched():
-                self.method.end_epoch(self._epoch(spec, epoch), spec.schedule(epoch))
+                self.method.end_epoch(self._epoch(spec, epoch), spec.opening(epoch, self))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ class Snapshot(NamedTuple):
         rows: what samples carry: by name, values and mask, and the positions if it is not all samples.
         kept: what the method put aside (never changed, hence not copied).
         stopped: why the method ended training.
+        controller: what the controller remembers.
     """
 
     model: dict[str, Tensor]
@@ -31,6 +32,7 @@ class Snapshot(NamedTuple):
     rows: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012
     kept: dict[str, dict[str, Any]] = {}  # noqa: RUF012
     stopped: str = ""
+    controller: dict[str, Any] = {}  # noqa: RUF012
 
 
 def gather(store: Rows, index: Tensor) -> Rows:
