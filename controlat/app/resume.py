@@ -49,13 +49,13 @@ def resume(
     tally, kept = Tally(), None
     if world.broadcast(last.exists()):
         content = world.broadcast_bytes(read_checkpoint(last) if world.first else b"")
-        found = load_checkpoint(last, driver.device, content)
-        world.once(lambda: _compare_data(found.get("data", {}), data, spec, str(last)))
-        _put_back(driver, spec, found, str(last))
-        before = found["environment"].get("processes", 1)
+        stored = load_checkpoint(last, driver.device, content)
+        world.once(lambda: _compare_data(stored.get("data", {}), data, spec, str(last)))
+        _put_back(driver, spec, stored, str(last))
+        before = stored["environment"].get("processes", 1)
         if before != world.size and world.first:
             warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
-        tally, kept = Tally(**found["tally"]), found.get("log")
+        tally, kept = Tally(**stored["tally"]), stored.get("log")
         if spec.open_loop and not tally.controls:  # a checkpoint of before does not have them
             first = tally.epoch * spec.batches_per_epoch
             tally.controls = run_lengths(spec.plan(first, first + tally.batch))
@@ -80,22 +80,22 @@ def _compare_data(
         warn(f"{told}, by names, sizes and times of files; if more than the times differ, train anew")
 
 
-def _put_back(driver: Driver, spec: RunSpec, found: Mapping[str, Any], where: str) -> None:
+def _put_back(driver: Driver, spec: RunSpec, stored: Mapping[str, Any], where: str) -> None:
     """Put the driver where a checkpoint left it, if it is one of this driver's and this plan's."""
-    for part in (found, *found.get("kept", {}).values()):
+    for part in (stored, *stored.get("kept", {}).values()):
         check_weights(driver.model, part["model"], where)
         check_optimizer(driver.sgd, part["optimizer"], where)
-    for name, rows in found.get("rows", {}).items():
+    for name, rows in stored.get("rows", {}).items():
         values, seen = rows["values"], rows["seen"]
         fits = seen.dtype == torch.bool and seen.dim() == 1 and values.shape[:1] == seen.shape
         if not fits or len(seen) > len(spec.data):
             raise ValueError(f"{where}: rows.{name} are not of the {len(spec.data)} training samples")
-    epoch, batch = found["tally"]["epoch"], found["tally"]["batch"]
+    epoch, batch = stored["tally"]["epoch"], stored["tally"]["batch"]
     if epoch + (batch > 0) > spec.epochs or batch >= spec.batches_per_epoch:
         raise ValueError(f"{where}: tally is at epoch {epoch}, batch {batch}, which this run does not have")
-    if (taken := found["tally"].get("controls", [])) and taken[-1][0] >= batch:
+    if (taken := stored["tally"].get("controls", [])) and taken[-1][0] >= batch:
         raise ValueError(f"{where}: tally has controls of more than the {batch} batches of epoch {epoch}")
-    driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
+    driver.restore(Snapshot(**{name: stored[name] for name in Snapshot._fields if name in stored}))
 
 
 def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:

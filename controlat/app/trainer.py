@@ -76,12 +76,12 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
         "seed": driver.seed,
         "channels_last": driver.channels_last,
     }
-    found = measure(driver.model, held_out, driver.ball, **how)
+    accuracy = measure(driver.model, held_out, driver.ball, **how)
     return {
-        "clean": found.clean.value,
-        "robust": found.robust.value,
-        "validation_gradients": found.spent.gradients,
-        "validation_seconds": found.seconds,
+        "clean": accuracy.clean.value,
+        "robust": accuracy.robust.value,
+        "validation_gradients": accuracy.spent.gradients,
+        "validation_seconds": accuracy.seconds,
     }
 
 
@@ -156,9 +156,9 @@ def fit(
             spec.controller.save(directory / SCHEDULE)
     tally, log = resume(driver, spec, directory, data)
 
-    def save(name: str) -> None:
+    def save(file: str) -> None:
         state = _state(driver, spec, tally, settings or {}) | {"log": log, "data": data}
-        checkpoints.save(directory / name, state)
+        checkpoints.save(directory / file, state)
 
     writer = _writer(directory) if tensorboard and world.first else None
     with _bar(spec, driver, tally, label, progress and world.first) as bar:
@@ -187,8 +187,8 @@ def fit(
             if better:
                 tally.best, tally.best_epoch = record["robust"], tally.epoch
             tally.next_epoch()
-            for name in (BEST, LAST) if better else (LAST,):
-                save(name)
+            for file in (BEST, LAST) if better else (LAST,):
+                save(file)
             if writer is not None:
                 _write_scalars(writer, record)
     if writer is not None:

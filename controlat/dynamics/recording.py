@@ -310,7 +310,7 @@ def _size(driver: Driver, spec: RunSpec, first: int) -> int:
         after = driver.snapshot(spec.indices(first, first + 1))
     finally:
         driver.restore(before)
-    rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(spec.data)
+    rows = sum(_bytes(carried) // len(carried["seen"]) for carried in after.rows.values()) * len(spec.data)
     return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
 
 

@@ -87,8 +87,8 @@ class RunSpec:
         """Positions of all samples that the steps start, ..., stop - 1 of the run use, each once."""
         steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
         used = [self.order(epoch)[i] for epoch, i in (divmod(n, self.batches_per_epoch) for n in steps)]
-        found: Tensor = torch.cat(used).unique()
-        return found
+        positions: Tensor = torch.cat(used).unique()
+        return positions
 
     def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
         """The batches first, ..., last - 1 of one epoch, by default all: this process's rows of them.
@@ -98,8 +98,8 @@ class RunSpec:
         wholes = self.order(epoch)[first:last]
         shares = [self.world.share(len(index)) for index in wholes]
         chunks = [index[share.rows] for index, share in zip(wholes, shares, strict=True)]
-        found = zip(chunks, shares, self.data.stream(chunks), strict=True)
-        for number, (index, share, (x, y)) in enumerate(found, first):
+        parts = zip(chunks, shares, self.data.stream(chunks), strict=True)
+        for number, (index, share, (x, y)) in enumerate(parts, first):
             placement = None
             if self.augment is not None:
                 draw = rng.generator(self.seed, epoch, number, "augment")
@@ -161,42 +161,53 @@ class RunSpec:
         Raises:
             ValueError: a closed loop gives no admissible control.
         """
-        now = Moment(batch.epoch, batch.number, self.batches_per_epoch)
-        return self.controller.control(now) if is_open(self.controller) else self._feedback(now, z)
+        return self._decided(Moment(batch.epoch, batch.number, self.batches_per_epoch), z)
 
     def opening(self, epoch: int, z: Any = None) -> Control:
         """u_t of the first step of an epoch, which hooks at its beginning and end are given.
 
         A closed loop decides it before the hook at the beginning; it is remembered to the end of the epoch.
         """
-        now = Moment(epoch, 0, self.batches_per_epoch)
-        return self.controller.control(now) if is_open(self.controller) else self._feedback(now, z)
+        return self._decided(Moment(epoch, 0, self.batches_per_epoch), z)
 
-    def _feedback(self, now: Moment, z: Any) -> Control:
-        """u_t of a closed loop: the first process decides, and no moment is decided twice."""
+    def _decided(self, now: Moment, z: Any) -> Control:
+        """u_t. Of a closed loop the first process decides, and the first step of an epoch only once."""
+        if is_open(self.controller):
+            return self.controller.control(now)
         opening = z.controller_memory.get(EPOCH)
-        if now.batch == 0 and opening is not None and opening["epoch"] == now.epoch:
+        known = opening is not None and opening["epoch"] == now.epoch
+        if known and now.batch == 0:
             return Control(**opening["control"])
 
         def decide() -> list[Any]:
-            u = dict(ask(self.controller, now, z))
+            u = dict(ask(self.controller, now, z))  # the memory is read after it
             return [u, z.controller_memory]
 
         knobs, z.controller_memory = self.world.once(decide)
-        if opening is None or opening["epoch"] != now.epoch:
-            z.controller_memory[EPOCH] = {"epoch": now.epoch, "control": knobs}
+        z.controller_memory[EPOCH] = opening if known else {"epoch": now.epoch, "control": knobs}
         return Control(**knobs)
 
     def observe(self, step: Any, z: Any) -> None:
-        """Show a closed loop what happened in a step.
+        """Show a closed loop what happened in a step: the first process looks, and all remember the same.
 
         Args:
             step: the `Step`.
             z: the driver at the state after it.
+
+        Raises:
+            ValueError: what the controller remembers is no plain data.
         """
-        if not self.open_loop and self.world.first and hasattr(self.controller, "observe"):
-            self.controller.observe(step, z)
+        if self.open_loop or not hasattr(self.controller, "observe"):
+            return
+
+        def look() -> dict[str, Any]:
+            self.controller.observe(step, z)  # type: ignore[attr-defined]
             check_memory(z)
+            remembered: dict[str, Any] = z.controller_memory
+            return remembered
+
+        opening = z.controller_memory[EPOCH]
+        z.controller_memory = self.world.once(look) | {EPOCH: opening}
 
     def learning_rate(self, epoch: int, number: int) -> float:
         """eta of one step, taken at its middle."""

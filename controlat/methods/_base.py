@@ -169,7 +169,7 @@ class Context:
         return self.share.all_gather(rows)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes, of what each found on its rows."""
+        """The sum over the processes, of what each has on its rows."""
         return self.share.sum(value)
 
     def view(self, mode: str = "eval") -> FrozenModel:
@@ -206,13 +206,13 @@ class Context:
             placed[id(p)] = self.theta.get(name, p)
         with replaced(self.model, placed), batchnorm.followed(self.model, self.statistics):
             try:
-                found = ask(self.model, x, self.model)
+                logits = ask(self.model, x, self.model)
             finally:
                 after = dict(self.model.named_buffers())
                 with torch.no_grad():
                     for name, b in buffers.items():
                         b.copy_(after[name])
-        return found
+        return logits
 
     def weights(self) -> list[tuple[str, Tensor]]:
         """The parameters that are trained, by name, at their present values."""
@@ -308,7 +308,10 @@ class Hooks(Protocol):
         """Called before anything is run; raises ValueError where the method is none for this ball."""
 
     def start_epoch(self, ctx: Epoch, u: Control) -> None:
-        """Called before the first step of an epoch, with the control of that step."""
+        """Called before the first step of an epoch, with the control of that step.
+
+        A closed loop decides that control at the state before this call.
+        """
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
         """Called after the last step of an epoch, with the control of its first step."""
