@@ -39,9 +39,9 @@ from controlat.app.trainer import (
     read_log,
 )
 from controlat.attacks.balls import Ball
-from controlat.control.controller import ahead
 from controlat.control.cost import Meter
 from controlat.control.schedules import Schedule, load_schedule
+from controlat.dynamics.feedback import ahead
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build

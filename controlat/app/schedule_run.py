@@ -23,10 +23,11 @@ from controlat.app.look_back import full_criterion, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
 from controlat.app.trainer import fit, read_log
-from controlat.control.controller import Controller, ahead
+from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits

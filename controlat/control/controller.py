@@ -7,15 +7,11 @@ with every step: what is analysed afterwards replays it (`Recorded`), and `as_sc
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
-from controlat._util import rng
 from controlat._util.checks import brief
-from controlat.control.cost import Meter
 from controlat.control.schedules import Curve, Schedule
 from controlat.control.space import Control
 
@@ -24,11 +20,8 @@ __all__ = [
     "Moment",
     "OpenLoop",
     "Recorded",
-    "ahead",
     "as_controller",
     "as_schedule",
-    "ask",
-    "check_memory",
     "is_open",
     "run_lengths",
     "unrolled",
@@ -160,47 +153,6 @@ def as_controller(given: object) -> Controller:
 def is_open(controller: Controller) -> TypeGuard[Schedule | OpenLoop | Recorded]:
     """Whether a controller needs the time alone, so that its controls are known ahead."""
     return isinstance(controller, (Schedule, OpenLoop, Recorded))
-
-
-def ask(controller: Controller, now: Moment, z: Any) -> Control:
-    """u_t of a closed loop, checked against the controls of the method.
-
-    Raises:
-        ValueError: no admissible control, or a memory that is no plain data; names the moment.
-    """
-    try:
-        with rng.scoped(z.seed, now.epoch, now.batch, "control", device=z.device):
-            u = controller.control(now, z)
-        check_memory(z)
-        return z.method.controls.check(u)  # type: ignore[no-any-return]
-    except ValueError as error:
-        name, where = type(controller).__name__, f"epoch {now.epoch}, batch {now.batch}"
-        raise ValueError(f"controller {name} ({where}): {error}") from error
-
-
-def ahead(controller: Controller, now: Moment, z: Any) -> Control:
-    """u_t as `ask` would give it, without a trace: memory and meter stay as they are."""
-    if is_open(controller):
-        return controller.control(now)
-    memory, meter = copy.deepcopy(z.controller_memory), z.meter
-    z.meter = Meter()
-    try:
-        return ask(controller, now, z)
-    finally:
-        z.controller_memory, z.meter = memory, meter
-
-
-def check_memory(z: Any) -> None:
-    """Raise ValueError unless what the controller remembers is plain data, the same after JSON and back."""
-    try:
-        plain = json.loads(json.dumps(z.controller_memory, allow_nan=False)) == z.controller_memory
-    except (TypeError, ValueError):
-        plain = False
-    if not plain:
-        raise ValueError(
-            "controller_memory must be plain data: finite numbers, texts, true or false, lists, and "
-            f"dictionaries with texts for keys; got {brief(z.controller_memory)}"
-        )
 
 
 def run_lengths(controls: Iterable[Control]) -> list[list[Any]]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from controlat._util import rng
 from controlat.dynamics.driver import Driver, Step
-from controlat.dynamics.run_spec import EPOCH, RunSpec
+from controlat.dynamics.feedback import forget_epoch
+from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import Snapshot
 from controlat.methods import Batch
 from controlat.models.frozen.view import FrozenModel
@@ -106,7 +107,7 @@ def arrivals(
         if start == 0 and not (begun and e == epoch):
             if driver.stopped:
                 return
-            driver.controller_memory.pop(EPOCH, None)  # of another run that began at this epoch
+            forget_epoch(driver)
             driver.start_epoch(spec, e)
         for b in spec.batches(e, start):
             yield e * spec.batches_per_epoch + b.number, b

@@ -14,15 +14,14 @@ from torch import Tensor
 from controlat._util import rng
 from controlat._util.checks import brief, instance, whole
 from controlat._util.parallel import World
-from controlat.control.controller import Controller, Moment, as_controller, ask, check_memory, is_open
+from controlat.control.controller import Controller, Moment, as_controller, is_open
 from controlat.control.learning_rate import Rate
 from controlat.control.space import Control
 from controlat.data import Augment, Samples
+from controlat.dynamics import feedback
 from controlat.methods import Batch
 
 __all__ = ["RunSpec"]
-
-EPOCH = "_epoch"  # in a controller's memory: the epoch and the control of its first step
 
 
 @dataclass(frozen=True)
@@ -161,53 +160,17 @@ class RunSpec:
         Raises:
             ValueError: a closed loop gives no admissible control.
         """
-        return self._decided(Moment(batch.epoch, batch.number, self.batches_per_epoch), z)
+        return feedback.decide(
+            self.controller, Moment(batch.epoch, batch.number, self.batches_per_epoch), z, self.world
+        )
 
     def opening(self, epoch: int, z: Any = None) -> Control:
-        """u_t of the first step of an epoch, which hooks at its beginning and end are given.
-
-        A closed loop decides it before the hook at the beginning; it is remembered to the end of the epoch.
-        """
-        return self._decided(Moment(epoch, 0, self.batches_per_epoch), z)
-
-    def _decided(self, now: Moment, z: Any) -> Control:
-        """u_t. Of a closed loop the first process decides, and the first step of an epoch only once."""
-        if is_open(self.controller):
-            return self.controller.control(now)
-        opening = z.controller_memory.get(EPOCH)
-        known = opening is not None and opening["epoch"] == now.epoch
-        if known and now.batch == 0:
-            return Control(**opening["control"])
-
-        def decide() -> list[Any]:
-            u = dict(ask(self.controller, now, z))  # the memory is read after it
-            return [u, z.controller_memory]
-
-        knobs, z.controller_memory = self.world.once(decide)
-        z.controller_memory[EPOCH] = opening if known else {"epoch": now.epoch, "control": knobs}
-        return Control(**knobs)
+        """u_t of the first step of an epoch, which hooks at its beginning and end are given."""
+        return feedback.decide(self.controller, self.moment(epoch * self.batches_per_epoch), z, self.world)
 
     def observe(self, step: Any, z: Any) -> None:
-        """Show a closed loop what happened in a step: the first process looks, and all remember the same.
-
-        Args:
-            step: the `Step`.
-            z: the driver at the state after it.
-
-        Raises:
-            ValueError: what the controller remembers is no plain data.
-        """
-        if self.open_loop or not hasattr(self.controller, "observe"):
-            return
-
-        def look() -> dict[str, Any]:
-            self.controller.observe(step, z)  # type: ignore[attr-defined]
-            check_memory(z)
-            remembered: dict[str, Any] = z.controller_memory
-            return remembered
-
-        opening = z.controller_memory[EPOCH]
-        z.controller_memory = self.world.once(look) | {EPOCH: opening}
+        """Show a closed loop what happened in a step, with the driver z at the state after it."""
+        feedback.observe(self.controller, step, z, self.world)
 
     def learning_rate(self, epoch: int, number: int) -> float:
         """eta of one step, taken at its middle."""

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,48 +14,26 @@ from controlat.control.controller import (
     Moment,
     OpenLoop,
     Recorded,
-    ahead,
     as_controller,
     as_schedule,
-    ask,
     is_open,
     run_lengths,
     unrolled,
 )
-from controlat.control.cost import Meter
 from controlat.control.schedule_text import parse_schedule
 from controlat.control.schedules import load_schedule
 from controlat.control.space import Control
-from controlat.methods import build
 
 AMATA = parse_schedule("amata:min=1,max=4,tau=0.3", 3)
-SPACE = build("fast").controls
 
 
-def state(**memory: Any) -> Any:
-    """As much of a driver as a controller is promised."""
-    return SimpleNamespace(
-        seed=0,
-        device=torch.device("cpu"),
-        method=SimpleNamespace(controls=SPACE),
-        meter=Meter(),
-        controller_memory=memory,
-    )
+class Closed:
+    """A closed loop."""
+
+    def control(self, now: Moment, z: Any) -> Control:
+        return Control(steps=1)
 
 
-class Fixed:
-    """Takes what it was given, and draws, counts and remembers on the way."""
-
-    def __init__(self, u: Any, memory: Any = None) -> None:
-        self.u, self.memory = u, memory
-
-    def control(self, now: Moment, z: Any) -> Any:
-        z.meter.gradients += 5
-        z.controller_memory["drawn"] = float(torch.rand(())) if self.memory is None else self.memory
-        return self.u
-
-
-U = {"alpha": 0.1}
 controls = st.builds(
     lambda a, k, m: Control(alpha=a, steps=k, inner=m),
     st.floats(0, 1, allow_subnormal=False),
@@ -126,51 +103,12 @@ def test_a_schedule_and_a_function_of_t_are_open_loops_which_need_no_state() -> 
     with pytest.raises(ValueError, match=re.escape("steps 6..7 were recorded, not of step 8")):
         replay.control(Moment(2, 0, 4))
     assert all(map(is_open, (AMATA, function, replay)))
-    assert not is_open(Fixed(U))
+    assert not is_open(as_controller(Closed()))
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "pgd:steps=1,alpha=0.1", SimpleNamespace(control=3)])
 def test_what_is_no_controller_is_refused(wrong: object) -> None:
     with pytest.raises(TypeError, match=re.escape("have a method control(now, z), got")):
         as_controller(wrong)
-    with pytest.raises(TypeError, match="got the class Fixed: call it"):
-        as_controller(Fixed)
-
-
-def test_a_control_is_completed_by_the_methods_defaults_and_draws_by_its_moment() -> None:
-    z, global_state = state(), torch.random.get_rng_state()
-    u = ask(Fixed(U), Moment(0, 1, 4), z)
-    assert u == SPACE.check(U)
-    assert len(u) > len(U)
-    first = z.controller_memory["drawn"]
-    ask(Fixed(U), Moment(0, 2, 4), z)
-    assert z.controller_memory["drawn"] != first
-    ask(Fixed(U), Moment(0, 1, 4), z)
-    assert z.controller_memory["drawn"] == first
-    assert torch.equal(torch.random.get_rng_state(), global_state)
-
-
-def test_looking_ahead_leaves_no_trace() -> None:
-    z = state(held=[1, 2])
-    meter = z.meter
-    assert ahead(Fixed(U), Moment(0, 1, 4), z) == SPACE.check(U)
-    assert z.meter is meter
-    assert meter.gradients == 0
-    assert z.controller_memory == {"held": [1, 2]}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (Fixed({"alpha": 0.1, "stepps": 1}), "not stepps, did you mean 'steps'"),
-        (Fixed({"alpha": float("nan")}), "alpha must be"),
-        (Fixed({"alpha": -1}), "alpha must be >= 0"),
-        (Fixed(U, torch.zeros(2)), "must be plain data.*got"),
-        (Fixed(U, float("inf")), "must be plain data"),
-        (Fixed(U, (1, 2)), "must be plain data"),
-        (Fixed(U, {1: 2}), "must be plain data"),
-    ],
-)
-def test_a_controller_that_goes_wrong_is_named_with_the_moment(wrong: Fixed, told: str) -> None:
-    with pytest.raises(ValueError, match=rf"controller Fixed \(epoch 2, batch 1\): .*{told}"):
-        ask(wrong, Moment(2, 1, 4), state())
+    with pytest.raises(TypeError, match="got the class Closed: call it"):
+        as_controller(Closed)

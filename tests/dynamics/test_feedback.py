@@ -3,20 +3,25 @@
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import same, split
 from rules import Follow
 from systems import CASES, PLAIN, Case, constant, driver
 
+from controlat._util.parallel import World
 from controlat.control.controller import Moment, Recorded, as_schedule
+from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.feedback import ahead, decide
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.methods import Epoch
+from controlat.methods import Epoch, build
 from controlat.methods.pgd_at import PgdAT
 
 PER_EPOCH, EPOCHS = 3, 2
@@ -154,3 +159,73 @@ def test_what_a_controller_measures_is_counted_apart_from_steps() -> None:
     steps = list(rollout(other, replace(spec, controller=Measuring(PLAIN["pgd_at"]))))
     assert same(steps, plain)
     assert other.meter.gradients == d.meter.gradients + 7 * STEPS
+
+
+# ------------------------------------------------------------------------ asking
+
+SPACE = build("fast").controls
+
+
+def promised(**memory: Any) -> Any:
+    """As much of a driver as a controller is promised."""
+    return SimpleNamespace(
+        seed=0,
+        device=torch.device("cpu"),
+        method=SimpleNamespace(controls=SPACE),
+        meter=Meter(),
+        controller_memory=memory,
+    )
+
+
+class Fixed:
+    """Takes what it was given, and draws, counts and remembers on the way."""
+
+    def __init__(self, u: Any, memory: Any = None) -> None:
+        self.u, self.memory = u, memory
+
+    def control(self, now: Moment, z: Any) -> Any:
+        z.meter.gradients += 5
+        z.controller_memory["drawn"] = float(torch.rand(())) if self.memory is None else self.memory
+        return self.u
+
+
+U = {"alpha": 0.1}
+
+
+def test_a_control_is_completed_by_the_methods_defaults_and_draws_by_its_moment() -> None:
+    z, global_state = promised(), torch.random.get_rng_state()
+    u = decide(Fixed(U), Moment(0, 1, 4), z, World())
+    assert u == SPACE.check(U)
+    assert len(u) > len(U)
+    first = z.controller_memory["drawn"]
+    decide(Fixed(U), Moment(0, 2, 4), z, World())
+    assert z.controller_memory["drawn"] != first
+    decide(Fixed(U), Moment(0, 1, 4), z, World())
+    assert z.controller_memory["drawn"] == first
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+
+
+def test_looking_ahead_leaves_no_trace() -> None:
+    z = promised(held=[1, 2])
+    meter = z.meter
+    assert ahead(Fixed(U), Moment(0, 1, 4), z) == SPACE.check(U)
+    assert z.meter is meter
+    assert meter.gradients == 0
+    assert z.controller_memory == {"held": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (Fixed({"alpha": 0.1, "stepps": 1}), "not stepps, did you mean 'steps'"),
+        (Fixed({"alpha": float("nan")}), "alpha must be"),
+        (Fixed({"alpha": -1}), "alpha must be >= 0"),
+        (Fixed(U, torch.zeros(2)), "must be plain data.*got"),
+        (Fixed(U, float("inf")), "must be plain data"),
+        (Fixed(U, (1, 2)), "must be plain data"),
+        (Fixed(U, {1: 2}), "must be plain data"),
+    ],
+)
+def test_a_controller_that_goes_wrong_is_named_with_the_moment(wrong: Fixed, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"controller Fixed \(epoch 2, batch 1\): .*{told}"):
+        decide(wrong, Moment(2, 1, 4), promised(), World())
