@@ -31,7 +31,6 @@ from controlat.app.settings import (
     settings_from,
 )
 from controlat.app.trainer import (
-    SCHEDULE,
     VALIDATION,
     deterministic,
     fit,
@@ -40,7 +39,7 @@ from controlat.app.trainer import (
 )
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
-from controlat.control.schedules import Schedule, load_schedule
+from controlat.control.schedules import Schedule
 from controlat.dynamics.feedback import ahead
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
@@ -216,7 +215,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
                 schedules = [
                     {
                         "text": label,
-                        "schedule": _taken(every[i * len(chosen.seeds)]).to_json(),
+                        "schedule": every[i * len(chosen.seeds)].taken.to_json(),
                         "runs": runs[i],
                     }
                     for i, label in enumerate(labels(chosen.schedules))
@@ -239,12 +238,6 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
         if world.first:
             report.write(result, out)
     return dict(result)
-
-
-def _taken(run: ScheduleRun) -> Schedule:
-    """The schedule of a run; that of a closed loop as it was taken."""
-    c = run.controller
-    return c if isinstance(c, Schedule) else load_schedule(run.directory / SCHEDULE)
 
 
 def labels(texts: Sequence[str]) -> list[str]:

@@ -22,9 +22,9 @@ from controlat.app.experiment import Experiment, progress_bar
 from controlat.app.look_back import full_criterion, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import fit, read_log
+from controlat.app.trainer import SCHEDULE, fit, read_log
 from controlat.control.controller import Controller
-from controlat.control.schedules import Schedule
+from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.feedback import ahead
@@ -67,6 +67,12 @@ class ScheduleRun:
     seed: int
     directory: Path
     grid: Grid
+
+    @property
+    def taken(self) -> Schedule:
+        """The schedule of the run once it is trained: of a closed loop, that which it took."""
+        c = self.controller
+        return c if isinstance(c, Schedule) else load_schedule(self.directory / SCHEDULE)
 
     def probe(self, epoch: int) -> list[Batch]:
         """The probe at one epoch: fixed training samples, in batches of the training batch size.
@@ -113,7 +119,7 @@ class ScheduleRun:
         return full_criterion(
             self.experiment,
             s,
-            self.controller,
+            self.taken,
             self.seed,
             self.grid,
             trained,
@@ -170,7 +176,7 @@ class ScheduleRun:
         path, lines = self.directory / CRITERION, self._surfaces(epochs)
         told = f"{path} lacked epoch {', '.join(map(str, lost))}; trained again in memory to score it"
         driver = self.experiment.driver(self.seed)
-        spec = replace(self.experiment.spec(self.controller, self.seed), world=World())
+        spec = replace(self.experiment.spec(self.taken, self.seed), world=World())
         for epoch in range(epochs):
             if epoch in lost:
                 lines.append(self.measure(driver, spec, epoch))

@@ -174,13 +174,7 @@ def fit(
                     continue
                 record = plain(_record(driver, spec, tally, held_out))
             except NonFiniteError as error:
-                kept = directory / LAST
-                where = (
-                    f"the last good checkpoint is {kept}"
-                    if kept.exists()
-                    else "no checkpoint was written yet"
-                )
-                raise NonFiniteError(f"{error}; {where}; try a smaller learning rate") from None
+                raise _diverged(error, directory / LAST) from None
             append_json_line(directory / LOG, record)
             log.append(record)
             better = record["robust"] is not None and record["robust"] > tally.best
@@ -196,6 +190,12 @@ def fit(
     if world.first and not (directory / SCHEDULE).exists():
         _save_taken(log, spec, directory / SCHEDULE, name)
     return Tally(**world.broadcast(asdict(tally)))
+
+
+def _diverged(error: NonFiniteError, last: Path) -> NonFiniteError:
+    """The error of a step, with what is left of the run and a cure."""
+    kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    return NonFiniteError(f"{error}; {kept}; try a smaller learning rate")
 
 
 def _fingerprint(samples: Samples | None) -> str | None:
