@@ -5,7 +5,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
-from systems import Case
+from systems import Case, sample
 
 from controlat.control.controller import Moment
 from controlat.control.space import Control, ControlSpace
@@ -34,6 +34,19 @@ class Follow:
 
 
 @dataclass
+class Anything:
+    """What `Follow` needs of a case, of any method by its controls."""
+
+    controls: ControlSpace
+
+    def method(self) -> Any:
+        return self
+
+    def control(self, **knobs: float) -> Control:
+        return sample(self, **knobs)  # type: ignore[arg-type]
+
+
+@dataclass
 class Rising:
     """K of PGD rises by one, up to 3, after every two steps whose loss was below a bound."""
 
@@ -54,6 +67,10 @@ def rising(controls: ControlSpace, epochs: int) -> Rising:
     assert {"alpha", "steps"} <= set(controls)
     assert epochs > 0
     return Rising()
+
+
+def following(controls: ControlSpace) -> Follow:
+    return Follow(Anything(controls))  # type: ignore[arg-type]
 
 
 def unbounded() -> Rising:

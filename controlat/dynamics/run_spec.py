@@ -104,7 +104,15 @@ class RunSpec:
                 draw = rng.generator(self.seed, epoch, number, "augment")
                 placement = self.augment.draw(share.total, draw)[share.rows]
                 x = placement(x)
-            yield Batch(x, y, index, epoch, number, placement, None if share.alone else share)
+            yield Batch(
+                x=x,
+                y=y,
+                indices=index,
+                epoch=epoch,
+                number=number,
+                placement=placement,
+                share=None if share.alone else share,
+            )
 
     @property
     def open_loop(self) -> bool:
