@@ -21,7 +21,7 @@ from controlat.app.checkpoints import load_checkpoint
 from controlat.app.resume import LAST, LOG, read_log, resume, warn
 from controlat.app.runs import environment
 from controlat.app.tally import Tally
-from controlat.control.controller import as_schedule, unrolled
+from controlat.control.controller import as_schedule, is_open, nominal, unrolled
 from controlat.control.schedules import Schedule
 from controlat.data import Samples
 from controlat.dynamics.driver import Driver, Step
@@ -252,9 +252,12 @@ def _check_parameters(driver: Driver, step: Step) -> None:
 
 
 def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | None) -> dict[str, Any]:
+    """The line of the log: `control` is u(t) as the epoch began, `controls` what every step took."""
+    first = spec.moment(tally.epoch * spec.batches_per_epoch)
+    u = nominal(spec.controller, first) if is_open(spec.controller) else tally.controls[0][1]
     return {
         "epoch": tally.epoch,
-        "control": tally.controls[0][1],
+        "control": dict(u),
         "controls": tally.controls,
         "lr": spec.mean_rate(tally.epoch),
         "loss": tally.loss / tally.samples,

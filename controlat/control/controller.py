@@ -23,6 +23,7 @@ __all__ = [
     "as_controller",
     "as_schedule",
     "is_open",
+    "nominal",
     "run_lengths",
     "unrolled",
 ]
@@ -153,6 +154,11 @@ def as_controller(given: object) -> Controller:
 def is_open(controller: Controller) -> TypeGuard[Schedule | OpenLoop | Recorded]:
     """Whether a controller needs the time alone, so that its controls are known ahead."""
     return isinstance(controller, (Schedule, OpenLoop, Recorded))
+
+
+def nominal(controller: Schedule | OpenLoop | Recorded, now: Moment) -> Control:
+    """u(t) of an open loop, which a step's control may differ from where a schedule rounds by turns."""
+    return controller.control(now) if isinstance(controller, Recorded) else controller(now.t)
 
 
 def run_lengths(controls: Iterable[Control]) -> list[list[Any]]:

@@ -46,13 +46,13 @@ class Recording:
     """A roll-out of steps first, ..., last - 1 with the state before every `stride`-th of them.
 
     Between stored states the steps are taken again under the controls that were recorded, which gives the
-    same bits; the controller is not asked again. Of the stretch in question, states at the next finer stride
+    same bits; a closed loop is not asked again. Of the stretch in question, states at the next finer stride
     are held; of one of its parts, those at the stride after that; and so on.
     Of what samples carry, only the rows that are touched are stored.
 
     Args:
         driver: runs the system; visits move it, and `put_back` leaves it at the end of the roll-out.
-        spec: data, rates, and for a controller the controls that were taken.
+        spec: data, controller, rates; in place of a closed loop the controls that it took.
         first: first step.
         last: the step before which the roll-out ends.
         stride: steps from one stored state to the next.
@@ -122,17 +122,19 @@ class Recording:
         driver.notice = notice
         try:
             for step in _steps(driver, spec, first, last, stored, stride=strides[0]):
-                opening = opening or spec.opening(step.epoch, driver)
+                opening = opening or spec.control_at(step.epoch, 0, driver)
                 made.append(step)
                 if progress is not None:
                     progress(step)
         finally:
             driver.notice = before
         last = first + len(made)  # fewer where the method ended training
-        taken = Recorded([step.control for step in made], first, opening)
+        if not spec.open_loop:
+            taken = Recorded([step.control for step in made], first, opening)
+            spec = replace(spec, controller=taken)
         return cls(
             driver=driver,
-            spec=replace(spec, controller=taken),
+            spec=spec,
             first=first,
             last=last,
             stride=strides[0],

@@ -14,7 +14,7 @@ from torch import Tensor
 from controlat._util import rng
 from controlat._util.checks import brief, instance, whole
 from controlat._util.parallel import World
-from controlat.control.controller import Controller, Moment, as_controller, is_open
+from controlat.control.controller import Controller, Moment, as_controller, is_open, nominal
 from controlat.control.learning_rate import Rate
 from controlat.control.space import Control
 from controlat.data import Augment, Samples
@@ -144,16 +144,16 @@ class RunSpec:
         return [Control(**dearest)] * len(numbers)
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
-        """The block of every step first, ..., last - 1: epochs, cut where the control changes in one.
+        """The block of every step first, ..., last - 1: epochs, cut where u(t) changes in one.
 
-        A closed loop may change it in every step.
+        A closed loop may change it in every step; where it was recorded, what counts is where it did.
         """
-        if not self.open_loop:
+        if not is_open(self.controller):
             return tuple(range(last - first))
         blocks: list[int] = []
         before = None
-        for number, u in enumerate(self.plan(first, last), first):
-            here = number // self.batches_per_epoch, u
+        for now in map(self.moment, range(first, last)):
+            here = now.epoch, nominal(self.controller, now)
             blocks.append(blocks[-1] + (here != before) if blocks else 0)
             before = here
         return tuple(blocks)
@@ -168,13 +168,15 @@ class RunSpec:
         Raises:
             ValueError: a closed loop gives no admissible control.
         """
-        return feedback.decide(
-            self.controller, Moment(batch.epoch, batch.number, self.batches_per_epoch), z, self.world
-        )
+        return self.control_at(batch.epoch, batch.number, z)
 
-    def opening(self, epoch: int, z: Any = None) -> Control:
-        """u_t of the first step of an epoch, which hooks at its beginning and end are given."""
-        return feedback.decide(self.controller, self.moment(epoch * self.batches_per_epoch), z, self.world)
+    def control_at(self, epoch: int, number: int, z: Any = None) -> Control:
+        """u_t of one step, by its epoch and its position there; else as `control`.
+
+        The control of an epoch's first step, number 0, is known until the epoch ends.
+        """
+        now = Moment(epoch, number, self.batches_per_epoch)
+        return feedback.decide(self.controller, now, z, self.world)
 
     def observe(self, step: Any, z: Any) -> None:
         """Show a closed loop what happened in a step, with the driver z at the state after it."""

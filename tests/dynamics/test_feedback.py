@@ -122,7 +122,7 @@ def test_hooks_between_epochs_are_given_the_control_of_the_first_step() -> None:
     d, spec = driver(Listening(), channels_last=False), looped(PLAIN["pgd_at"])[1]
     list(islice(rollout(d, spec), 2))
     rec = Recording.of(d, spec, first=2, stride=4)
-    assert rec.spec.opening(0) == first[0]
+    assert rec.spec.control_at(0, 0) == first[0]
     d.method.heard.clear()  # type: ignore[attr-defined]
     with rec.put_back():
         list(rec.forward())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from controlat._util import rng
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import STEPS
+from controlat.control.controller import OpenLoop
 from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
 from controlat.data import Split
@@ -409,10 +410,9 @@ def test_steps_without_another_control_keep_theirs() -> None:
     case = PLAIN["pgd_at"]
     rec, v = recorded(case, SETTINGS["momentum"]), Control(alpha=0.05, steps=3)
     found = relaxed(rec, {2: v}, 1.0, PHI)
-    spec = replace(
-        rec.spec,
-        controller=lambda t: v if round(t * PER_EPOCH) == 2 else rec.steps[round(t * PER_EPOCH)].control,
-    )
+    plan = rec.spec.controller
+    assert isinstance(plan, OpenLoop)
+    spec = replace(rec.spec, controller=lambda t: v if round(t * PER_EPOCH) == 2 else plan(t))
     d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
     list(rollout(d, spec))
     assert found.phi == PHI.value(d)
