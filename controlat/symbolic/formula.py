@@ -90,26 +90,26 @@ def parse(
     written 2*x, a function sin(x), a power x^2
     """
     try:
-        found = limited(read, text, dict(parameters or {}), dict(values or {}), seconds=SECONDS)
+        expression = limited(read, text, dict(parameters or {}), dict(values or {}), seconds=SECONDS)
     except (TimeLimit, NotFound) as error:
         check()
         late = f"does not come to an end with it in {SECONDS:g} seconds"
         why = late if isinstance(error, TimeLimit) else f"fails on it ({error})"
         raise FormulaError(f"formula: sympy {why}; write it in simpler terms") from None
-    if isinstance(found, str):
-        raise FormulaError(found)
-    return found
+    if isinstance(expression, str):
+        raise FormulaError(expression)
+    return expression
 
 
 def read(text: str, parameters: Mapping[str, Symbol], values: Mapping[Symbol, Rational]) -> Expr | str:
     """What `parse` asks the child process: the expression, or why there is none."""
     try:
-        found = _Reader(text, {**_NAMES, **parameters}).expression()
+        expression = _Reader(text, {**_NAMES, **parameters}).expression()
     except FormulaError as error:
         return str(error)
     for symbols in ((THETA, THETA), (THETA, X), (X, X)):  # what a landscape will do: if it hangs, then here
-        sympy.diff(found, *symbols).subs(values)
-    return found
+        sympy.diff(expression, *symbols).subs(values)
+    return expression
 
 
 class _Reader:
@@ -166,28 +166,28 @@ class _Reader:
         if depth > DEPTH:
             raise self.wrong(node, f"is nested more than {DEPTH} levels deep")
         if isinstance(node, ast.Constant):
-            found = self.number(node)
+            expression = self.number(node)
         elif isinstance(node, ast.Name):
-            found = self.name(node)
+            expression = self.name(node)
         else:
             operation, parts = self.operation(node)
             # Powers and signs nest to their right; elsewhere the parentheses were counted.
             deeper = depth + (operation in (operator.pow, operator.neg, operator.pos))
             *left, right = parts
             built = [*(self.build(part, depth) for part in left), self.build(right, deeper)]
-            found = self.apply(node, operation, built)
-        self.check(node, found)
-        return found
+            expression = self.apply(node, operation, built)
+        self.check(node, expression)
+        return expression
 
     def number(self, node: ast.Constant) -> Expr:
-        found = _NUMBER.fullmatch(self.source[node.col_offset : node.end_col_offset])
-        if found is None:
+        written = _NUMBER.fullmatch(self.source[node.col_offset : node.end_col_offset])
+        if written is None:
             raise self.wrong(node, "is not a number", "write numbers such as 2, 0.5 or 1e-3")
-        if len(found[1].replace(".", "")) > DIGITS:
+        if len(written[1].replace(".", "")) > DIGITS:
             raise self.wrong(node, "is too long", f"a number has at most {DIGITS} digits")
-        if abs(int(found[2] or 0)) > EXPONENT:
+        if abs(int(written[2] or 0)) > EXPONENT:
             raise self.wrong(node, "is out of range", f"the exponent of a number is at most {EXPONENT}")
-        return Rational(Fraction(found[0]))
+        return Rational(Fraction(written[0]))
 
     def name(self, node: ast.Name) -> Expr:
         if node.id in FUNCTIONS:
@@ -233,19 +233,19 @@ class _Reader:
                 cure = f"numbers there are at most {TOTAL} in magnitude, their denominators at most {ROOT}"
                 raise self.wrong(node, f"has {_short(value)} in an exponent", cure)
 
-    def check(self, node: ast.expr, found: Expr) -> None:
+    def check(self, node: ast.expr, expression: Expr) -> None:
         """Refuse what is no real number after all, and numbers and powers that have grown."""
-        if found.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I):
+        if expression.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I):
             raise self.wrong(node, "is no real number")
-        for value in found.atoms(Rational):
+        for value in expression.atoms(Rational):
             self.check_size(node, value)
-        for power in found.atoms(sympy.Pow):
+        for power in expression.atoms(sympy.Pow):
             self.check_exponent(node, power.exp)
-        if (degree := _degree(found)) > TOTAL:
+        if (degree := _degree(expression)) > TOTAL:
             cure = f"the exponents of powers of powers multiply to {TOTAL} at most"
             raise self.wrong(node, f"has exponents that multiply to {degree:g}", cure)
-        if not found.free_symbols and not found.is_Rational:
-            self.check_constant(node, found.evalf())
+        if not expression.free_symbols and not expression.is_Rational:
+            self.check_constant(node, expression.evalf())
 
     def check_size(self, node: ast.expr, value: Expr) -> None:
         if value.is_Rational and max(value.p.bit_length(), value.q.bit_length()) > 2000:
@@ -268,10 +268,10 @@ def _short(value: Rational) -> str:
     return f"{float(value):g}" if abs(value) < HUGE else "a number of many digits"
 
 
-def _degree(found: Expr) -> float:
+def _degree(expression: Expr) -> float:
     """The product of the constant exponents along powers of powers."""
-    inner = max(map(_degree, found.args), default=1.0)
-    own = abs(float(found.exp)) if found.is_Pow and not found.exp.free_symbols else 1.0
+    inner = max(map(_degree, expression.args), default=1.0)
+    own = abs(float(expression.exp)) if expression.is_Pow and not expression.exp.free_symbols else 1.0
     return inner * max(1.0, own)
 
 
