@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from controlat.symbolic.words import (
+from controlat.report.derivation.words import (
     CRITERION,
     QUANTITIES,
     WIDTH,

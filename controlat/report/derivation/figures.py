@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from controlat._util.drawing import line_style, panels, save
-from controlat.symbolic.words import Result, greek
+from controlat.report.derivation.words import Result, greek
 
 __all__ = ["FIGURES", "Figure"]
 

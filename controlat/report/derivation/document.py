@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlat._util.texts import table
-from controlat.symbolic.words import (
+from controlat.report.derivation.words import (
     CRITERION,
     HOLDS,
     QUANTITIES,
@@ -252,7 +252,7 @@ def markdown(result: Result) -> str:
     Args:
         result: the content of result.json.
     """
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.figures import FIGURES
 
     env = result["environment"]
     machine = f"{env['hardware']}, {env['threads']} threads, python {env['python']}, numpy {env['numpy']}"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import controlat
+from controlat.report.derivation.document import markdown
+from controlat.report.derivation.figures import FIGURES
+from controlat.report.derivation.terminal import printed
+from controlat.report.derivation.words import greek
 from controlat.symbolic import Task, fit
-from controlat.symbolic.document import markdown
-from controlat.symbolic.figures import FIGURES
-from controlat.symbolic.terminal import printed
-from controlat.symbolic.words import greek
 
 SEXTIC = "theta^2/2 - x^4 + theta*x^2 - theta*x/10"  # no closed form of its inner maximum that sympy picks
 NAMES = ("amata", "bare", "clipped", "fitted")
