@@ -326,7 +326,11 @@ def parameter_symbols(values: Mapping[str, object]) -> tuple[dict[str, Symbol], 
             raise ValueError(
                 f"{name} must be 0 or between {1 / HUGE:g} and {HUGE:g} in magnitude, got {value!r}"
             )
-        sign = "positive" if exactly > 0 else "negative" if exactly < 0 else "real"
-        symbols[name] = Symbol(name, **{sign: True})
+        symbols[name] = signed(name, exactly)
         known[symbols[name]] = exactly
     return symbols, known
+
+
+def signed(name: str, value: Rational) -> Symbol:
+    """A real symbol with the sign of its value, so that sympy knows which branch of a root is meant."""
+    return Symbol(name, **{"positive" if value > 0 else "negative" if value < 0 else "real": True})
