@@ -40,7 +40,7 @@ _OPERATIONS: Mapping[type, Callable[..., Expr]] = {
     **{ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos},
 }
 
-SECONDS = 20.0  # for sympy to read a formula and to differentiate it twice
+SECONDS = 30.0  # for sympy to read a formula and to differentiate it twice
 LENGTH, DEPTH, NODES = 2000, 50, 300  # characters of a formula; levels of nesting; numbers, names, operations
 DIGITS, EXPONENT = 40, 100  # of a number as it is written
 HUGE = 10**100  # constants lie in [1/HUGE, HUGE] in magnitude, or are 0
