@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import sympy
+from sympy.printing.pretty.pretty_symbology import pretty_symbol
 
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
@@ -39,7 +41,7 @@ class Answer:
     order: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Text, LaTeX and a drawing in characters; none of them where the formula is too long to read."""
+        """Text, LaTeX and the equation in characters; none of them where the formula is too long to read."""
         plain: dict[str, Any] = {"name": self.name, "by": self.by, "why": self.why}
         shown, order = self.formula, self.order
         if shown is None:
@@ -48,7 +50,9 @@ class Answer:
             return plain | {"why": "; ".join(filter(None, [self.why, "found, but too long to print"]))}
         if order == "none" and shown.has(sympy.Float):  # term by term, which keeps their order
             shown = sympy.Add(*(sympy.N(term, 6) for term in sympy.Add.make_args(shown)), evaluate=False)
-        drawn = sympy.pretty(shown, use_unicode=True, wrap_line=False, order=order)
+        left = sympy.Symbol(re.sub(r"[A-Za-z]\w*", lambda match: pretty_symbol(match[0]), self.name))
+        equation = sympy.Eq(left, shown, evaluate=False)
+        drawn = sympy.pretty(equation, use_unicode=True, wrap_line=False, order=order)
         texts = {"text": sympy.sstr(shown, order=order), "latex": sympy.latex(shown, order=order)}
         return plain | texts | {"drawn": drawn}
 
