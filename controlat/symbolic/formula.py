@@ -9,6 +9,7 @@ bounded besides, because what is read here is differentiated and evaluated later
 from __future__ import annotations
 
 import ast
+import keyword
 import numbers
 import operator
 import re
@@ -47,7 +48,7 @@ HUGE = 10**100  # constants lie in [1/HUGE, HUGE] in magnitude, or are 0
 POWER, TOTAL = 64, 256  # a constant exponent; the product of such along powers of powers
 ROOT = 10_000  # denominator of a constant exponent: for 3^(-1/n) sympy computes 3^(n - 1)
 
-_RESERVED = frozenset({"t", "tau", "gamma", "theta_0", "T", "alpha", "K", *_NAMES, *FUNCTIONS})
+_RESERVED = {"t", "tau", "gamma", "theta_0", "T", "alpha", "K", *_NAMES, *FUNCTIONS, *keyword.kwlist}
 _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,19}", re.ASCII)
 _ODD = re.compile(r"[^A-Za-z0-9_θ.+\-*/^() \t\r\n]")
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:[eE]([+-]?[0-9]+))?")
@@ -121,7 +122,7 @@ class _Reader:
         self.text, self.known = text, known
         begin = len(text) - len(text.lstrip())
         self.source = "".join(_PYTHON.get(c, c) for c in text[begin:])
-        # where each character of the source, and its end, stands in the text
+        # Where each character of the source, and its end, stands in the text.
         self.origin = [i for i, c in enumerate(text) for _ in _PYTHON.get(c, c) if i >= begin] + [len(text)]
 
     def refused(self, at: int, what: str, cure: str = "") -> FormulaError:

@@ -513,7 +513,7 @@ def test_symbols_of_parameters_have_the_signs_of_their_values() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["theta", "x", "t", "tau", "gamma", "theta_0", "T", "alpha", "K", "pi", "exp", "ln", *FUNCTIONS],
+    ["theta", "x", "t", "tau", "gamma", "theta_0", "T", "alpha", "K", "pi", "lambda", "is", *FUNCTIONS],
 )
 def test_names_with_a_meaning_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"a parameter cannot be called {name}: "):
