@@ -187,7 +187,7 @@ def test_several_threads_get_each_their_own_answer() -> None:
 def _run(code: str, folder: Path, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", *options, "-c", code],
-        capture_output=True, text=True, timeout=60, cwd=folder,
+        capture_output=True, text=True, timeout=300, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -237,13 +237,13 @@ from controlat.symbolic.limits import limited
 limited(sympy.factorint, 12, seconds=60)
 print(limits._child.process.pid, flush=True)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-limited(sympy.factorint, {ENDLESS}, seconds=0.6)
+limited(sympy.factorint, {ENDLESS}, seconds=3)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == -signal.SIGKILL
-    pid, deadline = int(done.stdout), time.monotonic() + 15
+    pid, deadline = int(done.stdout), time.monotonic() + 120
     while not _gone(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _gone(pid)
