@@ -1,0 +1,38 @@
+"""What the greedy maximum principle would have done in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from controlat._util.texts import count
+from controlat.report._contents import summaries
+from controlat.report._formats import by_epoch, knobs
+from controlat.report.sections import Result, Section
+
+__all__ = ["SECTION"]
+
+
+def text(result: Result) -> str:
+    """Per epoch, under the first seed: the schedule's control, and where the norm form has its maximum."""
+    spent = sum(s["criterion_gradients"] for s in summaries(result))
+    return (
+        "## What the greedy maximum principle would have done\n\nControl of the schedule → maximiser of the "
+        f"norm form, and the gap; seed {result['schedules'][0]['runs'][0]['seed']}. Both terms of each are "
+        f"in result.json. All surfaces together took {count(spent)} gradient evaluations.\n\n"
+        f"{by_epoch(result['schedules'], _cell)}"
+    )
+
+
+def _cell(run: Mapping[str, Any], epoch: int) -> str:
+    if epoch >= len(run["criterion"]):
+        return "-"
+    gap = run["criterion"][epoch]["norm"]
+    u, v = gap["control"], gap["maximiser"]
+    if u == v:
+        return f"{knobs(u, ['steps'])} is best"
+    shared = [name for name in ("steps", "alpha") if name in u]
+    return f"{knobs(u, shared)} → {knobs(v, shared)}, +{gap['value']:.3g}"
+
+
+SECTION = Section(order=40, text=text)
