@@ -50,5 +50,5 @@ def attack_notes(result: Mapping[str, Any]) -> list[str]:
 
 def attack_figure(result: Mapping[str, Any], path: Path) -> None:
     """Accuracy of one network against the radius and the steps, as the section on several shows it."""
-    section = registry.member(sections.__name__, "sweeps")  # which imports matplotlib
-    section.sweeps([(result["schedule"] or "network", [result["curves"]])], result, path)
+    section = registry.member(sections.__name__, "curves")  # which imports matplotlib
+    section.draw_networks([(result["schedule"] or "network", [result["curves"]])], result, path)

@@ -1,7 +1,7 @@
 """The sections of an evaluation's report. The folder is the registry: a file here is a section.
 
-Each file names one `Section` ``SECTION``. Sections read the result file and nothing else. They are imported when
-a report is made, not before, so that they may import matplotlib.
+Each file names one `Section` ``SECTION``. Sections read the result file and nothing else. They are imported
+when a report is made, not before, so that they may import matplotlib.
 """
 
 from __future__ import annotations

@@ -13,12 +13,14 @@ from controlat._util.drawing import MARKERS, line_style, panels, save
 from controlat.report._curves import legend
 from controlat.report.sections import Figure, Result, Section
 
-__all__ = ["SECTION", "sweeps"]
+__all__ = ["SECTION", "draw_networks"]
 
 Curves = Mapping[str, Any]  # see `controlat.robust_accuracy.curves`
 
 
-def sweeps(networks: Sequence[tuple[str, Sequence[Curves]]], where: Mapping[str, Any], path: Path) -> None:
+def draw_networks(
+    networks: Sequence[tuple[str, Sequence[Curves]]], where: Mapping[str, Any], path: Path
+) -> None:
     """Accuracy against radius, against steps, and the loss against steps.
 
     Args:
@@ -59,11 +61,11 @@ def _network(axes: Any, curves: Sequence[Curves], style: dict[str, Any]) -> None
 def draw(result: Result, path: Path) -> None:
     """Those of every schedule."""
     s = result["settings"]
-    networks = [
+    networks: list[tuple[str, Sequence[Curves]]] = [
         (entry["text"], [run["evaluation"]["curves"] for run in entry["runs"]])
         for entry in result["schedules"]
     ]
-    sweeps(networks, {"norm": s["norm"], "eps": number(s["eps"], "eps")}, path)
+    draw_networks(networks, {"norm": s["norm"], "eps": number(s["eps"], "eps")}, path)
 
 
 SECTION = Section(
