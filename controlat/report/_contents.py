@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from controlat.report.sections import Result
 
-__all__ = ["examined", "has_full", "over_seeds", "summaries", "terminal"]
+__all__ = [
+    "examined",
+    "has_examined",
+    "has_full",
+    "has_objective",
+    "meaning_of_j",
+    "objective",
+    "over_seeds",
+    "summaries",
+    "terminal",
+]
 
 
 def summaries(result: Result) -> list[Any]:
     """What the runs of every schedule come to."""
     return [entry["summary"] for entry in result["schedules"]]
+
+
+def objective(summary: Mapping[str, Any]) -> Any:
+    """J over seeds, if it is known; results of release 0.1 have it beside the full criterion only."""
+    return summary.get("objective", summary.get("full", {}).get("objective"))
+
+
+def has_objective(result: Result) -> bool:
+    """Whether J was computed, or should have been."""
+    return has_full(result) or any(objective(s) for s in summaries(result))
 
 
 def has_full(result: Result) -> bool:
@@ -25,9 +46,19 @@ def examined(result: Result) -> list[tuple[int, Any]]:
     return [(i, e) for i, e in every if "failed" not in e["summary"].get("full", {"failed": ""})]
 
 
+def has_examined(result: Result) -> bool:
+    """Whether there is any of them."""
+    return bool(examined(result))
+
+
 def terminal(result: Result) -> str:
     """The terminal cost in words; results of before it could be chosen do not have them."""
     return str(result.get("terminal", "the adversarial loss on held-out data"))
+
+
+def meaning_of_j(result: Result) -> str:
+    """What J is, in a sentence."""
+    return f"J = Phi + gamma eta sum n, with Phi {terminal(result)} and eta the mean learning rate."
 
 
 def over_seeds(result: Result) -> str:

@@ -17,12 +17,18 @@ FORMAT, VERSION = "controlat evaluation", 1
 
 
 def assemble(**parts: Any) -> dict[str, Any]:
-    """The result file: settings, environment, sizes, grid, and every schedule with its runs and summary."""
+    """The result file: the given parts, and beside the runs of every schedule what they come to.
+
+    Args:
+        **parts: settings, environment, sizes, grid, and so on, as `controlat.records.Result` has them;
+            ``schedules`` without their summaries.
+    """
     schedules = [s | {"summary": _summarise(s["runs"])} for s in parts.pop("schedules")]
     return {"format": FORMAT, "version": VERSION, **parts, "schedules": schedules}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """A value per seed, their mean and their deviation."""
     return {
         "mean": statistics.fmean(values),
         "sd_over_seeds": statistics.stdev(values) if len(values) > 1 else None,
@@ -30,34 +36,35 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _accuracy(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _accuracy(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean over seeds, and Wilson's interval there for ONE set of test points: the seeds share them."""
-    spread, points = _spread([a["value"] for a in found]), found[0]["points"]
+    spread, points = _spread([a["value"] for a in per_seed]), per_seed[0]["points"]
     return spread | {"points": points, "interval": list(wilson(round(spread["mean"] * points), points))}
 
 
 def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
     """C: mean over epochs, then seeds; interval over probe batches, which all epochs and seeds share."""
     per_run = [[epoch[form] for epoch in run["criterion"]] for run in runs]
-    found = _spread([statistics.fmean(g["value"] for g in gaps) for gaps in per_run])
+    c = _spread([statistics.fmean(g["value"] for g in gaps) for gaps in per_run])
     every = [gap for gaps in per_run for gap in gaps]
     left_out = np.mean([gap["jackknife"] for gap in every], axis=0)
     for name in ("unbiased", "cross_fitted"):
         values = [gap[name] for gap in every]
-        found[name] = None if None in values else statistics.fmean(values)
-    found["prices"] = [
+        c[name] = None if None in values else statistics.fmean(values)
+    c["prices"] = [
         {
             "gamma": price["gamma"],
             "mean": statistics.fmean(e["prices"][i][form] for run in runs for e in run["criterion"]),
         }
         for i, price in enumerate(runs[0]["criterion"][0]["prices"])
     ]
-    found["dropped"] = sorted({d for gap in every for d in gap["dropped"]})
+    c["dropped"] = sorted({d for gap in every for d in gap["dropped"]})
     doubt = statistics.fmean(gap["doubt"] for gap in every)
-    return found | {"interval": interval(found["mean"], list(left_out), least=0.0, more=doubt)}
+    return c | {"interval": interval(c["mean"], list(left_out), least=0.0, more=doubt)}
 
 
 def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the runs of one schedule come to."""
     evaluations = [run["evaluation"] for run in runs]
     return {
         "criterion": {form: _criterion(runs, form) for form in FORMS},
@@ -69,6 +76,7 @@ def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gradients": _spread([run["gradients"] for run in runs]),
         "seconds": _spread([run["seconds"] for run in runs]),
         **_extras(runs),
+        **({"objective": _spread([run["objective"]["J"] for run in runs])} if "objective" in runs[0] else {}),
         **({"full": _full(runs)} if "full" in runs[0] else {}),
         "criterion_gradients": sum(e["gradients"] for run in runs for e in run["criterion"]),
         "evaluation_gradients": sum(e["gradients"] for e in evaluations),
@@ -84,9 +92,9 @@ def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = [run["full"] for run in every]
     calibrations = [run["calibration"] for run in runs]
     horizons = [
-        _spread([h["value"] for h in found])
-        | {"steps": found[0]["steps"], "interval": _together([(h["value"], h["interval"]) for h in found])}
-        for found in zip(*(run["horizons"] for run in runs), strict=True)
+        _spread([h["value"] for h in seeds])
+        | {"steps": seeds[0]["steps"], "interval": _together([(h["value"], h["interval"]) for h in seeds])}
+        for seeds in zip(*(run["horizons"] for run in runs), strict=True)
     ]
     parts = dict.fromkeys(p for c in calibrations for p in c["reliability"])  # 1/8 where it was needed
     return {
@@ -101,8 +109,8 @@ def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "model_gain": _spread([c["model_gain"] for c in calibrations]),
         **{name: _known([run[name] for run in runs]) for name in ("C_rho", "cosine", "growth")},
         "prices": [
-            {"gamma": found[0]["gamma"], "mean": statistics.fmean(p["value"] for p in found)}
-            for found in zip(*(run["prices"] for run in runs), strict=True)
+            {"gamma": seeds[0]["gamma"], "mean": statistics.fmean(p["value"] for p in seeds)}
+            for seeds in zip(*(run["prices"] for run in runs), strict=True)
         ],
         "same": all(run["same"] is not False for run in runs),
         "dropped": sorted({name for run in runs for name in run["dropped"]}),
@@ -117,10 +125,10 @@ def _known(values: Sequence[Any]) -> dict[str, Any] | None:
     return _spread(numbers) if numbers else None
 
 
-def _together(found: Sequence[tuple[float, Sequence[float] | None]]) -> list[float] | None:
+def _together(values: Sequence[tuple[float, Sequence[float] | None]]) -> list[float] | None:
     """The interval of a mean of independent values, from the interval of each, one side at a time."""
-    known = [(value, *interval) for value, interval in found if interval is not None]
-    if len(known) < len(found):
+    known = [(value, *interval) for value, interval in values if interval is not None]
+    if len(known) < len(values):
         return None
     mean = statistics.fmean(value for value, _, _ in known)
     below = sum((value - low) ** 2 for value, low, _ in known) ** 0.5 / len(known)
@@ -130,13 +138,13 @@ def _together(found: Sequence[tuple[float, Sequence[float] | None]]) -> list[flo
 
 def _extras(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """AutoAttack and transfer where they ran, and warnings with the seeds that they were given for."""
-    found: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     for name in ("autoattack", "transfer"):
         parts = [run["evaluation"][name] for run in runs if name in run["evaluation"]]
         if parts:
-            found[name] = _accuracy([part["robust"] for part in parts])
-    told: dict[str, list[int]] = {}
+            extras[name] = _accuracy([part["robust"] for part in parts])
+    warned: dict[str, list[int]] = {}
     for run in runs:
         for text in run["evaluation"]["warnings"]:
-            told.setdefault(text, []).append(run["seed"])
-    return found | {"warnings": [{"text": text, "seeds": seeds} for text, seeds in told.items()]}
+            warned.setdefault(text, []).append(run["seed"])
+    return extras | {"warnings": [{"text": text, "seeds": seeds} for text, seeds in warned.items()]}

@@ -17,6 +17,12 @@ def notes(result: Result) -> list[str]:
         for entry in result["schedules"]
         if entry["schedule"]["epochs"] != epochs
     ]
+    curves = [curve for entry in result["schedules"] for curve in entry["schedule"]["knobs"].values()]
+    if any(curve.get("rounding") == "dither" for curve in curves):
+        lines.append(
+            "rounding=dither: steps take the whole numbers below and above K in turn, K on average; C norm "
+            "and C costate look at the first step of each epoch."
+        )
     criteria = [s["criterion"] for s in summaries(result)]
     greedy = sorted({name for c in criteria for form in FORMS for name in c[form].get("dropped", ())})
     if len(greedy) > 3:

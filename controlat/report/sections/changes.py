@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from controlat._util.drawing import save
-from controlat.report._contents import examined
+from controlat.report._contents import examined, has_examined
 from controlat.report._formats import by_epoch, knobs
 from controlat.report.sections import Figure, Result, Section
 
@@ -85,7 +85,7 @@ def _surface(figure: matplotlib.figure.Figure, axis: Any, block: Mapping[str, An
 _TITLE = "the Hamiltonian over step size and steps (ring: u, star: the maximiser)"
 SECTION = Section(
     order=110,
-    wanted=lambda result: bool(examined(result)),
+    wanted=has_examined,
     text=text,
     figures=lambda result: {"surfaces.png": Figure(_TITLE, draw)},
 )

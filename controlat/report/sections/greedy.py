@@ -7,7 +7,7 @@ from pathlib import Path
 from controlat._util.drawing import panels, save
 from controlat._util.texts import table
 from controlat.pmp import FORMS
-from controlat.report._contents import has_full, over_seeds, summaries, terminal
+from controlat.report._contents import has_objective, over_seeds, summaries, terminal
 from controlat.report._curves import finished, legend, over_time, seeds
 from controlat.report._formats import estimate
 from controlat.report.sections import Figure, Result, Section
@@ -24,7 +24,7 @@ def notes(result: Result) -> list[str]:
     """What the forms are, and what was searched."""
     s = result["settings"]
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
-    phi = "as above" if has_full(result) else terminal(result)
+    phi = "as above" if has_objective(result) else terminal(result)
     return [
         "C norm, C costate: mean over epochs (at the start of each) of max over (alpha, K) of "
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "

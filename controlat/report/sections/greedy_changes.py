@@ -29,10 +29,12 @@ def _cell(run: Mapping[str, Any], epoch: int) -> str:
         return "-"
     gap = run["criterion"][epoch]["norm"]
     u, v = gap["control"], gap["maximiser"]
-    if u == v:
-        return f"{knobs(u, ['steps'])} is best"
     shared = [name for name in ("steps", "alpha") if name in u]
-    return f"{knobs(u, shared)} → {knobs(v, shared)}, +{gap['value']:.3g}"
+    planned, taken = knobs(run["epochs"][epoch]["control"], shared), knobs(u, shared)
+    dithered = planned != taken  # the control of an epoch is real, that of its first step is scored
+    if u == v:
+        return f"{knobs(u, ['steps'])} is best" + f" (of {planned})" * dithered
+    return f"{planned}" + f" (here {taken})" * dithered + f" → {knobs(v, shared)}, +{gap['value']:.3g}"
 
 
 SECTION = Section(order=40, text=text)

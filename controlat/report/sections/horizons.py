@@ -6,7 +6,7 @@ from pathlib import Path
 
 from controlat._util.drawing import panels, save
 from controlat._util.texts import table
-from controlat.report._contents import examined
+from controlat.report._contents import examined, has_examined
 from controlat.report._curves import finished, legend, over_time, seeds
 from controlat.report._formats import estimate
 from controlat.report.sections import Figure, Result, Section
@@ -56,7 +56,7 @@ def draw(result: Result, path: Path) -> None:
 
 SECTION = Section(
     order=90,
-    wanted=lambda result: bool(examined(result)),
+    wanted=has_examined,
     text=text,
     figures=lambda result: {"horizons.png": Figure("C by horizon", draw)},
 )

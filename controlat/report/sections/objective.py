@@ -1,54 +1,22 @@
-"""The objective J, the criterion C over the whole run, and the decrease D that was reached."""
+"""The objective J."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from controlat.report._contents import has_full, summaries, terminal
-from controlat.report._formats import estimate, mean
+from controlat.report._contents import has_full, has_objective, meaning_of_j, objective, summaries
+from controlat.report._formats import mean
 from controlat.report.sections import Result, Section
 
 __all__ = ["SECTION"]
 
 
 def numbers(result: Result) -> dict[str, list[str]]:
-    """J, C over the whole run, and D."""
-    rows = [_cells(s["full"]) for s in summaries(result)]
-    return {
-        head: list(column) for head, column in zip(("J", "C full", "D"), zip(*rows, strict=True), strict=True)
-    }
-
-
-def _cells(full: Mapping[str, Any]) -> tuple[str, str, str]:
-    if "failed" in full:
-        return "-", "not finite", "-"
-    doubt = " uncalibrated" if full["uncalibrated"] else ""
-    return mean(full["objective"]), estimate(full["horizons"][-1]) + doubt, mean(full["certificate"])
+    """J of every schedule."""
+    return {"J": [mean(objective(s)) for s in summaries(result)]}
 
 
 def notes(result: Result) -> list[str]:
-    """What they are, and where they are not to be trusted."""
-    entries = [(entry["text"], entry["summary"]["full"]) for entry in result["schedules"]]
-    lines = [
-        f"J = Phi + gamma eta sum n, with Phi {terminal(result)} and eta the mean learning rate. C full: "
-        "Amata's (13) over the whole run, from exact costates: the sum over epochs (shorter blocks "
-        "where the control changes within one) of max over (alpha, K) of the sum of H(v) - H(u) over their "
-        "steps, divided by eta T; 95 % interval, up to "
-        f"{result['settings']['looks']} steps of each were looked at. D: the largest decrease of J that "
-        "relaxed controls really reached, half or a quarter of the way to the maximisers, or an eighth where "
-        "first order does not reach so far.",
-    ]
-    if doubtful := [text for text, full in entries if full.get("uncalibrated")]:
-        lines.append(
-            f"uncalibrated ({', '.join(doubtful)}): a quarter of the way reached less than a quarter of what "
-            "C promises, for one seed at least; go by D there."
-        )
-    lines += [f"WARNING, {text}: no C full, {full['failed']}." for text, full in entries if "failed" in full]
-    if not all(full.get("same", True) for _, full in entries):
-        lines.append("The recorded roll-out of some run did not end with the bits of its training.")
-    dropped = sorted({name for _, full in entries for name in full.get("dropped", [])})
-    return lines + [f"Costates leave out: {'; '.join(dropped)}."] * bool(dropped)
+    """What J is; where C over the whole run follows, its line begins with that."""
+    return [] if has_full(result) else [meaning_of_j(result)]
 
 
-SECTION = Section(order=20, wanted=has_full, numbers=numbers, notes=notes)
+SECTION = Section(order=20, wanted=has_objective, numbers=numbers, notes=notes)

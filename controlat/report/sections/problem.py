@@ -22,14 +22,19 @@ def notes(result: Result) -> list[str]:
     s, sizes = result["settings"], result["sizes"]
     seeds = ", ".join(map(str, s["seeds"]))
     lines = [
-        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
-        f"points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, {s['epochs']} "
-        f"epochs, seeds {seeds}."
+        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out{_parts(sizes)}, "
+        f"{sizes['test']} test points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} "
+        f"eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}."
     ]
     if result.get("reproduced") is None:
         return lines
     how = "bit for bit" if result["reproduced"] else "but not bit for bit (another device or thread count?)"
     return [*lines, f"Training was repeated from {s['run']}, {how}."]
+
+
+def _parts(sizes: Mapping[str, int]) -> str:
+    """The two parts of the held-out samples; results of release 0.1 have one for both."""
+    return f" ({sizes['validation']} for validation, {sizes['phi']} for Phi)" if "phi" in sizes else ""
 
 
 def _options(settings: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from controlat._util.drawing import MARKERS, line_style, panels, save
 from controlat._util.texts import table
-from controlat.report._contents import examined
+from controlat.report._contents import examined, has_examined
 from controlat.report._curves import legend
 from controlat.report._formats import mean
 from controlat.report.sections import Figure, Result, Section
@@ -89,7 +89,7 @@ def _finish_reached(axis: Any) -> None:
 
 SECTION = Section(
     order=100,
-    wanted=lambda result: bool(examined(result)),
+    wanted=has_examined,
     text=text,
     figures=lambda result: {
         "costates.png": Figure("costates, and what C promised beside what was reached", draw)
