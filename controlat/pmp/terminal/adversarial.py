@@ -155,5 +155,21 @@ class AdversarialLoss:
 
 
 def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
-    """Mean cross-entropy under PGD-20 from a random start, alpha = eps/4."""
+    """Mean cross-entropy under PGD-20 from a random start, alpha = eps/4.
+
+    Args:
+        x: (N, ...) held-out inputs in [0, 1].
+        y: (N,) labels.
+        ball: the perturbation set.
+        seed: of the random start.
+
+    Raises:
+        ValueError: x that is empty or not in [0, 1], y that is not one integer label per sample.
+
+    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price
+    Price(value=160, gradient=168)
+
+    Source:
+        The objective of Madry et al. (2018), equation 2.1; the attack as in Wang et al. (2019).
+    """
     return AdversarialLoss(x, y, ball, seed=seed)
