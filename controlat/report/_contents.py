@@ -15,6 +15,7 @@ __all__ = [
     "meaning_of_j",
     "objective",
     "over_seeds",
+    "searched_knobs",
     "summaries",
     "terminal",
 ]
@@ -59,6 +60,11 @@ def terminal(result: Result) -> str:
 def meaning_of_j(result: Result) -> str:
     """What J is, in a sentence."""
     return f"J = Phi + gamma eta sum n, with Phi {terminal(result)} and eta the mean learning rate."
+
+
+def searched_knobs(result: Result) -> list[str]:
+    """The knobs that the maximum is over, in the order in which controls are written."""
+    return ["steps", "alpha", *result["grid"].get("more", {})]
 
 
 def over_seeds(result: Result) -> str:

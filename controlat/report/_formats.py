@@ -39,13 +39,13 @@ def mean(value: Mapping[str, Any] | None) -> str:
     return "-" if value is None else f"{value['mean']:.3g}"
 
 
-def knobs(u: Mapping[str, float], names: Sequence[str] = ("steps", "alpha")) -> str:
+def knobs(u: Mapping[str, float], names: Sequence[str]) -> str:
     """A control, as far as these names are in it.
 
-    >>> knobs({"steps": 3, "alpha": 0.05})
+    >>> knobs({"steps": 3, "alpha": 0.05, "fosc": 0.5}, ["steps", "alpha"])
     'K=3 α=0.05'
     """
-    return " ".join(f"{_SYMBOLS[name]}={u[name]:.3g}" for name in names if name in u)
+    return " ".join(f"{_SYMBOLS.get(name, name)}={u[name]:.3g}" for name in names if name in u)
 
 
 def by_epoch(entries: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any], int], str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from controlat._util.drawing import save
-from controlat.report._contents import examined, has_examined
+from controlat.report._contents import examined, has_examined, searched_knobs
 from controlat.report._formats import by_epoch, knobs
 from controlat.report.sections import Figure, Result, Section
 
@@ -24,20 +25,19 @@ def text(result: Result) -> str:
     return (
         "## What the full maximum principle would change\n\nControl of the schedule → maximiser over the "
         f"block, and what it would gain in units of J; seed {entries[0]['runs'][0]['seed']}.\n\n"
-        f"{by_epoch(entries, _cell)}"
+        f"{by_epoch(entries, partial(_cell, searched_knobs(result)))}"
     )
 
 
-def _cell(run: Mapping[str, Any], epoch: int) -> str:
+def _cell(names: Sequence[str], run: Mapping[str, Any], epoch: int) -> str:
     blocks = [block for block in run["full"]["blocks"] if int(block["t"] + 1e-9) == epoch]
-    return "; ".join(map(_change, blocks)) or "-"
+    return "; ".join(_change(names, block) for block in blocks) or "-"
 
 
-def _change(block: Mapping[str, Any]) -> str:
+def _change(names: Sequence[str], block: Mapping[str, Any]) -> str:
     u, v = block["control"], block["maximiser"]
-    shared = [name for name in ("steps", "alpha") if name in u]
-    better = f" → {knobs(v, shared)}, +{block['gain']:.3g}" if u != v else " is best"
-    return knobs(u, shared) + better
+    better = f" → {knobs(v, names)}, +{block['gain']:.3g}" if u != v else " is best"
+    return knobs(u, names) + better
 
 
 def draw(result: Result, path: Path) -> None:
@@ -60,10 +60,11 @@ def draw(result: Result, path: Path) -> None:
 
 def _surface(figure: matplotlib.figure.Figure, axis: Any, block: Mapping[str, Any]) -> None:
     """One block: colours are sum DeltaH, a ring is u, a star the maximiser."""
-    points = [
-        (c["control"].get("alpha", 0.0), c["control"].get("steps", 0), c["gain"]) for c in block["candidates"]
-    ]
-    alpha, steps, gain = (np.array(v) for v in zip(*points, strict=True))
+    best: dict[tuple[float, float], float] = {}  # over other knobs that were searched
+    for c in block["candidates"]:
+        place = c["control"].get("alpha", 0.0), c["control"].get("steps", 0)
+        best[place] = max(c["gain"], best.get(place, -np.inf))
+    alpha, steps, gain = (np.array(v) for v in zip(*((*p, g) for p, g in best.items()), strict=True))
     limit = max(float(np.abs(gain).max()), 1e-12)
     drawn = axis.scatter(alpha, steps, c=gain, cmap="RdBu", vmin=-limit, vmax=limit, s=45, marker="s")
     for marker, size, v in (("o", 110, block["control"]), ("*", 60, block["maximiser"])):

@@ -39,17 +39,17 @@ def notes(result: Result) -> list[str]:
 def _searched(result: Result) -> str:
     """The admissible set G in words."""
     s, g = result["settings"], result["grid"]
+    others, values = g.get("others", []), {"alpha": g["alphas"]} | g.get("more", {})
+    steps = [] if "steps" in others else [f"K = {g.get('least', 0)}..{g['max_steps']}"]
     if s["maximiser"] == "tpe":
+        ranges = [f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in values.items() if v]
         return (
-            f"K = 0..{g['max_steps']}, alpha from {g['alphas'][0]:.3g} to {g['alphas'][-1]:.3g}, by "
-            f"{s['trials']} trials of hyperopt's TPE on the norm form (costate form: the best of these)"
+            f"{', '.join(steps + ranges)}, by {s['trials']} trials of hyperopt's TPE on the norm form "
+            "(costate form: the best of these)"
         )
-    alphas, others = ", ".join(f"{a:.3g}" for a in g["alphas"]), g.get("others", [])
-    text = f"K = {g.get('least', 0)}..{g['max_steps']}" + f", alpha in {{{alphas}}}" * bool(g["alphas"])
-    text += ", and the schedule's own control"
-    if others:
-        text += f"; {', '.join(others)} as in the schedule, so that rows which differ there have other maxima"
-    return text
+    sets = [f"{name} in {{{', '.join(f'{x:.3g}' for x in v)}}}" for name, v in values.items() if v]
+    rest = f"; {', '.join(others)} as in the schedule, so that rows which differ there have other maxima"
+    return ", ".join([*steps, *sets, "and the schedule's own control"]) + rest * bool(others)
 
 
 def text(result: Result) -> str:
