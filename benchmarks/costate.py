@@ -94,7 +94,7 @@ def look_back(job: Job, limit: float) -> dict[str, Any]:
     """The same run recorded, and swept from its end to its beginning."""
     driver, spec = system(job)
     x, y = images(HELD_OUT, job.seed + 1)
-    terminal = AdversarialLoss(x.to(driver.device), y.to(driver.device), driver.ball, ATTACK)
+    terminal = AdversarialLoss(x.to(driver.device), y.to(driver.device), driver.ball, steps=ATTACK)
     began = clock(driver)
     recording = Recording.of(driver, spec, limit=limit)
     recorded = clock(driver)

@@ -15,7 +15,6 @@ from controlat.pmp.greedy import criterion, measure, probe_batches
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Price,
     Terminal,
@@ -33,7 +32,6 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
-    "TERMINALS",
     "AdversarialLoss",
     "Calibration",
     "Criterion",

@@ -33,12 +33,12 @@ from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Terminal,
     Weighted,
     build_terminal,
     described,
+    names,
     parse_terminal,
     try_terminal,
 )
@@ -391,7 +391,7 @@ def test_a_terminal_cost_says_what_it_is() -> None:
 
 # ---------------------------------------------------------------------------------------------------- by name
 
-NAMES = st.sampled_from([*TERMINALS, "math:sqrt", "collections.abc:Mapping.get"])
+NAMES = st.sampled_from([*names(), "math:sqrt", "collections.abc:Mapping.get"])
 WEIGHTS = st.floats(0, 1e300, allow_subnormal=False)
 SPACE = st.sampled_from(["", " ", "  "])
 
@@ -432,7 +432,7 @@ def test_fractions_are_exact() -> None:
     )
 
 
-CHOICES = "choose from: adversarial, margin, clean, or give your own as package.module:factory"
+CHOICES = "choose from: adversarial, clean, margin, or give your own as package.module:factory"
 BAD_TEXTS = [
     ("", "terminal '' cannot be read from '' on; it must be a name or a sum of them with weights in front"),
     ("adverserial", f"unknown terminal cost 'adverserial'; did you mean 'adversarial'? {CHOICES}"),
@@ -484,7 +484,7 @@ def test_names_make_the_losses_that_they_name() -> None:
         "margin": phi(**usual, loss="margin"),
         "clean": phi(**usual | {"steps": 0}),
     }
-    assert set(expected) == set(TERMINALS)
+    assert set(expected) == set(names())
     for name, cost in expected.items():
         assert described(made(name)) == described(cost)
         assert made(name).value(d) == cost.value(d)
