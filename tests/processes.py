@@ -38,7 +38,7 @@ def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """A run as tensors and numbers."""
     shown = [(s["samples"], s["loss"], vars(s["spent"]), list(s["dropped"])) for s in steps]
     meter = [d.meter.gradients, d.meter.forwards, d.meter.layers]
-    return {**d.snapshot()._asdict(), "steps": shown, "meter": meter}
+    return {**d.snapshot().to_dict(), "steps": shown, "meter": meter}
 
 
 def batchnorm(world: World) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import arrivals, rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.methods import Batch
 
 __all__ = ["Recording", "Visit"]
@@ -68,8 +68,8 @@ class Recording:
     first: int
     last: int
     stride: int
-    stored: dict[int, Snapshot]
-    end: Snapshot
+    stored: dict[int, State]
+    end: State
     steps: list[Step]
     events: list[tuple[int, str, str]] = field(default_factory=list)
     spent: Meter = field(default_factory=Meter)
@@ -105,7 +105,7 @@ class Recording:
         """
         strides = cls.check(driver, spec, first=first, last=last, stride=stride, limit=limit)
         last = spec.epochs * spec.batches_per_epoch if last is None else last
-        stored: dict[int, Snapshot] = {}
+        stored: dict[int, State] = {}
 
         made: list[Step] = []
         events: list[tuple[int, str, str]] = []
@@ -223,7 +223,7 @@ class Recording:
             self._make(states, start, {n: end for n, end, _ in parts if n not in states})
             stretches += parts if backward else reversed(parts)
 
-    def _make(self, states: dict[int, Snapshot], start: int, wanted: dict[int, int]) -> None:
+    def _make(self, states: dict[int, State], start: int, wanted: dict[int, int]) -> None:
         """Take the steps from `start` on again, and add the states that are wanted.
 
         Args:
@@ -257,7 +257,7 @@ def _steps(
     spec: RunSpec,
     first: int,
     last: int,
-    states: dict[int, Snapshot] | None = None,
+    states: dict[int, State] | None = None,
     *,
     stride: int = 1,
     begun: bool = False,
@@ -295,8 +295,8 @@ def _size(driver: Driver, spec: RunSpec, first: int) -> int:
         after = driver.snapshot(spec.indices(first, first + 1))
     finally:
         driver.restore(before)
-    rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(spec.data)
-    return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
+    rows = sum(_bytes(part) // len(part.seen) for part in after.rows.values()) * len(spec.data)
+    return max(_bytes(before), _bytes(replace(after, rows={})) + rows)
 
 
 def _fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
@@ -347,6 +347,8 @@ def _bytes(value: Any) -> int:
     """Bytes of all tensors of a nested structure."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0

@@ -26,13 +26,13 @@ from controlat.data._stream import Streamed
 from controlat.dynamics.driver import Driver, SGDSettings, Step
 from controlat.dynamics.recording import Recording, Visit, _size, _strides
 from controlat.dynamics.rollout import rollout
+from controlat.dynamics.rows import gather
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot, gather
+from controlat.dynamics.state import Rest, State
 from controlat.methods import (
     Batch,
     Context,
     Epoch,
-    Rows,
     Update,
 )
 
@@ -89,23 +89,23 @@ def advance(d: Driver, spec: RunSpec, number: int) -> None:
         pass
 
 
-def reference(d: Driver, spec: RunSpec) -> tuple[list[Snapshot], Snapshot, list[Step], list[Batch]]:
+def reference(d: Driver, spec: RunSpec) -> tuple[list[State], State, list[Step], list[Batch]]:
     """The whole state before every step, and the end; batches as they come."""
-    states: list[Snapshot] = []
+    states: list[State] = []
     steps = list(rollout(d, spec, record=lambda number, _: states.append(d.snapshot())))
     batches = [b for e in range(spec.epochs) for b in spec.batches(e)]
     return states, d.snapshot(), steps, batches
 
 
-def agrees(d: Driver, visit: Visit, states: list[Snapshot], batches: list[Batch], spec: RunSpec) -> None:
+def agrees(d: Driver, visit: Visit, states: list[State], batches: list[Batch], spec: RunSpec) -> None:
     """All of the state is as it was, of rows those of the samples that the step touches."""
     expected, b = states[visit.number], batches[visit.number]
     assert same(visit.batch[:5], b[:5])
     assert (visit.control, visit.rate) == (spec.control(b), spec.learning_rate(b.epoch, b.number))
-    assert same(d.snapshot()._replace(rows={}), expected._replace(rows={}))
+    assert same(replace(d.snapshot(), rows={}), replace(expected, rows={}))
     assert set(d.rows) == set(expected.rows)
     for name, store in d.rows.items():
-        found = gather(Rows(expected.rows[name]["values"], expected.rows[name]["seen"]), b.indices)
+        found = gather(expected.rows[name], b.indices)
         assert same(gather(store, b.indices), found)
 
 
@@ -180,12 +180,12 @@ def test_windows_of_methods_that_carry_something(name: str, first: int, last: in
 def test_only_rows_that_are_touched_are_stored() -> None:
     d, spec = setup(CASES["atta"])
     rec = Recording.of(d, spec, stride=2)
-    stored = {n: s.rows["delta"] for n, s in rec.stored.items() if s.rows}
+    stored = {n: z for n, z in rec.stored.items() if z.rows}
     assert sorted(stored) == [2, 4, 6, 8]
-    for n, rows in stored.items():
+    for n, z in stored.items():
         touched = spec.indices(n, n + 2)
-        assert same(rows["index"], touched)
-        assert len(rows["values"]) == len(touched)
+        assert same(z.index, touched)
+        assert len(z.rows["delta"].values) == len(touched)
 
 
 def test_a_run_goes_on_where_a_recorded_window_ended() -> None:
@@ -251,22 +251,22 @@ def test_a_method_that_has_stopped_leaves_nothing_to_record() -> None:
 # ------------------------------------------------------------------------------------------------------ limit
 
 
-def held(*states: Snapshot) -> int:
+def held(*states: State) -> int:
     """Bytes of all tensors, each counted once."""
     sizes: dict[int, int] = {}
 
     def walk(value: object) -> None:
         if isinstance(value, Tensor):
             sizes[id(value)] = value.numel() * value.element_size()
-        for part in value.values() if isinstance(value, dict) else value if _listed(value) else ():  # type: ignore[attr-defined]
+        if isinstance(value, (State, Rest)):
+            value = vars(value)
+        if isinstance(value, dict):
+            value = list(value.values())
+        for part in value if isinstance(value, (list, tuple)) else ():
             walk(part)
 
     walk(states)
     return sum(sizes.values())
-
-
-def _listed(value: object) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "atta reset", "fast previous"])
@@ -372,7 +372,7 @@ def alive(d: Driver) -> list[int]:
     taken: list[weakref.ref[Tensor]] = []
     snapshot = d.snapshot
 
-    def take(touched: Tensor | None = None) -> Snapshot:
+    def take(touched: Tensor | None = None) -> State:
         found = snapshot(touched)
         taken.append(weakref.ref(next(iter(found.model.values()))))
         counts.append(sum(t() is not None for t in taken))
