@@ -227,7 +227,7 @@ class State:
         return State(self.parameters, self.momentum, self.statistics, rest=self.rest)
 
     def towards(self, other: State, part: float) -> State:
-        """(1 - part) self + part other in all floating-point numbers; whole numbers and plain data are self's."""
+        """(1 - part) self + part other in all floating-point numbers; what else there is is self's."""
         self._check_samples(other)
 
         def mixed(a: Any, b: Any) -> Any:

@@ -489,10 +489,11 @@ def test_states_at_every_level_have_the_rows_of_the_steps_that_they_serve() -> N
 
 def test_a_stretch_over_several_epochs_has_every_row_once() -> None:
     d, spec = setup(CASES["atta"])
-    rows = Recording.of(d, spec, stride=4).stored[4].rows["delta"]
+    z = Recording.of(d, spec, stride=4).stored[4]
     used = torch.cat([spec.order(1)[1], spec.order(1)[2], spec.order(2)[0], spec.order(2)[1]])
-    assert rows["index"].tolist() == sorted(set(used.tolist()))
-    assert len(rows["values"]) == len(rows["index"]) < len(used)
+    assert z.index is not None
+    assert z.index.tolist() == sorted(set(used.tolist()))
+    assert len(z.rows["delta"].values) == len(z.index) < len(used)
 
 
 def test_a_visitor_that_leaves_early_leaves_no_state_behind() -> None:

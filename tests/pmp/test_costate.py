@@ -1,4 +1,4 @@
-"""Costates of whole runs: against autograd through training and matrix powers; what a backward pass promises."""
+"""Costates of whole runs: against autograd through training and matrix powers; what a backward pass is."""
 
 import itertools
 import json
@@ -498,9 +498,8 @@ def test_what_is_forgotten_has_no_costate_before_that() -> None:
     d = driver(Carrying(), optimizer=SETTINGS["plain"], channels_last=False)
     rec = Recording.of(d, planned(Control(steps=1), epochs=3))
     found = passed(rec, PHI)
-    alive = {
-        n: any(bool(rows.values.any()) for rows in s.costates[9].rows.values()) for n, s in found.items()
-    }
+    rows = {n: [r.values for r in s.costates[9].rows.values()] for n, s in found.items()}
+    alive = {n: any(bool(t.any()) for t in values) for n, values in rows.items()}
     assert [n for n, some in alive.items() if some] == [5, 4, 3]  # read again in epoch 2
     assert not any(alive[n] for n in (0, 1, 2))  # forgotten
     assert not any(alive[n] for n in (6, 7, 8))  # nobody reads it
