@@ -21,16 +21,19 @@ from controlat._util.parallel import Share, World
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.control.space import Control
+from controlat.dynamics import fields
+from controlat.dynamics.fields import Field
 from controlat.dynamics.hooks import between_epochs
-from controlat.dynamics.requests import Requests, own_batch
+from controlat.dynamics.names import Names
+from controlat.dynamics.requests import Requests
 from controlat.dynamics.rows import gather, put
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.sgd import SGDSettings
-from controlat.dynamics.state import Names, State
-from controlat.methods import Batch, Context, Method, Prefixes, Rows, check_method
+from controlat.dynamics.state import State
+from controlat.methods import Batch, Context, Method, Rows, check_method
 from controlat.models.frozen import batchnorm
 from controlat.models.frozen.asking import check_model
-from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode
+from controlat.models.frozen.borrowed import alone, in_mode
 from controlat.models.frozen.layout import is_convolutional
 
 __all__ = ["Driver", "Field", "SGDSettings", "Step"]
@@ -48,20 +51,6 @@ class Step(NamedTuple):
     spent: Meter
     dropped: tuple[str, ...]
     moves: int
-
-
-class Field(NamedTuple):
-    """What one outer step would do under a control.
-
-    Args:
-        control: v.
-        gradients: -F(theta, v), the sum of the gradients of the step, one tensor per parameter.
-        statistics: running statistics after it, as `Driver.statistics`.
-    """
-
-    control: Control
-    gradients: list[Tensor]
-    statistics: list[Tensor]
 
 
 @dataclass
@@ -214,47 +203,14 @@ class Driver:
         return Meter(*map(int, counts))
 
     def field(self, batch: Batch, v: Control, rate: float = 0.0, meter: Meter | None = None) -> Field:
-        """What one outer step under v would do; nothing of the state changes.
-
-        A method with several updates moves by plain gradient steps of size `rate` in between.
-        """
-        with self.scoring():
-            total = [torch.zeros_like(p) for p in self.parameters]
-            spent = Meter() if meter is None else meter
-            memory = {name: t.clone() for name, t in self.memory.items()}
-            ctx = self.context(batch, rate, spent, memory)
-            for _, _, gradients in self.requests.updates(ctx, batch, v):
-                torch._foreach_add_(total, gradients)
-                if rate:
-                    with torch.no_grad():
-                        torch._foreach_add_(self.parameters, gradients, alpha=-rate)
-            return Field(v, total, [r.clone() for r in self.statistics])
+        """What one outer step under v would do; nothing of the state changes: `fields.field`."""
+        return fields.field(self, batch, v, rate, Meter() if meter is None else meter)
 
     def fields(
         self, batch: Batch, u: Control, rate: float = 0.0, meter: Meter | None = None
     ) -> Iterator[Field]:
-        """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
-
-        Raises:
-            ValueError: the method cannot do this.
-        """
-        if not isinstance(self.method, Prefixes):
-            raise ValueError(
-                f"{type(self.method).__name__} offers no sweep over K: score its controls one by one"
-            )
-        batch = own_batch(batch)
-        ctx = self.context(batch, rate, Meter() if meter is None else meter, dict(self.memory))
-        candidates, requests = self.method.prefixes(ctx, batch, u), self.requests
-        while True:
-            with self.scoring():
-                with requests.random(batch, "inner", 0):
-                    candidate = next(candidates, None)
-                if candidate is None:
-                    return
-                v, update = candidate
-                _, gradients, _ = requests.differentiate(ctx, batch, v, update, 0)
-                after = [r.clone() for r in self.statistics]
-            yield Field(v, gradients, after)
+        """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory."""
+        return fields.prefix_fields(self, batch, u, rate, Meter() if meter is None else meter)
 
     def state(self) -> State:
         """The state z itself: the driver's own tensors, not copies."""
@@ -367,16 +323,6 @@ class Driver:
         """Numbers that differ where two states z do: for processes to compare."""
         return self.state().fingerprint()
 
-    @contextlib.contextmanager
-    def scoring(self) -> Iterator[None]:
-        """Put parameters, buffers and training flags back, as scoring moves them."""
-        with alone(self.model), in_mode(self.model, True):
-            saved = [(p, p.detach().clone()) for p in self.parameters]
-            try:
-                with buffers_kept(self.model):
-                    yield
-            finally:
-                with torch.no_grad():
-                    for p, before in saved:
-                        if not torch.equal(p, before):  # a graph of the caller's may need the very values
-                            p.copy_(before)
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        """Parameters, buffers and training flags are put back after the block, as scoring moves them."""
+        return fields.put_back(self.model, self.parameters)

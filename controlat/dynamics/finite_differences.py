@@ -168,11 +168,11 @@ def _central(driver: Driver, after: Callable[[], State], weight: State, e: State
         e: direction, its rows those of some samples.
         h: half the distance.
     """
-    before, ends = driver.snapshot(e.index), []
+    ends: list[State] = []
     signs: list[list[Tensor]] = []
     for step in (h, -h):
         with _put_back(driver), _signs(driver) as ascended:
-            driver.restore(before.plus(e, step))
+            driver.restore(driver.state().at(e.index).plus(e, step))
             ends.append(after())
         signs.append(ascended)
     if len(signs[0]) != len(signs[1]) or not all(map(torch.equal, signs[0], signs[1])):
@@ -183,17 +183,17 @@ def _central(driver: Driver, after: Callable[[], State], weight: State, e: State
 @contextlib.contextmanager
 def _put_back(driver: Driver) -> Iterator[None]:
     """Put the driver back, to the bit, after the block."""
-    saved, meter = driver.snapshot(), driver.meter
-    gradients = [p.grad for p in driver.parameters]
-    driver.meter = Meter()
-    try:
-        with driver.scoring():  # flags, and buffers that a state dict leaves out
+    meter, gradients = driver.meter, [p.grad for p in driver.parameters]
+    with driver.scoring():  # flags, and buffers that a state dict leaves out
+        saved = driver.snapshot()
+        driver.meter = Meter()
+        try:
             yield
-    finally:
-        driver.restore(saved)
-        driver.meter = meter
-        for p, g in zip(driver.parameters, gradients, strict=True):
-            p.grad = g
+        finally:
+            driver.restore(saved)
+            driver.meter = meter
+            for p, g in zip(driver.parameters, gradients, strict=True):
+                p.grad = g
 
 
 @contextlib.contextmanager

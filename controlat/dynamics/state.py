@@ -12,62 +12,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from controlat.dynamics.names import Names
 from controlat.dynamics.rows import gather, put
 from controlat.methods import Rows
 
-__all__ = ["Names", "Rest", "State", "same_bits"]
-
-
-class Names(NamedTuple):
-    """Under which names the state dict of a network has what has a derivative.
-
-    Args:
-        parameters: of the parameters that are trained, in order.
-        statistics: of the running statistics of normalisation layers, in order.
-        tied: further names of the same tensors, with the name that stands above.
-    """
-
-    parameters: tuple[str, ...]
-    statistics: tuple[str, ...]
-    tied: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module, parameters: Sequence[Tensor], statistics: Sequence[Tensor]) -> Names:
-        """Find the tensors of a network in its state dict, by where they lie in memory.
-
-        Raises:
-            ValueError: one of them is not there, so that it could not be put back.
-
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        >>> Names.of(model, list(model.parameters())[:1], [model[1].running_var])
-        Names(parameters=('0.weight',), statistics=('1.running_var',), tied={})
-        """
-        names: dict[tuple[int, torch.Size], list[str]] = {}
-        for name, t in model.state_dict().items():
-            if isinstance(t, Tensor):
-                names.setdefault((t.data_ptr(), t.shape), []).append(name)
-        first: dict[tuple[int, torch.Size], str] = {}
-
-        def take(t: Tensor) -> str:
-            place = (t.data_ptr(), t.shape)
-            if not names.get(place):
-                raise ValueError(
-                    f"the state_dict of the {type(model).__name__} lacks one of its own tensors, of shape "
-                    f"{tuple(t.shape)}, or has a copy of it: training could not be put back to where it was; "
-                    "let state_dict give the tensors themselves"
-                )
-            first[place] = names[place].pop(0)
-            return first[place]
-
-        found = tuple(map(take, parameters)), tuple(map(take, statistics))
-        return cls(*found, {name: first[place] for place in first for name in names[place]})
+__all__ = ["Rest", "State", "same_bits"]
 
 
 @dataclass(frozen=True)
@@ -188,8 +144,10 @@ class State:
 
     # ------------------------------------------------------------------------------------ of samples
 
-    def at(self, index: Tensor) -> State:
-        """The part that concerns some samples: of `rows` theirs alone, gathered."""
+    def at(self, index: Tensor | None) -> State:
+        """The part that concerns some samples, of `rows` theirs alone, gathered; the whole for None."""
+        if index is None:
+            return self
         return replace(self, rows={name: gather(s, index) for name, s in self.rows.items()}, index=index)
 
     def with_rows(self, stores: Mapping[str, Rows]) -> dict[str, Rows]:
@@ -271,7 +229,15 @@ class State:
             optimizer: of torch.optim.SGD, whose parameters are those of `names`, in order.
             names: of what has a derivative.
             **more: fields other than parameters, momentum, statistics and rest.
+
+        Raises:
+            ValueError: the network's state dict lacks one of the names.
         """
+        if lost := [name for name in (*names.parameters, *names.statistics) if name not in model]:
+            raise ValueError(
+                f"the network's state dict lacks {', '.join(lost)}: some networks have other weights in "
+                "evaluation mode; call model.train() first"
+            )
         parameters = [model[name] for name in names.parameters]
         buffers = {i: s.get("momentum_buffer") for i, s in optimizer["state"].items()}
         given = {i: v for i, v in buffers.items() if v is not None}

@@ -24,11 +24,12 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
 from controlat.data._stream import Streamed
 from controlat.dynamics.driver import Driver, SGDSettings, Step
-from controlat.dynamics.recording import Recording, Visit, _size, _strides
+from controlat.dynamics.recording import Recording, Visit, _size
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.rows import gather
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import Rest, State
+from controlat.dynamics.strides import strides
 from controlat.methods import (
     Batch,
     Context,
@@ -340,10 +341,10 @@ def test_whether_a_plan_fits_can_be_asked_before_it_is_run(case: Case) -> None:
     with pytest.raises(ValueError, match=r"24 states of .* do not fit") as run:
         Recording.of(d, spec, limit=7.5 * size)
     assert str(asked.value) == str(run.value)
-    for n, strides in answers.items():
+    for n, nested in answers.items():
         d.restore(before)
         rec = Recording.of(d, spec, limit=(n + 0.5) * size)
-        assert (rec.stride, *rec.finer) == strides
+        assert (rec.stride, *rec.finer) == nested
     assert Recording.check(d, spec, first=2, last=8, stride=3, limit=1) == (3, 1)
 
 
@@ -420,25 +421,25 @@ def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> No
 @settings(max_examples=40, deadline=None)
 def test_no_more_states_are_held_than_the_limit_allows(steps: int, allowed: int, data: st.DataObject) -> None:
     d, spec = driver(Counting()), planned(Control(), epochs=14)
-    limit, strides = (allowed + 0.5) * _size(d, spec, 0), _strides(steps, allowed)
+    limit, nested = (allowed + 0.5) * _size(d, spec, 0), strides(steps, allowed)
     counts = alive(d)
-    if not strides:
+    if not nested:
         with pytest.raises(ValueError, match="do not fit"):
             Recording.of(d, spec, last=steps, limit=limit)
         return
     rec = Recording.of(d, spec, last=steps, limit=limit)
-    assert (rec.stride, *rec.finer) == strides
+    assert (rec.stride, *rec.finer) == nested
     again = called(d, "step")
     until = data.draw(st.integers(0, steps))
     assert [v.number for v in rec.backward(until)] == list(range(until, steps))[::-1]
-    assert len(again) <= (len(strides) - 1) * steps
+    assert len(again) <= (len(nested) - 1) * steps
     assert [v.number for v in rec.forward()] == list(range(steps))
     again.clear()
     number = data.draw(st.integers(0, steps - 1))
     assert rec.at(number).number == number
     assert len(again) == number % rec.stride  # however many levels there are
     assert max(counts) <= allowed
-    if len(strides) > 1:
+    if len(nested) > 1:
         for _ in rec.backward():
             own = d.snapshot()  # there is room for one of the visitor's
             del own
@@ -457,24 +458,24 @@ def least(steps: int, levels: int) -> int:
 @settings(deadline=None)
 def test_strides_are_the_fewest_and_then_the_smallest_that_fit(steps: int, states: int) -> None:
     found = [k for k in range(1, 9) if least(steps, k) + 1 + (k > 1) <= states]
-    strides = _strides(steps, states)
-    assert len(strides) == min(found, default=0)
-    free = states - 1 - (len(strides) > 1)
-    for below, stride in zip(reversed(range(len(strides))), strides, strict=True):
+    nested = strides(steps, states)
+    assert len(nested) == min(found, default=0)
+    free = states - 1 - (len(nested) > 1)
+    for below, stride in zip(reversed(range(len(nested))), nested, strict=True):
         if below:
             fits = (s for s in range(1, steps + 1) if -(-steps // s) + least(s, below) - 1 <= free)
             assert stride == next(fits)
         free -= -(-steps // stride) - 1
         assert free >= 1
         steps = stride
-    assert steps == 1 or not strides
+    assert steps == 1 or not nested
 
 
 def test_a_long_run_fits_in_few_states() -> None:
     """Of a large network: 60 epochs of 391 steps in 24 states of 85 MiB."""
-    assert _strides(11_730, 24) == (1676, 419, 105, 27, 9, 3, 1)
-    assert [len(_strides(11_730, n)) for n in (11_731, 218, 80, 40)] == [1, 2, 3, 5]
-    assert _strides(10**7, 40)
+    assert strides(11_730, 24) == (1676, 419, 105, 27, 9, 3, 1)
+    assert [len(strides(11_730, n)) for n in (11_731, 218, 80, 40)] == [1, 2, 3, 5]
+    assert strides(10**7, 40)
 
 
 def test_states_at_every_level_have_the_rows_of_the_steps_that_they_serve() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.finite_differences import verify
-from controlat.dynamics.state import Names, State
+from controlat.dynamics.names import Names
+from controlat.dynamics.state import State
 
 U, RATE = CASES["atta"].control(), 0.1
 
