@@ -183,17 +183,17 @@ def _central(driver: Driver, after: Callable[[], State], weight: State, e: State
 @contextlib.contextmanager
 def _put_back(driver: Driver) -> Iterator[None]:
     """Put the driver back, to the bit, after the block."""
-    meter, gradients = driver.meter, [p.grad for p in driver.parameters]
-    with driver.scoring():  # flags, and buffers that a state dict leaves out
-        saved = driver.snapshot()
-        driver.meter = Meter()
-        try:
+    saved, meter = driver.snapshot(), driver.meter
+    gradients = [p.grad for p in driver.parameters]
+    driver.meter = Meter()
+    try:
+        with driver.scoring():  # flags, and buffers that a state dict leaves out
             yield
-        finally:
-            driver.restore(saved)
-            driver.meter = meter
-            for p, g in zip(driver.parameters, gradients, strict=True):
-                p.grad = g
+    finally:
+        driver.restore(saved)
+        driver.meter = meter
+        for p, g in zip(driver.parameters, gradients, strict=True):
+            p.grad = g
 
 
 @contextlib.contextmanager

@@ -224,31 +224,31 @@ class State:
     def of(cls, model: Mapping[str, Any], optimizer: Mapping[str, Any], names: Names, **more: Any) -> State:
         """The state whose network and optimiser have these state dicts; nothing is copied.
 
+        Some networks have other weights in evaluation mode: a state dict of that mode, which lacks one of the
+        names, can be put back, but is no vector.
+
         Args:
             model: of the network.
             optimizer: of torch.optim.SGD, whose parameters are those of `names`, in order.
             names: of what has a derivative.
             **more: fields other than parameters, momentum, statistics and rest.
-
-        Raises:
-            ValueError: the network's state dict lacks one of the names.
         """
-        if lost := [name for name in (*names.parameters, *names.statistics) if name not in model]:
-            raise ValueError(
-                f"the network's state dict lacks {', '.join(lost)}: some networks have other weights in "
-                "evaluation mode; call model.train() first"
-            )
+        if not model.keys() >= {*names.parameters, *names.statistics}:
+            names = Names((), (), {})
+        ours = {*names.parameters, *names.statistics, *names.tied}
         parameters = [model[name] for name in names.parameters]
         buffers = {i: s.get("momentum_buffer") for i, s in optimizer["state"].items()}
         given = {i: v for i, v in buffers.items() if v is not None}
-        ours = {*names.parameters, *names.statistics, *names.tied}
+        count = (len(parameters) or len(given)) if given else 0
         return cls(
             parameters=parameters,
-            momentum=[given[i] if i in given else torch.zeros_like(p) for i, p in enumerate(parameters)]
-            if given
-            else [],
+            momentum=[given[i] if i in given else torch.zeros_like(parameters[i]) for i in range(count)],
             statistics=[model[name] for name in names.statistics],
-            rest=Rest(names, {n: t for n, t in model.items() if n not in ours}, optimizer["param_groups"]),
+            rest=Rest(
+                names=names,
+                entries={name: value for name, value in model.items() if name not in ours},
+                groups=optimizer["param_groups"],
+            ),
             **more,
         )
 
