@@ -18,7 +18,7 @@ from controlat.control.controller import run_lengths
 from controlat.data import Split
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.records import LogLine, missing, read_epochs
 
 __all__ = ["LAST", "LOG", "read_log", "resume", "warn"]
@@ -95,7 +95,7 @@ def _put_back(driver: Driver, spec: RunSpec, stored: Mapping[str, Any], where: s
         raise ValueError(f"{where}: tally is at epoch {epoch}, batch {batch}, which this run does not have")
     if (taken := stored["tally"].get("controls", [])) and taken[-1][0] >= batch:
         raise ValueError(f"{where}: tally has controls of more than the {batch} batches of epoch {epoch}")
-    driver.restore(Snapshot(**{name: stored[name] for name in Snapshot._fields if name in stored}))
+    driver.restore(State.from_dict(stored, driver.names))
 
 
 def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:

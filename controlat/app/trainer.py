@@ -216,7 +216,7 @@ def _save_taken(log: Sequence[Mapping[str, Any]], spec: RunSpec, path: Path, nam
 def _state(driver: Driver, spec: RunSpec, tally: Tally, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the run consists of between two batches."""
     planned = {"schedule": spec.controller.to_json()} if isinstance(spec.controller, Schedule) else {}
-    return driver.snapshot()._asdict() | {
+    return driver.snapshot().to_dict() | {
         **planned,
         "tally": asdict(tally),
         "settings": dict(settings),

@@ -37,7 +37,7 @@ def looped(case: Case) -> tuple[Driver, RunSpec]:
 
 def state(d: Driver) -> dict[str, Any]:
     """z without what the controller remembers, which replays do not ask, and without rows."""
-    return d.snapshot()._replace(controller={}, rows={})._asdict()
+    return replace(d.snapshot(), controller={}, rows={}).to_dict()
 
 
 @several
