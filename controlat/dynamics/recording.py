@@ -131,7 +131,6 @@ class Recording:
         if not spec.open_loop:
             taken = Recorded([step.control for step in made], first, opening)
             spec = replace(spec, controller=taken)
-        end = driver.snapshot()
         return cls(
             driver=driver,
             spec=spec,
@@ -139,7 +138,7 @@ class Recording:
             last=last,
             stride=strides[0],
             stored=stored,
-            end=end,
+            end=driver.snapshot(),
             steps=made,
             events=events,
             finer=strides[1:],

@@ -24,13 +24,13 @@ Controls = dict[str, Number]
 Settings = dict[str, Any]
 
 
-def _runs(found: Any) -> Any:
-    if not all(isinstance(first, int) and isinstance(u, dict) for first, u in found):
+def _runs(entries: Any) -> Any:
+    if not all(isinstance(first, int) and isinstance(u, dict) for first, u in entries):
         raise ValueError("each entry should be a batch and the control from there on")
-    starts = [first for first, _ in found]
+    starts = [first for first, _ in entries]
     if starts[:1] not in ([], [0]) or any(b <= a for a, b in pairwise(starts)):
         raise ValueError(f"batches at which the control changes should rise from 0, got {short(starts)}")
-    return found
+    return entries
 
 
 # The controls of an epoch, as `controlat.control.controller.run_lengths` writes them.
