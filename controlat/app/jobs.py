@@ -146,8 +146,8 @@ def _note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
 
 
 def _alphas(schedule: Schedule) -> Iterator[float]:
-    """The step sizes of a schedule, piece by piece."""
-    return (schedule(piece * schedule.resolution).get("alpha", 0.0) for piece in range(schedule.pieces))
+    """The step sizes that a schedule may take."""
+    return (u.get("alpha", 0.0) for u in schedule.controls)
 
 
 def _steps(attacks: Sequence[str]) -> Iterator[float]:
@@ -302,7 +302,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     for c in every:
         spec = experiment.spec(c.schedule, c.seed)
         for epoch in range(chosen.epochs):
-            u = [c.schedule(epoch + b / spec.batches_per_epoch) for b in range(spec.batches_per_epoch)]
+            u = [spec.control_at(epoch, b) for b in range(spec.batches_per_epoch)]
             count["training"] += sum(map(method.controls.cost, u)) * len(experiment.training) / len(u)
             tried = c.grid.cost(method, u[0])
             if chosen.maximiser == "tpe":
@@ -323,7 +323,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
 def _seconds_per_evaluation(experiment: Experiment, candidate: ScheduleRun) -> float:
     driver, spec = experiment.driver(0), experiment.spec(candidate.schedule, 0)
     batch = next(spec.batches(0))
-    control = candidate.schedule(0)
+    control = spec.control(batch)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()

@@ -116,7 +116,7 @@ def most_evaluations(
     """
     per_epoch, n = spec.batches_per_epoch, len(spec.data)
     steps = spec.epochs * per_epoch
-    controls = [spec.schedule(step / per_epoch) for step in range(steps)]
+    controls = [spec.control_at(*divmod(step, per_epoch)) for step in range(steps)]
     rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
     looked = looked_at(spec.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
@@ -133,11 +133,12 @@ def _told(bar: Any) -> Callable[..., object] | None:
     return None if bar is None else lambda *_: bar.update()
 
 
-def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
+def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
     """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, calibration.
 
     Args:
         found: that data.
+        schedule: of the run; the control of a block is u(t), real where a knob is dithered.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
     if "failed" in found:
@@ -157,23 +158,18 @@ def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str,
     best = criterion.best()
     begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
     per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
-    blocks = [
-        {
-            "t": begins[b.index] / per_epoch,
-            "control": dict(b.control),
-            "maximiser": dict(b.maximiser),
-            "gain": b.gain,
-            "cosine": cosine,
-        }
-        for b, cosine in zip(best, criterion.cosines(), strict=True)
-    ]
+    blocks: list[dict[str, Any]] = []
+    for b, cosine in zip(best, criterion.cosines(), strict=True):
+        t = begins[b.index] / per_epoch
+        u = dict(schedule(t))
+        v = dict(b.maximiser) if b.gain > 0 else u
+        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
     chosen = sorted({0, len(best) // 2, len(best) - 1})
-    drawn = [
-        blocks[i]
-        | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
-        for i in chosen
-        if surfaces
-    ]
+    drawn: list[dict[str, Any]] = []
+    for i in chosen if surfaces else ():
+        (_, own), *others = criterion.surface(best[i].index)
+        scored = [(blocks[i]["control"], own), *others]
+        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
     return {
         "horizons": horizons,
         "blocks": blocks,

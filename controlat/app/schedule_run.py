@@ -79,7 +79,7 @@ class ScheduleRun:
 
     def measure(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
-        began, s, u = time.perf_counter(), self.settings, spec.schedule(epoch)
+        began, s, u = time.perf_counter(), self.settings, spec.control_at(epoch, 0)
         analysis = Driver(
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
@@ -149,7 +149,11 @@ class ScheduleRun:
             "epochs": read_log(self.directory),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **({"full": report_payload(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
+            **(
+                {"full": report_payload(read_record(full, Full), self.schedule, self.seed == s.seeds[0])}
+                if s.full
+                else {}
+            ),
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,
@@ -188,13 +192,12 @@ class ScheduleRun:
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
-        found = []
+        found, spec = [], self.experiment.spec(self.schedule, self.seed)
         for line in self._surfaces(epochs):
+            u = spec.control_at(line["epoch"], 0)
             surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
             try:
-                gaps: dict[str, Gap] = {
-                    form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
-                }
+                gaps: dict[str, Gap] = {form: surface.gap(u, gamma, form) for form in FORMS}
             except ValueError as error:
                 where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
                 raise ValueError(f"{where}: {error}") from None
@@ -219,8 +222,7 @@ class ScheduleRun:
 def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
     """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
     schedules = [settings.schedule_of(text) for text in settings.schedules]
-    every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]
-    largest = max(int(u.get("steps", 1)) for u in every)
+    largest = max(int(u.get("steps", 1)) for s in schedules for u in s.controls)
     eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
     grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
     for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):

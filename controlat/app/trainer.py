@@ -236,7 +236,7 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
 def _bar(spec: RunSpec, driver: Driver, tally: Tally, label: str, show: bool) -> Any:
     """A progress bar over planned gradient evaluations: Amata's late epochs cost more than its early ones."""
     per_epoch = spec.batches_per_epoch
-    steps = (spec.schedule(e + b / per_epoch) for e in range(spec.epochs) for b in range(per_epoch))
+    steps = (spec.control_at(e, b) for e in range(spec.epochs) for b in range(per_epoch))
     cost = sum(driver.method.controls.cost(u) for u in steps) * len(spec.data) / per_epoch
     return tqdm(
         total=round(cost),

@@ -479,13 +479,13 @@ class Driver:
         """Let the method do what it does before the first step of an epoch."""
         if hasattr(self.method, "start_epoch"):
             with rng.scoped(self.seed, epoch, -1, "start", device=self.device), self._watched():
-                self.method.start_epoch(self._epoch(spec, epoch), spec.schedule(epoch))
+                self.method.start_epoch(self._epoch(spec, epoch), spec.control_at(epoch, 0))
 
     def end_epoch(self, spec: RunSpec, epoch: int) -> None:
         """Let the method do what it does after the last step of an epoch."""
         if hasattr(self.method, "end_epoch"):
             with rng.scoped(self.seed, epoch, -1, "end", device=self.device), self._watched():
-                self.method.end_epoch(self._epoch(spec, epoch), spec.schedule(epoch))
+                self.method.end_epoch(self._epoch(spec, epoch), spec.control_at(epoch, 0))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

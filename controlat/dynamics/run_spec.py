@@ -104,7 +104,10 @@ class RunSpec:
             yield Batch(x, y, index, epoch, number, placement, None if share.alone else share)
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
-        """The block of every step first, ..., last - 1: epochs, cut where the control changes in one."""
+        """The block of every step first, ..., last - 1: epochs, cut where u(t) changes in one.
+
+        Steps of a piece in which a knob is dithered are one block.
+        """
         found: list[int] = []
         before = None
         for number in range(first, last):
@@ -115,8 +118,14 @@ class RunSpec:
         return tuple(found)
 
     def control(self, batch: Batch) -> Control:
-        """u at the start of that batch's step."""
-        return self.schedule(batch.epoch + batch.number / self.batches_per_epoch)
+        """u of that batch's step."""
+        return self.control_at(batch.epoch, batch.number)
+
+    def control_at(self, epoch: int, number: int) -> Control:
+        """u of one step, by its epoch and its position there."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.at(epoch, number, self.batches_per_epoch)
+        return self.schedule(epoch + number / self.batches_per_epoch)
 
     def learning_rate(self, epoch: int, number: int) -> float:
         """eta of one step, taken at its middle."""

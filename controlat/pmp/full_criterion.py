@@ -74,7 +74,8 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, members: list[Gains], steps: int) -> _Part:
         places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
-        common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
+        one = all(g.controls[0] == members[0].controls[0] for g in members)  # not where a knob is dithered
+        common = [v for v in members[0].controls[one:] if all(v in known for known in places)]
         where = [[0, *(known[v] for v in common)] for known in places]
         return cls(members, [members[0].controls[0], *common], where, steps)
 

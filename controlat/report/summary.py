@@ -267,6 +267,13 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         for e in result["schedules"]
         if e["schedule"]["epochs"] != s["epochs"]
     ]
+    if any(
+        "dither" in (c.get("rounding") for c in e["schedule"]["knobs"].values()) for e in result["schedules"]
+    ):
+        lines.append(
+            "rounding=dither: steps take the whole numbers below and above K in turn, K on average; C norm and "
+            "C costate look at that of an epoch's first step."
+        )
     lines += _greedy_notes(result)
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
@@ -426,10 +433,12 @@ def _best(result: Mapping[str, Any]) -> str:
             return "-"
         gap = run["criterion"][epoch]["norm"]
         u, v = gap["control"], gap["maximiser"]
-        if u == v:
-            return f"{_knobs(u, ['steps'])} is best"
         shown = [name for name in ("steps", "alpha") if name in u]
-        return f"{_knobs(u, shown)} → {_knobs(v, shown)}, +{gap['value']:.3g}"
+        planned = _knobs(run["epochs"][epoch]["control"], shown)  # real where a knob is dithered
+        if u == v:
+            return f"{_knobs(u, ['steps'])} is best" + f" (of {planned})" * (planned != _knobs(u, shown))
+        taken = f" (here {_knobs(u, shown)})" * (planned != _knobs(u, shown))
+        return f"{planned}{taken} → {_knobs(v, shown)}, +{gap['value']:.3g}"
 
     heads = ["epoch", *(schedule["text"] for schedule in result["schedules"])]
     epochs = range(max(len(run["criterion"]) for run in runs))
