@@ -143,17 +143,16 @@ class ScheduleRun:
         full = self.directory / "full.json"
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
+        shown = {}
+        if s.full:
+            shown["full"] = report_payload(read_record(full, Full), self.schedule, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
             "epochs": read_log(self.directory),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **(
-                {"full": report_payload(read_record(full, Full), self.schedule, self.seed == s.seeds[0])}
-                if s.full
-                else {}
-            ),
+            **shown,
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,

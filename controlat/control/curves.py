@@ -130,7 +130,7 @@ class Curve:
             raise ValueError("a ratio curve cannot have rounding dither: give it to the knob it divides by")
 
     def place(self, t: float) -> int:
-        """How many of the epochs `at` have come by time t: by bisection, as there may be a million of them."""
+        """How many of the epochs `at` have come by time t: bisection, as there may be a million of them."""
         return bisect_right(self.at, t, key=lambda edge: edge - SLACK)
 
     def __call__(self, t: float, epochs: float) -> float:

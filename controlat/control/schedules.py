@@ -249,7 +249,7 @@ class Schedule:
         return tuple(found)
 
     def control(self, now: Any, z: object = None) -> Control:
-        """The control of the step that `now` names by epoch, batch and batches; open loop: z plays no part."""
+        """The control of the step that `now` names by epoch, batch and batches; the state z plays no part."""
         return self.at(now.epoch, now.batch, now.batches)
 
     def bound(self, space: ControlSpace) -> Schedule:

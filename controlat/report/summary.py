@@ -267,12 +267,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         for e in result["schedules"]
         if e["schedule"]["epochs"] != s["epochs"]
     ]
-    if any(
-        "dither" in (c.get("rounding") for c in e["schedule"]["knobs"].values()) for e in result["schedules"]
-    ):
+    curves = [curve for e in result["schedules"] for curve in e["schedule"]["knobs"].values()]
+    if any(curve.get("rounding") == "dither" for curve in curves):
         lines.append(
-            "rounding=dither: steps take the whole numbers below and above K in turn, K on average; C norm and "
-            "C costate look at that of an epoch's first step."
+            "rounding=dither: steps take the whole numbers below and above K in turn, K on average; C norm "
+            "and C costate look at the first step of each epoch."
         )
     lines += _greedy_notes(result)
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
