@@ -42,7 +42,7 @@ from controlat.control.schedules import Schedule
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
-from controlat.pmp import Grid, described, price, try_terminal
+from controlat.pmp import Candidates, described, price, try_terminal
 from controlat.records import missing
 from controlat.report import plots
 from controlat.robust_accuracy import Extras, parse_attack
@@ -259,15 +259,17 @@ def _strides(experiment: Experiment, chosen: EvaluateSettings, candidate: Schedu
         raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
 
-def _searched(grid: Grid, chosen: EvaluateSettings) -> dict[str, Any]:
+def _searched(grid: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
     """What the maximum is over: as far as the method has these controls."""
     knobs = build(chosen.method, chosen.method_options).controls
-    least, most = grid.bounds(knobs)
+    values = grid.within(knobs)
+    alphas, steps = values.pop("alpha", ()), values.pop("steps", (0,))
     return {
-        "alphas": list(grid.alphas) if "alpha" in knobs else [],
-        "least": least,
-        "max_steps": most,
-        "others": [n for n, k in knobs.items() if n not in ("alpha", "steps") and k.low < k.high],
+        "alphas": list(alphas),
+        "least": steps[0],
+        "max_steps": steps[-1],
+        "others": [n for n, k in knobs.items() if n not in grid.values and k.low < k.high],
+        **({"more": {name: list(listed) for name, listed in values.items()}} if values else {}),
     }
 
 

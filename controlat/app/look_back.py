@@ -25,8 +25,8 @@ from controlat.methods import Method
 from controlat.pmp import (
     HALVINGS,
     LAMBDAS,
+    Candidates,
     Criterion,
-    Grid,
     Price,
     calibrate,
     described,
@@ -42,7 +42,7 @@ def full_criterion(
     settings: EvaluateSettings,
     schedule: Schedule,
     seed: int,
-    grid: Grid,
+    grid: Candidates,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def full_criterion(
 
 
 def most_evaluations(
-    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Grid, phi: Price, replays: int
+    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Candidates, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
 
@@ -123,7 +123,7 @@ def most_evaluations(
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * spec.epochs * n
     scored = sum(grid.cost(method, controls[number]) for number in looked) * spec.batch_size
-    dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
+    dearest = max(method.controls.cost(v) for v in grid.around(method, controls[0]))
     relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * spec.epochs * n + phi.value)
     return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
 

@@ -28,14 +28,14 @@ from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
-from controlat.methods import Batch
+from controlat.methods import Batch, build
 from controlat.pmp import (
     FORMS,
+    Candidates,
     Gap,
-    Grid,
     Surface,
-    measure,
     probe_batches,
+    score,
 )
 from controlat.records import (
     CriterionLine,
@@ -62,7 +62,7 @@ class ScheduleRun:
     schedule: Schedule
     seed: int
     directory: Path
-    grid: Grid
+    grid: Candidates
 
     def probe(self, epoch: int) -> list[Batch]:
         """The probe at one epoch: fixed training samples, in batches of the training batch size.
@@ -84,9 +84,9 @@ class ScheduleRun:
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
-        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        total = 1 + (len(self.grid.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
-            surface = measure(
+            surface = score(
                 analysis,
                 self.probe(epoch),
                 u,
@@ -223,7 +223,8 @@ def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) ->
     schedules = [settings.schedule_of(text) for text in settings.schedules]
     largest = max(int(u.get("steps", 1)) for s in schedules for u in s.controls)
     eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
-    grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
+    space = build(settings.method, settings.method_options).controls
+    grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
     for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
         for seed in settings.seeds:
             directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"

@@ -25,7 +25,7 @@ from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import sweep
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.relaxed import Outcome, relaxed
@@ -268,7 +268,7 @@ def _index(g: Gains, v: Control) -> int:
 def examine(
     recording: Recording,
     terminal: Terminal,
-    grid: Grid,
+    grid: Candidates,
     *,
     gamma: float | str,
     horizons: Sequence[int] | None = None,
@@ -296,7 +296,7 @@ def examine(
     Source:
         Ye et al. (2021), equation 13.
     """
-    for name, value, kind in (("recording", recording, Recording), ("grid", grid, Grid)):
+    for name, value, kind in (("recording", recording, Recording), ("grid", grid, Candidates)):
         instance(value, kind, name)
     check_terminal(terminal, "terminal")
     instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")

@@ -26,7 +26,8 @@ from controlat.dynamics.adjoint import State, state
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.recording import Visit
 from controlat.methods import Prefixes
-from controlat.pmp.candidates import Grid, rerun, sweep
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import score_one, score_sweep
 from controlat.pmp.surface import Array
 
 __all__ = ["Gains", "gains"]
@@ -94,7 +95,7 @@ def gains(
     visit: Visit,
     costates: Mapping[int, State],
     norms: Mapping[int, float],
-    grid: Grid,
+    grid: Candidates,
     meter: Meter | None = None,
 ) -> Gains:
     """Score the candidates of G around u_t at one step of a recorded roll-out, under common random numbers.
@@ -139,17 +140,17 @@ _Scores = dict[Control, tuple[float, list[float], float]]
 
 
 def _by_gradients(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
 ) -> _Scores:
     """From gradients, as S is affine in the gradient of its only update, and running statistics."""
     o, batches, u = driver.optimizer, [visit.batch], visit.control
     # Nesterov looks ahead by the buffer, into which the gradient has gone already.
     rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
     weights = [(_weights(p, rate), p.statistics) for p in costates.values()]
-    first = rerun(driver, batches, u, visit.rate, meter)
+    first = score_one(driver, batches, u, visit.rate, meter)
     (base,) = first[2]
     found: _Scores = {}
-    for v, n, (field,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
+    for v, n, (field,) in itertools.chain([first], score_sweep(driver, batches, grid, u, visit.rate, meter)):
         moved = _minus(field.gradients, base.gradients)
         drift = _minus(field.statistics, base.statistics)
         size = (rate**2 + (o.momentum > 0)) * _dot(moved, moved) + _dot(drift, drift)
@@ -170,7 +171,7 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _by_steps(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
 ) -> _Scores:
     """By taking the step under every candidate from the same state."""
     batch, training = visit.batch, driver.meter
@@ -179,7 +180,7 @@ def _by_steps(
     base: State | None = None
     driver.meter = meter
     try:
-        for v in dict.fromkeys([visit.control, *grid.candidates(driver.method, visit.control)]):
+        for v in dict.fromkeys([visit.control, *grid.around(driver.method, visit.control)]):
             counted = meter.gradients
             driver.step(batch, v, visit.rate)
             after = state(driver, batch)

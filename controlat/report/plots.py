@@ -243,10 +243,11 @@ def surfaces(result: Mapping[str, Any], path: Path) -> None:
 
 def _surface(figure: Figure, axis: Any, found: Mapping[str, Any]) -> None:
     """One block: colours are sum DeltaH, a ring is u, a star the maximiser."""
-    points = [
-        (c["control"].get("alpha", 0.0), c["control"].get("steps", 0), c["gain"]) for c in found["candidates"]
-    ]
-    alpha, steps, gain = (np.array(v) for v in zip(*points, strict=True))
+    best: dict[tuple[float, float], float] = {}  # over other knobs that were searched
+    for c in found["candidates"]:
+        place = c["control"].get("alpha", 0.0), c["control"].get("steps", 0)
+        best[place] = max(c["gain"], best.get(place, -np.inf))
+    alpha, steps, gain = (np.array(v) for v in zip(*((*p, g) for p, g in best.items()), strict=True))
     limit = max(float(np.abs(gain).max()), 1e-12)
     drawn = axis.scatter(alpha, steps, c=gain, cmap="RdBu", vmin=-limit, vmax=limit, s=45, marker="s")
     for marker, size, v in (("o", 110, found["control"]), ("*", 60, found["maximiser"])):

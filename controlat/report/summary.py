@@ -225,21 +225,9 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What the numbers of the table mean, in lines."""
     s, sizes, g = result["settings"], result["sizes"], result["grid"]
-    alphas = ", ".join(f"{a:.3g}" for a in g["alphas"])
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
     seeds = ", ".join(map(str, s["seeds"]))
-    least, others = g.get("least", 0), g.get("others", [])
-    searched = f"K = {least}..{g['max_steps']}" + f", alpha in {{{alphas}}}" * bool(g["alphas"])
-    searched += ", and the schedule's own control"
-    if others:
-        searched += (
-            f"; {', '.join(others)} as in the schedule, so that rows which differ there have other maxima"
-        )
-    if s["maximiser"] == "tpe":
-        searched = (
-            f"K = 0..{g['max_steps']}, alpha from {g['alphas'][0]:.3g} to {g['alphas'][-1]:.3g}, by "
-            f"{s['trials']} trials of hyperopt's TPE on the norm form (costate form: the best of these)"
-        )
+    searched = _searched(g, s)
     several = len(s["seeds"]) > 1
     said = "as above" if "full" in result["schedules"][0]["summary"] else _phi(result)
     lines = [
@@ -276,6 +264,27 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     lines += _greedy_notes(result)
     dropped = sorted({d for schedule in result["schedules"] for d in schedule["summary"]["dropped"]})
     return lines + [f"Dropped dependences on theta: {'; '.join(dropped)}."] * bool(dropped)
+
+
+def _searched(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What the maximum is over."""
+    others = grid.get("others", [])
+    listed = {"alpha": grid["alphas"], **grid.get("more", {})}
+    steps = [] if "steps" in others else [f"K = {grid.get('least', 0)}..{grid['max_steps']}"]
+    if settings["maximiser"] == "tpe":
+        ranges = [f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in listed.items() if v]
+        return (
+            f"{', '.join(steps + ranges)}, by {settings['trials']} trials of hyperopt's TPE on the norm form "
+            "(costate form: the best of these)"
+        )
+    sets = [f"{name} in {{{', '.join(f'{value:.3g}' for value in v)}}}" for name, v in listed.items() if v]
+    rest = f"; {', '.join(others)} as in the schedule, so that rows which differ there have other maxima"
+    return f"{', '.join(steps + sets)}, and the schedule's own control{rest * bool(others)}"
+
+
+def _names(result: Mapping[str, Any]) -> list[str]:
+    """The knobs that tables of maximisers show."""
+    return ["steps", "alpha", *result["grid"].get("more", {})]
 
 
 def _greedy_notes(result: Mapping[str, Any]) -> list[str]:
@@ -432,7 +441,7 @@ def _best(result: Mapping[str, Any]) -> str:
             return "-"
         gap = run["criterion"][epoch]["norm"]
         u, v = gap["control"], gap["maximiser"]
-        shown = [name for name in ("steps", "alpha") if name in u]
+        shown = _names(result)
         planned = _knobs(run["epochs"][epoch]["control"], shown)  # real where a knob is dithered
         if u == v:
             return f"{_knobs(u, ['steps'])} is best" + f" (of {planned})" * (planned != _knobs(u, shown))
@@ -494,7 +503,7 @@ def _full_parts(result: Mapping[str, Any]) -> list[str]:
         ),
         "## What the full maximum principle would change\n\nControl of the schedule → maximiser over the "
         f"block, and what it would gain in units of J; seed {seed}.",
-        _changes([e for _, e in entries]),
+        _changes([e for _, e in entries], _names(result)),
     ]
 
 
@@ -502,7 +511,7 @@ def _mean(found: Mapping[str, Any] | None) -> str:
     return "-" if found is None else f"{found['mean']:.3g}"
 
 
-def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
+def _changes(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Per epoch, under the first seed: what each block of it would change."""
     runs = [schedule["runs"][0] for schedule in entries]
 
@@ -512,7 +521,6 @@ def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
             if int(block["t"] + 1e-9) != epoch:
                 continue
             u, v = block["control"], block["maximiser"]
-            names = [name for name in ("steps", "alpha") if name in u]
             better = f" → {_knobs(v, names)}, +{block['gain']:.3g}" if u != v else " is best"
             parts.append(_knobs(u, names) + better)
         return "; ".join(parts) or "-"
@@ -524,7 +532,7 @@ def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _knobs(u: Mapping[str, float], names: Sequence[str]) -> str:
     symbols = {"steps": "K", "alpha": "α"}
-    return " ".join(f"{symbols[name]}={u[name]:.3g}" for name in names if name in u)
+    return " ".join(f"{symbols.get(name, name)}={u[name]:.3g}" for name in names if name in u)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.pmp import AdversarialLoss, Grid, examine
+from controlat.pmp import AdversarialLoss, Candidates, examine
 
 EPOCHS, BATCHES = 3, 5
 KNOBS = [
@@ -91,7 +91,7 @@ def test_a_piece_of_a_dithered_knob_is_one_block_and_its_candidates_are_held_thr
     d = driver(case)
     recording = Recording.of(d, spec)
     phi = AdversarialLoss(spec.data.x, spec.data.y, d.ball)
-    found = examine(recording, phi, Grid((0.05,), 2), gamma=0.01)
+    found = examine(recording, phi, Candidates.of((0.05,), 2), gamma=0.01)
     for index in range(EPOCHS):
         surface = found.surface(index)
         gains = dict(surface[1:])
