@@ -239,9 +239,7 @@ def _default(name: str, knob: Knob) -> Values:
     low, high = knob.low, knob.high
     if math.isinf(low) or math.isinf(high):
         if not knob.default:
-            raise ValueError(
-                f"{name} has no default to search around: give values, {name}=a:b:c or {name}=a..b"
-            )
+            raise ValueError(f"{name} has no default to search around: give {name}=a:b:c or {name}=a..b")
         if knob.kind == "real":
             return tuple(max(low, min(high, knob.default * factor)) for factor in (0.25, 0.5, 1, 2, 4))
         low, high = max(low, 0), min(high, 2 * knob.default)

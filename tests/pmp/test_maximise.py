@@ -1,4 +1,4 @@
-"""The bounded set G, and TPE against the exact maximum."""
+"""TPE against the exact maximum."""
 
 import functools
 import os
@@ -59,37 +59,6 @@ def by_tpe(
 
 def best(surface: Surface, gamma: float, form: str = "norm") -> float:
     return float((surface.reward(form) - gamma * surface.evaluations).max())
-
-
-# ---------------------------------------------------------------------------------------------------- the set
-
-
-def test_the_default_step_sizes_are_spaced_logarithmically() -> None:
-    grid = Candidates.default(0.3, 7)
-    assert grid.values["alpha"] == pytest.approx([0.3 / 40 * 80 ** (i / 4) for i in range(5)], rel=1e-5)
-    assert grid.values["steps"] == range(8)
-    assert len(grid.around(PgdAT(), Control(alpha=0.1, steps=1))) == 5 * 7 + 1
-
-
-def test_a_grid_is_sorted_without_repetitions() -> None:
-    assert Candidates.of((0.3, 0.1, 0.3), 2).values["alpha"] == (0.1, 0.3)
-    assert Candidates.of(("8/255",), 2).values["alpha"] == (8 / 255,)
-
-
-@pytest.mark.parametrize(
-    ("alphas", "steps", "message"),
-    [
-        ((), 3, "alpha must be a list of step sizes > 0, got none"),
-        ((0.0, 0.1), 3, "must be > 0"),
-        ((-0.1,), 3, "must be > 0"),
-        ((float("nan"),), 3, "a value of alpha must be finite"),
-        ((0.1,), 0, "max_steps must be a whole number >= 1, got 0"),
-        ((0.1,), 2.5, "max_steps must be a whole number >= 1, got 2.5"),
-    ],
-)
-def test_a_set_that_is_none_is_refused(alphas: tuple[float, ...], steps: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Candidates.of(alphas, steps)
 
 
 # -------------------------------------------------------------------------------------------------------- TPE
