@@ -1,7 +1,7 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
 from controlat.pmp.candidates import Candidates
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import (
     HALVINGS,
     LAMBDAS,
@@ -16,7 +16,6 @@ from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Price,
     Terminal,
@@ -34,7 +33,6 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
-    "TERMINALS",
     "AdversarialLoss",
     "Calibration",
     "Candidates",
@@ -44,6 +42,7 @@ __all__ = [
     "Surface",
     "Terminal",
     "Weighted",
+    "backward",
     "build_terminal",
     "calibrate",
     "criterion",
@@ -57,6 +56,5 @@ __all__ = [
     "probe_batches",
     "relaxed",
     "score",
-    "sweep",
     "try_terminal",
 ]
