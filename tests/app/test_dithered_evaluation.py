@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from controlat import parse_schedule
 from controlat.app import jobs
-from controlat.report import plots
+from controlat.report.sections import problem
 
 TEXT = "pgd:steps=2.5,alpha=0.1,rounding=dither"
 SMALL: dict[str, Any] = {
@@ -77,8 +77,8 @@ def test_the_summary_shows_the_real_number(out: Path) -> None:
 
 def test_the_figure_shows_the_real_number(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    plots.schedules(result, Path("unused.png"))
+    monkeypatch.setattr(problem, "save", lambda figure, path: drawn.append(figure))
+    problem.draw(result, Path("unused.png"))
     values = {
         axis.get_ylabel(): {v for line in axis.get_lines() for v in line.get_ydata()}  # type: ignore[union-attr]
         for axis in drawn[0].axes
