@@ -16,6 +16,7 @@ from controlat._util import rng
 from controlat._util.parallel import World, current, joined
 from controlat.attacks.balls import Ball
 from controlat.control.controller import Moment
+from controlat.control.schedule_text import parse_schedule
 from controlat.control.space import Control
 from controlat.data import Augment, Split
 from controlat.dynamics.driver import Driver, SGDSettings
@@ -49,6 +50,15 @@ def every_case(world: World) -> dict[str, Any]:
             steps = [step._asdict() for step in rollout(d, p)]
             found[f"{name}, {norm}"] = plain(d, steps)
     return found
+
+
+def dithered(world: World) -> dict[str, Any]:
+    """A method with two integer knobs between two whole numbers each, for three epochs."""
+    d, space = driver(CASES["yopo"]), CASES["yopo"].method().controls
+    schedule = parse_schedule("set:steps=1.5..3,alpha=0.03,inner=1.3,rounding=dither", 3, space).bound(space)
+    p = constant(CASES["yopo"].control(), N, batch_size=BATCH, epochs=3, world=world)
+    steps = [step._asdict() for step in rollout(d, replace(p, controller=schedule))]
+    return {"dithered": plain(d, steps) | {"controls": [dict(step["control"]) for step in steps]}}
 
 
 def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def closed_loop(world: World) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
-    task.__name__: task for task in (every_case, batchnorm, twins, exchanges, drifting, closed_loop)
+    task.__name__: task for task in (every_case, dithered, batchnorm, twins, exchanges, drifting, closed_loop)
 }
 
 

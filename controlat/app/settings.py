@@ -27,7 +27,8 @@ from controlat.control.space import Knob
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
-from controlat.pmp.candidates import MAXIMISERS
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.records import (
     LogLine,
@@ -351,9 +352,11 @@ class EvaluateSettings(Problem):
             the demo, scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
-        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over alpha and K, as in the paper).
+        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
         trials: Evaluations of tpe at each instant.
         probe: Training samples that the criterion is computed on.
+        knobs: What is searched, such as alpha steps beta=1:3:6 slack=0..4, of the controls of the method; the
+            others stay as in the schedule. alpha and steps if left out.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
         terminal: Terminal cost Phi on held-out samples: a file of controlat/pmp/terminal, your own
@@ -378,6 +381,7 @@ class EvaluateSettings(Problem):
     maximiser: str = "sweep"
     trials: int = 100
     probe: int = 512
+    knobs: Sequence[str] | None = None
     alphas: Sequence[str | float] | None = None
     max_steps: int | None = None
     terminal: str = "adversarial"
@@ -422,6 +426,10 @@ class EvaluateSettings(Problem):
         parse_terminal(self.terminal)
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
+        space = build(self.method, self.method_options).controls
+        Candidates.read(
+            self.knobs, space, eps=self.ball.eps, max_steps=self.max_steps or 1, alphas=self.alphas
+        )
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""

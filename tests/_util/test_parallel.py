@@ -103,6 +103,19 @@ def test_several_processes_take_the_steps_of_one_on_whole_batches(
 
 
 @counts
+def test_several_processes_agree_on_dithered_knobs(several: Any, count: int) -> None:
+    expected = processes.dithered(World())["dithered"]
+    assert {u["steps"] for u in expected["controls"]} == {1, 2, 3}
+    for rank in range(count):
+        found = several(count, rank)["dithered"]
+        assert found["controls"] == expected["controls"]
+        assert found["meter"] == expected["meter"]
+        assert same(found["model"], several(count, 0)["dithered"]["model"])
+        for mine, theirs in zip(tensors(found["model"]), tensors(expected["model"]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@counts
 def test_all_processes_hold_the_same_bits(several: Any, count: int) -> None:
     for rank in range(1, count):
         mine, first = several(count, rank), several(count, 0)

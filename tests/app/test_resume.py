@@ -147,12 +147,12 @@ def _kill_and_resume(undisturbed: Path, out: Path, settings: dict[str, Any], kil
 
 
 def _settings(case: Case) -> dict[str, Any]:
-    """A run of a case in which the step size and the number of steps grow."""
+    """A run of a case in which the step size and the number of steps grow, this one real on average."""
     knobs = {name: str(value) for name, value in case.control().items()}
     for name, last in (("alpha", 0.06), ("steps", case.control()["steps"] + 1)):
         if name in knobs:
             knobs[name] += f"..{min(last, case.method().controls[name].high)}"
-    schedule = "set:" + ",".join(f"{name}={value}" for name, value in knobs.items())
+    schedule = "set:rounding=dither," + ",".join(f"{name}={value}" for name, value in knobs.items())
     return SMALL | {"method": case.name, "method_options": dict(case.options), "schedule": schedule}
 
 

@@ -35,7 +35,7 @@ from controlat.methods import (
 from controlat.methods.cat import Cat
 from controlat.methods.free import Free
 from controlat.methods.pgd_at import PgdAT
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.relaxed import Outcome, relaxed
@@ -50,7 +50,7 @@ SETTINGS = {
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
-GRID = Grid((0.013,), 2)
+GRID = Candidates.of((0.013,), 2)
 
 
 def planned(case: Case, epochs: int = 2, rate: float = 0.1) -> RunSpec:
@@ -79,7 +79,7 @@ class Mixed(NamedTuple):
     norms: dict[int, float]
 
 
-def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID, h: float = H) -> Mixed:
+def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Candidates = GRID, h: float = H) -> Mixed:
     """Every step goes towards the best control that is not its own."""
     price, whole = GAMMA * rec.spec.mean_rate(), rec.last - rec.first
     gap, others, looked, norms, dropped = 0.0, {}, {}, {}, ()
@@ -182,7 +182,7 @@ def test_perturbations_that_meet_the_edge_of_the_ball_are_followed(name: str) ->
     store = rec.end.memory["delta"] if name != "atta" else rec.end.rows["delta"].values
     clipped = (store.abs() > 0.011 - 1e-9).double().mean()
     assert 0.1 < clipped < 1
-    check(mixing(rec, replace(PHI, ball=Ball(0.011)), Grid((0.0043, 0.0137), 1)))
+    check(mixing(rec, replace(PHI, ball=Ball(0.011)), Candidates.of((0.0043, 0.0137), 1)))
 
 
 def on_the_edge(name: str, steps: int, eps: float = 0.1) -> Mixed:
@@ -366,7 +366,7 @@ def best(rec: Recording) -> dict[int, Control]:
     """Another control for every step, if the method has one."""
     found = {}
     for n, step in enumerate(rec.steps, rec.first):
-        others = [v for v in GRID.candidates(rec.driver.method, step.control) if v != step.control]
+        others = [v for v in GRID.around(rec.driver.method, step.control) if v != step.control]
         if others:
             found[n] = others[n % len(others)]
     return found
