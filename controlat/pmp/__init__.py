@@ -1,7 +1,7 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
 from controlat.pmp.candidates import MAXIMISERS, Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import (
     HALVINGS,
     LAMBDAS,
@@ -41,6 +41,7 @@ __all__ = [
     "Surface",
     "Terminal",
     "Weighted",
+    "backward",
     "build_terminal",
     "calibrate",
     "criterion",
@@ -54,6 +55,5 @@ __all__ = [
     "price",
     "probe_batches",
     "relaxed",
-    "sweep",
     "try_terminal",
 ]

@@ -107,6 +107,7 @@ class Checkpoint(TypedDict):
     rows: NotRequired[dict[str, Rows]]
     kept: NotRequired[dict[str, Kept]]
     stopped: NotRequired[str]
+    controller: NotRequired[dict[str, Any]]
     schedule: ScheduleRecord
     tally: Tally
     settings: _Stored

@@ -269,11 +269,11 @@ def test_evaluations_are_those_that_the_network_sees(steps: int) -> None:
 
 
 def test_the_users_own_cost_serves_as_any_other() -> None:
-    from controlat.pmp.costate import sweep
+    from controlat.pmp.costate import backward
 
     d = driver(CASES["pgd_at"], channels_last=False)
     rec = Recording.of(d, constant(CASES["pgd_at"].control(), epochs=1))
-    last = next(iter(sweep(rec, Size())))
+    last = next(iter(backward(rec, Size())))
     theta = list(rec.end.model.values())
     assert same(last.costates[3].parameters, [-t for t in theta])
     assert last.dropped == ("nothing much",)

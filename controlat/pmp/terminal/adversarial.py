@@ -19,7 +19,7 @@ from controlat.attacks.pgd import ascend, check_batch
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
 from controlat.models.frozen.asking import ask
-from controlat.models.frozen.borrowed import alone, in_mode, merges, owned
+from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode, merges, owned
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal._base import Price, differentiated, finite_gradient, finite_value
 
@@ -150,7 +150,7 @@ class AdversarialLoss:
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
         """Eval mode; flags and buffers as they were, afterwards."""
-        with alone(driver.model), in_mode(driver.model, False), driver._buffers_kept():
+        with alone(driver.model), in_mode(driver.model, False), buffers_kept(driver.model):
             yield
 
 
