@@ -30,7 +30,7 @@ from controlat._util.files import (
 
 _WRITER = """
 import sys
-from controlat.files import write
+from controlat._util.files import write
 def fill(file, byte):
     for _ in range(64):
         file.write(byte * 4096)

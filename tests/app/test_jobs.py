@@ -411,7 +411,7 @@ def test_the_notes_name_what_the_greedy_forms_leave_out(result: dict[str, Any]) 
 
 
 def _killed(folder: Path, passes: int) -> int:
-    code = f"from controlat import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
+    code = f"from controlat.app import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
     environment = os.environ | {"KILL": str(passes), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=100

@@ -18,7 +18,7 @@ SETTINGS = {"command": "train", "lr": 0.1, "schedules": [{"text": "none", "epoch
 
 _HOLDER = """
 import sys
-from controlat.runs import claimed
+from controlat.app.runs import claimed
 with claimed(sys.argv[1], {"a": 1}):
     print("held", flush=True)
     sys.stdin.read()

@@ -90,7 +90,7 @@ with contextlib.suppress(RuntimeError):
 """
 
 _FRESH = """
-from controlat import vision
+from controlat._util import vision
 module = vision.torchvision()
 assert vision.torchvision() is module
 import torchvision, torchvision.datasets, torchvision.models, torchvision.transforms
