@@ -49,6 +49,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/batchnorm.py
+	$(BIN)/python benchmarks/importing.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis controlat.egg-info

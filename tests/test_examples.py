@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import flat, same
+from helpers import GUARD, flat, same
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ def _child(folder: Path, *words: str | Path, **variables: str) -> subprocess.Com
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=GUARD)
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:

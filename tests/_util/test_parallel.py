@@ -14,7 +14,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from helpers import same
+from helpers import GUARD, same
 from hypothesis import given
 from hypothesis import strategies as st
 from systems import CASES, batch, constant, driver
@@ -43,7 +43,7 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     command += [f"--master-port={port}", "--master-addr=127.0.0.1", *map(str, words)]
     settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=GUARD)
 
 
 @pytest.fixture(scope="module")

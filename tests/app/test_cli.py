@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import shorten_autoattack
+from helpers import GUARD, shorten_autoattack
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -55,7 +55,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def _child(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "controlat", *words]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=GUARD)
 
 
 @pytest.fixture(scope="module")

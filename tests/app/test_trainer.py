@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import GUARD
 from torch import nn
 
 from controlat import NonFiniteError, robustness
@@ -73,7 +74,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 def _child(folder: Path, kill: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "controlat", "train", "--out", "killed", "--resume", *_flags(settings)]
     environment = os.environ | {"KILL": kill, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=GUARD)
 
 
 def _without_seconds(log: Path) -> list[dict[str, Any]]:

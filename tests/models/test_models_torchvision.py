@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GUARD
 
 from controlat._util import vision
 from controlat.models import build
@@ -107,7 +108,7 @@ def test_a_fresh_process_imports_it(before: str) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=GUARD,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "Caltech256"]
