@@ -395,7 +395,7 @@ def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: st
         assert not p.memory
         assert not p.rows
         if o.momentum:
-            m = int(visit.control["steps"]) if name == "free" else 1
+            m = CASES[name].own.updates(visit.control)
             left = worth_of_the_buffer(o, [r for r in rates[number + 1 :] for _ in range(m)])
             torch.testing.assert_close(flat(p.momentum), -left * gradient, rtol=1e-9, atol=1e-14)
 

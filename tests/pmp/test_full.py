@@ -67,7 +67,7 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     j = [relaxed(r, others, part, terminal).objective(found.price) for part in (0.0, h, 2 * h)]
     assert found.total() > 0
     slope, tolerance = (3 * j[0] - 4 * j[1] + j[2]) / (2 * h), 1e-6
-    if case.name == "free" and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
+    if case.own.meets_edge and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
         (share,) = re.findall(r"lie on a clip \((\S+)% of their costate", *found.dropped)
         tolerance = float(share) / 100
         assert 0 < tolerance < 0.2
