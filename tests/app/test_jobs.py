@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import GUARD, shorten_autoattack
+from forks import forked
+from helpers import shorten_autoattack
 from PIL import Image
 
 from controlat import Surface, load_schedule, parse_schedule, report
@@ -410,15 +410,10 @@ def test_the_notes_name_what_the_greedy_forms_leave_out(result: dict[str, Any]) 
 # ---------------------------------------------------------------------------------------------- interrupted
 
 
-def _killed(folder: Path, passes: int) -> int:
-    code = (
-        f"from controlat.app import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
-    )
-    environment = os.environ | {"KILL": str(passes), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=GUARD
-    )
-    return done.returncode
+def _evaluate(folder: Path, passes: int) -> None:
+    os.chdir(folder)
+    os.environ["KILL"] = str(passes)
+    jobs.evaluate("killed", **SMALL | {"model": "stoppable:net"})
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
@@ -436,7 +431,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
         (174, 3, 2),  # in the second run
     ]
     for passes, instants, checkpoints in moments:
-        assert _killed(tmp_path, passes) == -signal.SIGKILL, passes
+        assert forked(_evaluate, tmp_path, passes) == -signal.SIGKILL, passes
         assert not (tmp_path / "killed" / "result.json").exists()
         scored = [read_json_lines(file) for file in tmp_path.glob("killed/runs/*/criterion.jsonl")]
         assert sum(map(len, scored)) == instants

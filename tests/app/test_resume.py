@@ -1,7 +1,6 @@
 """Every training system: killed in the middle of an epoch and resumed, it ends with the same bits."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forks import forked
 from helpers import same
 from systems import CASES, Case
 
@@ -39,10 +39,6 @@ SMALL: dict[str, Any] = {
 END = 4  # in the place of a batch: the hook at the end of an epoch
 STATE = ("model", "optimizer", "memory", "rows", "kept", "stopped", "schedule", "settings")
 SECONDS = ("seconds", "total_seconds", "validation_seconds", "epoch_seconds")
-
-# Processes are forked from one that has imported the package, which takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["controlat.app.jobs", "pytest", "torch._dynamo"])  # which the optimiser imports
 
 
 class Kill(NamedTuple):
@@ -105,10 +101,7 @@ def _train(out: Path, settings: dict[str, Any], kill: Kill | None, seed: int) ->
 
 def _process(out: Path, settings: dict[str, Any], kill: Kill | None = None, seed: int = 0) -> int | None:
     """Train in a process of its own; its exit code."""
-    process = FORKS.Process(target=_train, args=(out, settings, kill, seed))
-    process.start()
-    process.join(60)
-    return process.exitcode
+    return forked(_train, out, settings, kill, seed)
 
 
 def _killed(out: Path, settings: dict[str, Any], kill: Kill, seed: int = 0) -> dict[str, Any]:

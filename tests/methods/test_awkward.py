@@ -84,7 +84,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(kind: str) -> None:
         assert still == {"1.weight", "3.weight"}
 
 
-# Derivatives through an attack or another pass at moved weights run twice through what checkpointing forgets.
+# Derivatives of these need the output of every layer, which checkpointing does not keep.
 REFUSED = {("checkpointed", name) for name in ("free", "awp", "yopo")}
 
 
