@@ -1,5 +1,6 @@
 """Several processes end in one state, which is that of one process on whole batches; and the commands."""
 
+import functools
 import os
 import signal
 import socket
@@ -22,15 +23,14 @@ from torch import Tensor
 
 from controlat._util.files import read_json, read_json_lines
 from controlat._util.parallel import Share, World, current, joined
-from controlat.app import jobs
+from controlat.app import cli, jobs
 from controlat.app.trainer import load_checkpoint
 from controlat.data import Augment
 
 HERE = Path(__file__).parent.parent
-COUNTS = (2, 3)
 RUNS = [f"{name}, {norm}" for name in CASES for norm in ("linf", "l2")]
 every = pytest.mark.parametrize("case", RUNS)
-counts = pytest.mark.parametrize("count", COUNTS)
+counts = pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
 def torchrun(
@@ -49,18 +49,16 @@ def torchrun(
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, Any]]:
     """(count, rank) -> what that process found."""
-    out, done = tmp_path_factory.mktemp("processes"), set()
+    out = tmp_path_factory.mktemp("processes")
 
-    def found(count: int, rank: int) -> dict[str, Any]:
-        if count not in done:
-            tasks = [name for name in processes.TASKS if name != "twins" or count == 2]
-            run = torchrun(count, "processes.py", out, *tasks)
-            assert run.returncode == 0, run.stderr
-            done.add(count)
-        loaded: dict[str, Any] = torch.load(out / f"{count}-{rank}.pt", weights_only=True)
-        return loaded
+    @functools.cache
+    def ranks(count: int) -> list[dict[str, Any]]:
+        tasks = [name for name in processes.TASKS if name != "twins" or count == 2]
+        run = torchrun(count, "processes.py", out, *tasks)
+        assert run.returncode == 0, run.stderr
+        return [torch.load(out / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
 
-    return found
+    return lambda count, rank: ranks(count)[rank]
 
 
 @pytest.fixture(scope="module")
@@ -271,32 +269,36 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(
     assert table.count("Test it") == 1
 
 
+# A process, and its pass in training mode since it started: each in the second epoch.
+@pytest.mark.parametrize("kills", [["1 6"], pytest.param(["0 6", "1 2"], marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_an_epoch_and_resumed_two_processes_end_with_the_same_bits(
-    folder: Path,
+    folder: Path, kills: list[str]
 ) -> None:
-    words = ["-m", "controlat", "train", "--out", "killed", "--resume", *flags(SETTINGS)]
-    # A process, and its pass in training mode since it started: both in the second epoch.
-    for kill in ("0 6", "1 2"):
+    out = f"killed {len(kills)}"
+    words = ["-m", "controlat", "train", "--out", out, "--resume", *flags(SETTINGS)]
+    for kill in kills:
         done = torchrun(2, *words, "--checkpoint_minutes", "1e-9", cwd=folder, KILL=kill)
         assert done.returncode != 0
         assert f"Signal {int(signal.SIGKILL)}" in done.stderr
-        tally = load_checkpoint(folder / "killed" / "last.pt")["tally"]
+        tally = load_checkpoint(folder / out / "last.pt")["tally"]
         assert tally["epoch"] == 1
         assert 0 < tally["batch"] < 4
     assert torchrun(2, *words, cwd=folder).returncode == 0
-    assert log(folder / "killed") == log(folder / "two")
+    assert log(folder / out) == log(folder / "two")
     for name in ("last.pt", "best.pt"):
-        a, b = (load_checkpoint(folder / run / name) for run in ("two", "killed"))
+        a, b = (load_checkpoint(folder / run / name) for run in ("two", out))
         for part in ("model", "optimizer", "memory", "rows", "kept", "stopped"):
             assert same(a[part], b[part]), (name, part)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_reported_and_one_process_can_go_on(folder: Path) -> None:
     done = torchrun(2, "-m", "controlat", "train", "--out", "two", *flags(SETTINGS), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before") == 1
 
 
+@pytest.mark.slow
 def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
     settings = {k: v for k, v in SETTINGS.items() if k != "schedule"} | {"epochs": 2, "test_points": 50}
     words = ["--schedules", "none", "pgd:steps=2,alpha=0.05", "--seeds", "0", "--probe", "64"]
@@ -312,10 +314,18 @@ def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
         assert run["criterion"]
 
 
-def test_what_does_not_run_in_several_processes_says_so_at_once(folder: Path) -> None:
-    done = torchrun(2, "-m", "controlat", "attack", "two/last.pt", cwd=folder)
-    assert done.returncode != 0
-    assert "train and evaluate run in several processes, nothing else" in done.stderr
+def test_what_does_not_run_in_several_processes_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.main(["attack", str(tmp_path / "last.pt")])
+    assert "train and evaluate run in several processes, nothing else" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_batches_that_cannot_be_shared_are_refused_by_all_processes(folder: Path) -> None:
     bad = SETTINGS | {"train_points": 137}  # 97 samples: the last batch has one
     done = torchrun(2, "-m", "controlat", "train", "--out", "bad", *flags(bad), cwd=folder)
     assert done.returncode != 0
