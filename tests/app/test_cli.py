@@ -609,6 +609,7 @@ def test_attack_prints_its_warnings(
     assert "nothing found" not in output
 
 
+@pytest.mark.slow
 def test_evaluate_shows_everything_that_was_asked_for(
     two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from forks import forked
 from helpers import same
-from systems import CASES, Case
+from systems import CASES, PLAIN, Case
 
 from controlat._util.files import read_json_lines
 from controlat.app import jobs
@@ -152,7 +152,13 @@ def _settings(case: Case) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------- all systems
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of the variants, those that keep something from step to step, which no other case keeps.
+KEEP = (*PLAIN, "cat curriculum", "fast previous", "awp warm-up")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KEEP else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_killed_within_epochs_and_resumed_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     settings, i = _settings(CASES[name]), list(CASES).index(name)
     assert _process(tmp_path / "undisturbed", settings) == 0
