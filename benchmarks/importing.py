@@ -36,7 +36,7 @@ def seconds(way: str) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The whole result, as it is written."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, way in WAYS.items():
         progress(name)
         rows.append({"for": name, "seconds": min(seconds(way) for _ in range(args.repeats))})

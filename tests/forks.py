@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from helpers import GUARD
@@ -10,9 +11,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["controlat.app.cli", "controlat.app.jobs", "pytest", "torch._dynamo"])
 
 
-def forked(work: Callable[..., object], *given: Any) -> int | None:
-    """Call a function of a test module in a process of its own; its exit code, minus the signal of a kill."""
+def started(work: Callable[..., object], *given: Any) -> BaseProcess:
+    """A process that calls a function of a test module."""
     process = _CONTEXT.Process(target=work, args=given)
     process.start()
+    return process
+
+
+def forked(work: Callable[..., object], *given: Any) -> int | None:
+    """The exit code of such a process, minus the signal where it was killed."""
+    process = started(work, *given)
     process.join(GUARD)
     return process.exitcode

@@ -6,10 +6,7 @@ import contextlib
 import hashlib
 import os
 import resource
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import started
 from helpers import GUARD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlat._util import registry
-from controlat.data import _cache, _download
+from controlat.data import _cache
 from controlat.data._download import PAUSES, Remote, fetch
 
 CONTENT = bytes(i * i % 251 for i in range(1000))
@@ -388,23 +386,18 @@ def test_after_kill_9_the_next_run_goes_on(site: Site, tmp_path: Path) -> None:
     page = site.page(content=content, always=200_000, hang=True)
     there = remote(page, content=content)
     part = tmp_path / f"{NAME}.part"
-    program = f"""
-import runpy
-found = runpy.run_path({_download.__file__!r})
-found["fetch"]([found["Remote"](*{(there.name, there.urls, there.sha256, there.size)!r})], {str(tmp_path)!r})
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    process = started(fetch, [there], tmp_path, False)
     try:
         late = time.monotonic() + GUARD
         while not (part.exists() and part.stat().st_size == 200_000):
-            assert process.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < late
             time.sleep(0.02)
         with pytest.raises(ValueError, match=r"part: another process is downloading it; wait"):
             fetch([there], tmp_path)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert only(tmp_path) == {f"{NAME}.part": content[:200_000]}
     page.always, page.hang = None, False
     page.go_on.set()
