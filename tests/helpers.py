@@ -106,6 +106,23 @@ def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: 
     patch.setattr(auto, "_QUERIES", queries)
 
 
+class Counting(nn.Module):
+    """A network that counts the samples that pass through it with a graph, and without one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.graph = self.plain = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.graph += len(x)
+        else:
+            self.plain += len(x)
+        out: Tensor = self.net(x)
+        return out
+
+
 class Counted(int):
     """A whole number that counts how often numbers of its kind are compared: what bookkeeping costs."""
 
