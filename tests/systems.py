@@ -1,6 +1,6 @@
 """For tests over every method: small networks, a control for any method, a plan that never changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -110,8 +110,21 @@ VARIANTS = {
     "yopo hamiltonian": Case("yopo", {"first_layer_grad": "hamiltonian"}, {"inner": 3}, {"cut": True}),
 }
 CASES = {**PLAIN, **VARIANTS}
+# Variants whose steps are made of the same parts as those of another case: slow where a test is long.
+REPEATS = (
+    *("awp warm-up", "cat basic", "dynamic weighted", "fast early stop", "fast fixed", "fast wide"),
+    *("fat gaussian", "fat train", "nfgsm clipped", "trades separate"),
+)
+
+
+def long(names: Iterable[str]) -> list[Any]:
+    """Names of cases for a test that is long."""
+    return [pytest.param(n, id=n, marks=[pytest.mark.slow] * (n in REPEATS)) for n in names]
+
+
+LONG = [pytest.param(CASES[p.id], id=p.id, marks=p.marks) for p in long(CASES)]
 # Those whose derivative of a whole run leaves nothing out under l_inf; the others have tests of their own.
-FOLLOWED = [name for name, case in CASES.items() if not (case.own.counts or case.own.cut)]
+FOLLOWED = long(name for name, case in CASES.items() if not (case.own.counts or case.own.cut))
 
 
 def those(kept: Callable[[Case], bool], cases: Mapping[str, Case] = CASES) -> pytest.MarkDecorator:

@@ -88,6 +88,7 @@ def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(tmp_pat
     assert not list(tmp_path.rglob("settings.json")), "the folder of the run is gone"
 
 
+@pytest.mark.slow
 def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(tmp_path: Path) -> None:
     done = _child(tmp_path, EXAMPLES / "full_criterion.py")
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,6 +15,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+from forks import Ended, talking
 from helpers import GUARD, same
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,23 +28,32 @@ from controlat.app import cli, jobs
 from controlat.app.trainer import load_checkpoint
 from controlat.data import Augment
 
-HERE = Path(__file__).parent.parent
 RUNS = [f"{name}, {norm}" for name in CASES for norm in ("linf", "l2")]
 every = pytest.mark.parametrize("case", RUNS)
 counts = pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
-def torchrun(
-    count: int, *words: str | Path, cwd: Path = HERE, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in several processes."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def torchrun(count: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    command += [f"--master-port={port}", "--master-addr=127.0.0.1", *map(str, words)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=GUARD)
+    command += [f"--master-port={free_port()}", "--master-addr=127.0.0.1", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=GUARD)
+
+
+def together(
+    count: int, work: Callable[..., object], *given: Any, cwd: Path, **environment: str
+) -> list[Ended]:
+    """Call a function in several processes that find what torchrun would tell them, without its start."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | environment
+    own = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [end() for end in [talking(work, *given, cwd=cwd, **variables) for variables in own]]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +64,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], di
     @functools.cache
     def ranks(count: int) -> list[dict[str, Any]]:
         tasks = [name for name in processes.TASKS if name != "twins" or count == 2]
-        run = torchrun(count, "processes.py", out, *tasks)
-        assert run.returncode == 0, run.stderr
+        for ended in together(count, processes.run, out, tasks, cwd=out):
+            assert ended.code == 0, ended.error
         return [torch.load(out / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
 
     return lambda count, rank: ranks(count)[rank]
@@ -270,20 +280,21 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(
 
 
 # A process, and its pass in training mode since it started: each in the second epoch.
-@pytest.mark.parametrize("kills", [["1 6"], pytest.param(["0 6", "1 2"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [["1 6"], ["0 6", "1 2"]])
 def test_killed_in_the_middle_of_an_epoch_and_resumed_two_processes_end_with_the_same_bits(
     folder: Path, kills: list[str]
 ) -> None:
     out = f"killed {len(kills)}"
-    words = ["-m", "controlat", "train", "--out", out, "--resume", *flags(SETTINGS)]
+    words = ["train", "--out", out, "--resume", *flags(SETTINGS)]
     for kill in kills:
-        done = torchrun(2, *words, "--checkpoint_minutes", "1e-9", cwd=folder, KILL=kill)
-        assert done.returncode != 0
-        assert f"Signal {int(signal.SIGKILL)}" in done.stderr
+        ended = together(2, cli.main, [*words, "--checkpoint_minutes", "1e-9"], cwd=folder, KILL=kill)
+        killed = int(kill[0])
+        assert [ended[killed].code, ended[1 - killed].code] == [-signal.SIGKILL, 1]
+        assert "another process of this run ended" in ended[1 - killed].error
         tally = load_checkpoint(folder / out / "last.pt")["tally"]
         assert tally["epoch"] == 1
         assert 0 < tally["batch"] < 4
-    assert torchrun(2, *words, cwd=folder).returncode == 0
+    assert [ended.code for ended in together(2, cli.main, words, cwd=folder)] == [0, 0]
     assert log(folder / out) == log(folder / "two")
     for name in ("last.pt", "best.pt"):
         a, b = (load_checkpoint(folder / run / name) for run in ("two", out))
@@ -291,21 +302,20 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_two_processes_end_with_the
             assert same(a[part], b[part]), (name, part)
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_only_reported_and_one_process_can_go_on(folder: Path) -> None:
-    done = torchrun(2, "-m", "controlat", "train", "--out", "two", *flags(SETTINGS), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == 1
+def test_a_finished_run_is_only_reported(folder: Path) -> None:
+    words = ["train", "--out", "two", *flags(SETTINGS)]
+    first, second = together(2, cli.main, words, cwd=folder)
+    assert (first.code, second.code) == (0, 0), first.error
+    assert (first.output.count("finished before"), second.output) == (1, "")
 
 
-@pytest.mark.slow
 def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
     settings = {k: v for k, v in SETTINGS.items() if k != "schedule"} | {"epochs": 2, "test_points": 50}
     words = ["--schedules", "none", "pgd:steps=2,alpha=0.05", "--seeds", "0", "--probe", "64"]
     words += ["--checks", "0", "--attacks", "pgd-5", "--out", "evaluated"]
-    done = torchrun(2, "-m", "controlat", "evaluate", *words, *flags(settings), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("summary.md") == 1
+    first, second = together(2, cli.main, ["evaluate", *words, *flags(settings)], cwd=folder)
+    assert (first.code, second.code) == (0, 0), first.error
+    assert (first.output.count("summary.md"), second.output) == (1, "")
     result = read_json(folder / "evaluated" / "result.json")
     assert result["environment"]["processes"] == 2
     for schedule in result["schedules"]:
@@ -324,9 +334,8 @@ def test_what_does_not_run_in_several_processes_says_so_at_once(
     assert "train and evaluate run in several processes, nothing else" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_batches_that_cannot_be_shared_are_refused_by_all_processes(folder: Path) -> None:
     bad = SETTINGS | {"train_points": 137}  # 97 samples: the last batch has one
-    done = torchrun(2, "-m", "controlat", "train", "--out", "bad", *flags(bad), cwd=folder)
-    assert done.returncode != 0
-    assert "last batch of an epoch has 1 samples for 2 processes" in done.stderr
+    for ended in together(2, cli.main, ["train", "--out", "bad", *flags(bad)], cwd=folder):
+        assert ended.code == 2
+        assert "last batch of an epoch has 1 samples for 2 processes" in ended.error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import talking
 from helpers import GUARD, shorten_autoattack
 
 import controlat
@@ -388,9 +389,9 @@ def test_control_c_is_one_line_and_resume_goes_on(
 ) -> None:
     (tmp_path / "interrupting.py").write_text(INTERRUPTING)
     words = ["train", "--out", "run", *TRAIN, "--model", "interrupting:net"]
-    done = _child(tmp_path, *words, INTERRUPT="1")
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
+    done = talking(cli.main, words, cwd=tmp_path, INTERRUPT="1")()
+    assert done.code == 128 + signal.SIGINT
+    assert done.error == "controlat: interrupted; the same command with --resume goes on\n"
     monkeypatch.chdir(tmp_path)
     assert "--resume" in _refused(capsys, *words)
     assert _run(*words, "--resume") == 0

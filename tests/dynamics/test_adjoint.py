@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import CLASSES, same, trace
-from systems import CASES, PLAIN, VARIANTS, Case, batch, driver, smooth, those
+from systems import CASES, LONG, PLAIN, VARIANTS, Case, batch, driver, smooth, those
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -32,7 +32,7 @@ SETTINGS = {
     "momentum": SGDSettings(momentum=0.9, weight_decay=1e-2),
     "Nesterov": SGDSettings(momentum=0.9, nesterov=True, weight_decay=1e-2),
 }
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
 
 

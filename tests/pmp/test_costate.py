@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, Counted, flat, same, samples, split
-from systems import CASES, PLAIN, Case, constant, driver, passes, smooth, trained_on
+from systems import CASES, LONG, PLAIN, Case, constant, driver, passes, smooth, trained_on
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -48,7 +48,7 @@ SETTINGS = {
     "Nesterov, decay": SGDSettings(0.8, nesterov=True, weight_decay=1e-2),
 }
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Grid((0.017, 0.05), 3)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import flat, same, split
-from systems import CASES, Case, constant, driver
+from systems import LONG, Case, constant, driver
 
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
@@ -13,7 +13,7 @@ from controlat.pmp import AdversarialLoss, Grid, probe_batches
 from controlat.pmp.greedy import measure
 
 GAMMA, RATE = 0.01, 0.05
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 
 
 @every

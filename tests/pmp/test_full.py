@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Counted, flat, same, split
-from systems import CASES, PLAIN, Case, constant, driver
+from systems import LONG, PLAIN, Case, constant, driver
 
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write_json
@@ -214,7 +214,7 @@ def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
     assert "carried perturbations lie on a clip" in found.dropped[0]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", LONG)
 def test_the_recorded_run_is_left_at_its_end(case: Case) -> None:
     r, terminal = recorded(case), phi()
     meter, end = r.driver.meter.copy(), r.driver.snapshot()
