@@ -122,6 +122,14 @@ def long(names: Iterable[str]) -> list[Any]:
     return [pytest.param(n, id=n, marks=[pytest.mark.slow] * (n in REPEATS)) for n in names]
 
 
+def each_optimizer(settings: Mapping[str, SGDSettings]) -> pytest.MarkDecorator:
+    """Each optimiser as `o`; momentum without Nesterov's look ahead only where all tests run."""
+    marks = {"momentum": [pytest.mark.slow]}
+    return pytest.mark.parametrize(
+        "o", [pytest.param(o, id=name, marks=marks.get(name, [])) for name, o in settings.items()]
+    )
+
+
 LONG = [pytest.param(CASES[p.id], id=p.id, marks=p.marks) for p in long(CASES)]
 # Those whose derivative of a whole run leaves nothing out under l_inf; the others have tests of their own.
 FOLLOWED = long(name for name, case in CASES.items() if not (case.own.counts or case.own.cut))

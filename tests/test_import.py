@@ -89,7 +89,7 @@ def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
 
 def test_commands_bring_in_no_plotting_before_there_is_something_to_draw() -> None:
     names = "import controlat.report\ncontrolat.train, controlat.evaluate, controlat.attack\n"
-    brought = {name.partition(".")[0] for name in _python(_BROUGHT + names + _AGAIN).split()}
+    brought = _packages(_brought(names))
     assert "pydantic" in brought, "records"
     assert "matplotlib" not in brought
 

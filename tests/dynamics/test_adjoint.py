@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import CLASSES, same, trace
-from systems import CASES, LONG, PLAIN, VARIANTS, Case, batch, driver, smooth, those
+from systems import CASES, LONG, PLAIN, VARIANTS, Case, batch, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -26,7 +26,7 @@ SETTINGS = {
     "Nesterov": SGDSettings(momentum=0.9, nesterov=True, weight_decay=1e-2),
 }
 every = pytest.mark.parametrize("case", LONG)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+optimizers = each_optimizer(SETTINGS)
 
 
 def bn_net() -> nn.Module:

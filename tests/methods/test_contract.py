@@ -249,7 +249,7 @@ def carried_on(case: Case, cut: int, fresh: bool) -> None:
 
 
 @every
-@pytest.mark.parametrize("cut", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("cut", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 8)), 5])
 def test_a_snapshot_is_continued_bit_for_bit_in_another_driver(case: Case, cut: int) -> None:
     carried_on(case, cut, fresh=True)
 

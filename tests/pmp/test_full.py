@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Counted, flat, same, split
-from systems import LONG, PLAIN, Case, constant, driver
+from systems import LONG, PLAIN, Case, constant, driver, each_optimizer
 
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write_json
@@ -43,7 +43,7 @@ SETTINGS = {
     "Nesterov": SGDSettings(0.9, nesterov=True),
 }
 every = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+optimizers = each_optimizer(SETTINGS)
 
 
 def phi(seed: int = 9) -> AdversarialLoss:

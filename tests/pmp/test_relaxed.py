@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, flat, same, samples, trace
-from systems import CASES, FOLLOWED, LONG, PLAIN, Case, constant, driver, smooth, those
+from systems import CASES, FOLLOWED, LONG, PLAIN, Case, constant, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -46,7 +46,7 @@ SETTINGS = {
     "Nesterov": SGDSettings(0.9, nesterov=True, weight_decay=1e-2),
 }
 every = pytest.mark.parametrize("case", LONG)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+optimizers = each_optimizer(SETTINGS)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Grid((0.013,), 2)
 
