@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlat._util.checks import instance, number
 from controlat._util.files import read_json, write_json
 from controlat._util.texts import only, short
 from controlat.control.space import Control, ControlSpace
+
+if TYPE_CHECKING:
+    from controlat.control.controller import Moment
 
 __all__ = ["CURVES", "Curve", "Schedule", "load_schedule"]
 
@@ -245,6 +248,10 @@ class Schedule:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
         pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
         return pieces[int(min(t / self.resolution + _ULP, self.pieces - 1))]
+
+    def control(self, now: Moment, z: object = None) -> Control:
+        """u at the start of a step, whatever the state z: a schedule is an open loop."""
+        return self(now.t)
 
     def bound(self, space: ControlSpace) -> Schedule:
         """This schedule for a method: knobs without a curve take the method's defaults.

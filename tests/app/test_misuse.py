@@ -137,8 +137,8 @@ CALLS: dict[str, Case] = {
     ),
     "RunSpec": (
         RunSpec,
-        {"data": DATA, "batch_size": 4, "epochs": 1, "schedule": SCHEDULE, "rate": RATE},
-        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "schedule": KIND[:-1], "rate": KIND[:-1]}
+        {"data": DATA, "batch_size": 4, "epochs": 1, "controller": SCHEDULE, "rate": RATE},
+        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "controller": KIND[:-1], "rate": KIND[:-1]}
         | {"seed": SEED, "augment": FUNCTION, "held_out": FUNCTION, "world": KIND},
     ),
     "Split": (controlat.Split, {"x": X, "y": Y}, {"x": INPUT, "y": LABELS}),
