@@ -183,10 +183,10 @@ class FrozenModel:
             self.meter.forwards -= n if passes == 1 else 0
 
         self.meter.forwards += n
-        found = self._forward(self.prepare(x))
-        if found.requires_grad:
-            found.register_hook(count)
-        return found
+        logits = self._forward(self.prepare(x))
+        if logits.requires_grad:
+            logits.register_hook(count)
+        return logits
 
     def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
