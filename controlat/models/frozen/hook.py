@@ -34,9 +34,9 @@ class LayerHook:
             tensor, or depends on nothing that is trained.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    >>> with LayerHook(model[0]) as tap:
+    >>> with LayerHook(model[0]) as hook:
     ...     y = model(torch.ones(1, 2))
-    >>> tap.output.shape
+    >>> hook.output.shape
     torch.Size([1, 3])
     """
 

@@ -193,9 +193,9 @@ class FrozenModel:
         self.meter.layers += len(x)
         x = owned(x.detach()).requires_grad_()
         with torch.enable_grad():
-            with LayerHook(layer, stop=True) as tap:
+            with LayerHook(layer, stop=True) as hook:
                 self._forward(x)
-            (gradient,) = torch.autograd.grad((tap.output * weight).sum(), x)
+            (gradient,) = torch.autograd.grad((hook.output * weight).sum(), x)
         return gradient
 
     def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
