@@ -118,11 +118,11 @@ class Branch:
         theta, x_star = path.t, path.y[0]
         if path.status == 0:
             return theta, x_star, ""
-        if path.status == 1:  # the last node is where it is over
-            theta[-1] -= np.sign(end - self.theta0) * min(1e-9 * width, abs(theta[-1] - self.theta0))
-            x_star[-1] = path.sol(theta[-1])[0]
-        if theta[-1] == self.theta0:
+        keep = np.abs(theta - theta[-1]) > 1e-9 * width
+        if not keep.any():
             raise LandscapeError(f"the inner maximum x = {x:.6g} at theta = {self.theta0:g}: {_GONE}")
+        last = theta[-1] - np.sign(end - self.theta0) * 1e-9 * width  # a little before it is over
+        theta, x_star = np.append(theta[keep], last), np.append(x_star[keep], path.sol(last))
         near, size = np.abs(theta - theta[-1]) >= 1e-3 * width, np.abs(bend(theta, x_star))
         if len(path.t_events[1]):
             why = _OUT

@@ -29,6 +29,7 @@ __all__ = [
     "boundary_problem",
     "comparisons",
     "criterion",
+    "derived_cost",
     "derived_path",
     "gamma_limit",
     "gamma_range",
@@ -156,7 +157,7 @@ def _follow(problem: Bolza, name: str, control: Control) -> Path:
         b = problem.count_slope(theta) if bound and problem.admissible == "product" else 0.0
         return [-a * y[0], b - a * y[1]]
 
-    end, spent = pieces[-1].states(problem.horizon)
+    end = pieces[-1].states(problem.horizon)[0]
     p, columns = np.array([-float(problem.branch.robust_slope(end)), 0.0]), list[Array]()
     for piece, begin in zip(pieces[::-1], [*(each.end for each in pieces[-2::-1]), 0.0], strict=True):
         t = every[(every <= piece.end) & ((every > begin) | (begin == 0))]
@@ -180,13 +181,16 @@ def _follow(problem: Bolza, name: str, control: Control) -> Path:
             control_row = np.broadcast_arrays(theta, *control(t, theta, piece.k))
             columns.insert(0, np.stack([t, *control_row, *solved.sol(t)]))
     t, theta, q, k, bound, p0, p1 = np.concatenate(columns, axis=1)
-    cost = float(problem.branch.robust(end) + problem.gamma * spent)
     raised = float(trapezoid(bound, t)) / problem.horizon
-    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=cost)
+    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=_cost(problem, pieces))
 
 
-def derived_path(problem: Bolza) -> Path:
-    """The derived schedule alpha = alpha*(theta(t)), K = K*(theta(t)), rounded where K is whole."""
+def _cost(problem: Bolza, pieces: list[_Piece]) -> float:
+    end, spent = pieces[-1].states(problem.horizon)
+    return float(problem.branch.robust(end) + problem.gamma * spent)
+
+
+def _derived(problem: Bolza) -> Control:
     # "integer": alpha = tau/K moves with K; "overshoot": alpha* is inside the set, no bound
     limit = problem.admissible in ("product", "free")
 
@@ -194,7 +198,17 @@ def derived_path(problem: Bolza) -> Path:
         k = held if problem.whole else problem.count(theta)
         return problem.ratio(theta, k) if problem.admissible == "integer" else 1.0, k, limit
 
-    return _follow(problem, "derived", control)
+    return control
+
+
+def derived_path(problem: Bolza) -> Path:
+    """The derived schedule alpha = alpha*(theta(t)), K = K*(theta(t)), rounded where K is whole."""
+    return _follow(problem, "derived", _derived(problem))
+
+
+def derived_cost(problem: Bolza) -> float:
+    """J of the derived schedule."""
+    return _cost(problem, _forward(problem, _derived(problem)))
 
 
 def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
@@ -254,7 +268,7 @@ def maximise(problem: Bolza, theta: Array, p: Array) -> tuple[Array, Array, Arra
     low = q[rows, np.where(best >= stride, best - stride, best)]
     high = q[rows, np.where(best + stride < q.shape[1], best + stride, best)]
     top, q_best, fixed = values[rows, best], q[rows, best], k[rows, best]
-    for _ in range(12):
+    for _ in range(8):
         fine = np.linspace(low, high, 9, axis=1)
         values = problem.hamiltonian(
             column, price, fine, problem.count(column) / fine if tied else fixed[:, None]

@@ -1,9 +1,8 @@
 """Dynamic programming on a grid of theta: the best value for any admissible set, no necessary conditions.
 
 Backward in time, V(theta) <- min over u of { gamma K h + V(theta + step(theta, u)) }, with one Runge-Kutta
-step of order 4 per time step (`Bolza.advance`) and, in theta, monotone cubic interpolation, which is never
-below its nodes. The policy alpha* is evaluated by the same scheme, so the errors of the grid are in both and
-cancel in the difference.
+step of order 4 per time step (`Bolza.advance`) and cubic splines in theta. The policy alpha* is evaluated by
+the same scheme, so the errors of the grid are in both and cancel in the difference.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
+from scipy.interpolate import CubicSpline, PchipInterpolator
 
 from controlat.symbolic.bolza import Bolza, candidates
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
@@ -139,15 +138,17 @@ def _recursion(
     if not np.isfinite(best).all():
         raise LandscapeError(f"the robust loss is not finite on the whole of [{grid[0]:g}, {grid[-1]:g}]")
     choices = np.empty((steps, len(grid)), dtype=np.int64)
+    # Where states are lost V has a cliff, over which a spline swings: then one that stays between its nodes.
+    spline = PchipInterpolator if np.isfinite(fronts).all() else CubicSpline
     for n in range(steps - 1, -1, -1):
-        total = price + PchipInterpolator(grid, best)(at)
+        total = price + spline(grid, best)(at)
         kept = np.where((after < fronts[n + 1, 0]) | (after > fronts[n + 1, 1]), np.inf, total)
         total = np.where(np.isfinite(kept).any(axis=1)[:, None], kept, total)
         choices[n] = np.argmin(total, axis=1)
         best = np.where(np.isfinite(total).any(axis=1), total[rows, choices[n]], best)
-        own = price[:, 0] + PchipInterpolator(grid, policy)(at[:, 0])
+        own = price[:, 0] + spline(grid, policy)(at[:, 0])
         policy = np.where(good[:, 0], own, policy)
-    return *(float(PchipInterpolator(grid, v)(problem.theta0)) for v in (best, policy)), choices  # type: ignore[return-value]
+    return *(float(spline(grid, v)(problem.theta0)) for v in (best, policy)), choices  # type: ignore[return-value]
 
 
 def programme(

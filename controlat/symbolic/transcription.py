@@ -21,7 +21,7 @@ from controlat.symbolic.landscape import Array, LandscapeError
 __all__ = ["Transcription", "cost", "transcribe"]
 
 _LOST = 1e30  # J where the states leave the range of the inner maximum
-_DIFFERENCE = 1e-6  # of alpha/alpha*, for slopes of J
+_DIFFERENCE = 1e-7  # of alpha/alpha*, for slopes of J
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def transcribe(
             jac=True,
             method="L-BFGS-B",
             bounds=[(Q_MIN, 1.0)] * intervals,
-            options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 200},
+            options={"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
         )
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
@@ -122,8 +122,7 @@ def transcribe(
 
 
 def _with_slope(problem: Bolza, q: Array) -> tuple[float, Array]:
-    """J and its slopes by differences, one-sided at the bounds: all of them in one roll-out."""
-    ahead, behind = np.minimum(q + _DIFFERENCE, 1.0), np.maximum(q - _DIFFERENCE, Q_MIN)
-    moved = np.concatenate([q[None], q + np.diag(ahead - q), q + np.diag(behind - q)])
-    j, n = np.nan_to_num(cost(problem, moved), nan=_LOST, posinf=_LOST), len(q)
-    return float(j[0]), (j[1 : n + 1] - j[n + 1 :]) / (ahead - behind)
+    """J and its slopes by one-sided differences that stay in the set: all of them in one roll-out."""
+    moves = np.where(q + _DIFFERENCE > 1, -_DIFFERENCE, _DIFFERENCE)
+    j = np.nan_to_num(cost(problem, np.vstack([q, q + np.diag(moves)])), nan=_LOST, posinf=_LOST)
+    return float(j[0]), (j[1:] - j[0]) / moves

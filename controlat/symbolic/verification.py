@@ -25,6 +25,7 @@ from controlat.symbolic.principle import (
     boundary_problem,
     comparisons,
     criterion,
+    derived_cost,
     derived_path,
     gamma_range,
     multiplier,
@@ -254,7 +255,7 @@ def _programmed(problem: Bolza, name: str) -> Row:
     try:
         there = replace(problem, admissible=name)
         grid: Programming = programme(there, follow=name == problem.admissible)
-        exact = derived_path(there).cost
+        exact = derived_cost(there)
     except LandscapeError as error:
         return row | {"error": str(error)}
     if abs(grid.policy - exact) > COARSE * max(abs(exact), 1e-2):
