@@ -81,7 +81,7 @@ class Derived:
         return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
 
     def __str__(self) -> str:
-        from controlat.symbolic.terminal import printed
+        from controlat.symbolic.console import printed
 
         return printed(self.result)
 
@@ -175,7 +175,12 @@ def _solved(
             bar.set_description("the maximum principle")
             where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
             try:
-                verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
+                verification = verify(
+                    *where,
+                    admissible=chosen.admissible,
+                    overshoot=chosen.overshoot,
+                    transcription=chosen.transcription,
+                )
                 late += verification.left_out
             except TimeLimit:
                 late.append("the check against the maximum principle")

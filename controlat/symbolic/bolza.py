@@ -27,7 +27,7 @@ from controlat._util.checks import choice, number
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Array, Landscape, LandscapeError
 
-__all__ = ["SETS", "AdmissibleSet", "Bolza", "candidates", "usual_set", "whole_cap"]
+__all__ = ["SETS", "AdmissibleSet", "Bolza", "candidates", "chosen_set", "whole_cap"]
 
 Q_MIN = 0.02  # the smallest alpha/alpha* looked at: K up to 50 K*(theta), where x_K hardly moves any more
 _SLACK = 1e-10  # of |x* - x0|: by so much rounding may carry a step beyond x*
@@ -58,9 +58,22 @@ SETS = {
 }
 
 
-def usual_set(landscape: Landscape) -> str:
-    """The set in which alpha K = tau: with real K where l is quadratic in x, else with whole K."""
-    return "product" if landscape.quadratic else "integer"
+def chosen_set(landscape: Landscape, name: str | None = None) -> str:
+    """The name of a set; if left out, the one in which alpha K = tau: "product", or "integer" with whole K.
+
+    Raises:
+        LandscapeError: K is real in the set, and l is not quadratic in x.
+        ValueError: there is no such set.
+    """
+    if name is None:
+        return "product" if landscape.quadratic else "integer"
+    if not SETS[choice(name, "admissible", SETS)].whole and not landscape.quadratic:
+        wholes = ", ".join(each for each in SETS if SETS[each].whole)
+        raise LandscapeError(
+            f"admissible: real K (set {name!r}) is not offered where l is not quadratic in x, as an ascent "
+            f"of part of a step is not defined; take one of {wholes}"
+        )
+    return name
 
 
 class Ascent(NamedTuple):
@@ -109,7 +122,7 @@ class Bolza:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name):g}")
         if self.gamma < 0:
             raise ValueError(f"gamma is a price and must be >= 0, got {self.gamma:g}")
-        choice(self.admissible, "admissible", SETS)
+        chosen_set(self.landscape, self.admissible)
         if not 1 < self.overshoot < 2:
             raise ValueError(
                 f"overshoot must be between 1 and 2 (from 2 on the ascent diverges), got {self.overshoot:g}"
@@ -119,11 +132,6 @@ class Bolza:
             raise ValueError(
                 f"theta0 = {self.theta0:g} is outside [{low:g}, {high:g}], where the inner maximum is known: "
                 "start inside, or follow the maximum further"
-            )
-        if not (self.whole or self.landscape.quadratic):
-            raise LandscapeError(
-                f"real K is not offered, as l is not quadratic in x (set '{self.admissible}'): take one of "
-                + ", ".join(name for name, each in SETS.items() if each.whole)
             )
         step = float(self.branch.exact_step(self.theta0))
         if not (math.isfinite(step) and step > 0):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, usual_set
+from controlat.symbolic.bolza import SETS, Bolza, candidates, chosen_set
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import LandscapeError
 from controlat.symbolic.limits import LATE, TimeLimit
@@ -117,7 +117,7 @@ def verify(
     >>> found.holds, round(found.derived["J"], 5), round(found.derived["C"], 9)
     (True, 0.21105, 0.0)
     """
-    admissible = admissible or usual_set(branch.landscape)
+    admissible = chosen_set(branch.landscape, admissible)
     problem = Bolza(branch, theta0, tau, horizon, gamma, admissible=admissible, overshoot=overshoot)
     product, path, late = admissible == "product", derived_path(problem), list[str]()
     if transcription and not product:

@@ -32,16 +32,16 @@ def make(
 
 
 def test_cost_against_an_accurate_solution() -> None:
-    problem, q = make(tau=3.3), np.array([0.3, 0.9, 0.55, 0.7, 0.4])
+    problem, q, y = make(tau=3.3), np.array([0.3, 0.9, 0.55, 0.7, 0.4]), np.array([1.0, 0.0])
 
-    def slopes(t: float, y: np.ndarray) -> list[float]:
-        now = q[min(int(5 * t), 4)]
-        return [float(problem.flow(y[0], now, problem.count(y[0]) / now)), float(problem.count(y[0])) / now]
+    def slopes(t: float, y: np.ndarray, now: float) -> list[float]:
+        k = float(problem.count(y[0])) / now
+        return [float(problem.flow(y[0], now, k)), k]
 
-    end = [1.0, 0.0]
-    for i in range(5):
-        end = solve_ivp(slopes, (i / 5, (i + 1) / 5 - 1e-12), end, rtol=1e-11, atol=1e-13).y[:, -1]
-    assert cost(problem, q) == pytest.approx(end[0] ** 2 / 2 + 0.01 * end[1], rel=1e-5)  # L = theta^2/2
+    for i, now in enumerate(q):
+        y = solve_ivp(slopes, (i / 5, (i + 1) / 5), y, args=(now,), rtol=1e-11, atol=1e-13).y[:, -1]
+    exact = y[0] ** 2 / 2 + 0.01 * y[1]  # L = theta^2/2
+    assert cost(problem, np.repeat(q, 4)) == pytest.approx(exact, rel=1e-6)
 
 
 def test_slopes_of_the_cost_are_one_sided_at_the_bounds() -> None:
