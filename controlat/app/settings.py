@@ -563,7 +563,9 @@ class DeriveSettings:
 
         self.admissible = chosen_set(self.task.landscape, self.admissible)
         if self.transcription and self.admissible != "product":
-            raise ValueError(f"transcription is for product only, got admissible {self.admissible}: leave it out")
+            raise ValueError(
+                f"transcription is for product only, got admissible {self.admissible}: leave it out"
+            )
 
     @property
     def task(self) -> Any:  # named in full, the type would be imported, and sympy, when any command starts

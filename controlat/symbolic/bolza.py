@@ -272,7 +272,7 @@ class Bolza:
     def ratio(self, theta: Any, k: Any) -> Array:
         """q = K*/K of alpha = tau/K; at most 1: a K kept over a time step may fall below K*."""
         with np.errstate(all="ignore"):
-            return np.minimum(self.count(theta) / k, 1.0)
+            return np.asarray(np.minimum(self.count(theta) / k, 1.0), dtype=float)
 
     def advance(self, theta: Any, q: Any, k: Any, h: float) -> tuple[Array, Array]:
         """theta after a time h and the mean K on the way, by a Runge-Kutta step of order 4.

@@ -27,17 +27,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from controlat._util.checks import whole
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.landscape import crossing
+from controlat.symbolic.landscape import Array, roots
 from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 
 _GRID, _PEAKS, _ZOOMS, _POLE = 301, 16, 20, 1e4
 _ENLARGEMENTS, _MARGIN = 60, 0.25
-Array = NDArray[np.float64]
 Range = tuple[float, float]
 Known = dict[tuple[Range, Range], "Constants"]
 _BOUNDS = ("printed", "corrected", "sharper", "fosc_bound")
@@ -248,22 +247,16 @@ def _minimiser(branch: Branch, theta0: float) -> float:
     if slope == 0:
         return theta0
     end = branch.domain[0 if slope > 0 else 1]
-    row = np.linspace(theta0, end, 4001)
-    along = np.sign(slope) * branch.robust_slope(row)
-    if (along > 0).all():
+    below = [
+        v for v, _, _ in roots(branch.robust_slope, np.linspace(min(theta0, end), max(theta0, end), 4001))
+    ]
+    below += [end] if branch.robust_slope(end) == 0 else []
+    if not below:
         raise _NoAnswer(
             f"the robust loss falls from theta_0 = {theta0:.6g} as far as the inner maximum is followed "
             f"(theta = {end:.6g}): no minimum, Delta is infinite or unknown; give a theta_range"
         )
-    i = int(np.argmin(along > 0))
-    if not np.isfinite(along[i]):
-        raise _NoAnswer(f"the slope of the robust loss is undefined at theta = {row[i]:.6g}, on the way down")
-    if along[i] == 0:
-        return float(row[i])
-    root = crossing(lambda t: float(branch.robust_slope(t)), float(row[i - 1]), float(row[i]))
-    if root is None:
-        raise _NoAnswer(f"the slope of the robust loss jumps near theta = {row[i]:.6g}, on the way down")
-    return root
+    return min(below, key=lambda v: abs(v - theta0))
 
 
 def _reached(case: _Case, theta: Array, best: Array) -> Array:
@@ -379,13 +372,6 @@ def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Kn
         return row | {"reason": str(why)}
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    """A whole number, or why not."""
-    if isinstance(value, bool) or not least <= value < math.inf or int(value) != value:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-    return int(value)
-
-
 def _within(name: str, given: Range, around: float, most: Range = _LINE) -> Range:
     """A range that contains a point, or why not."""
     low, high = map(float, given)
@@ -413,8 +399,8 @@ def _case(
         )
     if not branch.domain[0] <= theta0 <= branch.domain[1]:
         raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
-    steps = None if steps is None else _whole("steps", steps, 0)
-    runs, seed = _whole("runs", runs, 2), _whole("seed", seed, 0)
+    steps = None if steps is None else whole(steps, "steps", 0)
+    runs, seed = whole(runs, "runs", 2), whole(seed, "seed", 0)
     return _Case(branch, float(theta0), alpha, steps, float(delta), runs, seed)
 
 
@@ -474,7 +460,7 @@ def convergence(
         raise ValueError(
             "horizons must hold at least one number of outer steps, got none: give for example 100"
         )
-    horizons, x0 = [_whole("horizons", T, 1) for T in horizons], float(branch.landscape.x0)
+    horizons, x0 = [whole(T, "horizons", 1) for T in horizons], float(branch.landscape.x0)
     formula = str(branch.landscape.expression.subs(branch.landscape.values))
     inner: dict[str, float | int | None] = {"alpha": alpha, "steps": case.steps, "delta": case.delta}
     x = (x0, x0) if x_range is None else _within("x_range", x_range, x0)

@@ -87,7 +87,8 @@ class Branch:
         h = 1e-6 * (high - low)
         rising, falling = (self.landscape("x")(theta, x + s * h) for s in (-1, 1))
         self.domain = stretch(theta, (rising > 0) & (falling < 0) & (low < x) & (x < high), self.theta0)
-        self.ends = tuple("" if e == r else _GONE for e, r in zip(self.domain, theta_range, strict=True))
+        left, right = ("" if e == r else _GONE for e, r in zip(self.domain, theta_range, strict=True))
+        self.ends = left, right
 
     def _drift(self, theta: Any, x: Any) -> Array:
         with np.errstate(all="ignore"):
@@ -105,7 +106,7 @@ class Branch:
 
         fold.terminal = edge.terminal = True  # type: ignore[attr-defined]
         width = abs(end - self.theta0)
-        path = solve_ivp(
+        path: Any = solve_ivp(
             lambda theta, y: self._drift(theta, y),
             (self.theta0, end),
             [x],

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import sympy
+from scipy.integrate import fixed_quad
 
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.landscape import Array, LandscapeError, crossing
+from controlat.symbolic.landscape import Array, LandscapeError, roots
 from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import (
     ALPHA,
@@ -71,14 +72,11 @@ class Derivation:
             self._remark()
 
     def _check_x(self) -> None:
-        """Refuse what does not depend on x; sympy is asked where l_x is no more than rounding."""
-        land, grid = (
-            self.landscape,
-            (np.linspace(*self.task.reach, 41), np.linspace(*self.landscape.ends, 41)),
-        )
-        theta, x = np.meshgrid(*grid)
+        """Refuse what depends on x by no more than rounding."""
+        land, task = self.landscape, self.task
+        theta, x = np.meshgrid(np.linspace(*task.reach, 41), np.linspace(*land.ends, 41))
         slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max() for by in ("x", ""))
-        if slope <= 1e-12 * value and self._tidy(land.derivative("x")) == 0:
+        if slope <= 1e-12 * value / (land.ends[1] - land.ends[0]):
             raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
 
     # ---- asking sympy
@@ -320,7 +318,7 @@ class Derivation:
         self._series()
         grid = np.linspace(0, horizon, _POINTS)
         self.rising = _rising(grid, self.K(grid))
-        inner = _integral(self.K, horizon)
+        inner = float(fixed_quad(self.K, 0, horizon, n=400)[0])
         end = float(self.branch.robust(self.theta(horizon)))
         self.parts = {"terminal": end, "inner": inner}
         self.cost = end + float(self.task.gamma) * inner
@@ -481,29 +479,15 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
         scale: size of slopes below whose 1e-12th part they are rounding.
     """
     theta = np.linspace(low, high, 4002)[1:-1]
-    y = slope(theta)
-    if not (np.abs(y) > 1e-12 * scale).any():
+    if not (np.abs(slope(theta)) > 1e-12 * scale).any():
         return []
-    found = [
-        (float(theta[i]), y[i - 1], y[i + 1])
-        for i in range(1, len(y) - 1)
-        if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
+    return [
+        {
+            "theta": 0.0 if abs(v) < 1e-12 * (high - low) else v,
+            "kind": "minimum" if before < 0 < after else "maximum" if before > 0 > after else "inflection",
+        }
+        for v, before, after in roots(slope, theta)
     ]
-    for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):
-        root = crossing(lambda v: float(slope(np.array([v]))[0]), float(theta[i]), float(theta[i + 1]))
-        found += [] if root is None else [(root, y[i], y[i + 1])]
-    found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
-    kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]
-    points = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]
-    return sorted(points, key=lambda point: float(point["theta"]))
-
-
-def _integral(values: Callable[[Array], Array], horizon: float) -> float:
-    """The integral over [0, T] by Gauss's formula of 16 nodes on 64 panels."""
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    width = horizon / 64
-    t = (np.arange(64)[:, None] + (nodes + 1) / 2) * width
-    return float((values(t.ravel()).reshape(t.shape) @ weights).sum() * width / 2)
 
 
 def _rising(t: Array, k: Array) -> list[list[float]]:

@@ -210,10 +210,7 @@ def _least_squares(model: _Model, times: Array, y: Array) -> Any:
     starts = np.stack([each.ravel()[best] for each in (sigma, log_scale, rest.mean(axis=-1))], axis=1)
     bounds = [0.0, model.scales[0], -np.inf], [model.latest, model.scales[1], np.inf]
     tight: Any = {"ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-14, "x_scale": (model.latest, 1.0, 1.0)}
-    ends = [
-        least_squares(residuals, start, bounds=bounds, method="dogbox", **tight)
-        for start in starts
-    ]
+    ends = [least_squares(residuals, start, bounds=bounds, method="dogbox", **tight) for start in starts]
     return min(ends, key=lambda end: float(end.cost))
 
 

@@ -115,18 +115,19 @@ def _forward(problem: Bolza, control: Control) -> list[_Piece]:
         return 1.0 if problem.policy(y[0])[1] == held else -1.0
 
     switch.terminal = True  # type: ignore[attr-defined]
+    events: Any = switch if problem.whole else None
     while t < horizon:
         held = float(problem.policy(y[0])[1])
         if pieces:  # the switch may be found a little early
             ahead = y[0] + 1e-9 * horizon * slopes(t, y, held)[0]
             held = float(problem.policy(ahead)[1])
         with np.errstate(all="ignore"):
-            solved = solve_ivp(
+            solved: Any = solve_ivp(
                 slopes,
                 (t, horizon),
                 y,
                 args=(held,),
-                events=switch if problem.whole else None,
+                events=events,
                 dense_output=True,
                 **_TOLERANCES,
             )
@@ -162,7 +163,7 @@ def _follow(problem: Bolza, name: str, control: Control) -> Path:
     for piece, begin in zip(pieces[::-1], [*(each.end for each in pieces[-2::-1]), 0.0], strict=True):
         t = every[(every <= piece.end) & ((every > begin) | (begin == 0))]
         with np.errstate(all="ignore"):
-            solved = solve_ivp(
+            solved: Any = solve_ivp(
                 backward,
                 (piece.end, begin),
                 p,

@@ -101,7 +101,10 @@ def _fronts(problem: Bolza, ends: tuple[float, float], steps: int) -> Array:
     fronts, h = np.tile(ends, (steps + 1, 1)), problem.horizon / steps
     for n in range(steps - 1, -1, -1):
         least, most = _extremes(problem, fronts[n + 1])
-        fronts[n] = max(ends[0], fronts[n + 1, 0] - h * most[0]), min(ends[1], fronts[n + 1, 1] - h * least[1])
+        fronts[n] = (
+            max(ends[0], fronts[n + 1, 0] - h * most[0]),
+            min(ends[1], fronts[n + 1, 1] - h * least[1]),
+        )
         if not fronts[n, 0] <= problem.theta0 <= fronts[n, 1]:
             raise LandscapeError(
                 f"every flow from theta0 = {problem.theta0:g} leaves [{ends[0]:g}, {ends[1]:g}]"
@@ -143,7 +146,7 @@ def _recursion(
     for n in range(steps - 1, -1, -1):
         total = price + spline(grid, best)(at)
         kept = np.where((after < fronts[n + 1, 0]) | (after > fronts[n + 1, 1]), np.inf, total)
-        total = np.where(np.isfinite(kept).any(axis=1)[:, None], kept, total)
+        total = np.where(np.isfinite(kept).any(axis=1, keepdims=True), kept, total)
         choices[n] = np.argmin(total, axis=1)
         best = np.where(np.isfinite(total).any(axis=1), total[rows, choices[n]], best)
         own = price[:, 0] + spline(grid, policy)(at[:, 0])
@@ -177,7 +180,11 @@ def programme(
     steps = steps or (240 if problem.whole else 80)
     grid = np.linspace(low, high, nodes)
     q, k = _controls(problem, grid, points)
-    fronts = _fronts(problem, _domain(problem), steps) if clipped else np.tile([-math.inf, math.inf], (steps + 1, 1))
+    fronts = (
+        _fronts(problem, _domain(problem), steps)
+        if clipped
+        else np.tile([-math.inf, math.inf], (steps + 1, 1))
+    )
     value, policy, choices = _recursion(problem, grid, q, k, fronts)
     allowed = tolerance * max(abs(policy), 1e-3)
     better = policy - value > allowed
@@ -199,9 +206,7 @@ def programme(
     )
 
 
-def _roll_out(
-    problem: Bolza, grid: Array, q: Array, k: Array, choices: NDArray[np.int64]
-) -> list[Array]:
+def _roll_out(problem: Bolza, grid: Array, q: Array, k: Array, choices: NDArray[np.int64]) -> list[Array]:
     """The best candidate schedule followed from theta0: the choice of the nearest node, step by step."""
     theta, used, h = [np.asarray(problem.theta0)], [], problem.horizon / len(choices)
     for chosen in choices:

@@ -10,6 +10,7 @@ dynamic programming.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -90,6 +91,7 @@ def transcribe(
     if not np.isfinite(derived):
         raise LandscapeError("the derived schedule leaves the range of the inner maximum")
     best, q, success = derived, ones, False
+    tight: Any = {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100}
     for start in [ones, ones / 2, *(rng.uniform(0.2, 1, intervals) for _ in range(starts - 2))][:starts]:
         end = minimize(
             lambda at: _with_slope(problem, at),
@@ -97,7 +99,7 @@ def transcribe(
             jac=True,
             method="L-BFGS-B",
             bounds=[(Q_MIN, 1.0)] * intervals,
-            options={"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
+            options=tight,
         )
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
@@ -114,7 +116,7 @@ def transcribe(
         better=bool(difference > allowed and finer[0] - finer[1] > allowed),
         intervals=intervals,
         starts=starts,
-        t=problem.horizon / intervals * np.arange(intervals),
+        t=problem.horizon / intervals * np.arange(intervals, dtype=np.float64),
         theta=theta,
         q=q,
         k=problem.count(theta) / q,

@@ -259,8 +259,8 @@ def _programmed(problem: Bolza, name: str) -> Row:
     except LandscapeError as error:
         return row | {"error": str(error)}
     if abs(grid.policy - exact) > COARSE * max(abs(exact), 1e-2):
-        error = f"the derived schedule costs {grid.policy:.4g} on it, in fact {exact:.4g}"
-        return row | {"error": f"the grid in theta does not resolve it: {error}"}
+        told = f"the derived schedule costs {grid.policy:.4g} on it, in fact {exact:.4g}"
+        return row | {"error": f"the grid in theta does not resolve it: {told}"}
     if grid.better and len(grid.q):
         at = np.unique(np.linspace(0, grid.steps - 1, POINTS).astype(int))
         states = {"t": grid.t[at], "theta": grid.theta[at], "ratio": grid.q[at], "K": grid.k[at]}

@@ -127,7 +127,7 @@ def test_real_k_of_a_quadratic_landscape_is_a_power() -> None:
 def test_real_k_is_not_offered_where_the_landscape_is_not_quadratic(name: str) -> None:
     assert not make(FORMULAS[name]).admits(1.0, 0.4, 2.5)
     assert chosen_set(make(FORMULAS[name]).landscape) == "integer"
-    with pytest.raises(LandscapeError, match="real K .* is not offered .* one of integer, free, overshoot"):
+    with pytest.raises(LandscapeError, match=r"real K .* is not offered .* one of integer, free, overshoot"):
         make(FORMULAS[name], admissible="product")
 
 

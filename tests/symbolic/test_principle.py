@@ -315,7 +315,7 @@ def test_a_landscape_whose_later_steps_overshoot() -> None:
 
 
 def test_real_k_of_a_landscape_that_is_not_quadratic_is_refused() -> None:
-    with pytest.raises(LandscapeError, match="real K .* is not offered"):
+    with pytest.raises(LandscapeError, match=r"real K .* is not offered"):
         verify(follow(LOG, 1.4), 1.4, 3, 1, 0.01, "product")
 
 
@@ -362,11 +362,12 @@ def test_hard_landscapes_give_finite_numbers_or_reasons(
     theta0, tau, gamma = (chosen.pop(name) for name in ("theta0", "tau", "gamma"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        try:
-            found = verify(hard(text, theta0, **chosen), theta0, tau, 0.7, gamma)
-        except LandscapeError as error:
-            assert any(why in str(error) for why in ("cannot be followed beyond", "changes too fast"))
+        branch = hard(text, theta0, **chosen)
+        if (text, tau) == ("theta^2/2 - (x - theta)^2*exp(x)", 0.1):
+            with pytest.raises(LandscapeError, match="cannot be followed beyond"):
+                verify(branch, theta0, tau, 0.7, gamma)
             return
+        found = verify(branch, theta0, tau, 0.7, gamma)
         data = found.to_json()
     json.dumps(data, allow_nan=False)
     numbers = (
