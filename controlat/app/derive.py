@@ -81,7 +81,7 @@ class Derived:
         return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
 
     def __str__(self) -> str:
-        from controlat.symbolic.console import printed
+        from controlat.symbolic.terminal import printed
 
         return printed(self.result)
 

@@ -12,9 +12,9 @@ import pytest
 
 import controlat
 from controlat.symbolic import Task, fit
-from controlat.symbolic.console import printed
 from controlat.symbolic.document import markdown
 from controlat.symbolic.figures import FIGURES
+from controlat.symbolic.terminal import printed
 from controlat.symbolic.words import greek
 
 SEXTIC = "theta^2/2 - x^4 + theta*x^2 - theta*x/10"  # no closed form of its inner maximum that sympy picks

@@ -1,11 +1,10 @@
-"""A derivation as it is printed: drawn formulas, the checks, and the schedule."""
+"""A derivation for the terminal: drawn formulas, the checks, and the schedule."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-
-from sympy.printing.pretty.stringpict import stringPict
+from collections.abc import Sequence
 
 from controlat.symbolic.words import (
     CRITERION,
@@ -40,30 +39,48 @@ _COPIED = ("alpha", "theta", "K", "series", "J")
 _TALL = 11  # lines of a formula that is still drawn
 
 
-def _picture(left: str, answer: Result) -> stringPict:
-    """Left side and drawn formula, which meet at its main fraction bar; one too large is on lines."""
+def _block(left: str, answer: Result) -> list[str]:
+    """Left side and drawn formula, lines of one width; the left side stands at the main fraction bar."""
     lines = answer["drawn"].split("\n")
     bars = [max(map(len, re.findall("─+", line)), default=0) for line in lines]
-    drawn = stringPict(answer["drawn"], bars.index(max(bars)) if max(bars) else len(lines) - 1)
-    if drawn.height() > _TALL or drawn.width() + len(left) > WIDTH - 6:
-        drawn = stringPict("\n".join(textwrap.wrap(on_a_line(answer["text"]), WIDTH - 8 - len(left))), 0)
-    return stringPict(*drawn.left(f"   {left} = "))
+    at = bars.index(max(bars)) if max(bars) else len(lines) - 1
+    width = max(map(len, lines))
+    if len(lines) > _TALL or width + len(left) > WIDTH - 6:
+        lines, at = textwrap.wrap(on_a_line(answer["text"]), WIDTH - 8 - len(left)), 0
+        width = max(map(len, lines))
+    return [
+        (f"{left} = " if i == at else " " * (len(left) + 3)) + s.ljust(width) for i, s in enumerate(lines)
+    ]
 
 
-def _drawn(result: Result) -> str:
-    """The main formulas side by side, as many in a row as fit."""
-    rows: list[stringPict] = []
-    for key in _COPIED:
-        if "drawn" in (answer := result["formulas"][key]):
-            picture = _picture(QUANTITIES[key][0] + " near 0" * (key == "series"), answer)
-            wider = stringPict(*rows[-1].right("  ", picture)) if rows else picture
-            rows = [*rows[:-1], wider] if rows and wider.width() < WIDTH else [*rows, picture]
-    lines = "\n\n".join(str(row) for row in rows).split("\n")
-    return "\n".join(line.rstrip() for line in lines)
+def _beside(blocks: Sequence[list[str]]) -> str:
+    """Blocks side by side, aligned where their left sides stand, as many in a row as fit."""
+    rows: list[list[list[str]]] = []
+    for block in blocks:
+        if rows and sum(len(b[0]) + 5 for b in rows[-1]) + len(block[0]) < WIDTH - 3:
+            rows[-1].append(block)
+        else:
+            rows.append([block])
+    return "\n\n".join(map(_row, rows))
+
+
+def _row(blocks: Sequence[list[str]]) -> str:
+    at = [next(i for i, s in enumerate(b) if s[0] != " ") for b in blocks]
+    above, below = max(at), max(len(b) - i for b, i in zip(blocks, at, strict=True))
+    padded = [
+        [" " * len(b[0])] * (above - i) + b + [" " * len(b[0])] * (below - len(b) + i)
+        for b, i in zip(blocks, at, strict=True)
+    ]
+    return "\n".join("   " + "     ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def _formulas(result: Result) -> list[str]:
     """One-line formulas, drawn ones, and what is known by numbers only."""
+    found = result["formulas"]
+    blocks = [_block(QUANTITIES[k][0], found[k]) for k in ("alpha", "theta", "K") if "drawn" in found[k]]
+    for key, left in (("series", "K*(t) near 0"), ("J", "J")):
+        if "drawn" in found[key]:
+            blocks.append(_block(left, found[key]))
     missing: dict[str, list[str]] = {}
     for key, answer in answers_of(result):
         if "text" not in answer:
@@ -71,7 +88,7 @@ def _formulas(result: Result) -> list[str]:
                 QUANTITIES[key][0] + " near 0" * (key == "series")
             )
     told = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
-    return [part for part in (_lines(result), _drawn(result), bullets(told)) if part]
+    return [part for part in (_lines(result), _beside(blocks), bullets(told)) if part]
 
 
 def _lines(result: Result) -> str:
@@ -103,7 +120,7 @@ def _latex(result: Result) -> list[str]:
 
 
 def printed(result: Result) -> str:
-    """A derivation in characters.
+    """For the terminal.
 
     Args:
         result: the content of result.json.
