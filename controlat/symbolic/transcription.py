@@ -91,16 +91,14 @@ def transcribe(
     if not np.isfinite(derived):
         raise LandscapeError("the derived schedule leaves the range of the inner maximum")
     best, q, success = derived, ones, False
-    tight: Any = {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100}
+    settings: Any = {
+        "jac": True,
+        "method": "L-BFGS-B",
+        "bounds": [(Q_MIN, 1.0)] * intervals,
+        "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
+    }
     for start in [ones, ones / 2, *(rng.uniform(0.2, 1, intervals) for _ in range(starts - 2))][:starts]:
-        end = minimize(
-            lambda at: _with_slope(problem, at),
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=[(Q_MIN, 1.0)] * intervals,
-            options=tight,
-        )
+        end = minimize(lambda at: _with_slope(problem, at), start, **settings)
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
             best, q = value, end.x
