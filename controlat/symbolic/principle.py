@@ -355,12 +355,16 @@ def boundary_problem(problem: Bolza, derived: Path) -> dict[str, Any]:
     }
 
 
-def gamma_range(problem: Bolza, points: int = 400) -> tuple[float, float]:
+def gamma_range(problem: Bolza, path: Path | None = None) -> tuple[float, float]:
     """The prices gamma for which the derived schedule satisfies the principle on the set "product".
 
     With p = p0 + gamma p1 each candidate's H - H(u) is A + gamma B, so each (t, candidate) allows a half-line
     of gamma, and their intersection is an interval: no search is needed beyond the one over candidates. In
     the limit alpha -> alpha* with K* < 1 F moves infinitely faster than the price: there p dF decides.
+
+    Args:
+        problem: with the set "product"; its gamma is not used.
+        path: its derived path, where that is known already.
 
     Returns:
         (smallest, largest); largest = inf if there is no violation up to 1e4; (nan, nan) if none will do.
@@ -370,8 +374,8 @@ def gamma_range(problem: Bolza, points: int = 400) -> tuple[float, float]:
     """
     if problem.admissible != "product":
         raise ValueError(f"the range of gamma is for the set 'product', got {problem.admissible!r}")
-    path, land = derived_path(problem), problem.landscape
-    theta, own, q = path.theta[:, None], path.k[:, None], grid_of_q(1.0, points)[:-1]
+    path, land = path or derived_path(problem), problem.landscape
+    theta, own, q = path.theta[:, None], path.k[:, None], grid_of_q(1.0, 400)[:-1]
     moved = problem.flow(theta, q, own / q) + problem.branch.robust_slope(theta)
     x = problem.branch(theta)
     edge = np.where(own < 1, np.sign(-land("tx")(theta, x) * (land.point - x)), 0.0)

@@ -135,7 +135,7 @@ def verify(
         return part(f"dynamic programming for the set '{name}'", nothing, _programmed, problem, name)  # type: ignore[no-any-return]
 
     curves = _curves(problem, path)
-    prices = part("the range of gamma", None, _gamma, problem) if product else None
+    prices = part("the range of gamma", None, _gamma, problem, path) if product else None
     derived = _derived(problem, path, prices)
     rows = {admissible: programmed(admissible)}
     direct = part("direct transcription", {"error": LATE}, _transcribed, problem) if transcription else None
@@ -237,8 +237,8 @@ def _curves(problem: Bolza, path: Path) -> list[Row]:
     return rows
 
 
-def _gamma(problem: Bolza) -> Row:
-    low, high = gamma_range(problem)
+def _gamma(problem: Bolza, path: Path) -> Row:
+    low, high = gamma_range(problem, path)
     return {"low": low, "high": high, "none": math.isnan(low), "unlimited": math.isinf(high)}
 
 
