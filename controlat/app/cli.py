@@ -101,7 +101,7 @@ def _train(found: Namespace) -> None:
 
 def _derive(found: Namespace) -> None:
     from controlat.app.derive import derive
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.figures import FIGURES
 
     result = derive(out=found.out, **_settings(found, ("config", "out")))
     print(result)

@@ -81,7 +81,7 @@ class Derived:
         return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
 
     def __str__(self) -> str:
-        from controlat.symbolic.terminal import printed
+        from controlat.report.derivation.terminal import printed
 
         return printed(self.result)
 
@@ -197,10 +197,10 @@ def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
     """What was measured on the run: now, or by an earlier call, which left it with the run."""
     if chosen.calibrate is None:
         return None
-    from controlat.app.calibration import measured
+    from controlat.app.calibration import calibration
 
     options: dict[str, Any] = {"data_dir": chosen.data_dir, "device": chosen.device}
-    return measured(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
+    return calibration(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
 
 
 def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]:
@@ -282,8 +282,8 @@ def _solution(found: Derivation) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    from controlat.symbolic.document import markdown
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.document import markdown
+    from controlat.report.derivation.figures import FIGURES
 
     write_json(out / "schedule.json", result["network"]["schedule"])
     for name, figure in FIGURES.items():

@@ -44,7 +44,6 @@ from controlat.dynamics.state import same_bits
 from controlat.methods import build
 from controlat.pmp import Grid, described, price, try_terminal
 from controlat.records import missing
-from controlat.report import plots
 from controlat.robust_accuracy import Extras, parse_attack
 from controlat.robust_accuracy.attack import read_attacks
 
@@ -387,7 +386,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     if out is not None:
         write_json(out, result)
         if chosen.sweeps:
-            plots.sweeps([(result["schedule"] or "network", [result["curves"]])], result, figure_of(out))
+            report.attack_figure(result, figure_of(out))
     return result
 
 

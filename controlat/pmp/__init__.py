@@ -1,7 +1,7 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
 from controlat.pmp.candidates import MAXIMISERS, Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import (
     HALVINGS,
     LAMBDAS,
@@ -15,7 +15,6 @@ from controlat.pmp.greedy import criterion, measure, probe_batches
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Price,
     Terminal,
@@ -33,7 +32,6 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
-    "TERMINALS",
     "AdversarialLoss",
     "Calibration",
     "Criterion",
@@ -43,6 +41,7 @@ __all__ = [
     "Surface",
     "Terminal",
     "Weighted",
+    "backward",
     "build_terminal",
     "calibrate",
     "criterion",
@@ -56,6 +55,5 @@ __all__ = [
     "price",
     "probe_batches",
     "relaxed",
-    "sweep",
     "try_terminal",
 ]

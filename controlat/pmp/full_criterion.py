@@ -26,7 +26,7 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
 from controlat.pmp.candidates import Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.relaxed import Outcome, relaxed
 from controlat.pmp.surface import Array
@@ -283,7 +283,7 @@ def examine(
         gamma: price of one gradient evaluation per sample.
         horizons: numbers of steps; the whole roll-out is always among them.
         looks: number of steps of each block that are looked at, spread evenly; all of them by default.
-        progress: called after every step of the sweep.
+        progress: called after every step of the backward pass.
 
     Returns:
         The criterion over all horizons.
@@ -314,10 +314,10 @@ def examine(
         phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
         if not math.isfinite(phi):
             raise NonFiniteError(f"the terminal cost is {phi}")
-        for swept in sweep(
+        for step in backward(
             recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
         ):
-            visit, costates, of, dropped = swept
+            visit, costates, of, dropped = step
             norms.append((visit.number, of[entire]))
             if visit.number in numbers:
                 found.append(gains(driver, visit, costates, of, grid, meter))
