@@ -336,9 +336,8 @@ def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known
     """One horizon and one sigma: constants, runs, and again on a larger range while runs leave it."""
     branch, most = case.branch, case.branch.domain
     for enlarged in range(_ENLARGEMENTS):  # noqa: B007
-        low, high = (
-            s * _peak("x*(theta)", lambda t, _, s=s: s * branch(t), theta, _FLAT)[0] for s in (-1, 1)
-        )
+        high = _peak("x*(theta)", lambda t, _: branch(t), theta, _FLAT)[0]
+        low = -_peak("x*(theta)", lambda t, _: -branch(t), theta, _FLAT)[0]
         x = min(x[0], low), max(x[1], high)
         if (theta, x) not in known:
             known[theta, x] = _constants(branch, case.theta0, theta, x)

@@ -98,7 +98,7 @@ def transcribe(
         "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
     }
     for start in [ones, ones / 2, *(rng.uniform(0.2, 1, intervals) for _ in range(starts - 2))][:starts]:
-        end = minimize(lambda at: _with_slope(problem, at), start, **settings)
+        end = minimize(_with_slope, start, args=(problem,), **settings)
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
             best, q = value, end.x
@@ -121,7 +121,7 @@ def transcribe(
     )
 
 
-def _with_slope(problem: Bolza, q: Array) -> tuple[float, Array]:
+def _with_slope(q: Array, problem: Bolza) -> tuple[float, Array]:
     """J and its slopes by one-sided differences that stay in the set: all of them in one roll-out."""
     moves = np.where(q + _DIFFERENCE > 1, -_DIFFERENCE, _DIFFERENCE)
     j = np.nan_to_num(cost(problem, np.vstack([q, q + np.diag(moves)])), nan=_LOST, posinf=_LOST)

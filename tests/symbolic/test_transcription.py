@@ -46,7 +46,7 @@ def test_cost_against_an_accurate_solution() -> None:
 
 def test_slopes_of_the_cost_are_one_sided_at_the_bounds() -> None:
     problem, q, e = make(tau=3.3), np.array([0.3, 0.9, 1.0, 0.02, 0.4]), 1e-5
-    value, slope = _with_slope(problem, q)
+    value, slope = _with_slope(q, problem)
     assert value == cost(problem, q)
     for i, side in ((0, 1), (1, 1), (4, 1), (2, -1), (3, 1)):
         moved = cost(problem, q + side * e * np.eye(5)[i])
