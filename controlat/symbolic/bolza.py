@@ -43,7 +43,9 @@ class AdmissibleSet(NamedTuple):
 
 
 SETS = {
-    "product": AdmissibleSet("alpha K = tau, 0 < alpha <= alpha*(theta), K real", False, True),
+    "product": AdmissibleSet(
+        "alpha K = tau, 0 < alpha <= alpha*(theta), K real, no step beyond x*", False, True
+    ),
     "integer": AdmissibleSet(
         "alpha K = tau, alpha <= alpha*(theta), K = 1, 2, ..., no step beyond x*", True, True
     ),
@@ -308,6 +310,11 @@ class Bolza:
             lost = (high - low > 1) & missing(middle)
             low, high = np.where(lost, middle, low), np.where(lost | (high - low <= 1), high, middle)
         return high
+
+
+def no_whole_k(theta: float) -> LandscapeError:
+    """Why the derived schedule is not in a set of whole K."""
+    return LandscapeError(f"at theta = {theta:.4g} no whole K keeps the ascent with alpha = tau/K before x*")
 
 
 def whole_cap(problem: Bolza) -> int:

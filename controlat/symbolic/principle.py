@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.integrate import solve_bvp, solve_ivp, trapezoid
 
-from controlat.symbolic.bolza import Bolza, candidates, grid_of_q, whole_cap
+from controlat.symbolic.bolza import Bolza, candidates, grid_of_q, no_whole_k, whole_cap
 from controlat.symbolic.landscape import Array, LandscapeError
 
 __all__ = [
@@ -121,6 +121,8 @@ def _forward(problem: Bolza, control: Control) -> list[_Piece]:
         if pieces:  # the switch may be found a little early
             ahead = y[0] + 1e-9 * horizon * slopes(t, y, held)[0]
             held = float(problem.policy(ahead)[1])
+        if problem.whole and math.isnan(held):
+            raise no_whole_k(float(y[0]))
         with np.errstate(all="ignore"):
             solved: Any = solve_ivp(
                 slopes,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
-from controlat.symbolic.bolza import Bolza, candidates
+from controlat.symbolic.bolza import Bolza, candidates, no_whole_k
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
 
 __all__ = ["Programming", "programme", "reachable"]
@@ -117,10 +117,7 @@ def _controls(problem: Bolza, grid: Array, points: int) -> tuple[Array, Array]:
     q, k = candidates(problem, grid, points, thin=True)
     q_own, k_own = problem.policy(grid)
     if not np.isfinite(k_own).all():
-        theta = float(grid[int(np.argmin(np.isfinite(k_own)))])
-        raise LandscapeError(
-            f"at theta = {theta:.4g} no whole K keeps the ascent with alpha = tau/K before x*"
-        )
+        raise no_whole_k(float(grid[int(np.argmin(np.isfinite(k_own)))]))
     return np.column_stack([q_own, q]), np.column_stack([k_own, k])
 
 
