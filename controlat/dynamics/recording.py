@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from controlat._util.checks import instance
+from controlat.control.controller import Recorded
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import arrivals, rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
+from controlat.dynamics.strides import GIBI, fitting
 from controlat.methods import Batch
 
-__all__ = ["Recording", "Visit"]
-
-GIBI = 2**30
+__all__ = ["GIBI", "Recording", "Visit"]
 
 
 class Visit(NamedTuple):
@@ -44,13 +44,14 @@ class Visit(NamedTuple):
 class Recording:
     """A roll-out of steps first, ..., last - 1 with the state before every `stride`-th of them.
 
-    Between stored states the steps are taken again, which gives the same bits. Of the stretch in question,
-    states at the next finer stride are held; of one of its parts, those at the stride after that; and so on.
+    Between stored states the steps are taken again under the controls that were recorded, which gives the
+    same bits; a closed loop is not asked again. Of the stretch in question, states at the next finer stride
+    are held; of one of its parts, those at the stride after that; and so on.
     Of what samples carry, only the rows that are touched are stored.
 
     Args:
         driver: runs the system; visits move it, and `put_back` leaves it at the end of the roll-out.
-        spec: data, schedule, rates.
+        spec: data, controller, rates; in place of a closed loop the controls that it took.
         first: first step.
         last: the step before which the roll-out ends.
         stride: steps from one stored state to the next.
@@ -68,8 +69,8 @@ class Recording:
     first: int
     last: int
     stride: int
-    stored: dict[int, Snapshot]
-    end: Snapshot
+    stored: dict[int, State]
+    end: State
     steps: list[Step]
     events: list[tuple[int, str, str]] = field(default_factory=list)
     spent: Meter = field(default_factory=Meter)
@@ -91,7 +92,7 @@ class Recording:
 
         Args:
             driver: at the state before step `first`; afterwards at the end of the roll-out.
-            spec: data, schedule, rates.
+            spec: data, controller, rates.
             first: number of the first step.
             last: stop before this step; the end of the plan by default, after its last hook.
             stride: states are stored at every `stride`-th step, and all states of one stretch are held at
@@ -105,10 +106,11 @@ class Recording:
         """
         strides = cls.check(driver, spec, first=first, last=last, stride=stride, limit=limit)
         last = spec.epochs * spec.batches_per_epoch if last is None else last
-        stored: dict[int, Snapshot] = {}
+        stored: dict[int, State] = {}
 
         made: list[Step] = []
         events: list[tuple[int, str, str]] = []
+        opening: Control | None = None
         before = driver.notice
 
         def notice(what: str, name: str) -> None:
@@ -119,14 +121,28 @@ class Recording:
         driver.notice = notice
         try:
             for step in _steps(driver, spec, first, last, stored, stride=strides[0]):
+                opening = opening or spec.control_at(step.epoch, 0, driver)
                 made.append(step)
                 if progress is not None:
                     progress(step)
         finally:
             driver.notice = before
         last = first + len(made)  # fewer where the method ended training
-        end = driver.snapshot()
-        return cls(driver, spec, first, last, strides[0], stored, end, made, events, finer=strides[1:])
+        if not spec.open_loop:
+            taken = Recorded([step.control for step in made], first, opening)
+            spec = replace(spec, controller=taken)
+        return cls(
+            driver=driver,
+            spec=spec,
+            first=first,
+            last=last,
+            stride=strides[0],
+            stored=stored,
+            end=driver.snapshot(),
+            steps=made,
+            events=events,
+            finer=strides[1:],
+        )
 
     @staticmethod
     def check(
@@ -145,7 +161,7 @@ class Recording:
 
         Args:
             driver: as in `of`, like all the others.
-            spec: data, schedule, rates.
+            spec: data, controller, rates.
             first: number of the first step.
             last: stop before this step.
             stride: of stored states.
@@ -171,7 +187,7 @@ class Recording:
         if driver.stopped and first % spec.batches_per_epoch == 0:
             raise ValueError(f"the method has ended training ({driver.stopped}): there is nothing to record")
         if stride is None:
-            return _fitting(_size(driver, spec, first), last - first, limit)
+            return fitting(_size(driver, spec, first), last - first, limit)
         if stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
         return stride, 1
@@ -223,7 +239,7 @@ class Recording:
             self._make(states, start, {n: end for n, end, _ in parts if n not in states})
             stretches += parts if backward else reversed(parts)
 
-    def _make(self, states: dict[int, Snapshot], start: int, wanted: dict[int, int]) -> None:
+    def _make(self, states: dict[int, State], start: int, wanted: dict[int, int]) -> None:
         """Take the steps from `start` on again, and add the states that are wanted.
 
         Args:
@@ -257,7 +273,7 @@ def _steps(
     spec: RunSpec,
     first: int,
     last: int,
-    states: dict[int, Snapshot] | None = None,
+    states: dict[int, State] | None = None,
     *,
     stride: int = 1,
     begun: bool = False,
@@ -295,58 +311,16 @@ def _size(driver: Driver, spec: RunSpec, first: int) -> int:
         after = driver.snapshot(spec.indices(first, first + 1))
     finally:
         driver.restore(before)
-    rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(spec.data)
-    return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
-
-
-def _fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
-    """The strides with which all states that are held at once fit."""
-    strides = _strides(steps, int(min(limit / size, steps + 2)))
-    if strides:
-        return strides
-    least = next(n for n in count() if _strides(steps, n)) * size
-    raise ValueError(
-        f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
-        f"stretches taken again: allow {1.05 * least / GIBI:.2g} GiB"
-    )
-
-
-def _strides(steps: int, states: int) -> tuple[int, ...]:
-    """The fewest strides with which `states` are enough, the first of them as small as it may be, and so on.
-
-    None where no number of strides is enough.
-    """
-    for levels in range(1, steps.bit_length() + 1):
-        free = states - (1 if levels == 1 else 2)  # the end; and a visitor's own where steps are taken again
-        if _reach(free, levels) >= steps:
-            break
-    else:
-        return ()
-    strides = []
-    for below in range(levels - 1, 0, -1):
-        most = range(min(free, steps), 0, -1)
-        held = next(n for n in most if -(-steps // n) <= _reach(free - n + 1, below))
-        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is there already
-        strides.append(steps)
-    return *strides, 1
-
-
-def _reach(states: int, levels: int) -> int:
-    """The most steps that so many states serve: the product of the numbers held at each level.
-
-    As the first state of a stretch is there already, these numbers add up to states + levels - 1.
-    """
-    if states < 1:
-        return 0
-    each, more = divmod(states - 1, levels)
-    steps: int = (each + 1) ** (levels - more) * (each + 2) ** more
-    return steps
+    rows = sum(_bytes(part) // len(part.seen) for part in after.rows.values()) * len(spec.data)
+    return max(_bytes(before), _bytes(replace(after, rows={})) + rows)
 
 
 def _bytes(value: Any) -> int:
     """Bytes of all tensors of a nested structure."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0

@@ -1,7 +1,7 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
-from controlat.pmp.candidates import MAXIMISERS, Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import (
     HALVINGS,
     LAMBDAS,
@@ -11,11 +11,11 @@ from controlat.pmp.full_criterion import (
     examine,
     looked_at,
 )
-from controlat.pmp.greedy import criterion, measure, probe_batches
+from controlat.pmp.greedy import criterion, probe_batches, score
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Price,
     Terminal,
@@ -33,16 +33,16 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
-    "TERMINALS",
     "AdversarialLoss",
     "Calibration",
+    "Candidates",
     "Criterion",
     "Gap",
-    "Grid",
     "Price",
     "Surface",
     "Terminal",
     "Weighted",
+    "backward",
     "build_terminal",
     "calibrate",
     "criterion",
@@ -51,11 +51,10 @@ __all__ = [
     "examine",
     "interval",
     "looked_at",
-    "measure",
     "parse_terminal",
     "price",
     "probe_batches",
     "relaxed",
-    "sweep",
+    "score",
     "try_terminal",
 ]

@@ -11,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-import torch
-from torch import Tensor
-
 from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.dynamics.adjoint import buffers
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.recording import Recording
-from controlat.dynamics.state import Snapshot, gather, put
-from controlat.methods import Batch, Rows
+from controlat.methods import Batch
 from controlat.pmp.costate import momentum_tail
 from controlat.pmp.terminal import Terminal, check_terminal
 
@@ -64,38 +59,16 @@ class _Mixing(Driver):
             done = super().step(batch, u, rate)
             self.evaluations += done.spent.gradients / done.samples
             return done
-        before = self.snapshot(batch.indices if self.rows else None)
+        before = self.snapshot(batch.indices)
         other = super().step(batch, v, rate)
-        theirs = self.snapshot(batch.indices if self.rows else None)
+        theirs = self.snapshot(batch.indices)
         self.restore(before)
+        del before
         done = super().step(batch, u, rate)
-        self._towards(theirs, batch)
+        self.restore(self.state().at(batch.indices).towards(theirs, self.part))
         n = [s.spent.gradients / s.samples for s in (done, other)]
         self.evaluations += (1 - self.part) * n[0] + self.part * n[1]
         return done
-
-    @torch.no_grad()
-    def _towards(self, theirs: Snapshot, batch: Batch) -> None:
-        """Move the state a part of the way to another one; whole numbers stay as they are."""
-        mixed: set[int] = set()
-        for name, t in self.model.state_dict().items():
-            if isinstance(t, Tensor) and t.is_floating_point() and t.data_ptr() not in mixed:
-                mixed.add(t.data_ptr())  # weights that are tied have several names
-                t.lerp_(theirs.model[name], self.part)
-        for i, p in enumerate(self.parameters):
-            for name, t in self.sgd.state.get(p, {}).items():
-                if isinstance(t, Tensor):
-                    t.lerp_(theirs.optimizer["state"][i][name], self.part)
-        for name, t in self.memory.items():
-            if t.is_floating_point():
-                self.memory[name] = t.lerp(theirs.memory[name], self.part)
-        for name, store in self.rows.items():
-            found = theirs.rows[name]
-            other = Rows(found["values"], found["seen"])
-            other = other if "index" in found else gather(other, batch.indices)
-            mine = gather(store, batch.indices)
-            between = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
-            self.rows[name] = put(store, batch.indices, between)
 
 
 def relaxed(
@@ -106,21 +79,42 @@ def relaxed(
     *,
     progress: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Roll out a recorded plan anew, with relaxed controls.
+    """Roll out a recorded training anew, with controls that go a part of the way from u_t to v_t.
+
+    S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t) and n_lambda alike: the step of a control that is
+    u_t with probability 1 - lambda and v_t with probability lambda, in the mean. What a change of controls
+    brings can be looked at for any lambda, where C sees only its derivative at 0.
 
     Args:
         recording: of the roll-out under u; its driver is left at its end.
-        others: v_t by the number of the step; steps without one keep u_t.
+        others: v_t by the number of the step, counted over the whole run; steps without one keep u_t.
         part: lambda; 0 is the recorded roll-out, 1 takes the steps under v.
         terminal: Phi.
         progress: called after every step.
+
+    Returns:
+        Phi, sum n and the evaluations spent; ``objective(price)`` is J.
 
     Raises:
         ValueError: part is no finite number.
         NonFiniteError: training diverged.
 
     Source:
-        Frank & Wolfe (1956), for the gap; relaxed controls: Warga (1962).
+        Warga (1962), for relaxed controls; Frank and Wolfe (1956), for the gap.
+
+    >>> import torch
+    >>> from controlat import Ball, Split, parse_schedule
+    >>> from controlat.control import parse_rate
+    >>> from controlat.dynamics import Driver, Recording, RunSpec
+    >>> from controlat.methods import build
+    >>> from controlat.pmp import AdversarialLoss
+    >>> x, y, ball = torch.rand(16, 1, 4, 4), torch.arange(16) % 3, Ball(0.05)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    >>> spec = RunSpec(Split(x, y), 8, 1, parse_schedule("pgd:steps=2,alpha=0.02", 1), parse_rate(0.1))
+    >>> recording = Recording.of(Driver(model, build("pgd_at"), ball), spec)
+    >>> half = relaxed(recording, {0: Control(alpha=0, steps=0)}, 0.5, AdversarialLoss(x, y, ball))
+    >>> half.evaluations  # (3 + 1)/2 in the first step, 3 in the second
+    5.0
     """
     instance(recording, Recording, "recording")
     check_terminal(terminal, "terminal")
@@ -138,9 +132,9 @@ def relaxed(
         phi = terminal.value(mixing)
         left = momentum_tail(recording, recording.last)
         if left:
-            after = buffers(mixing)
+            after = mixing.momentum
             driver.restore(recording.end)
             gradient = terminal.gradient(driver)[: len(driver.parameters)]
-            parts = zip(gradient, after, buffers(driver), strict=True)
+            parts = zip(gradient, after, driver.momentum, strict=True)
             phi -= left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
     return Outcome(phi, mixing.evaluations, mixing.meter.gradients)

@@ -24,11 +24,11 @@ from controlat.methods import Batch, Context, Update
 from controlat.pmp import (
     AdversarialLoss,
     Calibration,
+    Candidates,
     Criterion,
-    Grid,
+    backward,
     calibrate,
     examine,
-    sweep,
 )
 from controlat.pmp import (
     full_criterion as full,
@@ -36,7 +36,7 @@ from controlat.pmp import (
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
 
-GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
+GRID, GAMMA = Candidates.of((0.02, 0.08), 3), 0.05
 SETTINGS = {
     "plain": SGDSettings(0.0),
     "momentum": SGDSettings(0.9, weight_decay=1e-3),
@@ -104,7 +104,7 @@ def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() 
 @every
 def test_a_schedule_that_maximises_has_c_zero_and_more_candidates_never_lower_it(case: Case) -> None:
     r, terminal = recorded(case), phi()
-    small = examine(r, terminal, Grid((0.02,), 1), gamma=GAMMA)
+    small = examine(r, terminal, Candidates.of((0.02,), 1), gamma=GAMMA)
     large = examine(r, terminal, GRID, gamma=GAMMA)
     for h in small.horizons:
         assert 0 <= small.value(h) <= large.value(h) + 1e-15
@@ -130,7 +130,7 @@ def test_blocks_are_summed_before_the_maximum_is_taken(o: SGDSettings) -> None:
 
 def test_blocks_follow_the_schedule_and_end_with_the_epoch() -> None:
     schedule = parse_schedule("table:steps=0:1:2:3,alpha=0.05,resolution=0.5", 2)
-    r = recorded(PLAIN["pgd_at"], schedule=schedule, batch_size=3)  # 4 steps for an epoch
+    r = recorded(PLAIN["pgd_at"], controller=schedule, batch_size=3)  # 4 steps for an epoch
     found = examine(r, phi(), GRID, gamma=GAMMA)
     assert found.blocks == (0, 0, 1, 1, 2, 2, 3, 3)
     assert [b.control["steps"] for b in found.best()] == [0, 1, 2, 3]
@@ -320,10 +320,10 @@ def test_nothing_is_rolled_out_where_nothing_is_to_be_gained() -> None:
 
 @optimizers
 def test_cosines_and_growth_are_those_of_the_costates(o: SGDSettings) -> None:
-    """All steps looked at: the cosine by two steps taken by hand, ||p|| from the sweep itself."""
+    """All steps looked at: the cosine by two steps taken by hand, ||p|| from the backward pass itself."""
     r, terminal = recorded(PLAIN["free"], o), phi()
     found = examine(r, terminal, GRID, gamma=GAMMA)
-    norms = {s.visit.number: s.norms[6] for s in sweep(r, terminal)}
+    norms = {s.visit.number: s.norms[6] for s in backward(r, terminal)}
     assert found.growth == pytest.approx(norms[0] / norms[5])
     for block, cosine in zip(found.best(), found.cosines(), strict=True):
         members = [g for g in found.looked if found.blocks[g.number] == block.index]
@@ -336,15 +336,15 @@ def test_cosines_and_growth_are_those_of_the_costates(o: SGDSettings) -> None:
         assert -1 <= cosine <= 1
 
 
-def test_a_sweep_takes_no_step_again_before_the_first_that_is_looked_at() -> None:
+def test_a_backward_pass_takes_no_step_again_before_the_first_that_is_looked_at() -> None:
     r = recorded(PLAIN["pgd_at"])
     few = Recording.of(*system_of(r), stride=3)
     before = few.spent.gradients
-    swept = list(sweep(few, phi(), looked=[4]))
-    assert [s.visit.number for s in swept] == [5, 4]
+    passed = list(backward(few, phi(), looked=[4]))
+    assert [s.visit.number for s in passed] == [5, 4]
     per_step = sum(step.spent.gradients for step in r.steps) / 6
     assert few.spent.gradients - before == pytest.approx(2 * per_step, rel=0.5)  # steps 3 and 4, to be at 5
-    assert list(sweep(few, phi(), looked=[])) == []
+    assert list(backward(few, phi(), looked=[])) == []
 
 
 def system_of(r: Recording) -> tuple[Any, Any]:
@@ -486,7 +486,7 @@ def test_a_linear_quadratic_problem_has_its_criterion_in_closed_form(o: SGDSetti
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes, bias=False)).double()
     d = Driver(model, Driven(x, b), Ball(0.1), o, channels_last=False)
     r = Recording.of(d, constant(Control(alpha=u), 32, epochs=3, rate=rate), stride=5)
-    grid, steps = Grid((0.1, 0.3, 0.8), 1), r.last
+    grid, steps = Candidates.of((0.1, 0.3, 0.8), 1), r.last
     found = examine(r, Square(), grid, gamma=GAMMA)
     worth = calibrate(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
 
