@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from controlat.data import Split as Split
     from controlat.pmp import Surface as Surface
     from controlat.pmp import criterion as criterion
+    from controlat.pmp import relaxed as relaxed
     from controlat.robust_accuracy import robustness as robustness
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ _HOME = {
     "load_schedule": "control.schedules",
     "parse_schedule": "control.schedule_text",
     "pgd": "attacks",
+    "relaxed": "pmp",
     "robustness": "robust_accuracy",
     "train": "app.jobs",
 }

@@ -15,7 +15,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
 from controlat.pmp import (
     AdversarialLoss,
-    Grid,
+    Candidates,
     Weighted,
     calibrate,
     examine,
@@ -37,7 +37,7 @@ driver = Driver(model, build("pgd_at"), ball, SGDSettings(momentum=0.9))
 recording = Recording.of(driver, spec)  # trains the model; every step of it can be visited again
 
 phi = Weighted(((1.0, AdversarialLoss(x, y, ball)), (0.1, AdversarialLoss(x, y, ball, steps=0))))
-grid = Grid((0.02, 0.05, 0.15), max_steps=6)
+grid = Candidates.of((0.02, 0.05, 0.15), max_steps=6)
 found = examine(recording, phi, grid, gamma=0.001, horizons=[1, spec.batches_per_epoch], looks=2)
 print(f"Phi = {phi.describe()}: {found.phi:.3f}")
 for h in found.horizons:

@@ -1,6 +1,5 @@
-"""What `test_parallel` lets several processes do: torchrun starts this file with a task and a folder."""
+"""What `test_parallel` lets several processes do."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from controlat._util import rng
 from controlat._util.parallel import World, current, joined
 from controlat.attacks.balls import Ball
 from controlat.control.controller import Moment
+from controlat.control.schedule_text import parse_schedule
 from controlat.control.space import Control
 from controlat.data import Augment, Split
 from controlat.dynamics.driver import Driver, SGDSettings
@@ -49,6 +49,15 @@ def every_case(world: World) -> dict[str, Any]:
             steps = [step._asdict() for step in rollout(d, p)]
             found[f"{name}, {norm}"] = plain(d, steps)
     return found
+
+
+def dithered(world: World) -> dict[str, Any]:
+    """A method with two integer knobs between two whole numbers each, for three epochs."""
+    d, space = driver(CASES["yopo"]), CASES["yopo"].method().controls
+    schedule = parse_schedule("set:steps=1.5..3,alpha=0.03,inner=1.3,rounding=dither", 3, space).bound(space)
+    p = constant(CASES["yopo"].control(), N, batch_size=BATCH, epochs=3, world=world)
+    steps = [step._asdict() for step in rollout(d, replace(p, controller=schedule))]
+    return {"dithered": plain(d, steps) | {"controls": [dict(step["control"]) for step in steps]}}
 
 
 def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,13 +155,13 @@ def closed_loop(world: World) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
-    task.__name__: task for task in (every_case, batchnorm, twins, exchanges, drifting, closed_loop)
+    task.__name__: task for task in (every_case, dithered, batchnorm, twins, exchanges, drifting, closed_loop)
 }
 
 
-if __name__ == "__main__":
-    out, *names = sys.argv[1:]
+def run(out: Path, names: list[str]) -> None:
+    """Some tasks, in each process; what it found is in a file of its own."""
     with joined("cpu") as world:
         assert current() == world
         results = {key: value for name in names for key, value in TASKS[name](world).items()}
-    torch.save(results, Path(out) / f"{world.size}-{world.rank}.pt")
+    torch.save(results, out / f"{world.size}-{world.rank}.pt")

@@ -44,7 +44,7 @@ from controlat.dynamics.feedback import ahead
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
-from controlat.pmp import Grid, described, price, try_terminal
+from controlat.pmp import Candidates, described, price, try_terminal
 from controlat.records import missing
 from controlat.robust_accuracy import Extras, parse_attack
 from controlat.robust_accuracy.attack import read_attacks
@@ -148,8 +148,8 @@ def _note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
 
 
 def _alphas(schedule: Schedule) -> Iterator[float]:
-    """The step sizes of a schedule, piece by piece."""
-    return (schedule(piece * schedule.resolution).get("alpha", 0.0) for piece in range(schedule.pieces))
+    """The step sizes that a schedule may take."""
+    return (u.get("alpha", 0.0) for u in schedule.controls)
 
 
 def _steps(attacks: Sequence[str]) -> Iterator[float]:
@@ -263,15 +263,17 @@ def _strides(experiment: Experiment, chosen: EvaluateSettings, candidate: Schedu
         raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
 
-def _searched(grid: Grid, chosen: EvaluateSettings) -> dict[str, Any]:
+def _searched(grid: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
     """What the maximum is over: as far as the method has these controls."""
     knobs = build(chosen.method, chosen.method_options).controls
-    least, most = grid.bounds(knobs)
+    values = grid.within(knobs)
+    alphas, steps = values.pop("alpha", ()), values.pop("steps", (0,))
     return {
-        "alphas": list(grid.alphas) if "alpha" in knobs else [],
-        "least": least,
-        "max_steps": most,
-        "others": [n for n, k in knobs.items() if n not in ("alpha", "steps") and k.low < k.high],
+        "alphas": list(alphas),
+        "least": steps[0],
+        "max_steps": steps[-1],
+        "others": [n for n, k in knobs.items() if n not in grid.values and k.low < k.high],
+        **({"more": {name: list(listed) for name, listed in values.items()}} if values else {}),
     }
 
 

@@ -18,6 +18,7 @@ from controlat._util.parallel import World
 from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings
 from controlat.control.controller import Controller
+from controlat.control.schedules import Schedule
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
@@ -25,8 +26,8 @@ from controlat.methods import Method
 from controlat.pmp import (
     HALVINGS,
     LAMBDAS,
+    Candidates,
     Criterion,
-    Grid,
     Price,
     calibrate,
     described,
@@ -42,7 +43,7 @@ def full_criterion(
     settings: EvaluateSettings,
     controller: Controller,
     seed: int,
-    grid: Grid,
+    grid: Candidates,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def full_criterion(
 
 
 def most_evaluations(
-    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Grid, phi: Price, replays: int
+    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Candidates, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
 
@@ -123,7 +124,7 @@ def most_evaluations(
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * spec.epochs * n
     scored = sum(grid.cost(method, controls[number]) for number in looked) * spec.batch_size
-    dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
+    dearest = max(method.controls.cost(v) for v in grid.around(method, controls[0]))
     relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * spec.epochs * n + phi.value)
     return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
 
@@ -140,11 +141,12 @@ def _thinned(norms: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
     return (*norms[::stride], *last)
 
 
-def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
+def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
     """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, calibration.
 
     Args:
         found: that data.
+        schedule: of the run; the control of a block is u(t), real where a knob is dithered.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
     if "failed" in found:
@@ -164,23 +166,18 @@ def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str,
     best = criterion.best()
     begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
     per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
-    blocks = [
-        {
-            "t": begins[b.index] / per_epoch,
-            "control": dict(b.control),
-            "maximiser": dict(b.maximiser),
-            "gain": b.gain,
-            "cosine": cosine,
-        }
-        for b, cosine in zip(best, criterion.cosines(), strict=True)
-    ]
+    blocks: list[dict[str, Any]] = []
+    for b, cosine in zip(best, criterion.cosines(), strict=True):
+        t = begins[b.index] / per_epoch
+        u = dict(schedule(t))
+        v = dict(b.maximiser) if b.gain > 0 else u
+        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
     chosen = sorted({0, len(best) // 2, len(best) - 1})
-    drawn = [
-        blocks[i]
-        | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
-        for i in chosen
-        if surfaces
-    ]
+    drawn: list[dict[str, Any]] = []
+    for i in chosen if surfaces else ():
+        (_, own), *others = criterion.surface(best[i].index)
+        scored = [(blocks[i]["control"], own), *others]
+        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
     return {
         "horizons": horizons,
         "blocks": blocks,

@@ -31,14 +31,14 @@ from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
-from controlat.methods import Batch
+from controlat.methods import Batch, build
 from controlat.pmp import (
     FORMS,
+    Candidates,
     Gap,
-    Grid,
     Surface,
-    measure,
     probe_batches,
+    score,
 )
 from controlat.records import (
     CriterionLine,
@@ -66,7 +66,7 @@ class ScheduleRun:
     controller: Controller
     seed: int
     directory: Path
-    grid: Grid
+    grid: Candidates
 
     @property
     def taken(self) -> Schedule:
@@ -95,9 +95,9 @@ class ScheduleRun:
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
-        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        total = 1 + (len(self.grid.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
-            surface = measure(
+            surface = score(
                 analysis,
                 self.probe(epoch),
                 u,
@@ -155,13 +155,16 @@ class ScheduleRun:
         full = self.directory / "full.json"
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
+        shown = {}
+        if s.full:
+            shown["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
             "epochs": read_log(self.directory),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **({"full": report_payload(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
+            **shown,
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,
@@ -229,9 +232,10 @@ class ScheduleRun:
 
 
 def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
-    """Every run of an evaluation: controllers in turn, each under all seeds, over one common grid."""
+    """Every run of an evaluation: controllers in turn, each under all seeds, searched over one common set."""
     eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
-    grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
+    space = build(settings.method, settings.method_options).controls
+    grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
     for number_, text in enumerate(settings.schedules, start=1):
         for seed in settings.seeds:
             yield ScheduleRun(
@@ -250,7 +254,7 @@ def _most_steps(settings: EvaluateSettings) -> int:
     every: list[Mapping[str, float]] = []
     for controller in map(settings.controller_of, settings.schedules):
         if isinstance(controller, Schedule):
-            every += [controller(p * controller.resolution) for p in range(controller.pieces)]
+            every += controller.controls
         elif dearest := getattr(controller, "dearest", None):
             every.append(dearest)
     if not every:

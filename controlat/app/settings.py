@@ -27,7 +27,8 @@ from controlat.control.space import Knob
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
-from controlat.pmp.candidates import MAXIMISERS
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.records import (
     LogLine,
@@ -351,9 +352,11 @@ class EvaluateSettings(Problem):
             the demo, scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
-        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over alpha and K, as in the paper).
+        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
         trials: Evaluations of tpe at each instant.
         probe: Training samples that the criterion is computed on.
+        knobs: What is searched, such as alpha steps beta=1:3:6 slack=0..4, of the controls of the method; the
+            others stay as in the schedule. alpha and steps if left out.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
         terminal: Terminal cost Phi on held-out samples: a file of controlat/pmp/terminal, your own
@@ -378,6 +381,7 @@ class EvaluateSettings(Problem):
     maximiser: str = "sweep"
     trials: int = 100
     probe: int = 512
+    knobs: Sequence[str] | None = None
     alphas: Sequence[str | float] | None = None
     max_steps: int | None = None
     terminal: str = "adversarial"
@@ -422,6 +426,10 @@ class EvaluateSettings(Problem):
         parse_terminal(self.terminal)
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
+        space = build(self.method, self.method_options).controls
+        Candidates.read(
+            self.knobs, space, eps=self.ball.eps, max_steps=self.max_steps or 1, alphas=self.alphas
+        )
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
@@ -532,11 +540,13 @@ class DeriveSettings:
             largest, if the ascent from x0 reaches it, if left out.
         x_range: Where inner maxima are looked for; 10 to either side of x0 if left out.
         theta_range: How far the inner maximum is followed; +-max(3, 2 |theta0|) if left out.
-        admissible: product (alpha K = tau, alpha <= alpha*), integer (K whole), free (alpha and K),
-            overshoot (alpha up to a multiple of alpha*).
+        admissible: product (alpha K = tau, alpha <= alpha*, K real), integer (K whole), free (alpha and K),
+            overshoot (alpha up to a multiple of alpha*). Real K is not offered where l is not quadratic in x:
+            integer there, else product, if left out.
         overshoot: That multiple, between 1 and 2.
-        checks: Check the schedule against the maximum principle, by transcription and by dynamic programming,
-            and compare Theorem 1 with actual runs.
+        checks: Check the schedule against the maximum principle and by dynamic programming, and compare
+            Theorem 1 with actual runs.
+        transcription: Look for a better schedule by direct transcription, too; for product only.
         seconds: Time limit of the whole derivation, after the measuring of --calibrate and before figures:
             formulas get half of it, checks the rest; what was left out for lack of time is named. The numbers
             alone may take 10 seconds in any case.
@@ -567,9 +577,10 @@ class DeriveSettings:
     branch: int | None = None
     x_range: Sequence[str | float] | None = None
     theta_range: Sequence[str | float] | None = None
-    admissible: str = "product"
+    admissible: str | None = None
     overshoot: float = 1.9
     checks: bool = True
+    transcription: bool = False
     seconds: float = 60.0
     epochs: int | None = None
     k_min: float = 1
@@ -613,11 +624,13 @@ class DeriveSettings:
             raise ValueError(f"K needs k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
-        from controlat.symbolic.bolza import SETS  # here, because sympy is slow to import
+        from controlat.symbolic.bolza import chosen_set  # here, because sympy is slow to import
 
-        if self.admissible not in SETS:
-            raise ValueError(f"admissible must be one of {', '.join(SETS)}, got {self.admissible!r}")
-        self.task  # noqa: B018  (raises)
+        self.admissible = chosen_set(self.task.landscape, self.admissible)
+        if self.transcription and self.admissible != "product":
+            raise ValueError(
+                f"transcription is for product only, got admissible {self.admissible}: leave it out"
+            )
 
     @property
     def task(self) -> Any:  # named in full, the type would be imported, and sympy, when any command starts

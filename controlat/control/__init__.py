@@ -2,9 +2,10 @@
 
 from controlat.control.controller import Controller, Moment, as_schedule
 from controlat.control.cost import Meter
+from controlat.control.curves import Curve
 from controlat.control.learning_rate import Rate, parse_rate
 from controlat.control.schedule_text import parse_schedule
-from controlat.control.schedules import Curve, Schedule, load_schedule
+from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control, ControlSpace, Knob
 
 __all__ = [

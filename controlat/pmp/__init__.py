@@ -1,6 +1,6 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
-from controlat.pmp.candidates import MAXIMISERS, Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import (
     HALVINGS,
@@ -11,7 +11,8 @@ from controlat.pmp.full_criterion import (
     examine,
     looked_at,
 )
-from controlat.pmp.greedy import criterion, measure, probe_batches
+from controlat.pmp.greedy import criterion, probe_batches, score
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
@@ -34,9 +35,9 @@ __all__ = [
     "MAXIMISERS",
     "AdversarialLoss",
     "Calibration",
+    "Candidates",
     "Criterion",
     "Gap",
-    "Grid",
     "Price",
     "Surface",
     "Terminal",
@@ -50,10 +51,10 @@ __all__ = [
     "examine",
     "interval",
     "looked_at",
-    "measure",
     "parse_terminal",
     "price",
     "probe_batches",
     "relaxed",
+    "score",
     "try_terminal",
 ]

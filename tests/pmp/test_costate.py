@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, Counted, flat, same, samples, split
-from systems import CASES, PLAIN, Case, constant, driver, passes, smooth, trained_on
+from systems import CASES, LONG, PLAIN, Case, constant, driver, passes, smooth, trained_on
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -34,7 +34,7 @@ from controlat.methods import (
     Update,
 )
 from controlat.methods.pgd_at import PgdAT
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import CostateStep, backward, momentum_tail, terminal_costate
 from controlat.pmp.hamiltonian import Gains, _by_gradients, _by_steps, gains
 from controlat.pmp.terminal import AdversarialLoss
@@ -49,9 +49,9 @@ SETTINGS = {
     "Nesterov, decay": SGDSettings(0.8, nesterov=True, weight_decay=1e-2),
 }
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
-GRID = Grid((0.017, 0.05), 3)
+GRID = Candidates.of((0.017, 0.05), 3)
 
 
 def planned(u: Control, n: int = 10, epochs: int = 2, **options: Any) -> RunSpec:
@@ -392,7 +392,7 @@ def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: st
         assert not p.memory
         assert not p.rows
         if o.momentum:
-            m = int(visit.control["steps"]) if name == "free" else 1
+            m = CASES[name].own.updates(visit.control)
             left = worth_of_the_buffer(o, [r for r in rates[number + 1 :] for _ in range(m)])
             torch.testing.assert_close(flat(p.momentum), -left * gradient, rtol=1e-9, atol=1e-14)
 
@@ -511,7 +511,7 @@ def test_what_is_forgotten_has_no_costate_before_that() -> None:
 GAINS = {name: CASES[name] for name in ("pgd_at", "pgd_at clean")}
 
 
-def scored(rec: Recording, grid: Grid = GRID, horizons: Sequence[int] = (2, 6)) -> list[Gains]:
+def scored(rec: Recording, grid: Candidates = GRID, horizons: Sequence[int] = (2, 6)) -> list[Gains]:
     return [gains(rec.driver, s.visit, s.costates, s.norms, grid) for s in backward(rec, PHI, horizons)]
 
 
@@ -546,7 +546,7 @@ def test_the_control_itself_comes_first_and_is_worth_nothing(case: Case) -> None
         assert (g.number, g.epoch) == (s.visit.number, s.visit.batch.epoch)
         assert g.controls[0] == s.visit.control
         assert len(set(g.controls)) == len(g.controls)
-        assert set(g.controls) == {s.visit.control, *GRID.candidates(d.method, s.visit.control)}
+        assert set(g.controls) == {s.visit.control, *GRID.around(d.method, s.visit.control)}
         assert sorted(g.rewards) == sorted(g.norms) == [2, 6]
         for h in (2, 6):
             assert g.rewards[h][0] == g.value(h, 0.7)[0] == g.cosine(h)[0] == g.sizes[0] == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Counted, flat, same, split
-from systems import CASES, PLAIN, Case, constant, driver
+from systems import LONG, PLAIN, Case, constant, driver, each_optimizer
 
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write_json
@@ -24,8 +24,8 @@ from controlat.methods import Batch, Context, Update
 from controlat.pmp import (
     AdversarialLoss,
     Calibration,
+    Candidates,
     Criterion,
-    Grid,
     backward,
     calibrate,
     examine,
@@ -36,14 +36,14 @@ from controlat.pmp import (
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
 
-GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
+GRID, GAMMA = Candidates.of((0.02, 0.08), 3), 0.05
 SETTINGS = {
     "plain": SGDSettings(0.0),
     "momentum": SGDSettings(0.9, weight_decay=1e-3),
     "Nesterov": SGDSettings(0.9, nesterov=True),
 }
 every = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+optimizers = each_optimizer(SETTINGS)
 
 
 def phi(seed: int = 9) -> AdversarialLoss:
@@ -67,7 +67,7 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     j = [relaxed(r, others, part, terminal).objective(found.price) for part in (0.0, h, 2 * h)]
     assert found.total() > 0
     slope, tolerance = (3 * j[0] - 4 * j[1] + j[2]) / (2 * h), 1e-6
-    if case.name == "free" and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
+    if case.own.meets_edge and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
         (share,) = re.findall(r"lie on a clip \((\S+)% of their costate", *found.dropped)
         tolerance = float(share) / 100
         assert 0 < tolerance < 0.2
@@ -104,7 +104,7 @@ def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() 
 @every
 def test_a_schedule_that_maximises_has_c_zero_and_more_candidates_never_lower_it(case: Case) -> None:
     r, terminal = recorded(case), phi()
-    small = examine(r, terminal, Grid((0.02,), 1), gamma=GAMMA)
+    small = examine(r, terminal, Candidates.of((0.02,), 1), gamma=GAMMA)
     large = examine(r, terminal, GRID, gamma=GAMMA)
     for h in small.horizons:
         assert 0 <= small.value(h) <= large.value(h) + 1e-15
@@ -130,7 +130,7 @@ def test_blocks_are_summed_before_the_maximum_is_taken(o: SGDSettings) -> None:
 
 def test_blocks_follow_the_schedule_and_end_with_the_epoch() -> None:
     schedule = parse_schedule("table:steps=0:1:2:3,alpha=0.05,resolution=0.5", 2)
-    r = recorded(PLAIN["pgd_at"], schedule=schedule, batch_size=3)  # 4 steps for an epoch
+    r = recorded(PLAIN["pgd_at"], controller=schedule, batch_size=3)  # 4 steps for an epoch
     found = examine(r, phi(), GRID, gamma=GAMMA)
     assert found.blocks == (0, 0, 1, 1, 2, 2, 3, 3)
     assert [b.control["steps"] for b in found.best()] == [0, 1, 2, 3]
@@ -214,7 +214,7 @@ def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
     assert "carried perturbations lie on a clip" in found.dropped[0]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", LONG)
 def test_the_recorded_run_is_left_at_its_end(case: Case) -> None:
     r, terminal = recorded(case), phi()
     meter, end = r.driver.meter.copy(), r.driver.snapshot()
@@ -486,7 +486,7 @@ def test_a_linear_quadratic_problem_has_its_criterion_in_closed_form(o: SGDSetti
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes, bias=False)).double()
     d = Driver(model, Driven(x, b), Ball(0.1), o, channels_last=False)
     r = Recording.of(d, constant(Control(alpha=u), 32, epochs=3, rate=rate), stride=5)
-    grid, steps = Grid((0.1, 0.3, 0.8), 1), r.last
+    grid, steps = Candidates.of((0.1, 0.3, 0.8), 1), r.last
     found = examine(r, Square(), grid, gamma=GAMMA)
     worth = calibrate(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
 
