@@ -32,7 +32,7 @@ model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 *
 
 ball, epochs = controlat.Ball(0.15), 6
 schedule = controlat.parse_schedule("amata:min=1,max=5,tau=0.2", epochs)
-spec = RunSpec(training, 64, epochs, schedule, parse_rate(0.02))
+spec = RunSpec(data=training, batch_size=64, epochs=epochs, controller=schedule, rate=parse_rate(0.02))
 driver = Driver(model, build("pgd_at"), ball, SGDSettings(momentum=0.9))
 recording = Recording.of(driver, spec)  # trains the model; every step of it can be visited again
 

@@ -99,7 +99,8 @@ def calibrate(
     began = time.perf_counter()
     with deterministic(settings.threads):
         experiment, seed = Experiment.of(settings), settings.seeds[0]
-        spec = replace(experiment.spec(settings.schedule_of(settings.schedules[0]), seed), world=World())
+        schedule = settings.schedule_of(settings.schedules[0])
+        spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
         order = torch.randperm(len(experiment.training), generator=rng.generator(0, _PROBE))[:probe]
         look = _Look(*experiment.training.take(order), _mode(driver), spec.batch_size, steps, meter)
@@ -110,7 +111,7 @@ def calibrate(
     seconds = sum(taken for _, taken in looks)
     return {
         "run": str(run),
-        "schedule": spec.schedule.text,
+        "schedule": schedule.text,
         "seed": seed,
         **_series([inner for inner, _ in looks]),
         "probe": len(order),

@@ -21,8 +21,8 @@ from controlat.app.checkpoints import load_checkpoint, load_weights
 from controlat.app.settings import AttackSettings, EvaluateSettings, Problem, from_json
 from controlat.app.trainer import initial_model, place
 from controlat.attacks.losses import cross_entropy
+from controlat.control.controller import Controller
 from controlat.control.cost import Meter
-from controlat.control.schedules import Schedule
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics.driver import Driver
@@ -73,19 +73,19 @@ class Experiment:
         training, validation = data.hold_out(held_out)
         return cls(problem, device, data, training.to(device), validation.to(device), data.test.to(device))
 
-    def spec(self, schedule: Schedule, seed: int) -> RunSpec:
-        """The roll-out of one schedule under one seed."""
+    def spec(self, controller: Controller, seed: int) -> RunSpec:
+        """The roll-out of one controller under one seed."""
         p = self.problem
         return RunSpec(
-            self.training,
-            p.batch_size,
-            p.epochs,
-            schedule,
-            p.rate,
-            seed,
-            p.augmentation,
-            self.held_out,
-            current(),
+            data=self.training,
+            batch_size=p.batch_size,
+            epochs=p.epochs,
+            controller=controller,
+            rate=p.rate,
+            seed=seed,
+            augment=p.augmentation,
+            held_out=self.held_out,
+            world=current(),
         )
 
     def model(self, seed: int) -> nn.Module:

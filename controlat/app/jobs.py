@@ -27,6 +27,7 @@ from controlat.app.settings import (
     Problem,
     TrainSettings,
     from_json,
+    names_factory,
     settings_from,
 )
 from controlat.app.trainer import (
@@ -39,6 +40,7 @@ from controlat.app.trainer import (
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.control.schedules import Schedule
+from controlat.dynamics.feedback import ahead
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
@@ -53,7 +55,7 @@ __all__ = ["attack", "estimate", "evaluate", "train"]
 
 
 def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    """Train one network under one schedule: `controlat train`.
+    """Train one network under one schedule or controller: `controlat train`.
 
     Args:
         out: the run directory. It gets settings.json, schedule.json, log.jsonl, last.pt, best.pt.
@@ -74,7 +76,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     True
     """
     chosen, out = settings_from(TrainSettings, settings, "train"), expanded(out)
-    schedule, plain = chosen.planned, {"command": "train"} | chosen.to_json()
+    controller, plain = chosen.planned, {"command": "train"} | chosen.to_json()
     with _together(out, plain, chosen) as (world, known):
         finished = world.broadcast(
             not missing(read_log(out, chosen.epochs), chosen.epochs) if world.first else None
@@ -83,21 +85,22 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
-        if world.first:
-            _note_unreached(chosen, {chosen.schedule or schedule.text: schedule})
-            _note_far(short(chosen.schedule), _alphas(schedule), chosen.ball)
+        if world.first and isinstance(controller, Schedule):
+            _note_unreached(chosen, {chosen.text: controller})
+            _note_far(short(chosen.text), _alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen)
         driver = experiment.driver(chosen.seed)
         tally = fit(
             driver,
-            experiment.spec(schedule, chosen.seed),
+            experiment.spec(controller, chosen.seed),
             out,
             held_out=experiment.held_out,
             settings=plain | {"data_dir": chosen.data_dir},
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=short(chosen.schedule),
+            label=short(chosen.text),
+            name=chosen.text,
         )
         records = world.once(lambda: read_log(out))
     return {
@@ -186,7 +189,7 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             experiment = Experiment.of(chosen)
             every = list(candidates(experiment, chosen, out))
             if world.first:
-                planned = {text: chosen.schedule_of(text) for text in chosen.schedules}
+                planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
                 _note_unreached(chosen, planned)
                 for text, schedule in planned.items():
                     _note_far(short(text), _alphas(schedule), chosen.ball)
@@ -200,20 +203,22 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
             for i, candidate in enumerate(every):
                 which, label = (
                     i // len(chosen.seeds),
-                    f"[{i + 1}/{len(every)}] {short(candidate.schedule.text)}",
+                    f"[{i + 1}/{len(every)}] {short(candidate.text)}",
                 )
                 found = candidate.run(f"{label}, seed {candidate.seed}")
                 runs.setdefault(which, []).append(found)
                 if chosen.progress and world.first:
                     left = found["evaluation"]["robust"]["value"]
                     tqdm.write(f"{label}, seed {candidate.seed}: robust {left:.1%}", file=sys.stderr)
-            schedules = [
-                {"text": label, "schedule": chosen.schedule_of(text).to_json(), "runs": runs[i]}
-                for i, (text, label) in enumerate(
-                    zip(chosen.schedules, labels(chosen.schedules), strict=True)
-                )
-            ]
             if world.first:
+                schedules = [
+                    {
+                        "text": label,
+                        "schedule": every[i * len(chosen.seeds)].taken.to_json(),
+                        "runs": runs[i],
+                    }
+                    for i, label in enumerate(labels(chosen.schedules))
+                ]
                 result = report.assemble(
                     settings=chosen.to_json(),
                     environment=environment(experiment.device),
@@ -250,7 +255,7 @@ def _phi(experiment: Experiment, chosen: EvaluateSettings) -> str:
 
 def _strides(experiment: Experiment, chosen: EvaluateSettings, candidate: ScheduleRun) -> tuple[int, ...]:
     """How the full criterion records a run; an error where it does not fit in memory."""
-    spec = replace(experiment.spec(candidate.schedule, candidate.seed), world=World())
+    spec = replace(experiment.spec(candidate.controller, candidate.seed), world=World())
     driver = experiment.driver(candidate.seed)
     try:
         return Recording.check(driver, spec, limit=chosen.memory * GIBI)
@@ -301,9 +306,9 @@ def estimate(**settings: Any) -> dict[str, Any]:
     phi = price(experiment.terminal(chosen.seeds[0], chosen.terminal), experiment.driver(chosen.seeds[0]))
     replays = len(_strides(experiment, chosen, every[0])) - 1 if chosen.full else 0
     for c in every:
-        spec = experiment.spec(c.schedule, c.seed)
+        spec = experiment.spec(c.controller, c.seed)
         for epoch in range(chosen.epochs):
-            u = [spec.control_at(epoch, b) for b in range(spec.batches_per_epoch)]
+            u = spec.plan(epoch * spec.batches_per_epoch, (epoch + 1) * spec.batches_per_epoch)
             count["training"] += sum(map(method.controls.cost, u)) * len(experiment.training) / len(u)
             tried = c.grid.cost(method, u[0])
             if chosen.maximiser == "tpe":
@@ -322,9 +327,9 @@ def estimate(**settings: Any) -> dict[str, Any]:
 
 
 def _seconds_per_evaluation(experiment: Experiment, candidate: ScheduleRun) -> float:
-    driver, spec = experiment.driver(0), experiment.spec(candidate.schedule, 0)
+    driver, spec = experiment.driver(0), experiment.spec(candidate.controller, 0)
     batch = next(spec.batches(0))
-    control = spec.control(batch)
+    control = ahead(spec.controller, spec.moment(0), driver)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()
@@ -382,7 +387,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         "norm": experiment.problem.norm,
         "attacks": list(chosen.attacks),
         "seed": chosen.seed,
-        "schedule": found["schedule"]["text"],
+        "schedule": found.get("schedule", {}).get("text", found["settings"].get("controller")),
         "environment": environment(device),
     }
     if out is not None:

@@ -17,6 +17,7 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings
+from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.run_spec import RunSpec
@@ -40,18 +41,18 @@ __all__ = ["full_criterion", "most_evaluations", "report_payload"]
 def full_criterion(
     experiment: Experiment,
     settings: EvaluateSettings,
-    schedule: Schedule,
+    controller: Controller,
     seed: int,
     grid: Candidates,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
-    """The criterion over all horizons, and its calibration, for one schedule under one seed.
+    """The criterion over all horizons, and its calibration, for one controller under one seed.
 
     Args:
         experiment: the problem with its data.
         settings: gamma, horizons, looks, memory.
-        schedule: t -> u.
+        controller: decides u_t; what is looked back upon are the controls that it took.
         seed: of the run.
         grid: what is searched.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
@@ -63,7 +64,7 @@ def full_criterion(
         ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
     began = time.perf_counter()
-    driver, spec = experiment.driver(seed), replace(experiment.spec(schedule, seed), world=World())
+    driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
     terminal = experiment.terminal(seed, settings.terminal)
     total = spec.epochs * spec.batches_per_epoch
     with bar("roll-out", total) as b:
@@ -116,7 +117,7 @@ def most_evaluations(
     """
     per_epoch, n = spec.batches_per_epoch, len(spec.data)
     steps = spec.epochs * per_epoch
-    controls = [spec.control_at(*divmod(step, per_epoch)) for step in range(steps)]
+    controls = spec.plan()
     rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
     looked = looked_at(spec.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}

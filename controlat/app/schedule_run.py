@@ -1,11 +1,11 @@
-"""One run of an evaluation: a schedule under a seed, trained, scored, attacked, and looked back upon."""
+"""One run of an evaluation: a controller under a seed, trained, scored, attacked, and looked back upon."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from controlat.app.experiment import Experiment, progress_bar
 from controlat.app.look_back import full_criterion, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import fit, read_log
-from controlat.control.schedules import Schedule
+from controlat.app.trainer import SCHEDULE, fit, read_log
+from controlat.control.controller import Controller
+from controlat.control.schedules import Schedule, load_schedule
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
@@ -55,14 +58,21 @@ _PROBE_BATCHES = 4, 16
 
 @dataclass(frozen=True)
 class ScheduleRun:
-    """One run of an evaluation: a schedule under a seed, in its directory."""
+    """One run of an evaluation: a schedule, or another controller, under a seed, in its directory."""
 
     experiment: Experiment
     settings: EvaluateSettings
-    schedule: Schedule
+    text: str
+    controller: Controller
     seed: int
     directory: Path
     grid: Candidates
+
+    @property
+    def taken(self) -> Schedule:
+        """The schedule of the run once it is trained: of a closed loop, that which it took."""
+        c = self.controller
+        return c if isinstance(c, Schedule) else load_schedule(self.directory / SCHEDULE)
 
     def probe(self, epoch: int) -> list[Batch]:
         """The probe at one epoch: fixed training samples, in batches of the training batch size.
@@ -79,7 +89,8 @@ class ScheduleRun:
 
     def measure(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
-        began, s, u = time.perf_counter(), self.settings, spec.control_at(epoch, 0)
+        began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
+        u = ahead(spec.controller, now, driver)
         analysis = Driver(
             driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
         )
@@ -108,7 +119,7 @@ class ScheduleRun:
         return full_criterion(
             self.experiment,
             s,
-            self.schedule,
+            self.taken,
             self.seed,
             self.grid,
             trained,
@@ -121,7 +132,7 @@ class ScheduleRun:
         Several processes train together; the first of them scores, attacks and returns what was found.
         """
         s, file, path = self.settings, self.directory / "evaluation.json", self.directory / CRITERION
-        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.schedule, self.seed)
+        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.controller, self.seed)
         scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
         tally = fit(
             driver,
@@ -132,6 +143,7 @@ class ScheduleRun:
             at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
             progress=s.progress,
             label=label,
+            name=self.text,
         )
         if not spec.world.first:
             return {}
@@ -145,7 +157,7 @@ class ScheduleRun:
             write_json(full, self.look_back(driver.model))
         shown = {}
         if s.full:
-            shown["full"] = report_payload(read_record(full, Full), self.schedule, self.seed == s.seeds[0])
+            shown["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
@@ -167,7 +179,7 @@ class ScheduleRun:
         path, lines = self.directory / CRITERION, self._surfaces(epochs)
         told = f"{path} lacked epoch {', '.join(map(str, lost))}; trained again in memory to score it"
         driver = self.experiment.driver(self.seed)
-        spec = replace(self.experiment.spec(self.schedule, self.seed), world=World())
+        spec = replace(self.experiment.spec(self.taken, self.seed), world=World())
         for epoch in range(epochs):
             if epoch in lost:
                 lines.append(self.measure(driver, spec, epoch))
@@ -191,12 +203,13 @@ class ScheduleRun:
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
-        found, spec = [], self.experiment.spec(self.schedule, self.seed)
+        found = []
         for line in self._surfaces(epochs):
-            u = spec.control_at(line["epoch"], 0)
             surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
             try:
-                gaps: dict[str, Gap] = {form: surface.gap(u, gamma, form) for form in FORMS}
+                gaps: dict[str, Gap] = {
+                    form: surface.gap(Control(**line["control"]), gamma, form) for form in FORMS
+                }
             except ValueError as error:
                 where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
                 raise ValueError(f"{where}: {error}") from None
@@ -219,13 +232,34 @@ class ScheduleRun:
 
 
 def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
-    """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
-    schedules = [settings.schedule_of(text) for text in settings.schedules]
-    largest = max(int(u.get("steps", 1)) for s in schedules for u in s.controls)
-    eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
+    """Every run of an evaluation: controllers in turn, each under all seeds, over one common grid."""
+    eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
     space = build(settings.method, settings.method_options).controls
     grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
-    for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
+    for number_, text in enumerate(settings.schedules, start=1):
         for seed in settings.seeds:
-            directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"
-            yield ScheduleRun(experiment, settings, schedule, seed, directory, grid)
+            yield ScheduleRun(
+                experiment=experiment,
+                settings=settings,
+                text=text,
+                controller=settings.controller_of(text),
+                seed=seed,
+                directory=out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}",
+                grid=grid,
+            )
+
+
+def _most_steps(settings: EvaluateSettings) -> int:
+    """The largest K of the schedules, and of the controllers that name their dearest control."""
+    every: list[Mapping[str, float]] = []
+    for controller in map(settings.controller_of, settings.schedules):
+        if isinstance(controller, Schedule):
+            every += controller.controls
+        elif dearest := getattr(controller, "dearest", None):
+            every.append(dearest)
+    if not every:
+        raise ValueError(
+            "max_steps is missing: the largest K of a controller is not known ahead, unless it has an "
+            "attribute `dearest`"
+        )
+    return max(1, *(int(u.get("steps", 1)) for u in every))

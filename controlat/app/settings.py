@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 from controlat._util.checks import brief, number, whole
 from controlat._util.files import expanded
-from controlat._util.registry import meant
+from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
 from controlat.app.checkpoints import load_checkpoint
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
 from controlat.attacks.balls import Ball
+from controlat.control.controller import Controller, as_controller
 from controlat.control.learning_rate import Rate, parse_rate
-from controlat.control.schedule_text import parse_schedule
+from controlat.control.schedule_text import FAMILIES, parse_schedule
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Knob
 from controlat.data import Augment, augmentation, parse_augment
@@ -52,6 +53,7 @@ __all__ = [
     "TrainSettings",
     "checkpoint_of",
     "default_schedules",
+    "names_factory",
     "read_schedule",
     "settings_from",
 ]
@@ -108,6 +110,17 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     with warnings.catch_warnings():  # commands note what training never comes to, of files too
         warnings.simplefilter("ignore")
         return parse_schedule(text, epochs, knobs)
+
+
+def names_factory(text: str) -> bool:
+    """Whether a text names the user's own controller, package.module:factory, rather than a schedule.
+
+    >>> names_factory("my_rules:rule"), names_factory("pgd:steps"), names_factory("run:schedule.json")
+    (True, False, False)
+    """
+    module, _, name = text.strip().partition(":")
+    parts = [*module.split("."), *name.split(".")]
+    return all(map(str.isidentifier, parts)) and module not in FAMILIES and parts[-1] != "json"
 
 
 def settings_from(kind: type[T], given: Mapping[str, Any], command: str) -> T:
@@ -258,40 +271,76 @@ class Problem:
                 raise ValueError(f"schedule {short(text)!r}: {error}") from None
         return known[key]
 
+    def controller_of(self, text: str) -> Controller:
+        """A controller of this problem: a schedule, or the user's own, made anew.
+
+        Raises:
+            ValueError: it is malformed, its factory cannot be called, or makes no controller.
+        """
+        if not names_factory(text):
+            return self.schedule_of(text)
+        space = build(self.method, self.method_options).controls
+        made = call_factory(text, {"epochs": self.epochs, "ball": self.ball, "controls": space})
+        try:
+            return as_controller(made)
+        except TypeError as error:
+            raise ValueError(f"{text!r} makes no controller: {error}") from None
+
 
 @dataclass
 class TrainSettings(Problem):
-    """Train one network under one schedule.
+    """Train one network under one schedule, or under a controller that looks at the state of training.
 
     Args:
         schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file. amata from 1 to 10 steps
             with tau = 2 eps if left out.
+        controller: In place of a schedule, your own package.module:factory of (epochs, ball, controls)
+            returning a controller (controlat.control.controller); the schedule that it took is saved.
         seed: Of initial weights, order of samples and random starts.
         checkpoint_minutes: Longest time between two checkpoints within an epoch.
         tensorboard: Write TensorBoard event files too.
     """
 
     schedule: str | None = None
+    controller: str | None = None
     seed: int = 0
     checkpoint_minutes: float = 10.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule is None:
+        if self.controller is not None:
+            if self.schedule is not None:
+                raise ValueError(
+                    f"give schedule or controller, not both: got {short(self.schedule)!r} and "
+                    f"{short(self.controller)!r}"
+                )
+            if not names_factory(self.controller):
+                raise ValueError(
+                    f"controller must read 'package.module:factory', such as 'my_rules:rule', got "
+                    f"{short(self.controller)!r}; a schedule is given as schedule"
+                )
+        elif self.schedule is None:
             self.schedule = default_schedules(self.eps or 0)[3]
         self.planned  # noqa: B018  (raises)
         self.seed = whole(self.seed, "seed")
 
     @property
-    def planned(self) -> Schedule:
-        """The schedule."""
-        assert self.schedule is not None
-        return self.schedule_of(self.schedule)
+    def text(self) -> str:
+        """What was written: the schedule or the controller."""
+        return self.schedule or self.controller or ""
+
+    @property
+    def planned(self) -> Controller:
+        """The schedule, or a new controller."""
+        return self.controller_of(self.text)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; the schedule in full, so that an edited file is noticed."""
-        return super().to_json() | {"schedule": self.planned.to_json()}
+        plain = super().to_json()
+        if self.controller is not None:
+            return {name: value for name, value in plain.items() if name != "schedule"}
+        return plain | {"schedule": self.schedule_of(self.text).to_json()}
 
 
 @dataclass
@@ -299,7 +348,8 @@ class EvaluateSettings(Problem):
     """Train under several schedules and compare: criterion C, robustness, cost.
 
     Args:
-        schedules: Short texts or JSON files; six of the demo, scaled to eps, for digits if left out.
+        schedules: Short texts, JSON files, or your own controllers package.module:factory as in train; six of
+            the demo, scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
         maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
@@ -368,7 +418,7 @@ class EvaluateSettings(Problem):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different ones, got {values}")
         for text in self.schedules:
-            self.schedule_of(text)
+            self.controller_of(text)
         _check_evaluation(self)
         self.gamma = _tidy(self.gamma)
         if self.maximiser not in MAXIMISERS:
@@ -404,7 +454,14 @@ class EvaluateSettings(Problem):
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; schedules in full."""
-        return super().to_json() | {"schedules": [self.schedule_of(t).to_json() for t in self.schedules]}
+        return super().to_json() | {
+            "schedules": [
+                {"text": text, "controller": True}
+                if names_factory(text)
+                else self.schedule_of(text).to_json()
+                for text in self.schedules
+            ]
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Controls u, the admissible set G, the running cost R(u), and functions of time t -> u."""
+"""Controls u, the admissible set G, the running cost R(u), functions of time t -> u, and controllers."""
 
+from controlat.control.controller import Controller, Moment, as_schedule
 from controlat.control.cost import Meter
 from controlat.control.curves import Curve
 from controlat.control.learning_rate import Rate, parse_rate
@@ -10,11 +11,14 @@ from controlat.control.space import Control, ControlSpace, Knob
 __all__ = [
     "Control",
     "ControlSpace",
+    "Controller",
     "Curve",
     "Knob",
     "Meter",
+    "Moment",
     "Rate",
     "Schedule",
+    "as_schedule",
     "load_schedule",
     "parse_rate",
     "parse_schedule",

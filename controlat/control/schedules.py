@@ -13,13 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlat._util.checks import instance, number, whole
 from controlat._util.files import read_json, write_json
 from controlat._util.texts import only, short
 from controlat.control.curves import SLACK, Curve, dithered
 from controlat.control.space import Control, ControlSpace
+
+if TYPE_CHECKING:
+    from controlat.control.controller import Moment
 
 __all__ = ["Curve", "Schedule", "load_schedule"]
 
@@ -248,8 +251,8 @@ class Schedule:
                 found[self._with_ratios(real, dict(zip(ways, values, strict=True)))] = None
         return tuple(found)
 
-    def control(self, now: Any, z: object = None) -> Control:
-        """The control of the step that `now` names by epoch, batch and batches; the state z plays no part."""
+    def control(self, now: Moment, z: object = None) -> Control:
+        """u of a step, whatever the state z: a schedule is an open loop."""
         return self.at(now.epoch, now.batch, now.batches)
 
     def bound(self, space: ControlSpace) -> Schedule:

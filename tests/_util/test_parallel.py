@@ -124,6 +124,23 @@ def test_all_processes_hold_the_same_bits(several: Any, count: int) -> None:
 
 
 @counts
+@pytest.mark.parametrize("name", ["pgd_at", "cat curriculum", "free"])
+def test_the_first_process_decides_for_all_and_one_alone_decides_the_same(
+    several: Any, name: str, count: int
+) -> None:
+    expected = processes.closed_loop(World())[f"closed loop, {name}"]
+    for rank in range(count):
+        found = several(count, rank)[f"closed loop, {name}"]
+        assert found["asked"] == (len(expected["controls"]) if rank == 0 else 0)
+        assert found["controller"]["rank"] == 0
+        assert same(found, several(count, 0)[f"closed loop, {name}"] | {"asked": found["asked"]})
+        for mine, theirs in zip(found["controls"], expected["controls"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9)
+        for mine, theirs in zip(tensors(found["model"]), tensors(expected["model"]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@counts
 @pytest.mark.parametrize("case", CASES)
 def test_batchnorm_dropout_and_mixed_precision_are_no_obstacle(several: Any, case: str, count: int) -> None:
     found = several(count, count - 1)[case]

@@ -317,7 +317,9 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
 
 
 def _killed(folder: Path, passes: int) -> int:
-    code = f"from controlat import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
+    code = (
+        f"from controlat.app import jobs; jobs.evaluate('killed', **{SMALL | {'model': 'stoppable:net'}!r})"
+    )
     environment = os.environ | {"KILL": str(passes), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=100

@@ -23,10 +23,10 @@ from controlat.pmp import (
     AdversarialLoss,
     Candidates,
     Weighted,
+    backward,
     build_terminal,
     examine,
     relaxed,
-    sweep,
 )
 from controlat.robust_accuracy import Attack, Extras, curves, transfer
 from controlat.robust_accuracy.source import Pair
@@ -137,8 +137,8 @@ CALLS: dict[str, Case] = {
     ),
     "RunSpec": (
         RunSpec,
-        {"data": DATA, "batch_size": 4, "epochs": 1, "schedule": SCHEDULE, "rate": RATE},
-        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "schedule": KIND[:-1], "rate": KIND[:-1]}
+        {"data": DATA, "batch_size": 4, "epochs": 1, "controller": SCHEDULE, "rate": RATE},
+        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "controller": KIND[:-1], "rate": KIND[:-1]}
         | {"seed": SEED, "augment": FUNCTION, "held_out": FUNCTION, "world": KIND},
     ),
     "Split": (controlat.Split, {"x": X, "y": Y}, {"x": INPUT, "y": LABELS}),
@@ -202,8 +202,8 @@ CALLS: dict[str, Case] = {
         {"recording": KIND, "terminal": [(3, "int")], "grid": KIND, "gamma": ABOVE, "looks": FROM_ONE[1:]}
         | {"horizons": [(3, "3"), ([0], "0"), ([1.5], "1.5")]},
     ),
-    "sweep": (
-        lambda **given: list(sweep(**given)),
+    "backward": (
+        lambda **given: list(backward(**given)),
         {"recording": RECORDING, "terminal": PHI},
         {"recording": KIND, "horizons": [(3, "3"), ([0], "0")], "terminal": [(None, "NoneType")]},
     ),

@@ -284,7 +284,7 @@ def test_an_interruption_during_imports_is_one_line() -> None:
 
 def test_sigterm_ends_as_an_interruption_does(tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom controlat import jobs\n"
+        "import os, signal\nfrom controlat.app import jobs\n"
         "jobs.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     done = _child(code + MAIN, "train", "--out", str(tmp_path / "run"))

@@ -33,7 +33,7 @@ def planned(case: Case, knob: str, more: float = 0.4) -> Schedule:
 
 
 def spec_of(schedule: Schedule) -> RunSpec:
-    return replace(constant(Control(steps=0), 4 * BATCHES, epochs=EPOCHS), schedule=schedule)
+    return replace(constant(Control(steps=0), 4 * BATCHES, epochs=EPOCHS), controller=schedule)
 
 
 def test_every_method_with_an_integer_knob_is_here() -> None:
@@ -74,7 +74,7 @@ def test_bits_and_ledger_are_those_of_the_whole_numbers_given_one_by_one(name: s
 
     found = [driver(CASES[name]) for _ in range(2)]
     runs = [
-        list(rollout(d, replace(spec, schedule=s)))
+        list(rollout(d, replace(spec, controller=s)))
         for d, s in zip(found, (schedule, one_by_one), strict=True)
     ]
     assert runs[0] == runs[1]

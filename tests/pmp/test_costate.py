@@ -618,7 +618,7 @@ def test_a_backward_pass_costs_five_evaluations_per_update_beside_the_attack(cas
 
     Step sizes change, so that no carried perturbation comes back to a clip: to measure that costs 2 more.
     """
-    spec = replace(planned(case.control()), schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
+    spec = replace(planned(case.control()), controller=lambda t: case.control(alpha=0.007 + 0.0011 * t))
     d, meter = driver(case, optimizer=SETTINGS["heavy ball, decay"], channels_last=False), Meter()
     rec = Recording.of(d, spec, stride=4)
     run = sum(s.spent.gradients for s in rec.steps)
