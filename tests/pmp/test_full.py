@@ -130,7 +130,7 @@ def test_blocks_are_summed_before_the_maximum_is_taken(o: SGDSettings) -> None:
 
 def test_blocks_follow_the_schedule_and_end_with_the_epoch() -> None:
     schedule = parse_schedule("table:steps=0:1:2:3,alpha=0.05,resolution=0.5", 2)
-    r = recorded(PLAIN["pgd_at"], schedule=schedule, batch_size=3)  # 4 steps for an epoch
+    r = recorded(PLAIN["pgd_at"], controller=schedule, batch_size=3)  # 4 steps for an epoch
     found = examine(r, phi(), GRID, gamma=GAMMA)
     assert found.blocks == (0, 0, 1, 1, 2, 2, 3, 3)
     assert [b.control["steps"] for b in found.best()] == [0, 1, 2, 3]
