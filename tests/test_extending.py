@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import GUARD
 from PIL import Image
 
 import controlat
@@ -66,7 +67,7 @@ def said(folder: Path) -> dict[str, tuple[int, str, str]]:
         env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=GUARD,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, tuple[int, str, str]] = json.loads(done.stdout)
@@ -113,7 +114,8 @@ def test_a_new_terminal_cost_is_offered_and_part_of_a_sum(
     assert f"unknown terminal cost 'briar'; did you mean 'brier'? choose from: {known}" in said["mistyped"][2]
     assert said["evaluate"][0] == 0, said["evaluate"][2]
     result = json.loads((folder / "mine" / "result.json").read_text())
-    phi = "1 * (Brier's score on 10 held-out points) + 0.1 * (clean cross-entropy on 10 held-out points)"
+    n = result["sizes"].get("phi", result["sizes"]["held_out"])
+    phi = f"1 * (Brier's score on {n} held-out points) + 0.1 * (clean cross-entropy on {n} held-out points)"
     assert result["terminal"] == phi
     assert f"with Phi {phi}" in said["evaluate"][1]
 

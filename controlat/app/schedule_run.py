@@ -232,7 +232,7 @@ class ScheduleRun:
 
 
 def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
-    """Every run of an evaluation: controllers in turn, each under all seeds, over one common grid."""
+    """Every run of an evaluation: controllers in turn, each under all seeds, searched over one common set."""
     eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
     space = build(settings.method, settings.method_options).controls
     grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)

@@ -252,7 +252,7 @@ class Schedule:
         return tuple(found)
 
     def control(self, now: Moment, z: object = None) -> Control:
-        """u of a step, whatever the state z: a schedule is an open loop."""
+        """The control of a step, whatever the state z: a schedule is an open loop."""
         return self.at(now.epoch, now.batch, now.batches)
 
     def bound(self, space: ControlSpace) -> Schedule:
