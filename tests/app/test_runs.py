@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import GUARD
 
 import controlat
 from controlat.app import jobs
@@ -18,7 +19,7 @@ SETTINGS = {"command": "train", "lr": 0.1, "schedules": [{"text": "none", "epoch
 
 _HOLDER = """
 import sys
-from controlat.runs import claimed
+from controlat.app.runs import claimed
 with claimed(sys.argv[1], {"a": 1}):
     print("held", flush=True)
     sys.stdin.read()
@@ -144,7 +145,7 @@ def test_two_processes_at_once_are_refused_until_the_first_is_gone(tmp_path: Pat
             ):
                 pass
         child.kill()
-        child.wait(20)
+        child.wait(GUARD)
     with claimed(tmp_path, {"a": 1}) as known:
         assert known, "a killed process holds no lock"
 
@@ -154,7 +155,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Starts that were killed, and starts at the same time; forks of a process of its own take seconds."""
     script = Path(__file__).parent.parent / "claims.py"
     command = [sys.executable, str(script), str(tmp_path_factory.mktemp("starts"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GUARD)
     return dict(json.loads(done.stdout))
 
 
