@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from controlat._util.checks import brief
-from controlat.control.schedules import Curve, Schedule
+from controlat.control.curves import Curve
+from controlat.control.schedules import Schedule
 from controlat.control.space import Control
 
 __all__ = [
