@@ -11,7 +11,8 @@ from controlat.pmp.full_criterion import (
     examine,
     looked_at,
 )
-from controlat.pmp.greedy import criterion, probe_batches, score
+from controlat.pmp.greedy import probe_batches, score
+from controlat.pmp.greedy_criterion import criterion
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval

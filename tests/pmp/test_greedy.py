@@ -520,8 +520,16 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
 ) -> None:
     settings = SimpleNamespace(batch_size=size, probe=probe, augmentation=None)
     training = split(2048, (1, 2, 2))
-    found = ScheduleRun(SimpleNamespace(training=training), settings, None, 0, None, None).probe(3)  # type: ignore[arg-type]
-    assert [len(b.x) for b in found] == [probe // count] * count
+    run = ScheduleRun(
+        experiment=SimpleNamespace(training=training),  # type: ignore[arg-type]
+        settings=settings,  # type: ignore[arg-type]
+        text="",
+        controller=None,  # type: ignore[arg-type]
+        seed=0,
+        directory=None,  # type: ignore[arg-type]
+        grid=None,  # type: ignore[arg-type]
+    )
+    assert [len(b.x) for b in run.probe(3)] == [probe // count] * count
 
 
 def test_a_terminal_cost_of_the_probe_itself_leaves_no_unbiased_number() -> None:
