@@ -100,8 +100,8 @@ def parse_terminal(text: str) -> tuple[tuple[float, str], ...]:
         term = _TERM.match(text, position)
         if term is None or (parts and not term[1]):
             raise ValueError(
-                f"terminal {text!r} cannot be read from {text[position:]!r} on; it must be a name or a sum of "
-                "them with weights in front, such as adversarial+0.1*clean"
+                f"terminal {text!r} cannot be read from {text[position:]!r} on; it must be a name or a sum "
+                "of them with weights in front, such as adversarial+0.1*clean"
             )
         sign, weight, name = term.groups()
         magnitude = number(weight or "1", f"a weight of terminal {text!r}")
