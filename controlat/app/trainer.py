@@ -24,7 +24,7 @@ from controlat.app.runs import environment
 from controlat.control.cost import Meter
 from controlat.data import Samples, Split
 from controlat.dynamics.driver import Driver, Step
-from controlat.dynamics.rollout import rollout
+from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import Snapshot
 from controlat.models.frozen.layout import channels_last
@@ -56,6 +56,8 @@ class Tally:
         best: best robust accuracy on held-out data so far, -1 before the first.
         best_epoch: its epoch.
         dropped: smooth dependences on theta that the method detached.
+        evaluations: sum over the steps so far of n, gradient evaluations per sample; None in a run that was
+            begun before it was counted.
     """
 
     epoch: int = 0
@@ -71,12 +73,15 @@ class Tally:
     best: float = -1.0
     best_epoch: int = -1
     dropped: list[str] = field(default_factory=list)
+    evaluations: float | None = 0.0
 
     def add(self, step: Step) -> None:
         """Count one outer step."""
         self.batch = step.batch + 1
         self.loss += step.loss * step.samples
         self.samples += step.samples
+        if self.evaluations is not None:
+            self.evaluations += step.evaluations
         self.dropped = sorted({*self.dropped, *step.dropped})
 
     def spend(self, spent: Meter, seconds: float) -> None:
@@ -153,7 +158,7 @@ def _resume(
         before = found["environment"].get("processes", 1)
         if before != world.size and world.first:
             _warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
-        tally, kept = Tally(**found["tally"]), found.get("log")
+        tally, kept = Tally(**({"evaluations": None} | found["tally"])), found.get("log")
     return tally, world.once(lambda: _mended_log(directory, tally, kept))
 
 
@@ -217,8 +222,9 @@ def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | 
 
 def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
+    spent = {"validation_gradients": 0, "validation_seconds": 0.0}
     if held_out is None:
-        return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
+        return {"clean": None, "robust": None, "validation_points": 0} | spent
     how: dict[str, Any] = {
         "attacks": [VALIDATION],
         "seed": driver.seed,
@@ -228,6 +234,7 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     return {
         "clean": found.clean.value,
         "robust": found.robust.value,
+        "validation_points": found.clean.points,
         "validation_gradients": found.spent.gradients,
         "validation_seconds": found.seconds,
     }
@@ -273,7 +280,7 @@ def fit(
         driver: the system at its initial state.
         spec: data, schedule, rates, and the processes: the first alone writes, validates and scores.
         directory: the run directory.
-        held_out: samples for validation, never trained on.
+        held_out: samples for validation, never trained on; Phi has others.
         settings: plain data to store in checkpoints.
         at_epoch: called with each epoch's number before its first step, in the first process.
         checkpoint_minutes: longest time between checkpoints within an epoch.
@@ -365,19 +372,12 @@ def _epoch(
         before = driver.meter.copy()
         bar.update(step.spent.gradients)
         if spec.world.first and now - saved > 60 * minutes and tally.batch < spec.batches_per_epoch:
-            _check_parameters(driver, step)
+            check_parameters(driver, step)  # none that are infinite in a checkpoint
             save(LAST)
             saved = time.perf_counter()
         began = time.perf_counter()
-    _check_parameters(driver, step)
+    check_parameters(driver, step)
     tally.spend(driver.meter.since(before), time.perf_counter() - began)
-
-
-def _check_parameters(driver: Driver, step: Step) -> None:
-    """Keep parameters that the last step made infinite out of checkpoints; its loss was still finite."""
-    if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
-        where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
-        raise NonFiniteError(f"a parameter is not finite after the step ({where})")
 
 
 def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | None) -> dict[str, Any]:
@@ -391,6 +391,7 @@ def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | Non
         "carried": _numbers(driver),
         "seconds": tally.epoch_seconds,
         "total_gradients": tally.gradients,
+        "total_evaluations": tally.evaluations,
         "total_seconds": tally.seconds,
         "dropped": tally.dropped,
         "stopped": driver.stopped,

@@ -81,6 +81,11 @@ class Step(NamedTuple):
     dropped: tuple[str, ...]
     moves: int
 
+    @property
+    def evaluations(self) -> float:
+        """n(u): gradient evaluations per sample."""
+        return self.spent.gradients / self.samples
+
 
 class Field(NamedTuple):
     """What one outer step would do under a control.

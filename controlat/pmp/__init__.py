@@ -2,16 +2,9 @@
 
 from controlat.pmp.candidates import MAXIMISERS, Grid
 from controlat.pmp.costate import sweep
-from controlat.pmp.full_criterion import (
-    HALVINGS,
-    LAMBDAS,
-    Calibration,
-    Criterion,
-    calibrate,
-    examine,
-    looked_at,
-)
+from controlat.pmp.full_criterion import Criterion, examine, looked_at
 from controlat.pmp.greedy import criterion, measure, probe_batches
+from controlat.pmp.objective import Outcome, objective, outcome_at
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
@@ -27,6 +20,7 @@ from controlat.pmp.terminal import (
     price,
     try_terminal,
 )
+from controlat.pmp.trust import HALVINGS, LAMBDAS, Trust, trust
 
 __all__ = [
     "FORMS",
@@ -35,16 +29,16 @@ __all__ = [
     "MAXIMISERS",
     "TERMINALS",
     "AdversarialLoss",
-    "Calibration",
     "Criterion",
     "Gap",
     "Grid",
+    "Outcome",
     "Price",
     "Surface",
     "Terminal",
+    "Trust",
     "Weighted",
     "build_terminal",
-    "calibrate",
     "criterion",
     "described",
     "differentiated",
@@ -52,10 +46,13 @@ __all__ = [
     "interval",
     "looked_at",
     "measure",
+    "objective",
+    "outcome_at",
     "parse_terminal",
     "price",
     "probe_batches",
     "relaxed",
     "sweep",
+    "trust",
     "try_terminal",
 ]

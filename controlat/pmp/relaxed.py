@@ -9,7 +9,7 @@ For a method of one update this is the step with the mixed gradient. dJ/dlambda 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,29 +23,10 @@ from controlat.dynamics.recording import Recording
 from controlat.dynamics.state import Snapshot, gather, put
 from controlat.methods import Batch, Rows
 from controlat.pmp.costate import momentum_tail
+from controlat.pmp.objective import Outcome, outcome_at
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "relaxed"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a roll-out ended.
-
-    Args:
-        phi: the terminal cost; where the roll-out ends before training, with what the optimiser's buffer will
-            still do, to first order around the recorded end: there the slope of J is -G, too.
-        evaluations: sum over steps of n, gradient evaluations per sample.
-        spent: gradient evaluations that it took, in samples.
-    """
-
-    phi: float
-    evaluations: float
-    spent: int
-
-    def objective(self, price: float) -> float:
-        """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation."""
-        return self.phi + price * self.evaluations
+__all__ = ["relaxed"]
 
 
 @dataclass
@@ -62,7 +43,7 @@ class _Mixing(Driver):
         v = (self.others or {}).get(batch.epoch * self.per_epoch + batch.number)
         if v is None or v == u or self.part == 0:
             done = super().step(batch, u, rate)
-            self.evaluations += done.spent.gradients / done.samples
+            self.evaluations += done.evaluations
             return done
         before = self.snapshot(batch.indices if self.rows else None)
         other = super().step(batch, v, rate)
@@ -70,8 +51,7 @@ class _Mixing(Driver):
         self.restore(before)
         done = super().step(batch, u, rate)
         self._towards(theirs, batch)
-        n = [s.spent.gradients / s.samples for s in (done, other)]
-        self.evaluations += (1 - self.part) * n[0] + self.part * n[1]
+        self.evaluations += (1 - self.part) * done.evaluations + self.part * other.evaluations
         return done
 
     @torch.no_grad()
@@ -135,12 +115,14 @@ def relaxed(
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
-        phi = terminal.value(mixing)
+        found = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
         left = momentum_tail(recording, recording.last)
         if left:
             after = buffers(mixing)
             driver.restore(recording.end)
-            gradient = terminal.gradient(driver)[: len(driver.parameters)]
+            meter = Meter()
+            gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             parts = zip(gradient, after, buffers(driver), strict=True)
-            phi -= left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
-    return Outcome(phi, mixing.evaluations, mixing.meter.gradients)
+            phi = found.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
+            found = replace(found, phi=phi, judging=found.judging + meter.gradients)
+    return found
