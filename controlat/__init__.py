@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from controlat._util.errors import NonFiniteError as NonFiniteError
+    from controlat.app.attack import attack as attack
     from controlat.app.derive import Derived as Derived
     from controlat.app.derive import derive as derive
-    from controlat.app.jobs import attack as attack
-    from controlat.app.jobs import evaluate as evaluate
-    from controlat.app.jobs import train as train
+    from controlat.app.evaluate import evaluate as evaluate
+    from controlat.app.objective import objective as objective
+    from controlat.app.train import train as train
     from controlat.attacks.balls import Ball as Ball
     from controlat.attacks.pgd import fgsm as fgsm
     from controlat.attacks.pgd import pgd as pgd
@@ -58,16 +59,17 @@ _HOME = {
     "Schedule": "control.schedules",
     "Split": "data",
     "Surface": "pmp",
-    "attack": "app.jobs",
+    "attack": "app.attack",
     "criterion": "pmp",
     "derive": "app.derive",
-    "evaluate": "app.jobs",
+    "evaluate": "app.evaluate",
     "fgsm": "attacks",
     "load_schedule": "control.schedules",
+    "objective": "app.objective",
     "parse_schedule": "control.schedule_text",
     "pgd": "attacks",
     "robustness": "robust_accuracy",
-    "train": "app.jobs",
+    "train": "app.train",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -41,6 +41,7 @@ from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment, pick_device, progress_bar
 from controlat.app.runs import environment
+from controlat.app.session import shares_held_out
 from controlat.app.settings import EvaluateSettings
 from controlat.app.trainer import deterministic, load_checkpoint
 from controlat.attacks.balls import Ball
@@ -318,7 +319,8 @@ def measure(
     _check(settings.ball, steps)
     began = time.perf_counter()
     with deterministic(settings.threads):
-        experiment, seed = Experiment.of(settings), settings.seeds[0]
+        shared, seed = shares_held_out(run), settings.seeds[0]
+        experiment = Experiment.of(settings, shared)
         spec = replace(experiment.spec(settings.schedule_of(settings.schedules[0]), seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
         order = torch.randperm(len(experiment.training), generator=rng.generator(0, _PROBE))[:probe]

@@ -28,18 +28,19 @@ def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
 def _evaluate(found: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
-    from controlat.app import jobs
+    from controlat.app.estimate import estimate
+    from controlat.app.evaluate import evaluate
 
     settings = _settings(found, ("config", "out", "dry_run"))
     if found.dry_run:
-        cost = jobs.estimate(**settings)
+        cost = estimate(**settings)
         for part, value in cost["gradients"].items():
             print(f"{part:>14}  {count(value):>8} gradient evaluations")
         seconds = cost["seconds"]
         readable = f" ({duration(seconds)})" if seconds >= 90 else ""
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
-    result = jobs.evaluate(found.out, **settings)
+    result = evaluate(found.out, **settings)
     if speaker():
         return
     print(report.table(*report.rows(result)))
@@ -62,9 +63,9 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
 def _train(found: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
-    from controlat.app import jobs
+    from controlat.app.train import train
 
-    result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    result = train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
     if speaker():
         return
     epochs = result["epochs"]
@@ -113,10 +114,10 @@ def _derive(found: Namespace) -> None:
 def _attack(found: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count
-    from controlat.app import jobs
+    from controlat.app.attack import attack, figure_of
 
     settings = _settings(found, ("config", "out", "checkpoint"))
-    result = jobs.attack(found.checkpoint, out=found.out, **settings)
+    result = attack(found.checkpoint, out=found.out, **settings)
     print(report.attack_table(result))
     print(
         f"\n{result['checkpoint']}: {result['points']} points, {result['norm']} eps {result['eps']:.4g}, "
@@ -127,7 +128,7 @@ def _attack(found: Namespace) -> None:
     for line in report.attack_notes(result):
         print(line)
     if found.out is not None:
-        print(f"Written to {found.out}" + (f" and {jobs.figure_of(found.out)}" if found.sweeps else ""))
+        print(f"Written to {found.out}" + (f" and {figure_of(found.out)}" if found.sweeps else ""))
 
 
 def _data(found: Namespace) -> None:

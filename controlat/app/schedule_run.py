@@ -1,4 +1,4 @@
-"""One run of an evaluation: a schedule under a seed, trained, scored, attacked, and looked back upon."""
+"""One run of an evaluation: a schedule under a seed, trained, scored and attacked."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ from controlat._util.checks import number
 from controlat._util.files import append_json_line, plain, write_json, write_text
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment, progress_bar
-from controlat.app.look_back import full_criterion, report_payload
+from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import fit, read_log
+from controlat.app.trainer import Tally, fit, read_log, validation_cost
 from controlat.control.schedules import Schedule
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
-from controlat.methods import Batch
+from controlat.methods import Batch, Method, build
 from controlat.pmp import (
     FORMS,
     Gap,
     Grid,
+    Outcome,
+    Price,
     Surface,
     measure,
+    outcome_at,
     probe_batches,
+    rollout_cost,
 )
 from controlat.records import (
     CriterionLine,
     Evaluation,
     Full,
+    Objective,
     missing,
     read_epochs,
     read_record,
 )
 from controlat.robust_accuracy import parse_attack
 
-__all__ = ["ScheduleRun", "candidates"]
+__all__ = ["ScheduleRun", "schedule_runs"]
 
 CRITERION = "criterion.jsonl"
 _PROBE_BATCHES = 4, 16
@@ -102,6 +108,26 @@ class ScheduleRun:
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
         return line | {"seconds": time.perf_counter() - began}
 
+    def objective(self, driver: Driver, tally: Tally) -> Outcome:
+        """J's parts at the trained network, sum n as it was counted in training.
+
+        Where it was not, in a run of before, the network is trained once more in memory.
+        """
+        s = self.settings
+        if tally.evaluations is None:
+            return self.experiment.objective(self.schedule, self.seed, s.terminal)
+        terminal = self.experiment.terminal(self.seed, s.terminal)
+        total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
+        return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+
+    def measure_cost(self, u: Control, phi: Price) -> float:
+        """Gradient evaluations of `measure` where u is the control, in samples."""
+        method, s = self.method, self.settings
+        tried = self.grid.cost(method, u)
+        if s.maximiser == "tpe":
+            tried = s.trials * self.grid.mean_cost(method, u) + method.controls.cost(u)
+        return tried * min(s.probe, len(self.experiment.training)) + phi.gradient
+
     def look_back(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
         s = self.settings
@@ -115,19 +141,43 @@ class ScheduleRun:
             lambda what, total: progress_bar(total, " steps", s.progress, what),
         )
 
+    @property
+    def method(self) -> Method:
+        """The training system."""
+        return build(self.settings.method, self.settings.method_options)
+
+    def cost(self, phi: Price, replays: int) -> dict[str, float]:
+        """What `run` costs at most, by part, in gradient evaluations.
+
+        Args:
+            phi: of the terminal cost.
+            replays: how often steps are taken again at most in the full criterion.
+        """
+        s, spec = self.settings, self.experiment.spec(self.schedule, self.seed)
+        first = (spec.schedule(epoch) for epoch in range(spec.epochs))
+        full = full_criterion_cost(s, spec, self.method, self.grid, phi, replays) if s.full else 0.0
+        return {
+            "training": rollout_cost(spec, self.method),
+            "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
+            "Phi": phi.value,
+            "criterion": sum(self.measure_cost(u, phi) for u in first),
+            "full criterion": full,
+            "evaluation": self.experiment.evaluation_cost(s),
+        }
+
     def run(self, label: str) -> dict[str, Any]:
         """Train, score and attack; what is already there is read, not made again.
 
         Several processes train together; the first of them scores, attacks and returns what was found.
         """
-        s, file, path = self.settings, self.directory / "evaluation.json", self.directory / CRITERION
+        s, path = self.settings, self.directory / CRITERION
         driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.schedule, self.seed)
         scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
         tally = fit(
             driver,
             spec,
             self.directory,
-            held_out=self.experiment.held_out,
+            held_out=self.experiment.validation,
             settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
             at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
             progress=s.progress,
@@ -137,16 +187,19 @@ class ScheduleRun:
             return {}
         if lost := missing(self._surfaces(tally.epoch), tally.epoch):
             self._score_again(lost, tally.epoch, driver.model)
+        objective, file, full = (self.directory / f"{n}.json" for n in ("objective", "evaluation", "full"))
+        if not objective.exists():
+            write_json(objective, self.objective(driver, tally).to_json(spec.price(number(s.gamma, "gamma"))))
         if not file.exists():
             found = self.experiment.evaluate(driver.model, s, self.seed)
             write_json(file, found.to_json())
-        full = self.directory / "full.json"
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
         return {
             "seed": self.seed,
             "directory": self.directory.name,
             "epochs": read_log(self.directory),
+            "objective": read_record(objective, Objective),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
             **({"full": report_payload(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
@@ -216,7 +269,7 @@ class ScheduleRun:
         return found
 
 
-def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
+def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
     """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
     schedules = [settings.schedule_of(text) for text in settings.schedules]
     every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -256,6 +256,21 @@ class Problem:
             except ValueError as error:
                 raise ValueError(f"schedule {short(text)!r}: {error}") from None
         return known[key]
+
+    def controller_of(self, given: str | os.PathLike[str] | Schedule | Callable[..., Any]) -> Any:
+        """A controller of this problem: a text or file as `schedule_of`, a schedule bound to the method's
+        controls, any other as it is.
+
+        Raises:
+            ValueError: a schedule is malformed, or not admissible for the method.
+        """
+        if isinstance(given, (str, os.PathLike)):
+            return self.schedule_of(os.fspath(given))
+        if isinstance(given, Schedule):
+            return given.bound(build(self.method, self.method_options).controls)
+        if not callable(given):
+            raise ValueError(f"schedule must be a short text, JSON file or controller, got {brief(given)}")
+        return given
 
 
 @dataclass

@@ -30,9 +30,10 @@ from controlat.dynamics.state import Snapshot
 from controlat.models.frozen.layout import channels_last
 from controlat.models.frozen.view import runs_channels_last
 from controlat.records import LogLine, missing, read_epochs
+from controlat.robust_accuracy import parse_attack
 from controlat.robust_accuracy.robust import measure
 
-__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log"]
+__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log", "validation_cost"]
 
 LAST, BEST, LOG, SCHEDULE = "last.pt", "best.pt", "log.jsonl", "schedule.json"
 VALIDATION = "pgd-10"  # what picks the best checkpoint
@@ -238,6 +239,11 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
         "validation_gradients": found.spent.gradients,
         "validation_seconds": found.seconds,
     }
+
+
+def validation_cost(points: int) -> float:
+    """Gradient evaluations of one validation at most, in samples."""
+    return parse_attack(VALIDATION).cost() * points
 
 
 def _bar(spec: RunSpec, driver: Driver, tally: Tally, label: str, show: bool) -> Any:

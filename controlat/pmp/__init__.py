@@ -4,7 +4,7 @@ from controlat.pmp.candidates import MAXIMISERS, Grid
 from controlat.pmp.costate import sweep
 from controlat.pmp.full_criterion import Criterion, examine, looked_at
 from controlat.pmp.greedy import criterion, measure, probe_batches
-from controlat.pmp.objective import Outcome, objective, outcome_at
+from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
@@ -52,6 +52,7 @@ __all__ = [
     "price",
     "probe_batches",
     "relaxed",
+    "rollout_cost",
     "sweep",
     "trust",
     "try_terminal",

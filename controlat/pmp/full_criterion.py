@@ -298,10 +298,8 @@ def examine(
     scores, norms = [], []
     with recording.put_back():
         driver.restore(recording.end)
-        outcome, dropped = (
-            outcome_at(driver, terminal, evaluations(recording.steps)),
-            terminal.dropped(driver),
-        )
+        outcome = outcome_at(driver, terminal, evaluations(recording.steps))
+        dropped = terminal.dropped(driver)
         for swept in sweep(
             recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
         ):

@@ -17,9 +17,10 @@ from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
+from controlat.methods import Method
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "evaluations", "objective", "outcome_at"]
+__all__ = ["Outcome", "evaluations", "objective", "outcome_at", "rollout_cost"]
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,13 @@ def objective(
     >>> from controlat.methods import build
     >>> from controlat.pmp.terminal import AdversarialLoss
     >>> x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
-    >>> driver = Driver(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), build("pgd_at"), Ball(0.1))
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> driver = Driver(model, build("pgd_at"), Ball(0.1))
     >>> schedule, rate = parse_schedule("pgd:steps=2,alpha=0.1", 3), parse_rate(0.1)
-    >>> spec = RunSpec(data=Split(x, y), batch_size=4, epochs=3, schedule=schedule, rate=rate)
+    >>> spec = RunSpec(Split(x, y), 4, 3, schedule, rate)
     >>> found = objective(driver, spec, AdversarialLoss(x, y, Ball(0.1), steps=5))
     >>> found.evaluations, found.training, found.judging  # 6 steps of n = 2 + 1
-    (18.0, 144, 40)
+    (18.0, 72, 40)
     >>> found.objective(spec.price(0.01)) == found.phi + 0.01 * 0.1 * 18
     True
     """
@@ -117,6 +119,13 @@ def objective(
     check_parameters(driver, step)
     training, seconds = driver.meter.since(before).gradients, time.perf_counter() - began
     return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+
+
+def rollout_cost(spec: RunSpec, method: Method) -> float:
+    """Gradient evaluations of a roll-out, in samples, at most, by the cost that its method declares."""
+    per_epoch, epochs = spec.batches_per_epoch, range(spec.epochs)
+    controls = (spec.schedule(epoch + batch / per_epoch) for epoch in epochs for batch in range(per_epoch))
+    return sum(map(method.controls.cost, controls)) * len(spec.data) / per_epoch
 
 
 def outcome_at(

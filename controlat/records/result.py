@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from controlat.records.criterion import Calibration, Failed, outcome
+from controlat.records.criterion import Calibration, Failed, Objective, outcome
 from controlat.records.evaluation import Evaluation
 from controlat.records.fields import (
     Controls,
@@ -95,6 +95,7 @@ class _Shown(TypedDict):
 class _Run(TypedDict):
     seed: int
     directory: str
+    objective: NotRequired[Objective]
     epochs: Annotated[list[LogLine], Field(min_length=1)]
     criterion: Annotated[list[_Scored], Field(min_length=1)]
     evaluation: Evaluation
@@ -165,6 +166,7 @@ class _Forms(TypedDict):
 
 
 class _Summary(TypedDict):
+    objective: NotRequired[_Spread]
     criterion: _Forms
     clean: _Share
     robust: _Share
@@ -214,6 +216,8 @@ class _Asked(TypedDict):
 class _Sizes(TypedDict):
     train: Count
     held_out: Count
+    validation: NotRequired[Count]
+    phi: NotRequired[Count]
     test: Count
 
 

@@ -79,6 +79,7 @@ def _criterion(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, Any]:
 def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluations = [run["evaluation"] for run in runs]
     return {
+        **({"objective": _spread([run["objective"]["J"] for run in runs])} if "objective" in runs[0] else {}),
         "criterion": {form: _criterion(runs, form) for form in FORMS},
         "clean": _accuracy([e["clean"] for e in evaluations]),
         "robust": _accuracy([e["robust"] for e in evaluations]),
@@ -174,12 +175,16 @@ def _percent(found: Mapping[str, Any]) -> str:
 
 
 def _full_cells(found: Mapping[str, Any]) -> list[str]:
-    """J, C over the whole run, and the certificate."""
+    """C over the whole run, and the certificate."""
     if "failed" in found:
-        return ["-", "not finite", "-"]
+        return ["not finite", "-"]
     doubt = " uncalibrated" if found["uncalibrated"] else ""
-    plain = [f"{found[name]['mean']:.3g}" for name in ("objective", "certificate")]
-    return [plain[0], _c(found["horizons"][-1]) + doubt, plain[1]]
+    return [_c(found["horizons"][-1]) + doubt, f"{found['certificate']['mean']:.3g}"]
+
+
+def _objective(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """J over seeds; in results of before it stands with the full criterion alone."""
+    return found.get("objective", found.get("full", {}).get("objective"))  # type: ignore[no-any-return]
 
 
 _TITLES = {"autoattack": "AutoAttack", "transfer": "transfer"}
@@ -193,9 +198,11 @@ def _shown(result: Mapping[str, Any]) -> list[str]:
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the table."""
     full = "full" in result["schedules"][0]["summary"]
+    known = any(_objective(schedule["summary"]) for schedule in result["schedules"])
     heads = [
         "schedule",
-        *(["J", "C full", "D"] if full else []),
+        *(["J"] if known else []),
+        *(["C full", "D"] if full else []),
         "C norm",
         "C costate",
         "clean %",
@@ -210,6 +217,7 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append(
             [
                 schedule["text"],
+                *([_mean(_objective(s))] if known else []),
                 *(_full_cells(s["full"]) if full else []),
                 *(_c(s["criterion"][form]) for form in FORMS),
                 f"{100 * s['clean']['mean']:.1f}",
@@ -241,12 +249,13 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"{s['trials']} trials of hyperopt's TPE on the norm form (costate form: the best of these)"
         )
     several = len(s["seeds"]) > 1
-    said = "as above" if "full" in result["schedules"][0]["summary"] else _phi(result)
+    said = "as above" if _objective_note(result) else _phi(result)
     lines = [
-        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out, {sizes['test']} test "
-        f"points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, {s['epochs']} "
-        f"epochs, seeds {seeds}.",
+        f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out{_held_out(sizes)}, "
+        f"{sizes['test']} test points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, "
+        f"{s['epochs']} epochs, seeds {seeds}.",
         *_run_note(result),
+        *_objective_note(result),
         *_full_notes(result),
         "C norm, C costate: mean over epochs (at the start of each) of max over (alpha, K) of "
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
@@ -288,6 +297,11 @@ def _phi(result: Mapping[str, Any]) -> str:
     return str(result.get("terminal", "the adversarial loss on held-out data"))
 
 
+def _held_out(sizes: Mapping[str, int]) -> str:
+    """The two parts of the held-out samples; results of before have one slice for both."""
+    return f" ({sizes['validation']} for validation, {sizes['phi']} for Phi)" if "phi" in sizes else ""
+
+
 def _options(settings: Mapping[str, Any]) -> str:
     """Options of the method, where some were given."""
     given = settings.get("method_options") or {}
@@ -302,13 +316,19 @@ def _run_note(result: Mapping[str, Any]) -> list[str]:
     return [f"Training was repeated from {result['settings']['run']}, {how}."]
 
 
+def _objective_note(result: Mapping[str, Any]) -> list[str]:
+    """What J is, where it is known."""
+    if not any({"objective", "full"} & schedule["summary"].keys() for schedule in result["schedules"]):
+        return []
+    return [f"J = Phi + gamma eta sum n, with Phi {_phi(result)} and eta the mean learning rate."]
+
+
 def _full_notes(result: Mapping[str, Any]) -> list[str]:
     summaries, s = [schedule["summary"] for schedule in result["schedules"]], result["settings"]
     if "full" not in summaries[0]:
         return []
     lines = [
-        f"J = Phi + gamma eta sum n, with Phi {_phi(result)} and eta the mean learning rate. C full: Amata's "
-        "(13) over the whole run, from exact costates: the sum over epochs (shorter blocks "
+        "C full: Amata's (13) over the whole run, from exact costates: the sum over epochs (shorter blocks "
         "where the control changes within one) of max over (alpha, K) of the sum of H(v) - H(u) over their "
         "steps, divided by eta T; 95 % interval, up to "
         f"{s['looks']} steps of each were looked at. D: the largest decrease of J that relaxed controls "

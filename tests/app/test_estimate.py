@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from controlat.app import jobs
+import controlat
+from controlat.app.estimate import estimate
 
 SMALL: dict[str, Any] = {
     "schedules": ["pgd:steps=2,alpha=0.1"],
@@ -49,8 +50,8 @@ def test_every_part_of_an_estimate_is_that_of_what_is_run(
     (tmp_path / "estimated.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     settings = SMALL | {"terminal": terminal, "attacks": attacks}
-    told = jobs.estimate(**settings)["gradients"]
-    (run,) = jobs.evaluate(tmp_path / "out", **settings)["schedules"][0]["runs"]
+    told = estimate(**settings)["gradients"]
+    (run,) = controlat.evaluate(tmp_path / "out", **settings)["schedules"][0]["runs"]
     assert told["training"] == run["gradients"] == 2 * 140 * 3
     # Each epoch: u and no attack (3 + 1), two step sizes up to K = 2 (2 * 4), on the probe; Phi's gradient.
     counted = sum(epoch["gradients"] for epoch in run["criterion"])

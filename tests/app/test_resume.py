@@ -13,8 +13,9 @@ import torch
 from helpers import same
 from systems import CASES, Case
 
+import controlat
 from controlat._util.files import read_json_lines
-from controlat.app import jobs
+from controlat.app.experiment import Experiment
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import load_checkpoint
 from controlat.attacks.pgd import ascend
@@ -42,7 +43,9 @@ SECONDS = ("seconds", "total_seconds", "validation_seconds", "epoch_seconds")
 
 # Processes are forked from one that has imported the package, which takes seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["controlat.app.jobs", "pytest", "torch._dynamo"])  # which the optimiser imports
+FORKS.set_forkserver_preload(
+    ["controlat.app.train", "pytest", "torch._dynamo"]
+)  # which the optimiser imports
 
 
 class Kill(NamedTuple):
@@ -100,7 +103,7 @@ def _train(out: Path, settings: dict[str, Any], kill: Kill | None, seed: int) ->
     torch.manual_seed(seed)  # what else the process does with torch's generator must not matter
     if kill is not None:
         _kill_at(kill)
-    jobs.train(out, resume=True, **settings)
+    controlat.train(out, resume=True, **settings)
 
 
 def _process(out: Path, settings: dict[str, Any], kill: Kill | None = None, seed: int = 0) -> int | None:
@@ -188,7 +191,7 @@ def test_an_epoch_that_a_hook_made_the_last_is_finished_after_a_kill(tmp_path: P
 
 def test_what_a_hook_spends_counts_as_training(tmp_path: Path) -> None:
     settings = SMALL | {"method": "test_resume:Curious", "schedule": "pgd:steps=1,alpha=0.05"}
-    found = jobs.train(tmp_path / "run", **settings)
+    found = controlat.train(tmp_path / "run", **settings)
     assert [line["gradients"] for line in found["epochs"]] == 3 * [2 * 60 + 3 * 16]
     tally = load_checkpoint(tmp_path / "run" / "last.pt")["tally"]
     assert (tally["gradients"], tally["forwards"], tally["layers"]) == (3 * (2 * 60 + 3 * 16), 3 * 16, 3 * 16)
@@ -250,7 +253,7 @@ def test_a_run_that_its_method_ended_is_finished_and_stays_as_it_is(stopped: Pat
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in kept}
 
     before = files()
-    found = jobs.train(stopped, resume=resume, **FALL)
+    found = controlat.train(stopped, resume=resume, **FALL)
     assert found["finished_before"]
     assert len(found["epochs"]) == 5
     assert files() == before
@@ -258,7 +261,7 @@ def test_a_run_that_its_method_ended_is_finished_and_stays_as_it_is(stopped: Pat
 
 def test_hooks_that_draw_leave_torchs_generator_as_it_was(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    jobs.train(tmp_path / "run", **FALL | {"epochs": 1})
+    controlat.train(tmp_path / "run", **FALL | {"epochs": 1})
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -312,7 +315,7 @@ def _atta(folder: Path, reset: int) -> tuple[dict[str, Any], dict[str, Any], tor
         _killed(folder / "run", settings, kill)["rows"]["delta"] for kill in (Kill(1, 0), Kill(1, 2))
     )
     chosen = TrainSettings(**settings)
-    spec = jobs.Experiment.of(chosen).spec(chosen.schedule_of(chosen.schedule), chosen.seed)
+    spec = Experiment.of(chosen).spec(chosen.schedule_of(chosen.schedule), chosen.seed)
     moved = torch.zeros(len(before["seen"]), dtype=torch.bool)
     moved[torch.cat(spec.order(1)[:2])] = True
     assert before["seen"].sum() == 60

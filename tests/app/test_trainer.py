@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+import controlat
 from controlat import NonFiniteError, robustness
 from controlat._util.files import read_json_lines
-from controlat.app import cli, jobs
+from controlat.app import cli
+from controlat.app.experiment import Experiment
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import deterministic, fit, load_checkpoint, place
 from controlat.data import load
@@ -106,7 +108,7 @@ def _assert_same_end(a: Path, b: Path) -> None:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the small problem."""
     out = tmp_path_factory.mktemp("fitted") / "run"
-    jobs.train(out, **SMALL | {"lr": 0.2})
+    controlat.train(out, **SMALL | {"lr": 0.2})
     return out
 
 
@@ -116,11 +118,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _kill_and_resume(folder: Path, model: str, kills: list[tuple[str, float]]) -> None:
     (folder / "killable.py").write_text(KILLABLE)
     settings = SMALL | {"model": f"killable:{model}"}
-    jobs.train("undisturbed", **settings)
+    controlat.train("undisturbed", **settings)
     for kill, minutes in kills:
         code = _child(folder, kill, settings | {"checkpoint_minutes": minutes}).returncode
         assert code == -(signal.SIGXFSZ if kill.startswith("write") else signal.SIGKILL), kill
-    jobs.train("killed", resume=True, **settings)
+    controlat.train("killed", resume=True, **settings)
     _assert_same_end(folder / "undisturbed", folder / "killed")
 
 
@@ -184,7 +186,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(
         (run / "last.pt").write_bytes(damaged[damage])
     settings = SMALL | {"lr": 0.2}
     with pytest.raises(ValueError, match=r"run/last\.pt is (damaged or )?not a checkpoint"):
-        jobs.train(run, resume=True, **settings)
+        controlat.train(run, resume=True, **settings)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--out", str(run), "--resume", *_flags(settings)])
     error = capsys.readouterr().err
@@ -233,7 +235,7 @@ def test_lines_that_a_crash_left_beyond_the_checkpoint_are_dropped(
     run = _copy_of(fitted, tmp_path / "run")
     good = (run / "log.jsonl").read_text()
     (run / "log.jsonl").write_text(good + tail)
-    jobs.train(run, resume=True, **SMALL | {"lr": 0.2})
+    controlat.train(run, resume=True, **SMALL | {"lr": 0.2})
     assert (run / "log.jsonl").read_text() == good
 
 
@@ -247,7 +249,7 @@ def _all_finite(checkpoint: Path) -> bool:
 def test_divergence_names_the_place_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = SMALL | {"lr": "multistep:lr=0.05,at=1,factor=1e9"}  # epoch 0 goes well
     with pytest.raises(NonFiniteError) as stopped:
-        jobs.train(tmp_path / "run", **settings)
+        controlat.train(tmp_path / "run", **settings)
     message = str(stopped.value)
     assert "epoch 1, batch" in message
     assert "Control(alpha=0.15, steps=1)" in message
@@ -265,7 +267,7 @@ def test_no_checkpoint_of_a_diverging_run_holds_parameters_that_are_not_finite(
     tmp_path: Path, rate: str
 ) -> None:
     with pytest.raises(NonFiniteError, match="epoch 0, batch"):
-        jobs.train(tmp_path / "run", **SMALL | {"lr": rate, "checkpoint_minutes": 1e-9})
+        controlat.train(tmp_path / "run", **SMALL | {"lr": rate, "checkpoint_minutes": 1e-9})
     assert not (tmp_path / "run" / "last.pt").exists() or _all_finite(tmp_path / "run" / "last.pt")
 
 
@@ -292,7 +294,7 @@ def test_a_step_that_makes_parameters_infinite_is_noticed_before_the_checkpoint(
     monkeypatch.chdir(tmp_path)
     settings = SMALL | {"model": "steep:net", "lr": HUGE.format(3e38), "checkpoint_minutes": 1e-9}
     with pytest.raises(NonFiniteError, match=r"a parameter is not finite .*epoch 0, batch 0, Control"):
-        jobs.train("run", **settings)
+        controlat.train("run", **settings)
     assert not Path("run/last.pt").exists()
 
 
@@ -345,14 +347,14 @@ def test_counted_evaluations_are_n_of_u_times_samples(fitted: Path) -> None:
 
 def _network(run: Path, name: str) -> tuple[nn.Module, dict[str, Any]]:
     found = load_checkpoint(run / name)
-    model = jobs.Experiment.of(TrainSettings(**SMALL)).model(0)
+    model = Experiment.of(TrainSettings(**SMALL)).model(0)
     model.load_state_dict(found["model"])
     return model, found
 
 
 def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) -> None:
     settings = SMALL | {"lr": "multistep:lr=0.1,at=5,factor=60", "epochs": 6, "train_points": 800}
-    jobs.train(tmp_path / "run", **settings)
+    controlat.train(tmp_path / "run", **settings)
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     robust = [line["robust"] for line in log]
     assert 0 < max(robust) > robust[-1], "the last epochs must be worse, or this test says nothing"
@@ -377,7 +379,7 @@ def test_the_checkpoint_holds_settings_schedule_and_environment(fitted: Path) ->
 def test_tensorboard_files_hold_the_numbers_of_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    jobs.train(tmp_path / "run", **SMALL | {"tensorboard": True})
+    controlat.train(tmp_path / "run", **SMALL | {"tensorboard": True})
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -404,7 +406,7 @@ def test_training_without_tensorboard_writes_no_event_files(fitted: Path) -> Non
 
 
 def _losses(out: Path, **changes: Any) -> list[float]:
-    return [line["loss"] for line in jobs.train(out, **SMALL | changes)["epochs"]]
+    return [line["loss"] for line in controlat.train(out, **SMALL | changes)["epochs"]]
 
 
 def test_both_memory_layouts_train_alike(tmp_path: Path) -> None:
@@ -462,7 +464,7 @@ def test_deterministic_puts_threads_and_flags_back_even_after_an_error() -> None
 
 def test_fit_without_held_out_data_logs_no_accuracy_and_keeps_no_best(tmp_path: Path) -> None:
     settings = TrainSettings(**SMALL | {"epochs": 1})
-    experiment = jobs.Experiment.of(settings)
+    experiment = Experiment.of(settings)
     spec = experiment.spec(settings.schedule_of(settings.schedule), seed=0)
     tally = fit(experiment.driver(0), spec, tmp_path / "run", progress=False)
     (line,) = read_json_lines(tmp_path / "run" / "log.jsonl")

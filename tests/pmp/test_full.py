@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -417,7 +418,7 @@ def test_a_relaxed_roll_out_that_diverges_keeps_nothing_of_its_promise(
             raise NonFiniteError("training loss inf")
         return relaxed(recording, others, part, *rest, **more)
 
-    monkeypatch.setattr(full, "relaxed", diverges)
+    monkeypatch.setattr(import_module("controlat.pmp.trust"), "relaxed", diverges)
     c = trust(r, found, terminal)
     assert c.outcomes[0.5] == math.inf
     assert c.reliability(0.5) == -math.inf

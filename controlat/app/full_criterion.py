@@ -1,4 +1,4 @@
-"""The full criterion of a run that is over: roll it out again, recorded, and look back along its costates."""
+"""The full criterion of a finished run: rolled out again, recorded, with costates from its end backward."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from controlat.pmp import (
     Criterion,
     Grid,
     Price,
-    calibrate,
     described,
     examine,
     looked_at,
+    rollout_cost,
+    trust,
 )
 
-__all__ = ["full_criterion", "most_evaluations", "report_payload"]
+__all__ = ["full_criterion", "full_criterion_cost", "report_payload"]
 
 
 def full_criterion(
@@ -46,7 +47,7 @@ def full_criterion(
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
-    """The criterion over all horizons, and its calibration, for one schedule under one seed.
+    """The criterion over all horizons, and what its size means, for one schedule under one seed.
 
     Args:
         experiment: the problem with its data.
@@ -84,10 +85,10 @@ def full_criterion(
     except NonFiniteError as error:
         return {"failed": str(error)}
     with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
-        calibration = calibrate(recording, found, terminal, progress=_told(b))
+        trusted = trust(recording, found, terminal, progress=_told(b))
     return {
         "criterion": found.to_json(),
-        "calibration": calibration.to_json(),
+        "calibration": trusted.to_json(),
         "terminal": described(terminal),
         "same": same,
         "stride": recording.stride,
@@ -95,13 +96,13 @@ def full_criterion(
             "roll-out": sum(step.spent.gradients for step in recording.steps),
             "steps again": found.replayed,
             "costates and scores": found.spent,
-            "calibration": calibration.spent,
+            "calibration": trusted.spent,
         },
         "seconds": time.perf_counter() - began,
     }
 
 
-def most_evaluations(
+def full_criterion_cost(
     settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Grid, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
@@ -117,7 +118,7 @@ def most_evaluations(
     per_epoch, n = spec.batches_per_epoch, len(spec.data)
     steps = spec.epochs * per_epoch
     controls = [spec.schedule(step / per_epoch) for step in range(steps)]
-    rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
+    rolled = rollout_cost(spec, method)
     looked = looked_at(spec.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
@@ -134,7 +135,7 @@ def _told(bar: Any) -> Callable[..., object] | None:
 
 
 def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
-    """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, calibration.
+    """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, trust.
 
     Args:
         found: that data.
