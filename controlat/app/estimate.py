@@ -44,6 +44,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     parts: Counter[str] = Counter()
     for run in runs:
         parts.update(run.cost(phi, replays))
+    parts["evaluation"] = len(runs) * experiment.evaluation_cost(chosen)  # type: ignore[assignment]
     with deterministic(chosen.threads):
         seconds = _seconds_per_evaluation(experiment, runs[0])
     total = sum(parts.values())

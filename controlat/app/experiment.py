@@ -211,8 +211,7 @@ class Experiment:
         self, model: nn.Module, settings: EvaluateSettings | AttackSettings, seed: int, batch_size: int = 256
     ) -> Evaluation:
         """Everything that is asked for on the test set, with a progress bar."""
-        surrogate = self.surrogate(settings.surrogate)
-        extras = Extras(settings.checks, settings.autoattack, settings.sweeps, surrogate)
+        extras = self._extras(settings)
         sizes = len(self.test), self.data.num_classes, settings.attacks
         if settings.autoattack:
             cost = extras.cost(*sizes)["autoattack"]
@@ -233,10 +232,14 @@ class Experiment:
 
     def evaluation_cost(self, settings: EvaluateSettings) -> float:
         """What `evaluate` costs at most, in gradient evaluations; three forward passes count as one."""
-        surrogate = self.surrogate(settings.surrogate)
-        extras = Extras(settings.checks, settings.autoattack, settings.sweeps, surrogate)
-        parts = extras.cost(len(self.test), self.data.num_classes, settings.attacks).values()
+        sizes = len(self.test), self.data.num_classes, settings.attacks
+        parts = self._extras(settings).cost(*sizes).values()
         return sum(part.gradients + part.forwards / 3 for part in parts)
+
+    def _extras(self, settings: EvaluateSettings | AttackSettings) -> Extras:
+        """What is asked for beside the attacks."""
+        surrogate = self.surrogate(settings.surrogate)
+        return Extras(settings.checks, settings.autoattack, settings.sweeps, surrogate)
 
     def _announce(self, model: nn.Module, cost: Meter, points: int, batch_size: int) -> str:
         """What AutoAttack will cost at most, from a few timed passes of the batch that it will use."""

@@ -147,7 +147,7 @@ class ScheduleRun:
         return build(self.settings.method, self.settings.method_options)
 
     def cost(self, phi: Price, replays: int) -> dict[str, float]:
-        """What `run` costs at most, by part, in gradient evaluations.
+        """What `run` costs at most, by part, in gradient evaluations, but for `Experiment.evaluation_cost`.
 
         Args:
             phi: of the terminal cost.
@@ -162,7 +162,6 @@ class ScheduleRun:
             "Phi": phi.value,
             "criterion": sum(self.measure_cost(u, phi) for u in first),
             "full criterion": full,
-            "evaluation": self.experiment.evaluation_cost(s),
         }
 
     def run(self, label: str) -> dict[str, Any]:

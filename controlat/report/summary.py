@@ -252,8 +252,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     said = "as above" if _objective_note(result) else _phi(result)
     lines = [
         f"{s['data']} ({sizes['train']} training, {sizes['held_out']} held-out{_held_out(sizes)}, "
-        f"{sizes['test']} test points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} eps {s['eps']}, "
-        f"{s['epochs']} epochs, seeds {seeds}.",
+        f"{sizes['test']} test points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} "
+        f"eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}.",
         *_run_note(result),
         *_objective_note(result),
         *_full_notes(result),

@@ -110,7 +110,8 @@ def _timeless(value: Any) -> Any:
 
 def test_the_result_holds_every_schedule_seed_and_epoch(result: dict[str, Any]) -> None:
     assert result["format"] == "controlat evaluation"
-    assert result["sizes"] == {"train": TRAINED, "held_out": HELD_OUT, "test": TESTED}
+    parts = {"validation": HELD_OUT // 2, "phi": HELD_OUT // 2}
+    assert result["sizes"] == {"train": TRAINED, "held_out": HELD_OUT, "test": TESTED} | parts
     assert [s["text"] for s in result["schedules"]] == SMALL["schedules"]
     assert result["environment"]["torch"] == str(torch.__version__)
     for schedule, run in _runs(result):
@@ -350,7 +351,8 @@ def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "WARNING, pgd:steps=3,alpha=0.06: no C full, seed 0: the costate after step 4" in text
     row = next(line for line in text.splitlines() if line.startswith("| pgd:steps=3"))
-    assert [c.strip() for c in row.split("|")][2:5] == ["-", "not finite", "-"]
+    cells = [c.strip() for c in row.split("|")][2:5]
+    assert cells == [f"{found['schedules'][1]['summary']['objective']['mean']:.3g}", "not finite", "-"]
     assert [r["schedule"] for r in _section(text, "What its size means")] == ["none"]
     for name in FIGURES:
         assert (tmp_path / "out" / name).exists()
@@ -390,7 +392,7 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
     assert "02-pgd-steps=3-alpha=0.06-seed1" in names
     for schedule, run in _runs(result):
         folder = out / "runs" / run["directory"]
-        wanted = {"criterion.jsonl", "full.json", "evaluation.json", "last.pt", "best.pt"}
+        wanted = {"criterion.jsonl", "objective.json", "full.json", "evaluation.json", "last.pt", "best.pt"}
         wanted |= {"log.jsonl", "schedule.json"}
         assert {p.name for p in folder.iterdir()} == wanted
         assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
@@ -541,7 +543,8 @@ def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
     evaluation = sum(run["evaluation"]["gradients"] + run["evaluation"]["forwards"] / 3 for run in runs)
     assert evaluation <= gradients["evaluation"] == 4 * ((1 + 5) + (1 + 2) / 3) * TESTED
     validation = sum(e["validation_gradients"] for run in runs for e in run["epochs"])
-    assert validation <= gradients["validation"] == 4 * 2 * 10 * HELD_OUT
+    assert validation <= gradients["validation"] == 4 * 2 * 10 * HELD_OUT // 2
+    assert gradients["Phi"] == sum(run["objective"]["gradients"]["Phi"] for run in runs)
     assert gradients["total"] == sum(v for k, v in gradients.items() if k != "total")
     assert 0 < cost["seconds"] < 60
     assert not list(tmp_path.iterdir())
@@ -799,10 +802,10 @@ def test_a_schedule_longer_than_a_file_name_trains_under_a_short_label(tmp_path:
     few: dict[str, Any] = {"epochs": 2, "train_points": 40, "threads": 1, "progress": False}
     controlat.train(tmp_path / "out", schedule=texts[0], **few)
     assert load_schedule(tmp_path / "out" / "schedule.json").text == texts[0]
-    labels = labels([*texts, texts[0].replace(":0:", ":1:"), "none"])
-    assert [len(label) <= 110 for label in labels] == [True] * 4
-    assert len(set(labels)) == 4
-    assert labels[3] == "none"
+    names = labels([*texts, texts[0].replace(":0:", ":1:"), "none"])
+    assert [len(label) <= 110 for label in names] == [True] * 4
+    assert len(set(names)) == 4
+    assert names[3] == "none"
 
 
 # ---------------------------------------------------------------------------------------------------- MNIST

@@ -285,8 +285,8 @@ def test_an_interruption_during_imports_is_one_line() -> None:
 
 def test_sigterm_ends_as_an_interruption_does(tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom controlat import jobs\n"
-        "controlat.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal\nimport controlat.app.train as job\n"
+        "job.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     done = _child(code + MAIN, "train", "--out", str(tmp_path / "run"))
     assert done.returncode == 128 + signal.SIGTERM
