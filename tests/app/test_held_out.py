@@ -20,6 +20,7 @@ from controlat.data import Samples, Split, load
 FEW: dict[str, Any] = {"train_points": 160, "held_out": 40, "epochs": 3, "lr": 0.2}
 FEW |= {"batch_size": 50, "threads": 1, "progress": False}
 CAT: dict[str, Any] = {"method": "cat", "method_options": {"patience": 1}, "schedule": "set:steps=4"}
+CAT |= {"epochs": 8}
 EVALUATED: dict[str, Any] = FEW | {"schedules": ["pgd:steps=2,alpha=0.1"], "seeds": [0], "test_points": 20}
 EVALUATED |= {"attacks": ["fgsm"], "checks": 0, "probe": 40, "alphas": [0.1], "max_steps": 2, "looks": 1}
 
@@ -101,7 +102,7 @@ def test_nothing_that_decides_during_training_sees_phis_part(
     method: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = trained(tmp_path / "plain", **method)
-    assert [line["validation_points"] for line in plain["log"]] == [20] * 3
+    assert {line["validation_points"] for line in plain["log"]} == {20}
     with monkeypatch.context() as patch:
         spoil(patch, "phi")
         assert same(trained(tmp_path / "phi", **method), plain)
@@ -136,7 +137,7 @@ def test_evaluate_the_full_criterion_and_objective_report_one_j(tmp_path: Path) 
     assert (
         run["full"]["calibration"]["objective"] == j == alone["phi"] + alone["price"] * alone["evaluations"]
     )
-    assert (run["full"]["phi"], run["full"]["evaluations"]) == (alone["phi"], alone["evaluations"])
+    assert (run["full"]["phi"], run["full"]["evaluations"]) == (phi, alone["evaluations"])
     assert alone["evaluations"] == 3 * 3 * 3 == run["epochs"][-1]["total_evaluations"]
     assert alone["gradients"] == {"training": run["gradients"], "Phi": 20 * 20}
     assert full["terminal"] == alone["terminal"]

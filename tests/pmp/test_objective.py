@@ -84,11 +84,6 @@ def test_a_method_whose_steps_cost_less_than_declared_is_counted() -> None:
     assert 2 * 3 <= found.evaluations < 2 * 3 * 9
 
 
-def test_training_that_diverges_names_its_step() -> None:
-    with pytest.raises(NonFiniteError, match=r"epoch 0, batch [12], .*"):
-        objective(driver(), spec(split(10), rate=1e308, epochs=3), TERMINAL)
-
-
 class Short(nn.Module):
     """Weights of 16 bits, which one long step takes beyond their largest number."""
 
@@ -106,7 +101,7 @@ class Short(nn.Module):
 def test_training_that_diverges_names_its_step(epochs: int, told: str) -> None:
     """Also where only the parameters after the last step show it."""
     d = Driver(Short(), build("pgd_at"), Ball(0.1), SGDSettings(0.0))
-    with pytest.raises(NonFiniteError, match=rf"{told} \(epoch {min(epochs - 1, 1)}, batch 0, "):
+    with pytest.raises(NonFiniteError, match=rf"{told}.* \(epoch {min(epochs - 1, 1)}, batch 0, "):
         objective(d, spec(split(4), rate=6e4, epochs=epochs), TERMINAL)
 
 
