@@ -19,7 +19,11 @@ from controlat.data import Samples, Split, load
 
 FEW: dict[str, Any] = {"train_points": 160, "held_out": 40, "epochs": 3, "lr": 0.2}
 FEW |= {"batch_size": 50, "threads": 1, "progress": False}
-CAT: dict[str, Any] = {"method": "cat", "method_options": {"patience": 1}, "schedule": "set:steps=4"}
+CAT: dict[str, Any] = {
+    "method": "cat",
+    "method_options": {"patience": 1, "ready": 0.0},
+    "schedule": "set:steps=4",
+}
 CAT |= {"epochs": 8}
 EVALUATED: dict[str, Any] = FEW | {"schedules": ["pgd:steps=2,alpha=0.1"], "seeds": [0], "test_points": 20}
 EVALUATED |= {"attacks": ["fgsm"], "checks": 0, "probe": 40, "alphas": [0.1], "max_steps": 2, "looks": 1}
@@ -133,10 +137,8 @@ def test_evaluate_the_full_criterion_and_objective_report_one_j(tmp_path: Path) 
     (run,), (other,) = (r["schedules"][0]["runs"] for r in (full, without))
     for found in (run["objective"], other["objective"]):
         assert found | {"seconds": 0, "terminal": alone["terminal"]} == alone | {"seconds": 0}
-    j = alone["J"]
-    assert (
-        run["full"]["calibration"]["objective"] == j == alone["phi"] + alone["price"] * alone["evaluations"]
-    )
+    j, phi = alone["J"], alone["phi"]
+    assert run["full"]["calibration"]["objective"] == j == phi + alone["price"] * alone["evaluations"]
     assert (run["full"]["phi"], run["full"]["evaluations"]) == (phi, alone["evaluations"])
     assert alone["evaluations"] == 3 * 3 * 3 == run["epochs"][-1]["total_evaluations"]
     assert alone["gradients"] == {"training": run["gradients"], "Phi": 20 * 20}
