@@ -20,10 +20,6 @@ from controlat.data import Samples, Split, load
 FEW: dict[str, Any] = {"train_points": 160, "held_out": 40, "epochs": 3, "lr": 0.2}
 FEW |= {"batch_size": 50, "threads": 1, "progress": False}
 CAT: dict[str, Any] = {"method": "cat", "schedule": "set:steps=4", "epochs": 8}
-    "method": "cat",
-    "method_options": {"patience": 1, "ready": 0.0},
-    "schedule": "set:steps=4",
-}
 CAT |= {"method_options": {"patience": 1, "ready": 0.0}}
 EVALUATED: dict[str, Any] = FEW | {"schedules": ["pgd:steps=2,alpha=0.1"], "seeds": [0], "test_points": 20}
 EVALUATED |= {"attacks": ["fgsm"], "checks": 0, "probe": 40, "alphas": [0.1], "max_steps": 2, "looks": 1}
