@@ -192,10 +192,10 @@ def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
     """What was measured on the run: now, or by an earlier call, which left it with the run."""
     if chosen.calibrate is None:
         return None
-    from controlat.app.calibration import measured
+    from controlat.app.calibration import calibration
 
     options: dict[str, Any] = {"data_dir": chosen.data_dir, "device": chosen.device}
-    return measured(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
+    return calibration(chosen.calibrate, threads=chosen.threads, progress=chosen.progress, **options)
 
 
 def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]:

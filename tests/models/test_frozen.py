@@ -24,8 +24,8 @@ from controlat import (
     pgd,
     robustness,
 )
-from controlat.app.calibration import inner_problem
 from controlat.app.trainer import place
+from controlat.attacks.inner_problem import inner_problem
 from controlat.control.space import Control
 from controlat.dynamics.adjoint import pullback, state, verify
 from controlat.models.frozen.layout import LayoutWarning
