@@ -39,9 +39,9 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         if path.exists():
             raise ValueError(f"{path} exists; give another name")
     device = pick_device(chosen.device)
-    found = load_checkpoint(checkpoint, device)
+    saved = load_checkpoint(checkpoint, device)
     plain = {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
-    stored = from_json(Problem, found["settings"] | plain, f"{checkpoint}: settings")
+    stored = from_json(Problem, saved["settings"] | plain, f"{checkpoint}: settings")
     if chosen.eps is None and chosen.norm not in (None, stored["norm"]):
         raise ValueError(
             f"eps is missing: {stored['eps']} is the radius of training in {stored['norm']}; "
@@ -52,18 +52,18 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     stored |= {name: value for name, value in given.items() if value is not None}
     experiment = Experiment.of(Problem(**stored))
     model = experiment.model(0)
-    load_weights(model, found["model"], str(checkpoint))
+    load_weights(model, saved["model"], str(checkpoint))
     note_far("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
     with deterministic(chosen.threads):
         measured = experiment.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {
         "checkpoint": checkpoint.name,
-        "epoch": found["tally"]["epoch"],
+        "epoch": saved["tally"]["epoch"],
         "eps": experiment.problem.ball.eps,
         "norm": experiment.problem.norm,
         "attacks": list(chosen.attacks),
         "seed": chosen.seed,
-        "schedule": found["schedule"]["text"],
+        "schedule": saved["schedule"]["text"],
         "environment": environment(device),
     }
     if out is not None:

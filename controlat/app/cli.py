@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
+def _settings(parsed: Namespace, drop: Sequence[str]) -> dict[str, Any]:
     from controlat.app.parser import LISTS
 
-    given = found.as_dict()
+    given = parsed.as_dict()
     return {k: v for k, v in given.items() if k not in drop and (k not in LISTS or v is not None)}
 
 
-def _evaluate(found: Namespace) -> None:
+def _evaluate(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
     from controlat.app.estimate import estimate
     from controlat.app.evaluate import evaluate
 
-    settings = _settings(found, ("config", "out", "dry_run"))
-    if found.dry_run:
+    settings = _settings(parsed, ("config", "out", "dry_run"))
+    if parsed.dry_run:
         cost = estimate(**settings)
         for part, value in cost["gradients"].items():
             print(f"{part:>14}  {count(value):>8} gradient evaluations")
@@ -40,7 +40,7 @@ def _evaluate(found: Namespace) -> None:
         readable = f" ({duration(seconds)})" if seconds >= 90 else ""
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
-    result = evaluate(found.out, **settings)
+    result = evaluate(parsed.out, **settings)
     if speaker():
         return
     print(report.table(*report.rows(result)))
@@ -48,8 +48,8 @@ def _evaluate(found: Namespace) -> None:
     for line in report.notes(result):
         print(f"- {line}")
     names = ", ".join(report.figures(result))
-    print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
-    if (found.data, found.model, found.method) == ("digits", "mlp", "pgd_at"):
+    print(f"\nIn {parsed.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
+    if (parsed.data, parsed.model, parsed.method) == ("digits", "mlp", "pgd_at"):
         print(_NEXT)
 
 
@@ -60,12 +60,12 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
     --schedules pgd:steps=10,alpha=0.01 amata:min=5,max=40,tau=0.4 --dry-run"""
 
 
-def _train(found: Namespace) -> None:
+def _train(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
     from controlat.app.train import train
 
-    result = train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    result = train(parsed.out, resume=parsed.resume, **_settings(parsed, ("config", "out", "resume")))
     if speaker():
         return
     epochs = result["epochs"]
@@ -97,27 +97,27 @@ def _train(found: Namespace) -> None:
     spent += f" and {count(layers)} passes of the first layer" * bool(layers)
     again = " (finished before)" if result["finished_before"] else ""
     print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
-    print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
+    print(f"Test it: controlat attack {Path(parsed.out) / 'best.pt'}")
 
 
-def _derive(found: Namespace) -> None:
+def _derive(parsed: Namespace) -> None:
     from controlat.app.derive import derive
     from controlat.symbolic.figures import FIGURES
 
-    result = derive(out=found.out, **_settings(found, ("config", "out")))
+    result = derive(out=parsed.out, **_settings(parsed, ("config", "out")))
     print(result)
     names = ", ".join(name for name, figure in FIGURES.items() if figure.wanted(result.result))
-    print(f"\nIn {found.out}: schedule.json, summary.md, result.json, {names}.")
-    print(f"Train under it: controlat train --out RUN --schedule {Path(found.out) / 'schedule.json'} ...")
+    print(f"\nIn {parsed.out}: schedule.json, summary.md, result.json, {names}.")
+    print(f"Train under it: controlat train --out RUN --schedule {Path(parsed.out) / 'schedule.json'} ...")
 
 
-def _attack(found: Namespace) -> None:
+def _attack(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count
     from controlat.app.attack import attack, figure_of
 
-    settings = _settings(found, ("config", "out", "checkpoint"))
-    result = attack(found.checkpoint, out=found.out, **settings)
+    settings = _settings(parsed, ("config", "out", "checkpoint"))
+    result = attack(parsed.checkpoint, out=parsed.out, **settings)
     print(report.attack_table(result))
     print(
         f"\n{result['checkpoint']}: {result['points']} points, {result['norm']} eps {result['eps']:.4g}, "
@@ -127,34 +127,34 @@ def _attack(found: Namespace) -> None:
     )
     for line in report.attack_notes(result):
         print(line)
-    if found.out is not None:
-        print(f"Written to {found.out}" + (f" and {figure_of(found.out)}" if found.sweeps else ""))
+    if parsed.out is not None:
+        print(f"Written to {parsed.out}" + (f" and {figure_of(parsed.out)}" if parsed.sweeps else ""))
 
 
-def _data(found: Namespace) -> None:
+def _data(parsed: Namespace) -> None:
     from controlat import data, report
 
-    if found.name is None:
+    if parsed.name is None:
         print(report.table(*data.overview(), words=range(4)))
         print("\nFiles are looked for in --data-dir, else in the cache, where controlat data NAME puts them.")
         return
-    folder = data.download(found.name, found.data_dir)
-    where = "" if found.data_dir is None else f" --data-dir {found.data_dir}"
-    print(f"{found.name} is in {folder}; use it with --data {found.name}{where}")
+    folder = data.download(parsed.name, parsed.data_dir)
+    where = "" if parsed.data_dir is None else f" --data-dir {parsed.data_dir}"
+    print(f"{parsed.name} is in {folder}; use it with --data {parsed.name}{where}")
 
 
-def _methods(found: Namespace) -> None:
+def _methods(parsed: Namespace) -> None:
     from controlat import methods, report
 
-    if found.name is not None:
-        print(methods.manual(found.name))
+    if parsed.name is not None:
+        print(methods.manual(parsed.name))
         return
     print(report.methods_table(methods.describe()).replace("\\|", "|"))
     print("\ncontrolat methods NAME describes one, with its options.")
     print("Any control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
 
 
-def _models(found: Namespace) -> None:
+def _models(parsed: Namespace) -> None:
     from controlat import models, report
     from controlat.app.ranges import RANGES
 
@@ -162,9 +162,9 @@ def _models(found: Namespace) -> None:
         number = "" if entry["parameters"] is None else f"{entry['parameters']:,}"
         return [entry["name"], number, " x ".join(map(str, entry["input"])), entry["what"]]
 
-    RANGES["num_classes"].check("num_classes", found.num_classes)
+    RANGES["num_classes"].check("num_classes", parsed.num_classes)
     heads = ["network", "parameters", "for input", ""]
-    print(report.table(heads, [row(entry) for entry in models.describe(found.num_classes)], words=(0, 3)))
+    print(report.table(heads, [row(entry) for entry in models.describe(parsed.num_classes)], words=(0, 3)))
     print("\nInputs are pixels in [0, 1]. Other sizes are taken if they are not too small for the network.")
 
 
@@ -225,14 +225,14 @@ def _run(words: list[str]) -> int:
 
     parser = build_parser()
     try:
-        found = parser.parse_args(words)
+        parsed = parser.parse_args(words)
         if started() > 1 and (
-            found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
+            parsed.command not in ("train", "evaluate") or parsed[parsed.command].get("dry_run")
         ):
             raise ValueError(
                 "train and evaluate run in several processes, nothing else; start it without torchrun"
             )
-        _COMMANDS[found.command](found[found.command])
+        _COMMANDS[parsed.command](parsed[parsed.command])
         sys.stdout.flush()
     except BrokenPipeError:
         raise

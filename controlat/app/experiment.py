@@ -192,8 +192,8 @@ class Experiment:
         """
         if checkpoint is None:
             return None
-        found = load_checkpoint(checkpoint, self.device)
-        there = found["settings"]
+        saved = load_checkpoint(checkpoint, self.device)
+        there = saved["settings"]
         if there.get("data") != self.problem.data:
             raise ValueError(
                 f"surrogate {checkpoint} was trained on {there.get('data')}, not on {self.problem.data}"
@@ -204,7 +204,7 @@ class Experiment:
         network = (
             f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
         )
-        load_weights(model, found["model"], f"surrogate {checkpoint}", network)
+        load_weights(model, saved["model"], f"surrogate {checkpoint}", network)
         return place(model, self.device, self.problem.channels_last, self.data.in_shape)
 
     def evaluate(
@@ -259,12 +259,12 @@ class Experiment:
 
 def fastest(call: Callable[[], object], repeats: int = 3) -> float:
     """Seconds of the fastest of some calls."""
-    found = math.inf
+    best = math.inf
     for _ in range(repeats):
         began = time.perf_counter()
         call()
-        found = min(found, time.perf_counter() - began)
-    return found
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:

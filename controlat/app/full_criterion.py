@@ -73,7 +73,7 @@ def full_criterion(
     steps = recording.last - recording.first
     try:
         with bar("costates", steps) as b:
-            found = examine(
+            criterion = examine(
                 recording,
                 terminal,
                 grid,
@@ -85,17 +85,17 @@ def full_criterion(
     except NonFiniteError as error:
         return {"failed": str(error)}
     with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
-        trusted = trust(recording, found, terminal, progress=_told(b))
+        trusted = trust(recording, criterion, terminal, progress=_told(b))
     return {
-        "criterion": found.to_json(),
+        "criterion": criterion.to_json(),
         "calibration": trusted.to_json(),
         "terminal": described(terminal),
         "same": same,
         "stride": recording.stride,
         "gradients": {
             "roll-out": sum(step.spent.gradients for step in recording.steps),
-            "steps again": found.replayed,
-            "costates and scores": found.spent,
+            "steps again": criterion.replayed,
+            "costates and scores": criterion.spent,
             "calibration": trusted.spent,
         },
         "seconds": time.perf_counter() - began,

@@ -49,10 +49,10 @@ def objective(
     Source:
         Ye et al. (2021), equation 6.
 
-    >>> found = objective("pgd:steps=3,alpha=0.06", epochs=1, train_points=200, progress=False)
-    >>> found["evaluations"], found["gradients"]  # 3 steps of n = 4; Phi: PGD-20 on 10 samples
+    >>> result = objective("pgd:steps=3,alpha=0.06", epochs=1, train_points=200, progress=False)
+    >>> result["evaluations"], result["gradients"]  # 3 steps of n = 4; Phi: PGD-20 on 10 samples
     (12.0, {'training': 720, 'Phi': 200})
-    >>> found["J"] == found["phi"] + found["price"] * found["evaluations"]
+    >>> result["J"] == result["phi"] + result["price"] * result["evaluations"]
     True
     """
     chosen = settings_from(Problem, settings, "objective")
@@ -65,5 +65,5 @@ def objective(
     steps = spec.epochs * spec.batches_per_epoch
     with deterministic(chosen.threads), progress_bar(steps, " steps", chosen.progress, "objective") as bar:
         outcome = experiment.objective(controller, seed, terminal, progress=bar.update)
-    found = outcome.to_json(spec.price(gamma))
-    return found | {"terminal": described(experiment.terminal(seed, terminal))}
+    result = outcome.to_json(spec.price(gamma))
+    return result | {"terminal": described(experiment.terminal(seed, terminal))}

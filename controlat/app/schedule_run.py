@@ -167,7 +167,7 @@ class ScheduleRun:
     def run(self, label: str) -> dict[str, Any]:
         """Train, score and attack; what is already there is read, not made again.
 
-        Several processes train together; the first of them scores, attacks and returns what was found.
+        Several processes train together; the first of them scores, attacks and returns the results.
         """
         s, path = self.settings, self.directory / CRITERION
         driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.schedule, self.seed)
@@ -190,8 +190,8 @@ class ScheduleRun:
         if not objective.exists():
             write_json(objective, self.objective(driver, tally).to_json(spec.price(number(s.gamma, "gamma"))))
         if not file.exists():
-            found = self.experiment.evaluate(driver.model, s, self.seed)
-            write_json(file, found.to_json())
+            measured = self.experiment.evaluate(driver.model, s, self.seed)
+            write_json(file, measured.to_json())
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
         return {
@@ -230,13 +230,13 @@ class ScheduleRun:
 
     def _evaluation(self, path: Path) -> dict[str, Any]:
         """evaluation.json, which has every attack that was asked for."""
-        found: dict[str, Any] = read_record(path, Evaluation)
+        evaluation: dict[str, Any] = read_record(path, Evaluation)
         names = [parse_attack(a).name for a in self.settings.attacks]
-        if list(found["after"]) != names:
+        if list(evaluation["after"]) != names:
             raise ValueError(
-                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
+                f"{path}: after has {', '.join(evaluation['after'])}, asked for was {', '.join(names)}"
             )
-        return found
+        return evaluation
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""

@@ -34,8 +34,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
 
     >>> import tempfile
     >>> few = {"epochs": 1, "train_points": 200, "progress": False}
-    >>> found = train(tempfile.mkdtemp(), schedule="fgsm:alpha=0.15", **few)
-    >>> found["gradients"] == 2 * 180
+    >>> result = train(tempfile.mkdtemp(), schedule="fgsm:alpha=0.15", **few)
+    >>> result["gradients"] == 2 * 180
     True
     """
     chosen, out = settings_from(TrainSettings, settings, "train"), expanded(out)

@@ -156,7 +156,7 @@ class Criterion:
         for g in self.looked:
             members[self.blocks[g.number - self.first]].append(g)
         steps = Counter(self.blocks)
-        return {index: _Part.of(found, steps[index]) for index, found in members.items()}
+        return {index: _Part.of(looked, steps[index]) for index, looked in members.items()}
 
     def _table(self, index: int, h: int) -> tuple[Array, Array]:
         """Values and sizes (steps looked at, candidates) of a block's candidates, u_t of each step first."""
@@ -186,11 +186,11 @@ class Criterion:
         Near 0 the costate hardly sees what the maximiser does, and noise decides.
         """
         h = self._known(horizon)
-        found = []
+        means = []
         for block in self.best(h):
             members = self._parts[block.index].members
-            found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
-        return found
+            means.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
+        return means
 
     @property
     def growth(self) -> float:
@@ -246,13 +246,13 @@ class Criterion:
         return plain | {"looked": [g.to_json() for g in self.looked]}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Criterion:
+    def from_json(cls, plain: Mapping[str, Any]) -> Criterion:
         """The criterion that `to_json` described."""
-        looked = tuple(Gains.from_json(g) for g in found["looked"])
-        norms = tuple((int(n), float(p)) for n, p in found["norms"])
-        others = {"blocks": tuple(found["blocks"]), "dropped": tuple(found["dropped"]), "norms": norms}
-        known = {f.name: found[f.name] for f in fields(cls)}
-        return cls(**{**known, **others, "lower": float(found["lower"]), "looked": looked})
+        looked = tuple(Gains.from_json(g) for g in plain["looked"])
+        norms = tuple((int(n), float(p)) for n, p in plain["norms"])
+        others = {"blocks": tuple(plain["blocks"]), "dropped": tuple(plain["dropped"]), "norms": norms}
+        known = {f.name: plain[f.name] for f in fields(cls)}
+        return cls(**{**known, **others, "lower": float(plain["lower"]), "looked": looked})
 
 
 def _index(g: Gains, v: Control) -> int:
@@ -355,9 +355,9 @@ def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
     members: dict[int, list[int]] = {}
     for i, index in enumerate(blocks):
         members.setdefault(index, []).append(i)
-    found: list[int] = []
+    chosen: list[int] = []
     for steps in members.values():
         n = len(steps)
         k = n if looks is None else min(looks, n)
-        found += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
-    return sorted(found)
+        chosen += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    return sorted(chosen)

@@ -102,10 +102,10 @@ def objective(
     >>> driver = Driver(model, build("pgd_at"), Ball(0.1))
     >>> schedule, rate = parse_schedule("pgd:steps=2,alpha=0.1", 3), parse_rate(0.1)
     >>> spec = RunSpec(Split(x, y), 4, 3, schedule, rate)
-    >>> found = objective(driver, spec, AdversarialLoss(x, y, Ball(0.1), steps=5))
-    >>> found.evaluations, found.training, found.judging  # 6 steps of n = 2 + 1
+    >>> outcome = objective(driver, spec, AdversarialLoss(x, y, Ball(0.1), steps=5))
+    >>> outcome.evaluations, outcome.training, outcome.judging  # 6 steps of n = 2 + 1
     (18.0, 72, 40)
-    >>> found.objective(spec.price(0.01)) == found.phi + 0.01 * 0.1 * 18
+    >>> outcome.objective(spec.price(0.01)) == outcome.phi + 0.01 * 0.1 * 18
     True
     """
     instance(driver, Driver, "driver")

@@ -70,9 +70,9 @@ class _Mixing(Driver):
             if t.is_floating_point():
                 self.memory[name] = t.lerp(theirs.memory[name], self.part)
         for name, store in self.rows.items():
-            found = theirs.rows[name]
-            other = Rows(found["values"], found["seen"])
-            other = other if "index" in found else gather(other, batch.indices)
+            stored = theirs.rows[name]
+            other = Rows(stored["values"], stored["seen"])
+            other = other if "index" in stored else gather(other, batch.indices)
             mine = gather(store, batch.indices)
             between = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
             self.rows[name] = put(store, batch.indices, between)
@@ -115,7 +115,7 @@ def relaxed(
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
-        found = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
+        outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
         left = momentum_tail(recording, recording.last)
         if left:
             after = buffers(mixing)
@@ -123,6 +123,6 @@ def relaxed(
             meter = Meter()
             gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             parts = zip(gradient, after, buffers(driver), strict=True)
-            phi = found.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
-            found = replace(found, phi=phi, judging=found.judging + meter.gradients)
-    return found
+            phi = outcome.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
+            outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
+    return outcome

@@ -85,10 +85,10 @@ def check_attacks(attacks: Sequence[str], autoattack: int) -> None:
 
 def checkpoint_of(path: str | Path) -> Path:
     """A checkpoint by its name, or by that of its run directory: the best one, or else the last."""
-    found = expanded(path)
-    if not found.is_dir():
-        return found
+    file = expanded(path)
+    if not file.is_dir():
+        return file
     for name in ("best.pt", "last.pt"):
-        if (found / name).is_file():
-            return found / name
+        if (file / name).is_file():
+            return file / name
     raise ValueError(f"{path}: no such checkpoint; the directory has neither best.pt nor last.pt")

@@ -44,8 +44,8 @@ class EvaluateSettings(Problem):
         surrogate: Checkpoint of a network trained independently, for transfer attacks.
         sweeps: Sweep over eps and over steps too, with a figure.
         checks: Points that every evaluation checks for gradient masking.
-        full: Compute the full criterion too, over several horizons, and what its size means; rolls each run out
-            again.
+        full: Compute the full criterion too, over several horizons, and what its size means; rolls every run
+            out again.
         horizons: Horizons of the full criterion in steps; 1, an epoch and the whole run if left out.
         looks: Steps of every epoch (or shorter stretch of one control) that the full criterion looks at.
         memory: GiB that states of a recorded roll-out may take; with less, more steps are taken again.
@@ -108,11 +108,11 @@ class EvaluateSettings(Problem):
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
-        found = finished_run(run)
+        stored = finished_run(run)
         if self.data_dir is None:
             self.data_dir = load_checkpoint(run / "last.pt")["settings"].get("data_dir")
-        theirs = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
-        theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [found["seed"]]}
+        theirs = {f.name: stored[f.name] for f in fields(Problem) if f.name in stored}
+        theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [stored["seed"]]}
         for f in fields(self):
             if f.name not in theirs:
                 continue

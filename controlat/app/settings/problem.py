@@ -50,14 +50,14 @@ def settings_from(kind: type[T], given: Mapping[str, Any], command: str) -> T:
     return kind(**given)
 
 
-def from_json(kind: type[Problem], found: Mapping[str, Any], where: str) -> dict[str, Any]:
+def from_json(kind: type[Problem], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Keyword arguments for the fields of `Problem` that stored settings of this kind hold.
 
     Raises:
         ValueError: one is of the wrong type or out of range; the message begins with `where` it is from.
     """
-    checked(found, settings_of(kind), where)
-    problem = {f.name: found[f.name] for f in fields(Problem) if f.name in found}
+    checked(stored, settings_of(kind), where)
+    problem = {f.name: stored[f.name] for f in fields(Problem) if f.name in stored}
     try:
         Problem(**problem)
     except ValueError as error:
@@ -179,9 +179,9 @@ class Problem:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results, as plain data."""
-        found = {k: v for k, v in asdict(self).items() if k not in RUNTIME}
-        found["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
-        return found
+        plain = {k: v for k, v in asdict(self).items() if k not in RUNTIME}
+        plain["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
+        return plain
 
     def schedule_of(self, text: str) -> Schedule:
         """A schedule of this problem, checked against the method's controls.

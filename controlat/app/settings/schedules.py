@@ -39,9 +39,9 @@ def _times(eps: str | float, factor: Fraction) -> str:
     """A multiple of eps as one would write it: a fraction stays one."""
     if "/" not in str(eps):
         return f"{number(eps, 'eps') * factor:.12g}"
-    found, below = Fraction(str(eps).strip()) * factor, str(eps).partition("/")[2].strip()
-    whole = below.isdigit() and (found * int(below)).denominator == 1
-    return f"{found * int(below)}/{below}" if whole else str(found)
+    product, below = Fraction(str(eps).strip()) * factor, str(eps).partition("/")[2].strip()
+    whole = below.isdigit() and (product * int(below)).denominator == 1
+    return f"{product * int(below)}/{below}" if whole else str(product)
 
 
 def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = None) -> Schedule:

@@ -54,11 +54,11 @@ def finished_run(run: Path) -> dict[str, Any]:
     """The settings of a finished `controlat train`; an error says what the directory is instead."""
     if not (run / "settings.json").exists():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
-    found: dict[str, Any] = read_record(run / "settings.json", Settings)
-    if found.get("command") != "train":
+    stored: dict[str, Any] = read_record(run / "settings.json", Settings)
+    if stored.get("command") != "train":
         raise ValueError(f"{run} is not the directory of a controlat train")
-    from_json(TrainSettings, found, str(run / "settings.json"))
-    if lost := missing(read_epochs(run / "log.jsonl", LogLine), found["epochs"]):
-        told = f"{found['epochs'] - len(lost)} of {found['epochs']} epochs"
+    from_json(TrainSettings, stored, str(run / "settings.json"))
+    if lost := missing(read_epochs(run / "log.jsonl", LogLine), stored["epochs"]):
+        told = f"{stored['epochs'] - len(lost)} of {stored['epochs']} epochs"
         raise ValueError(f"{run} has {told}; finish it with --resume (epoch {lost[0]} is not in log.jsonl)")
-    return found
+    return stored
