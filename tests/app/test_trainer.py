@@ -20,9 +20,8 @@ from controlat.app import cli
 from controlat.app.experiment import Experiment
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import deterministic, fit, load_checkpoint, place
-from controlat.data import load
 
-# 120 training samples in 4 batches of 32, 32, 32, 24; 40 held out; K = 0, 1, 2 in the three epochs.
+# 120 training samples in 4 batches of 32, 32, 32, 24; of 40 held out, 20 are validated on; K = 0, 1, 2.
 SMALL: dict[str, Any] = {
     "schedule": "amata:min=0,max=3,tau=0.15",
     "epochs": 3,
@@ -48,7 +47,7 @@ class Killable(nn.Module):
         self.net, self.seen = net, {"train": 0, "validate": 0, "attack": 0}
 
     def forward(self, x):
-        kind = "train" if self.training else "validate" if len(x) == 40 else "attack"
+        kind = "train" if self.training else "validate" if len(x) == 20 else "attack"
         self.seen[kind] += 1
         wanted = os.environ.get("KILL")
         if wanted == f"{kind} {self.seen[kind]}":
@@ -323,6 +322,8 @@ def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
         "stopped",
         "clean",
         "robust",
+        "total_evaluations",
+        "validation_points",
         "validation_gradients",
         "validation_seconds",
     }
@@ -334,7 +335,9 @@ def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
         assert line["lr"] == pytest.approx(0.2)
         assert line["dropped"] == []
         assert 0 <= line["robust"] <= line["clean"] <= 1
-        assert line["validation_gradients"] <= 10 * 40
+        assert line["total_evaluations"] == 4 * sum(range(1, i + 2))  # steps of n = 1, 2, 3
+        assert line["validation_points"] == 20
+        assert line["validation_gradients"] <= 10 * 20
     assert log[-1]["loss"] < log[0]["loss"]
 
 
@@ -362,8 +365,8 @@ def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) 
     best = robust.index(max(robust))
     assert found["tally"]["best_epoch"] == best == found["tally"]["epoch"] - 1
     assert found["tally"]["best"] == robust[best]
-    _, held_out = load("digits").limited(800, None).hold_out(40)
-    again = robustness(model, *held_out.take(torch.arange(40)), eps=0.15, attacks=["pgd-10"])
+    validation = Experiment.of(TrainSettings(**settings)).validation
+    again = robustness(model, *validation.take(torch.arange(20)), eps=0.15, attacks=["pgd-10"])
     assert (again.clean.value, again.robust.value) == (log[best]["clean"], robust[best])
 
 
