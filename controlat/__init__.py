@@ -10,7 +10,8 @@ Symbols, here and in every docstring:
     S(z, u)       one outer step of training
     F(theta, u)   the controlled field, -grad_theta l(h_theta(A_{theta,u}(x)), y) for SGD
     n(u), gamma   gradient evaluations per sample of one outer step; price of one of them
-    Phi           terminal cost (adversarial loss on held-out data)
+    Phi           terminal cost (adversarial loss on held-out data that nothing decided in training sees)
+    J             objective, Phi + gamma eta sum n
     H, C          Hamiltonian; Amata's criterion, the mean of max_v H(v) - H(u) over training
     eta, mu       learning rate, momentum
     t, T          time in epochs, length of training; in a landscape, time of its flow and horizon

@@ -299,7 +299,7 @@ def test_cat_grows_stronger_over_epochs_and_its_validation_is_counted(grown: Pat
     assert found["memory"]["strength"] == k
     assert list(found["kept"]) == ["best"]
     assert found["tally"]["gradients"] == sum(line["gradients"] for line in log)
-    assert found["tally"]["forwards"] == (12 + k) * 20
+    assert found["tally"]["forwards"] == (12 + k) * 10
 
 
 def test_cat_killed_while_it_grows_ends_with_the_same_bits(grown: Path, tmp_path: Path) -> None:
