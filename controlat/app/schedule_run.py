@@ -87,7 +87,12 @@ class ScheduleRun:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
         began, s, u = time.perf_counter(), self.settings, spec.schedule(epoch)
         analysis = Driver(
-            driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
+            model=driver.model,
+            method=driver.method,
+            ball=driver.ball,
+            optimizer=driver.optimizer,
+            seed=self.seed,
+            channels_last=driver.channels_last,
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
         total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
@@ -278,4 +283,11 @@ def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path)
     for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
         for seed in settings.seeds:
             directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"
-            yield ScheduleRun(experiment, settings, schedule, seed, directory, grid)
+            yield ScheduleRun(
+                experiment=experiment,
+                settings=settings,
+                schedule=schedule,
+                seed=seed,
+                directory=directory,
+                grid=grid,
+            )

@@ -290,7 +290,7 @@ def test_cat_grows_stronger_over_epochs_and_its_validation_is_counted(grown: Pat
     assert len(log) == 12
     k = 0
     for line in log:
-        # k steps and an update for 60 samples, k steps for the 10 of validation; and a look at strength k + 1.
+        # k steps and an update for 60 samples, k steps for 10 of validation, and a look at strength k + 1.
         grows = line["gradients"] > 60 * (k + 1) + 10 * k
         assert line["gradients"] == 60 * (k + 1) + 10 * k + grows * 10 * (k + 1)
         k += grows

@@ -136,15 +136,15 @@ class DeriveSettings:
             for r in (self.x_range, self.theta_range)
         )
         return Task(
-            Landscape(self.landscape, self.x0, self.parameters, x_range),
-            self.theta0,
-            self.tau,
-            self.horizon,
-            self.gamma,
-            self.order,
-            self.branch,
-            theta_range,
-            self.seconds / 2 if self.checks else self.seconds,
+            landscape=Landscape(self.landscape, self.x0, self.parameters, x_range),
+            theta0=self.theta0,
+            tau=self.tau,
+            horizon=self.horizon,
+            gamma=self.gamma,
+            order=self.order,
+            branch=self.branch,
+            theta_range=theta_range,
+            seconds=self.seconds / 2 if self.checks else self.seconds,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The jobs as Python calls, end to end on real data: what they write, and that it is what was computed."""
+"""`evaluate`, `train` and `attack` as Python calls on real data: they write what was computed."""
 
 import copy
 import json
