@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import systems
 import torch
 from helpers import flat, mlp, samples, spec, split
+from systems import CASES, Case, constant
 from torch import nn
 
 from controlat._util.errors import NonFiniteError
@@ -61,6 +63,18 @@ def test_costates_relaxed_controls_and_the_plain_roll_out_have_one_j(schedule: s
     again = relaxed(recording, {}, 0.5, TERMINAL)
     assert replace(again, seconds=0.0) == replace(plain, seconds=0.0)
     assert evaluations(recording.steps) == plain.evaluations
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_method_ends_where_its_recorded_roll_out_does(case: Case) -> None:
+    """Hooks between epochs, carried perturbations and networks put aside included."""
+    s = constant(case.control(), epochs=2, held_out=split(8, (1, 4, 4), seed=5))
+    phi = AdversarialLoss(*samples(6, (1, 4, 4), seed=9), Ball(0.1), steps=3)
+    plain = objective(systems.driver(case), s, phi)
+    recording = Recording.of(systems.driver(case), s)
+    recorded = outcome_at(recording.driver, phi, evaluations(recording.steps))
+    assert (plain.phi, plain.evaluations) == (recorded.phi, recorded.evaluations)
+    assert plain.training == recording.driver.meter.gradients
 
 
 def test_what_it_took_is_counted_and_bounded_ahead() -> None:
