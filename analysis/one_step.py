@@ -26,7 +26,7 @@ from controlat._util import rng
 from controlat._util.files import write_json, write_text
 from controlat.app.runs import environment
 from controlat.data import load
-from controlat.dynamics.adjoint import verify
+from controlat.dynamics import verify
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.methods import Batch, Method
 

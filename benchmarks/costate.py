@@ -30,7 +30,7 @@ from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build as build_method
 from controlat.models import build
-from controlat.pmp import AdversarialLoss, sweep
+from controlat.pmp import AdversarialLoss, backward
 
 EPS, BATCH, EPOCH = 0.3, 64, 10  # an epoch of ten steps
 HELD_OUT, ATTACK = 256, 20  # images of Phi, and steps of its attack
@@ -94,12 +94,12 @@ def look_back(job: Job, limit: float) -> dict[str, Any]:
     """The same run recorded, and swept from its end to its beginning."""
     driver, spec = system(job)
     x, y = images(HELD_OUT, job.seed + 1)
-    terminal = AdversarialLoss(x.to(driver.device), y.to(driver.device), driver.ball, ATTACK)
+    terminal = AdversarialLoss(x.to(driver.device), y.to(driver.device), driver.ball, steps=ATTACK)
     began = clock(driver)
     recording = Recording.of(driver, spec, limit=limit)
     recorded = clock(driver)
     meter, steps = Meter(), len(recording.steps)
-    norms = [swept.norms[steps] for swept in sweep(recording, terminal, meter=meter)]
+    norms = [step.norms[steps] for step in backward(recording, terminal, meter=meter)]
     ended = clock(driver)
     updates = steps * BATCH
     attacks = job.inner * updates + (ATTACK + 1) * HELD_OUT  # made again, and grad Phi

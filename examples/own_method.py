@@ -19,7 +19,7 @@ from controlat.attacks.losses import divergence
 from controlat.attacks.pgd import ALPHA, STEPS, ascend
 from controlat.control.space import Control, ControlSpace, Knob
 from controlat.data import load
-from controlat.dynamics.adjoint import verify
+from controlat.dynamics import verify
 from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, Context, Update, Updates
 

@@ -14,6 +14,7 @@ from controlat.control.learning_rate import parse_rate
 from controlat.control.schedule_text import parse_schedule
 from controlat.data import Split
 from controlat.dynamics.run_spec import RunSpec
+from controlat.dynamics.state import Rest, State
 from controlat.models import build
 
 SHAPE = (1, 8, 8)
@@ -66,6 +67,8 @@ def same(a: Any, b: Any) -> bool:
     """Whether two nested structures hold the same bits, dtypes and shapes."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (State, Rest)):
+        return type(a) is type(b) and same(vars(a), vars(b))
     if isinstance(a, Mapping):
         return set(a) == set(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):

@@ -38,7 +38,7 @@ def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """A run as tensors and numbers."""
     shown = [(s["samples"], s["loss"], vars(s["spent"]), list(s["dropped"])) for s in steps]
     meter = [d.meter.gradients, d.meter.forwards, d.meter.layers]
-    return {**d.snapshot()._asdict(), "steps": shown, "meter": meter}
+    return {**d.snapshot().to_dict(), "steps": shown, "meter": meter}
 
 
 def batchnorm(world: World) -> dict[str, Any]:
@@ -88,16 +88,28 @@ def exchanges(world: World) -> dict[str, Any]:
 
 
 def drifting(world: World) -> dict[str, Any]:
-    """A network that is not the same in all processes, and its fingerprint."""
-    d = driver(CASES["pgd_at"], optimizer=SGDSettings(0.0))
-    world.check(d.fingerprint())
-    with torch.no_grad():
-        d.parameters[0].view(-1)[0].add_(1e-9 * world.rank)
-    try:
+    """States that are not the same in all processes, and their fingerprints."""
+
+    def network(d: Driver) -> None:
+        with torch.no_grad():
+            d.parameters[0].view(-1)[0].add_(1e-9 * world.rank)
+
+    def stopped(d: Driver) -> None:
+        d.stopped = "loss rises" if world.first else "loss falls"  # of one length
+
+    def controller(d: Driver) -> None:
+        d.controller_memory["steps"] = [world.rank]
+
+    said = {}
+    for change in (network, stopped, controller):
+        d = driver(CASES["pgd_at"], optimizer=SGDSettings(0.0))
         world.check(d.fingerprint())
-    except RuntimeError as error:
-        return {"drifting": str(error)}
-    return {}
+        change(d)
+        try:
+            world.check(d.fingerprint())
+        except RuntimeError as error:
+            said[change.__name__] = str(error)
+    return {"drifting": said}
 
 
 TASKS: dict[str, Callable[[World], dict[str, Any]]] = {

@@ -150,7 +150,7 @@ def test_the_linear_ramp_beside_a_schedule_takes_as_many_steps() -> None:
 
 
 def test_the_derivation_that_is_shown_follows_from_its_result_file() -> None:
-    from controlat.symbolic.document import markdown
+    from controlat.report.derivation.document import markdown
 
     found = read_json(HERE / "derive" / "result.json")
     assert markdown(found) == (HERE / "derive" / "summary.md").read_text()

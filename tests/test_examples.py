@@ -23,7 +23,7 @@ from controlat._util.files import read_json, read_json_lines
 from controlat.app import cli
 from controlat.attacks.losses import divergence
 from controlat.control.space import Control
-from controlat.dynamics.adjoint import verify
+from controlat.dynamics import verify
 from controlat.methods import Method, build
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -96,6 +96,13 @@ def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
     assert not brought & {"torchvision", "matplotlib", "hyperopt", "jsonargparse", "tensorboard", "PIL"}
 
 
+def test_commands_bring_in_no_plotting_before_there_is_something_to_draw() -> None:
+    names = "import controlat.report\ncontrolat.train, controlat.evaluate, controlat.attack\n"
+    brought = {name.partition(".")[0] for name in _python(_BROUGHT + names + _AGAIN).split()}
+    assert "pydantic" in brought, "records"
+    assert "matplotlib" not in brought
+
+
 def test_the_command_line_starts_without_sympy() -> None:
     """jsonargparse imports what annotations of settings name, even for type checkers only."""
     code = "import sys\nfrom controlat.app.parser import build_parser\nbuild_parser()\nprint(*sys.modules)"

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import controlat
-from controlat import report
+from controlat import methods, report
 from controlat._util.files import read_json
 from controlat.data import load
+from controlat.pmp import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +25,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_loop_of_the_readme_runs_on_the_users_model_and_loader(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    section = README.partition("## Your own model and loop")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     data = load("digits")
     x, y = data.train.take(torch.arange(256))
     torch.manual_seed(0)
@@ -110,7 +112,10 @@ def test_examples_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_methods_of_the_readme_are_those_of_the_folder() -> None:
-    from controlat import methods
-
     shown = README.partition("<!-- methods -->\n")[2].partition("\n<!-- end of methods -->")[0]
     assert shown == report.methods_table(methods.describe())
+
+
+def test_the_terminal_costs_of_the_readme_are_those_of_the_folder() -> None:
+    shown = README.partition("<!-- terminals -->\n")[2].partition("\n<!-- end of terminals -->")[0]
+    assert shown == report.terminals_table(terminal.describe())

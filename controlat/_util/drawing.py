@@ -32,11 +32,11 @@ def save(figure: Figure, path: Path) -> None:
     write(path, lambda file: file.write(buffer.getvalue()))
 
 
-def panels(width: float, height: float, columns: int) -> tuple[Figure, Any]:
-    """A figure of some panels in a row, width and height in inches."""
+def panels(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, Any]:
+    """A figure of some panels in a row, or in several rows; width and height in inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.ravel():
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, axes if rows > 1 else axes[0]

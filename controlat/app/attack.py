@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from controlat import report
 from controlat._util.files import expanded, write_json
 from controlat.app.checkpoints import load_weights
 from controlat.app.experiment import Experiment, pick_device
@@ -12,7 +13,6 @@ from controlat.app.notes import note_far, step_sizes
 from controlat.app.runs import environment
 from controlat.app.settings import AttackSettings, Problem, from_json, settings_from
 from controlat.app.trainer import deterministic, load_checkpoint
-from controlat.report import plots
 
 __all__ = ["attack", "figure_of"]
 
@@ -69,7 +69,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     if out is not None:
         write_json(out, result)
         if chosen.sweeps:
-            plots.sweeps([(result["schedule"] or "network", [result["curves"]])], result, figure_of(out))
+            report.attack_figure(result, figure_of(out))
     return result
 
 

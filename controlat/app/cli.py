@@ -102,7 +102,7 @@ def _train(parsed: Namespace) -> None:
 
 def _derive(parsed: Namespace) -> None:
     from controlat.app.derive import derive
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.figures import FIGURES
 
     result = derive(out=parsed.out, **_settings(parsed, ("config", "out")))
     print(result)

@@ -81,7 +81,7 @@ class Derived:
         return f"Derived({task.landscape.text!r}, {numbers}; {self.schedule.text})"
 
     def __str__(self) -> str:
-        from controlat.symbolic.terminal import printed
+        from controlat.report.derivation.terminal import printed
 
         return printed(self.result)
 
@@ -277,8 +277,8 @@ def _solution(found: Derivation) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    from controlat.symbolic.document import markdown
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.document import markdown
+    from controlat.report.derivation.figures import FIGURES
 
     write_json(out / "schedule.json", result["network"]["schedule"])
     for name, figure in FIGURES.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -134,6 +134,13 @@ def _told(bar: Any) -> Callable[..., object] | None:
     return None if bar is None else lambda *_: bar.update()
 
 
+def _thinned(norms: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    """About a hundred of the costate's norms, evenly spaced, the first and the last among them."""
+    stride = max(1, len(norms) // 100)
+    last = norms[-1:] if (len(norms) - 1) % stride else ()  # where growth is counted from
+    return (*norms[::stride], *last)
+
+
 def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
     """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, trust.
 
@@ -189,7 +196,7 @@ def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str,
         "looked": len(criterion.looked),
         "phi": criterion.phi,
         "evaluations": criterion.evaluations,
-        "norms": [list(pair) for pair in criterion.norms[:: max(1, len(criterion.norms) // 100)]],
+        "norms": [list(pair) for pair in _thinned(criterion.norms)],
         "dropped": list(criterion.dropped),
         **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
     }

@@ -26,7 +26,7 @@ from controlat.data import Samples, Split
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.models.frozen.layout import channels_last
 from controlat.models.frozen.view import runs_channels_last
 from controlat.records import LogLine, missing, read_epochs
@@ -193,7 +193,7 @@ def _put_back(driver: Driver, spec: RunSpec, found: Mapping[str, Any], where: st
     epoch, batch = found["tally"]["epoch"], found["tally"]["batch"]
     if epoch + (batch > 0) > spec.epochs or batch >= spec.batches_per_epoch:
         raise ValueError(f"{where}: tally is at epoch {epoch}, batch {batch}, which this run does not have")
-    driver.restore(Snapshot(**{name: found[name] for name in Snapshot._fields if name in found}))
+    driver.restore(State.from_dict(found, driver.names))
 
 
 def _mended_log(directory: Path, tally: Tally, kept: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -358,7 +358,7 @@ def _fingerprint(samples: Samples | None) -> str | None:
 
 def _state(driver: Driver, spec: RunSpec, tally: Tally, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the run consists of between two batches."""
-    return driver.snapshot()._asdict() | {
+    return driver.snapshot().to_dict() | {
         "schedule": spec.schedule.to_json(),
         "tally": asdict(tally),
         "settings": dict(settings),

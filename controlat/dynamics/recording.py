@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,12 +16,11 @@ from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import arrivals, rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
+from controlat.dynamics.strides import GIBI, fitting
 from controlat.methods import Batch
 
-__all__ = ["Recording", "Visit"]
-
-GIBI = 2**30
+__all__ = ["GIBI", "Recording", "Visit"]
 
 
 class Visit(NamedTuple):
@@ -68,8 +67,8 @@ class Recording:
     first: int
     last: int
     stride: int
-    stored: dict[int, Snapshot]
-    end: Snapshot
+    stored: dict[int, State]
+    end: State
     steps: list[Step]
     events: list[tuple[int, str, str]] = field(default_factory=list)
     spent: Meter = field(default_factory=Meter)
@@ -105,7 +104,7 @@ class Recording:
         """
         strides = cls.check(driver, spec, first=first, last=last, stride=stride, limit=limit)
         last = spec.epochs * spec.batches_per_epoch if last is None else last
-        stored: dict[int, Snapshot] = {}
+        stored: dict[int, State] = {}
 
         made: list[Step] = []
         events: list[tuple[int, str, str]] = []
@@ -126,7 +125,18 @@ class Recording:
             driver.notice = before
         last = first + len(made)  # fewer where the method ended training
         end = driver.snapshot()
-        return cls(driver, spec, first, last, strides[0], stored, end, made, events, finer=strides[1:])
+        return cls(
+            driver=driver,
+            spec=spec,
+            first=first,
+            last=last,
+            stride=strides[0],
+            stored=stored,
+            end=end,
+            steps=made,
+            events=events,
+            finer=strides[1:],
+        )
 
     @staticmethod
     def check(
@@ -171,7 +181,7 @@ class Recording:
         if driver.stopped and first % spec.batches_per_epoch == 0:
             raise ValueError(f"the method has ended training ({driver.stopped}): there is nothing to record")
         if stride is None:
-            return _fitting(_size(driver, spec, first), last - first, limit)
+            return fitting(_size(driver, spec, first), last - first, limit)
         if stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
         return stride, 1
@@ -223,7 +233,7 @@ class Recording:
             self._make(states, start, {n: end for n, end, _ in parts if n not in states})
             stretches += parts if backward else reversed(parts)
 
-    def _make(self, states: dict[int, Snapshot], start: int, wanted: dict[int, int]) -> None:
+    def _make(self, states: dict[int, State], start: int, wanted: dict[int, int]) -> None:
         """Take the steps from `start` on again, and add the states that are wanted.
 
         Args:
@@ -257,7 +267,7 @@ def _steps(
     spec: RunSpec,
     first: int,
     last: int,
-    states: dict[int, Snapshot] | None = None,
+    states: dict[int, State] | None = None,
     *,
     stride: int = 1,
     begun: bool = False,
@@ -295,58 +305,16 @@ def _size(driver: Driver, spec: RunSpec, first: int) -> int:
         after = driver.snapshot(spec.indices(first, first + 1))
     finally:
         driver.restore(before)
-    rows = sum(_bytes(found) // len(found["seen"]) for found in after.rows.values()) * len(spec.data)
-    return max(_bytes(before), _bytes(after._replace(rows={})) + rows)
-
-
-def _fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
-    """The strides with which all states that are held at once fit."""
-    strides = _strides(steps, int(min(limit / size, steps + 2)))
-    if strides:
-        return strides
-    least = next(n for n in count() if _strides(steps, n)) * size
-    raise ValueError(
-        f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
-        f"stretches taken again: allow {1.05 * least / GIBI:.2g} GiB"
-    )
-
-
-def _strides(steps: int, states: int) -> tuple[int, ...]:
-    """The fewest strides with which `states` are enough, the first of them as small as it may be, and so on.
-
-    None where no number of strides is enough.
-    """
-    for levels in range(1, steps.bit_length() + 1):
-        free = states - (1 if levels == 1 else 2)  # the end; and a visitor's own where steps are taken again
-        if _reach(free, levels) >= steps:
-            break
-    else:
-        return ()
-    strides = []
-    for below in range(levels - 1, 0, -1):
-        most = range(min(free, steps), 0, -1)
-        held = next(n for n in most if -(-steps // n) <= _reach(free - n + 1, below))
-        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is there already
-        strides.append(steps)
-    return *strides, 1
-
-
-def _reach(states: int, levels: int) -> int:
-    """The most steps that so many states serve: the product of the numbers held at each level.
-
-    As the first state of a stretch is there already, these numbers add up to states + levels - 1.
-    """
-    if states < 1:
-        return 0
-    each, more = divmod(states - 1, levels)
-    steps: int = (each + 1) ** (levels - more) * (each + 2) ** more
-    return steps
+    rows = sum(_bytes(part) // len(part.seen) for part in after.rows.values()) * len(spec.data)
+    return max(_bytes(before), _bytes(replace(after, rows={})) + rows)
 
 
 def _bytes(value: Any) -> int:
     """Bytes of all tensors of a nested structure."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0

@@ -11,7 +11,7 @@ from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.methods import Batch
 from controlat.models.frozen.view import FrozenModel
 
@@ -25,7 +25,7 @@ def rollout(
     epoch: int = 0,
     batch: int = 0,
     until: int | None = None,
-    record: Callable[[int, Snapshot], None] | None = None,
+    record: Callable[[int, State], None] | None = None,
     stride: int = 1,
     begun: bool = False,
 ) -> Iterator[Step]:

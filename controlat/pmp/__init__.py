@@ -1,14 +1,13 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
 from controlat.pmp.candidates import MAXIMISERS, Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import Criterion, examine, looked_at
 from controlat.pmp.greedy import criterion, measure, probe_batches
 from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Price,
     Terminal,
@@ -27,7 +26,6 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
-    "TERMINALS",
     "AdversarialLoss",
     "Criterion",
     "Gap",
@@ -38,6 +36,7 @@ __all__ = [
     "Terminal",
     "Trust",
     "Weighted",
+    "backward",
     "build_terminal",
     "criterion",
     "described",
@@ -53,7 +52,6 @@ __all__ = [
     "probe_batches",
     "relaxed",
     "rollout_cost",
-    "sweep",
     "trust",
     "try_terminal",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,107 +14,22 @@ from torch import Tensor
 from controlat._util.checks import instance
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
-from controlat.dynamics.adjoint import Kinks, State, pullbacks
+from controlat.dynamics.adjoint import pullbacks
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.kinks import Kinks
 from controlat.dynamics.recording import Recording, Visit
-from controlat.dynamics.state import gather, put
-from controlat.methods import Rows
+from controlat.dynamics.state import State
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Costate", "Swept", "momentum_tail", "sweep"]
+__all__ = ["CostateStep", "backward", "momentum_tail", "terminal_costate"]
 
 
-# Costates of theta, of the optimiser's buffers and of running statistics: what a method puts back together.
-Network = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
-
-@dataclass
-class Costate:
-    """p, in the structure of the state z, with a row for every sample that carries something.
-
-    Args:
-        parameters: of theta.
-        momentum: of the optimiser's buffers; empty without momentum.
-        statistics: of the running statistics of normalisation layers.
-        memory: of what the method carries.
-        rows: of what samples carry.
-        held: of networks that the method keeps to put them back.
-    """
-
-    parameters: list[Tensor]
-    momentum: list[Tensor]
-    statistics: list[Tensor] = field(default_factory=list)
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Rows] = field(default_factory=dict)
-    held: dict[str, Network] = field(default_factory=dict)
-
-    @classmethod
-    def terminal(cls, driver: Driver, gradient: Sequence[Tensor], momentum_tail: float) -> Costate:
-        """p at the end of a window: -grad Phi, and what the buffer will still do after it.
-
-        Args:
-            driver: at the end of the window.
-            gradient: grad Phi there, in theta and in running statistics, as `Terminal.gradient` gives it.
-            momentum_tail: by how much a unit of the buffer will still move theta against it, as the function
-                `momentum_tail` says.
-        """
-        n = len(driver.parameters)
-        parameters, statistics = [-g for g in gradient[:n]], [-g for g in gradient[n:]]
-        momentum = [-momentum_tail * p for p in parameters] if driver.optimizer.momentum > 0 else []
-        return cls(parameters, momentum, statistics or [torch.zeros_like(r) for r in driver.statistics])
-
-    def seen(self, driver: Driver, visit: Visit) -> State:
-        """The part that a step acts on: rows of the samples of its batch only."""
-        rows = {name: gather(store, visit.batch.indices).values for name, store in self.rows.items()}
-        return State(self.parameters, self.momentum, self.statistics, self.memory, rows)
-
-    def pulled(self, visit: Visit, before: State) -> Costate:
-        """The costate before a step, of which `before` is the part that the step acted on."""
-        index, rows = visit.batch.indices, dict(self.rows)
-        for name in {*rows, *before.rows}:
-            values = before.rows.get(name)
-            if values is None:  # nothing was carried before this step
-                values = torch.zeros_like(gather(rows[name], index).values)
-            mask = torch.ones(len(index), dtype=torch.bool, device=values.device)
-            rows[name] = put(rows.get(name), index, Rows(values, mask))
-        return Costate(before.parameters, before.momentum, before.statistics, before.memory, rows, self.held)
-
-    def through(self, what: str, name: str) -> None:
-        """Pass what a hook did with a network that it keeps: all of it came from where it was saved."""
-        mine: Network = (self.parameters, self.momentum, self.statistics)
-        if what == "reload":
-            theirs = self.held.get(name)
-            self.held[name] = mine if theirs is None else _sum(mine, theirs)
-            self.parameters, self.momentum, self.statistics = (
-                list(map(torch.zeros_like, part)) for part in mine
-            )
-        elif what == "set":
-            self.memory = {n: t for n, t in self.memory.items() if n != name}
-        elif what == "save" and name in self.held:
-            self.parameters, self.momentum, self.statistics = _sum(mine, self.held.pop(name))
-
-    def norm(self) -> float:
-        """||p||, over everything."""
-        rows = [store.values for store in self.rows.values()]
-        held = [t for pair in self.held.values() for part in pair for t in part]
-        network = [*self.parameters, *self.momentum, *self.statistics]
-        every = [*network, *self.memory.values(), *rows, *held]
-        return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in every]).norm())
-
-
-def _sum(a: Network, b: Network) -> Network:
-    parameters, momentum, statistics = (
-        [s + t for s, t in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)
-    )
-    return parameters, momentum, statistics
-
-
-class Swept(NamedTuple):
-    """One step of a sweep; the driver is at the state before it.
+class CostateStep(NamedTuple):
+    """One step of a backward pass; the driver is at the state before it.
 
     Args:
         visit: the step.
-        costates: p_{t+1} by horizon, as far as the step acts on it.
+        costates: p_{t+1} by horizon, as far as the step acts on it: its rows are those of the batch.
         norms: ||p_{t+1}|| by horizon.
         dropped: what the costates leave out so far.
     """
@@ -125,14 +40,60 @@ class Swept(NamedTuple):
     dropped: tuple[str, ...]
 
 
-def sweep(
+def terminal_costate(driver: Driver, gradient: Sequence[Tensor], tail: float) -> State:
+    """p at the end of a window: -grad Phi, and what the optimiser's buffer will still do after it.
+
+    Args:
+        driver: at the end of the window.
+        gradient: grad Phi there, in theta and in running statistics, as `Terminal.gradient` gives it.
+        tail: by how much a unit of the buffer will still move theta against it: `momentum_tail`.
+    """
+    n = len(driver.parameters)
+    parameters, statistics = [-g for g in gradient[:n]], [-g for g in gradient[n:]]
+    return State(
+        parameters=parameters,
+        momentum=[-tail * p for p in parameters] if driver.optimizer.momentum > 0 else [],
+        statistics=statistics or [torch.zeros_like(r) for r in driver.statistics],
+    )
+
+
+def _before_step(p: State, part: State) -> State:
+    """The costate before a step, of which `part` is what the step acted on: with the rows of its batch."""
+    return replace(part, rows=part.with_rows(p.rows), index=None, kept=p.kept)
+
+
+def _before_hook(p: State, what: str, name: str) -> State:
+    """The costate before what a hook did with a network, or with memory.
+
+    All of the network that is put back came from where it was saved.
+    """
+    if what == "set":
+        return replace(p, memory={n: t for n, t in p.memory.items() if n != name})
+    if what == "save" and name in p.kept:
+        kept = {n: q for n, q in p.kept.items() if n != name}
+        return replace(p.plus(p.kept[name]), kept=kept)
+    if what == "reload":
+        mine = p.network()
+        whole = mine.plus(p.kept[name]) if name in p.kept else mine
+        zero = mine.zeros_like()
+        return replace(
+            p,
+            parameters=zero.parameters,
+            momentum=zero.momentum,
+            statistics=zero.statistics,
+            kept=p.kept | {name: whole},
+        )
+    return p
+
+
+def backward(
     recording: Recording,
     terminal: Terminal,
     horizons: Sequence[int] | None = None,
     *,
     looked: Sequence[int] | None = None,
     meter: Meter | None = None,
-) -> Iterator[Swept]:
+) -> Iterator[CostateStep]:
     """Run costates backward through a recorded roll-out, from the last step to the first.
 
     For a horizon of h steps the roll-out is cut into windows of h steps, and at the end of each the costate
@@ -145,11 +106,11 @@ def sweep(
         horizons: numbers of steps h; the whole roll-out alone by default, and instead of longer ones.
         looked: numbers of the steps that are looked at; all by default. Costates that no such step needs are
             not computed.
-        meter: where evaluations of the sweep are counted; taking steps again is counted in
+        meter: where evaluations of the backward pass are counted; taking steps again is counted in
             ``recording.spent``.
 
     Yields:
-        One `Swept` for every step that has a costate. The consumer may move the driver.
+        One `CostateStep` for every step that has a costate. The consumer may move the driver.
 
     Raises:
         ValueError: a horizon below 1, or a step that the roll-out does not have.
@@ -161,80 +122,134 @@ def sweep(
     instance(recording, Recording, "recording")
     check_terminal(terminal, "terminal")
     instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
-    driver, meter = recording.driver, Meter() if meter is None else meter
     whole = recording.last - recording.first
     for h in horizons or []:
         if not isinstance(h, int) or h < 1:
             raise ValueError(f"a horizon must be a whole number of at least one step, got {h!r}")
-    wanted = sorted({min(h, whole) for h in (horizons or [whole])})
     every = range(recording.first, recording.last) if looked is None else sorted(looked)
     for n in {*every[:1], *every[-1:]}:
         if not recording.first <= n < recording.last:
             raise ValueError(f"the roll-out has the steps {recording.first}..{recording.last - 1}, not {n}")
-    events: dict[int, list[tuple[str, str]]] = {}
-    for number, what, name in recording.events:
-        events.setdefault(number, []).append((what, name))
-    costates: dict[int, Costate] = {}
-    dropped: set[str] = set(terminal.dropped(driver))
-    kinks = Kinks()
-    if driver.autocast is not None:
-        dropped.add(f"rounding to {str(driver.autocast).removeprefix('torch.')}")
+    windows = _Windows(
+        recording=recording,
+        terminal=terminal,
+        horizons=sorted({min(h, whole) for h in (horizons or [whole])}),
+        looked=every,
+        meter=Meter() if meter is None else meter,
+    )
+    driver = recording.driver
+    driver.restore(recording.end)
+    windows.begin(recording.last)
+    for visit in recording.backward(min(every, default=recording.last)):
+        windows.pass_hooks(visit.number + 1)
+        if windows.costates:
+            step = windows.step(visit)
+            before = driver.snapshot(visit.batch.indices)
+            yield step
+            driver.restore(before)
+            windows.pass_step(step)
+        windows.begin(visit.number)
 
-    def asked(start: int, stop: int) -> bool:
-        """Whether any of the steps start, ..., stop - 1 is looked at."""
-        return bisect_left(every, start) < bisect_left(every, stop)
 
-    def begin(number: int) -> None:
+@dataclass
+class _Windows:
+    """The costates of a backward pass, by horizon, each in the window of that length that it is in.
+
+    Args:
+        recording: of the roll-out; its driver is at the state that the costates are at.
+        terminal: Phi.
+        horizons: lengths of windows.
+        looked: numbers of the steps that are looked at, in order.
+        meter: where evaluations are counted.
+        costates: by horizon; those that no step needs are not there.
+        dropped: what they leave out.
+        kinks: alike.
+    """
+
+    recording: Recording
+    terminal: Terminal
+    horizons: Sequence[int]
+    looked: Sequence[int]
+    meter: Meter
+    costates: dict[int, State] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    kinks: Kinks = field(default_factory=Kinks)
+
+    def __post_init__(self) -> None:
+        driver = self.recording.driver
+        self._events: dict[int, list[tuple[str, str]]] = {}
+        for number, what, name in self.recording.events:
+            self._events.setdefault(number, []).append((what, name))
+        self.dropped |= set(self.terminal.dropped(driver))
+        if driver.autocast is not None:
+            self.dropped.add(f"rounding to {str(driver.autocast).removeprefix('torch.')}")
+
+    def begin(self, number: int) -> None:
         """Start the windows that end before step `number`, with the driver at the state there."""
-        ending = [h for h in wanted if number == recording.last or (number - recording.first) % h == 0]
-        windows = {h: _begins(recording.first, number, h) for h in ending}
-        needed = [h for h, start in windows.items() if asked(start, number)]
+        recording, driver = self.recording, self.recording.driver
+        first = recording.first
+        ending = [h for h in self.horizons if number == recording.last or (number - first) % h == 0]
         for h in ending:
-            costates.pop(h, None)
+            self.costates.pop(h, None)
+        needed = [h for h in ending if self._needed(h, number - 1, number)]
         if not needed:
             return
-        gradient, left = terminal.gradient(driver, meter), momentum_tail(recording, number)
+        gradient, tail = self.terminal.gradient(driver, self.meter), momentum_tail(recording, number)
         if len(gradient) < len(driver.parameters) + len(driver.statistics):
-            dropped.add("BatchNorm's running statistics (Phi)")
+            self.dropped.add("BatchNorm's running statistics (Phi)")
         for h in needed:
-            costates[h] = Costate.terminal(driver, gradient, left)
+            self.costates[h] = terminal_costate(driver, gradient, tail)
         carries = driver.rows or any(t.is_floating_point() for t in driver.memory.values())
         if carries and number < _ends(recording):
-            dropped.add("what the method carries beyond the end of a window")
+            self.dropped.add("what the method carries beyond the end of a window")
 
-    driver.restore(recording.end)
-    begin(recording.last)
-    for visit in recording.backward(min(every, default=recording.last)):
-        for what, name in reversed(events.get(visit.number + 1, [])):
-            if costates and what == "moved":
-                dropped.add(f"what the method did to {name} between epochs")
-            for p in costates.values():
-                p.through(what, name)
-        norms = {h: p.norm() for h, p in costates.items()}
+    def _needed(self, h: int, number: int, before: int) -> bool:
+        """Whether any step below `before` is looked at, of the window of h steps that has step `number`."""
+        begins = self.recording.first + (number - self.recording.first) // h * h
+        return bisect_left(self.looked, begins) < bisect_left(self.looked, before)
+
+    def pass_hooks(self, number: int) -> None:
+        """Pass what the method did between epochs before step `number`."""
+        for what, name in reversed(self._events.get(number, [])):
+            if self.costates and what == "moved":
+                self.dropped.add(f"what the method did to {name} between epochs")
+            self.costates = {h: _before_hook(p, what, name) for h, p in self.costates.items()}
+
+    def step(self, visit: Visit) -> CostateStep:
+        """What the consumer is given at one step.
+
+        Raises:
+            NonFiniteError: a costate is not finite.
+        """
+        norms = {h: p.norm() for h, p in self.costates.items()}
         for h, norm in norms.items():
             if not math.isfinite(norm):
                 raise NonFiniteError(
                     f"the costate after step {visit.number} (horizon {h}) is not finite: it grows backward "
                     "from the terminal cost; look at shorter windows"
                 )
-        if costates:
-            seen = {h: p.seen(driver, visit) for h, p in costates.items()}
-            before = driver.snapshot(visit.batch.indices) if driver.rows else driver.snapshot()
-            yield Swept(visit, seen, norms, tuple(sorted({*dropped, *kinks.names()})))
-            driver.restore(before)
-            start = {h: _begins(recording.first, visit.number + 1, h) for h in costates}
-            costates = {h: p for h, p in costates.items() if asked(start[h], visit.number)}
-        if costates:
-            arguments = (driver, visit.batch, visit.control, visit.rate)
-            found, names = pullbacks(*arguments, [seen[h] for h in costates], meter, kinks)
-            dropped.update(names)
-            costates = {h: p.pulled(visit, q) for (h, p), q in zip(costates.items(), found, strict=True)}
-        begin(visit.number)
+        acted_on = {h: p.at(visit.batch.indices) for h, p in self.costates.items()}
+        return CostateStep(visit, acted_on, norms, tuple(sorted({*self.dropped, *self.kinks.names()})))
 
-
-def _begins(first: int, number: int, h: int) -> int:
-    """The first step of the window of h steps that contains the step before `number`."""
-    return first + (number - first - 1) // h * h
+    def pass_step(self, step: CostateStep) -> None:
+        """Take the costates that steps before this one need from after it to before it."""
+        driver, visit = self.recording.driver, step.visit
+        number = visit.number
+        self.costates = {h: p for h, p in self.costates.items() if self._needed(h, number, number)}
+        if not self.costates:
+            return
+        before, dropped = pullbacks(
+            driver,
+            visit.batch,
+            visit.control,
+            visit.rate,
+            [step.costates[h] for h in self.costates],
+            self.meter,
+            self.kinks,
+        )
+        self.dropped.update(dropped)
+        pairs = zip(self.costates.items(), before, strict=True)
+        self.costates = {h: _before_step(p, part) for (h, p), part in pairs}
 
 
 def momentum_tail(recording: Recording, number: int) -> float:

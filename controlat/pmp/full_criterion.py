@@ -25,7 +25,7 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
 from controlat.pmp.candidates import Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.objective import Outcome, evaluations, outcome_at
 from controlat.pmp.surface import Array
@@ -278,7 +278,7 @@ def examine(
         gamma: price of one gradient evaluation per sample.
         horizons: numbers of steps; the whole roll-out is always among them.
         looks: number of steps of each block that are looked at, spread evenly; all of them by default.
-        progress: called after every step of the sweep.
+        progress: called after every step of the backward pass.
 
     Returns:
         The criterion over all horizons.
@@ -300,10 +300,10 @@ def examine(
         driver.restore(recording.end)
         outcome = outcome_at(driver, terminal, evaluations(recording.steps))
         dropped = terminal.dropped(driver)
-        for swept in sweep(
+        for step in backward(
             recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
         ):
-            visit, costates, of, dropped = swept
+            visit, costates, of, dropped = step
             norms.append((visit.number, of[entire]))
             if visit.number in numbers:
                 scores.append(gains(driver, visit, costates, of, grid, meter))

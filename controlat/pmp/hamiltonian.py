@@ -11,20 +11,19 @@ The whole step counts: all its updates, the optimiser's buffers, and what the me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.dynamics.adjoint import State, state
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.recording import Visit
+from controlat.dynamics.state import State
 from controlat.methods import Prefixes
 from controlat.pmp.candidates import Grid, rerun, sweep
 from controlat.pmp.surface import Array
@@ -76,16 +75,16 @@ class Gains:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Gains:
+    def from_json(cls, stored: Mapping[str, Any]) -> Gains:
         """The gains that `to_json` described."""
         return cls(
-            found["number"],
-            found["epoch"],
-            tuple(Control(**v) for v in found["controls"]),
-            np.array(found["evaluations"], dtype=np.float64),
-            {int(h): np.array(r, dtype=np.float64) for h, r in found["rewards"].items()},
-            np.array(found["sizes"], dtype=np.float64),
-            {int(h): float(n) for h, n in found["norms"].items()},
+            number=stored["number"],
+            epoch=stored["epoch"],
+            controls=tuple(Control(**v) for v in stored["controls"]),
+            evaluations=np.array(stored["evaluations"], dtype=np.float64),
+            rewards={int(h): np.array(r, dtype=np.float64) for h, r in stored["rewards"].items()},
+            sizes=np.array(stored["sizes"], dtype=np.float64),
+            norms={int(h): float(n) for h, n in stored["norms"].items()},
         )
 
 
@@ -117,20 +116,20 @@ def gains(
     """
     meter = Meter() if meter is None else meter
     score = _by_gradients if isinstance(driver.method, Prefixes) else _by_steps
-    found = score(driver, visit, costates, grid, meter)
-    for v, (_, rewards_, size) in found.items():
-        if not np.isfinite([*rewards_, size]).all():
+    scores = score(driver, visit, costates, grid, meter)
+    for v, (_, of_v, size) in scores.items():
+        if not np.isfinite([*of_v, size]).all():
             raise NonFiniteError(f"what {v} would do in step {visit.number} is not finite: narrow the grid")
-    n, rewards, sizes = zip(*found.values(), strict=True)
-    table = np.array(rewards, dtype=np.float64).reshape(len(found), len(costates))
+    n, rewards, sizes = zip(*scores.values(), strict=True)
+    table = np.array(rewards, dtype=np.float64).reshape(len(scores), len(costates))
     return Gains(
-        visit.number,
-        visit.batch.epoch,
-        tuple(found),
-        np.array(n, dtype=np.float64),
-        {h: table[:, i] for i, h in enumerate(costates)},
-        np.array(sizes, dtype=np.float64),
-        dict(norms),
+        number=visit.number,
+        epoch=visit.batch.epoch,
+        controls=tuple(scores),
+        evaluations=np.array(n, dtype=np.float64),
+        rewards={h: table[:, i] for i, h in enumerate(costates)},
+        sizes=np.array(sizes, dtype=np.float64),
+        norms=dict(norms),
     )
 
 
@@ -141,20 +140,24 @@ _Scores = dict[Control, tuple[float, list[float], float]]
 def _by_gradients(
     driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
 ) -> _Scores:
-    """From gradients, as S is affine in the gradient of its only update, and running statistics."""
+    """From gradients, as S is affine in the gradient g of its only update, and in running statistics r.
+
+    S(z, v) - S(z, u) is -rate (g_v - g_u) in theta, g_v - g_u in the buffer, and r_v - r_u.
+    """
     o, batches, u = driver.optimizer, [visit.batch], visit.control
     # Nesterov looks ahead by the buffer, into which the gradient has gone already.
     rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
-    weights = [(_weights(p, rate), p.statistics) for p in costates.values()]
+    weights = [State(parameters=_weights(p, rate), statistics=p.statistics) for p in costates.values()]
     first = rerun(driver, batches, u, visit.rate, meter)
-    (base,) = first[2]
-    found: _Scores = {}
+    (taken,) = first[2]
+    base = State(parameters=taken.gradients, statistics=taken.statistics)
+    scores: _Scores = {}
     for v, n, (field,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
-        moved = _minus(field.gradients, base.gradients)
-        drift = _minus(field.statistics, base.statistics)
-        size = (rate**2 + (o.momentum > 0)) * _dot(moved, moved) + _dot(drift, drift)
-        found.setdefault(v, (n, [_dot(w, moved) + _dot(q, drift) for w, q in weights], size))
-    return found
+        moved = State(parameters=field.gradients, statistics=field.statistics).plus(base, -1)
+        g, r = State(parameters=moved.parameters), State(parameters=[], statistics=moved.statistics)
+        size = (rate**2 + (o.momentum > 0)) * g.dot(g) + r.dot(r)
+        scores.setdefault(v, (n, [w.dot(moved) for w in weights], size))
+    return scores
 
 
 def _weights(p: State, rate: float) -> list[Tensor]:
@@ -164,55 +167,26 @@ def _weights(p: State, rate: float) -> list[Tensor]:
     return [m - rate * q for m, q in zip(p.momentum, p.parameters, strict=True)]
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    parts = [(s * t).sum() for s, t in zip(a, b, strict=True)]
-    return float(torch.stack(parts).double().sum()) if parts else 0.0  # one transfer from the device
-
-
 def _by_steps(
     driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
 ) -> _Scores:
     """By taking the step under every candidate from the same state."""
     batch, training = visit.batch, driver.meter
-    before = driver.snapshot(batch.indices if driver.rows else None)
-    found: _Scores = {}
+    before = driver.snapshot(batch.indices)
+    scores: _Scores = {}
     base: State | None = None
     driver.meter = meter
     try:
         for v in dict.fromkeys([visit.control, *grid.candidates(driver.method, visit.control)]):
             counted = meter.gradients
             driver.step(batch, v, visit.rate)
-            after = state(driver, batch)
+            after = driver.point(batch.indices)
+            base = after.copy() if base is None else base
+            moved = after.plus(base, -1)
             driver.restore(before)
-            base = after if base is None else base
-            moved = _difference(after, base)
-            rewards = [_common(p, moved) for p in costates.values()]
-            found[v] = (meter.gradients - counted) / len(batch.x), rewards, _common(moved, moved)
+            rewards = [p.dot(moved) for p in costates.values()]
+            scores[v] = (meter.gradients - counted) / len(batch.x), rewards, moved.dot(moved)
     finally:
         driver.restore(before)
         driver.meter = training
-    return found
-
-
-def _minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    return [s - t for s, t in zip(a, b, strict=True)]
-
-
-def _difference(a: State, b: State) -> State:
-    return State(
-        _minus(a.parameters, b.parameters),
-        _minus(a.momentum, b.momentum),
-        _minus(a.statistics, b.statistics),
-        {name: a.memory[name] - b.memory[name] for name in a.memory},
-        {name: a.rows[name] - b.rows[name] for name in a.rows},
-    )
-
-
-def _common(a: State, b: State) -> float:
-    """The inner product; names that one of them lacks count as 0."""
-    pairs = (a.parameters, b.parameters), (a.momentum, b.momentum), (a.statistics, b.statistics)
-    total = sum(_dot(s, t) for s, t in pairs)
-    for mine, theirs in ((a.memory, b.memory), (a.rows, b.rows)):
-        names = [name for name in mine if name in theirs]
-        total += _dot([mine[n] for n in names], [theirs[n] for n in names])
-    return total
+    return scores

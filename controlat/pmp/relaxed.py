@@ -11,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-import torch
-from torch import Tensor
-
 from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.dynamics.adjoint import buffers
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.recording import Recording
-from controlat.dynamics.state import Snapshot, gather, put
-from controlat.methods import Batch, Rows
+from controlat.methods import Batch
 from controlat.pmp.costate import momentum_tail
 from controlat.pmp.objective import Outcome, outcome_at
 from controlat.pmp.terminal import Terminal, check_terminal
@@ -45,37 +40,15 @@ class _Mixing(Driver):
             done = super().step(batch, u, rate)
             self.evaluations += done.evaluations
             return done
-        before = self.snapshot(batch.indices if self.rows else None)
+        before = self.snapshot(batch.indices)
         other = super().step(batch, v, rate)
-        theirs = self.snapshot(batch.indices if self.rows else None)
+        theirs = self.snapshot(batch.indices)
         self.restore(before)
+        del before
         done = super().step(batch, u, rate)
-        self._towards(theirs, batch)
+        self.restore(self.state().at(batch.indices).towards(theirs, self.part))
         self.evaluations += (1 - self.part) * done.evaluations + self.part * other.evaluations
         return done
-
-    @torch.no_grad()
-    def _towards(self, theirs: Snapshot, batch: Batch) -> None:
-        """Move the state a part of the way to another one; whole numbers stay as they are."""
-        mixed: set[int] = set()
-        for name, t in self.model.state_dict().items():
-            if isinstance(t, Tensor) and t.is_floating_point() and t.data_ptr() not in mixed:
-                mixed.add(t.data_ptr())  # weights that are tied have several names
-                t.lerp_(theirs.model[name], self.part)
-        for i, p in enumerate(self.parameters):
-            for name, t in self.sgd.state.get(p, {}).items():
-                if isinstance(t, Tensor):
-                    t.lerp_(theirs.optimizer["state"][i][name], self.part)
-        for name, t in self.memory.items():
-            if t.is_floating_point():
-                self.memory[name] = t.lerp(theirs.memory[name], self.part)
-        for name, store in self.rows.items():
-            stored = theirs.rows[name]
-            other = Rows(stored["values"], stored["seen"])
-            other = other if "index" in stored else gather(other, batch.indices)
-            mine = gather(store, batch.indices)
-            between = Rows(mine.values.lerp(other.values, self.part), mine.seen | other.seen)
-            self.rows[name] = put(store, batch.indices, between)
 
 
 def relaxed(
@@ -118,11 +91,11 @@ def relaxed(
         outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
         left = momentum_tail(recording, recording.last)
         if left:
-            after = buffers(mixing)
+            after = mixing.momentum
             driver.restore(recording.end)
             meter = Meter()
             gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
-            parts = zip(gradient, after, buffers(driver), strict=True)
+            parts = zip(gradient, after, driver.momentum, strict=True)
             phi = outcome.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
             outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
     return outcome

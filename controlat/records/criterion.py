@@ -19,17 +19,17 @@ from controlat.records.fields import (
 __all__ = ["Calibration", "CriterionLine", "Failed", "Full", "Objective", "outcome"]
 
 
-def _surface(found: Any) -> Any:
-    v, m = len(found["controls"]), found["batches"]
-    rows = {"evaluations": found["evaluations"], "gram": found["gram"], "costate": found["costate"]}
+def _surface(surface: Any) -> Any:
+    v, m = len(surface["controls"]), surface["batches"]
+    rows = {"evaluations": surface["evaluations"], "gram": surface["gram"], "costate": surface["costate"]}
     for name, values in rows.items():
         if values is not None and len(values) != v:
             raise ValueError(f"{v} controls, but {name} has {len(values)} rows")
-    if any(len(row) != m * (m + 1) // 2 for row in found["gram"]):
+    if any(len(row) != m * (m + 1) // 2 for row in surface["gram"]):
         raise ValueError(f"{m} batches: every row of gram has {m * (m + 1) // 2} numbers")
-    if any(len(row) != m for row in found["costate"] or ()):
+    if any(len(row) != m for row in surface["costate"] or ()):
         raise ValueError(f"{m} batches: every row of costate has {m} numbers")
-    return found
+    return surface
 
 
 class _Surface(TypedDict):
@@ -62,17 +62,17 @@ class CriterionLine(TypedDict):
     seconds: Number
 
 
-def _gains(found: Any) -> Any:
-    v = len(found["controls"])
-    rows = {"evaluations": found["evaluations"], "sizes": found["sizes"], **found["rewards"]}
+def _gains(gains: Any) -> Any:
+    v = len(gains["controls"])
+    rows = {"evaluations": gains["evaluations"], "sizes": gains["sizes"], **gains["rewards"]}
     for name, values in rows.items():
         if len(values) != v:
             raise ValueError(f"{v} controls, but {name} has {len(values)} numbers")
-    if not all(h.isdecimal() and int(h) > 0 for h in found["rewards"]):
-        raise ValueError(f"horizons are whole numbers of steps, got {', '.join(found['rewards'])}")
-    if found["rewards"].keys() != found["norms"].keys() or not found["rewards"]:
+    if not all(h.isdecimal() and int(h) > 0 for h in gains["rewards"]):
+        raise ValueError(f"horizons are whole numbers of steps, got {', '.join(gains['rewards'])}")
+    if gains["rewards"].keys() != gains["norms"].keys() or not gains["rewards"]:
         raise ValueError("rewards and norms need the same horizons, one at least")
-    return found
+    return gains
 
 
 class _Gains(TypedDict):
@@ -85,16 +85,16 @@ class _Gains(TypedDict):
     norms: dict[str, Number]
 
 
-def _criterion(found: Any) -> Any:
-    blocks, first = found["blocks"], found["first"]
-    steps = [g["number"] - first for g in found["looked"]]
+def _criterion(criterion: Any) -> Any:
+    blocks, first = criterion["blocks"], criterion["first"]
+    steps = [g["number"] - first for g in criterion["looked"]]
     if any(b <= a for a, b in zip((-1, *steps), (*steps, len(blocks)), strict=True)):
         raise ValueError(f"the steps looked at must rise within the {len(blocks)} steps from {first} on")
     if lost := set(blocks) - {blocks[step] for step in steps}:
         raise ValueError(f"no step of block {min(lost)} was looked at")
-    if any(g["rewards"].keys() != found["looked"][0]["rewards"].keys() for g in found["looked"]):
+    if any(g["rewards"].keys() != criterion["looked"][0]["rewards"].keys() for g in criterion["looked"]):
         raise ValueError("every step that was looked at needs the same horizons")
-    return found
+    return criterion
 
 
 class _Criterion(TypedDict):
@@ -113,6 +113,8 @@ class _Criterion(TypedDict):
 
 
 class Calibration(TypedDict):
+    """What relaxed controls reached of the gain that the full criterion promises."""
+
     gain: Number
     objective: Number
     sizes: Number
@@ -130,6 +132,8 @@ class Calibration(TypedDict):
 
 
 class Failed(TypedDict):
+    """A full criterion whose costates are not finite: where it failed."""
+
     failed: str
 
 
@@ -143,8 +147,9 @@ class _Full(TypedDict):
     seconds: Number
 
 
-def outcome(found: Any) -> str:
-    return "failed" if isinstance(found, dict) and "failed" in found else "found"
+def outcome(full: Any) -> str:
+    """Which of two kinds a full criterion is: `Failed`, or one of finite numbers."""
+    return "failed" if isinstance(full, dict) and "failed" in full else "finite"
 
 
-Full = Annotated[Annotated[Failed, Tag("failed")] | Annotated[_Full, Tag("found")], Discriminator(outcome)]
+Full = Annotated[Annotated[Failed, Tag("failed")] | Annotated[_Full, Tag("finite")], Discriminator(outcome)]

@@ -18,12 +18,12 @@ from controlat.records.fields import (
 __all__ = ["Evaluation"]
 
 
-def _accuracy(found: Any) -> Any:
-    if found["value"] != found["correct"] / found["points"]:
+def _accuracy(accuracy: Any) -> Any:
+    if accuracy["value"] != accuracy["correct"] / accuracy["points"]:
         raise ValueError(
-            f"value is {found['value']}, but {found['correct']} of {found['points']} are correct"
+            f"value is {accuracy['value']}, but {accuracy['correct']} of {accuracy['points']} are correct"
         )
-    return found
+    return accuracy
 
 
 class _Accuracy(TypedDict):

@@ -22,45 +22,46 @@ Controls = dict[str, Number]
 Settings = dict[str, Any]
 
 
-def _schedule(found: dict[str, Any]) -> dict[str, Any]:
+def _schedule(record: dict[str, Any]) -> dict[str, Any]:
     try:
-        Schedule.from_json(found)
+        Schedule.from_json(record)
     except (TypeError, ArithmeticError) as error:
         raise ValueError(f"not a schedule ({error})") from None
-    return found
+    return record
 
 
-def numbered(found: dict[str, Any]) -> dict[str, Any]:
-    for name in found:
+def numbered(values: dict[str, Any]) -> dict[str, Any]:
+    """Check that the names are numbers: JSON knows no others."""
+    for name in values:
         float(name)  # raises ValueError, which names it
-    return found
+    return values
 
 
-def _tensor(found: Any) -> Any:
-    if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
-        raise ValueError(f"should be a dense tensor, got {type(found).__name__}")
-    return found
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"should be a dense tensor, got {type(value).__name__}")
+    return value
 
 
 ScheduleRecord = Annotated[dict[str, Any], AfterValidator(_schedule)]
 Tensor = Annotated[Any, AfterValidator(_tensor)]
 
 
-def _tensors(found: dict[str, Any]) -> dict[str, Any]:
-    for name, value in found.items():
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    for name, value in state.items():
         if isinstance(value, torch.Tensor):  # a module's extra state may be anything
             try:
                 _tensor(value)
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from None
-    return found
+    return state
 
 
 State = Annotated[dict[str, Any], AfterValidator(_tensors)]
 
 
 def settings_of(kind: type) -> Any:
-    """The shape of stored settings of a class, as far as they are there; the schedule is in full."""
+    """The shape of the stored settings of a class: each may be missing, and the schedule is in full."""
     return _fields_of(kind)
 
 

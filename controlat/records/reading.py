@@ -27,8 +27,16 @@ def read_record(path: str | Path, shape: Any) -> Any:
     return checked(read_json(path), shape, str(path))
 
 
-def checked(found: Any, shape: Any, where: str) -> Any:
-    """`found`, if it has this shape; `where` it is from begins the error.
+def checked(content: Any, shape: Any, where: str) -> Any:
+    """Return what was read from a file, if it has this shape.
+
+    Args:
+        content: of the file.
+        shape: a type of this package.
+        where: what begins the error, such as the name of the file.
+
+    Raises:
+        ValueError: it has another shape; the message names the field.
 
     >>> checked({"command": "train"}, dict, "settings.json")
     {'command': 'train'}
@@ -37,21 +45,21 @@ def checked(found: Any, shape: Any, where: str) -> Any:
     ValueError: settings.json: should be an object, got []
     """
     try:
-        _adapter(shape).validate_python(found, strict=True)
+        _adapter(shape).validate_python(content, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_told(error, found)}") from None
-    return found
+        raise ValueError(f"{where}: {_first_mistake(error, content)}") from None
+    return content
 
 
 _adapter = functools.cache(TypeAdapter)
 
 
-def _told(error: ValidationError, found: Any) -> str:
+def _first_mistake(error: ValidationError, content: Any) -> str:
     """The first thing that is wrong: field, what it should be (one of the alternatives), what it is."""
     every = error.errors(include_url=False, include_context=False)
     first = every[0]
-    field = _field(first["loc"], found)
-    wanted = dict.fromkeys(_words(e["msg"]) for e in every if _field(e["loc"], found) == field)
+    field = _field(first["loc"], content)
+    wanted = dict.fromkeys(_words(e["msg"]) for e in every if _field(e["loc"], content) == field)
     if first["type"] == "missing":
         return f"{'.'.join(map(str, first['loc'][-1:]))} is missing" + (f" in {field}" if field else "")
     if first["type"] == "value_error":
@@ -59,13 +67,15 @@ def _told(error: ValidationError, found: Any) -> str:
     return f"{field} should be {' or '.join(wanted)}, got {short(first['input'])}".lstrip()
 
 
-def _field(path: Sequence[Any], found: Any) -> str:
-    """The names on a path that lead into `found`; names of alternatives are on it too."""
+def _field(path: Sequence[Any], content: Any) -> str:
+    """The names on a path that lead into the content; it has names of alternatives, too."""
     names = []
     for part in path:
-        if (isinstance(found, dict) and part in found) or (isinstance(found, list) and isinstance(part, int)):
+        if (isinstance(content, dict) and part in content) or (
+            isinstance(content, list) and isinstance(part, int)
+        ):
             names.append(str(part))
-            found = found[part]
+            content = content[part]
     return ".".join(names)
 
 
@@ -82,6 +92,7 @@ def _words(message: str) -> str:
 
 
 def short(value: object) -> str:
+    """A value in at most 60 characters, for errors."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -97,14 +108,14 @@ def read_epochs(path: str | Path, shape: Any, epochs: int | None = None) -> list
     Raises:
         ValueError: a line is malformed or of another shape, or epochs do not rise; the message names it.
     """
-    found = read_json_lines(path)[:epochs]
+    lines = read_json_lines(path)[:epochs]
     last = -1
-    for i, line in enumerate(found, start=1):
+    for i, line in enumerate(lines, start=1):
         epoch = checked(line, shape, f"{path}, line {i}")["epoch"]
         if epoch <= last:
             raise ValueError(f"{path}, line {i}: epoch {epoch} comes after epoch {last}; each comes once")
         last = epoch
-    return found
+    return lines
 
 
 def missing(lines: Sequence[Any], epochs: int) -> list[int]:

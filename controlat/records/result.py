@@ -38,7 +38,7 @@ class _Price(TypedDict):
     costate: Number
 
 
-class _Scored(TypedDict):
+class _Epoch(TypedDict):
     epoch: Count
     norm: _Gap
     costate: _Gap
@@ -54,7 +54,7 @@ class _Horizon(TypedDict):
     blocks: list[Number]
 
 
-class _Change(TypedDict):
+class _Block(TypedDict):
     t: Number
     control: Controls
     maximiser: Controls
@@ -66,23 +66,23 @@ class _Candidate(TypedDict):
     gain: Number
 
 
-class _Drawn(_Change):
+class _BlockSurface(_Block):
     candidates: Annotated[list[_Candidate], Field(min_length=1)]
 
 
-class _Value(TypedDict):
+class _AtPrice(TypedDict):
     gamma: Number
     value: Number
 
 
-class _Shown(TypedDict):
+class _FullOfRun(TypedDict):
     horizons: Annotated[list[_Horizon], Field(min_length=1)]
-    blocks: list[_Change]
-    surfaces: list[_Drawn]
+    blocks: list[_Block]
+    surfaces: list[_BlockSurface]
     C_rho: Number | None
     cosine: Number | None
     growth: Number | None
-    prices: list[_Value]
+    prices: list[_AtPrice]
     steps: Annotated[int, Field(ge=1)]
     norms: Annotated[list[Pair], Field(min_length=1)]
     dropped: list[str]
@@ -97,10 +97,12 @@ class _Run(TypedDict):
     directory: str
     objective: NotRequired[Objective]
     epochs: Annotated[list[LogLine], Field(min_length=1)]
-    criterion: Annotated[list[_Scored], Field(min_length=1)]
+    criterion: Annotated[list[_Epoch], Field(min_length=1)]
     evaluation: Evaluation
     full: NotRequired[
-        Annotated[Annotated[Failed, Tag("failed")] | Annotated[_Shown, Tag("found")], Discriminator(outcome)]
+        Annotated[
+            Annotated[Failed, Tag("failed")] | Annotated[_FullOfRun, Tag("finite")], Discriminator(outcome)
+        ]
     ]
     gradients: Count
     forwards: Count
@@ -137,7 +139,7 @@ class _ByHorizon(_SpreadWithin):
     steps: Count
 
 
-class _FullSummary(TypedDict):
+class _FullOfSchedule(TypedDict):
     horizons: Annotated[list[_ByHorizon], Field(min_length=1)]
     objective: _Spread
     certificate: _Spread
@@ -178,21 +180,22 @@ class _Summary(TypedDict):
     warnings: list[_Warning]
     full: NotRequired[
         Annotated[
-            Annotated[Failed, Tag("failed")] | Annotated[_FullSummary, Tag("found")], Discriminator(outcome)
+            Annotated[Failed, Tag("failed")] | Annotated[_FullOfSchedule, Tag("finite")],
+            Discriminator(outcome),
         ]
     ]
     criterion_gradients: Count
     dropped: list[str]
 
 
-class _Compared(TypedDict):
+class _Schedule(TypedDict):
     text: str
     schedule: ScheduleRecord
     runs: Annotated[list[_Run], Field(min_length=1)]
     summary: _Summary
 
 
-class _Asked(TypedDict):
+class _Settings(TypedDict):
     data: str
     model: str
     method: str
@@ -221,7 +224,7 @@ class _Sizes(TypedDict):
     test: Count
 
 
-class _Searched(TypedDict):
+class _AdmissibleSet(TypedDict):
     alphas: list[Number]
     max_steps: Count
     least: NotRequired[Count]
@@ -233,10 +236,10 @@ class Result(TypedDict):
 
     format: Literal["controlat evaluation"]
     version: Literal[1]
-    settings: _Asked
+    settings: _Settings
     environment: Environment
     sizes: _Sizes
-    grid: _Searched
+    grid: _AdmissibleSet
     terminal: NotRequired[str]
     reproduced: NotRequired[bool | None]
-    schedules: Annotated[list[_Compared], Field(min_length=1)]
+    schedules: Annotated[list[_Schedule], Field(min_length=1)]

@@ -110,6 +110,7 @@ class Checkpoint(TypedDict):
     rows: NotRequired[dict[str, Rows]]
     kept: NotRequired[dict[str, Kept]]
     stopped: NotRequired[str]
+    controller: NotRequired[dict[str, Any]]
     schedule: ScheduleRecord
     tally: Tally
     settings: _Stored
@@ -124,18 +125,20 @@ class _Measure(TypedDict):
     marks: list[str]
 
 
-def _calibrated(found: Any) -> Any:
-    times = found["times"]
-    if times != list(range(found["epochs"] + 1)):
-        raise ValueError(f"times should be 0, ..., {found['epochs']}, got {short(times)}")
-    if lost := {"convergence", "curvature"} - found["measures"].keys():
+def _calibrated(calibrated: Any) -> Any:
+    times = calibrated["times"]
+    if times != list(range(calibrated["epochs"] + 1)):
+        raise ValueError(f"times should be 0, ..., {calibrated['epochs']}, got {short(times)}")
+    if lost := {"convergence", "curvature"} - calibrated["measures"].keys():
         raise ValueError(f"measures lacks {min(lost)}")
-    for name, measure in found["measures"].items():
+    for name, measure in calibrated["measures"].items():
         if not len(measure["values"]) == len(measure["marks"]) == len(times):
             raise ValueError(f"measures.{name} needs a value and a mark at each of the times")
-    if len(found["losses"]) != len(times) or any(len(row) != found["steps"] + 1 for row in found["losses"]):
-        raise ValueError(f"losses should be {len(times)} rows of {found['steps'] + 1} numbers")
-    return found
+    if len(calibrated["losses"]) != len(times) or any(
+        len(row) != calibrated["steps"] + 1 for row in calibrated["losses"]
+    ):
+        raise ValueError(f"losses should be {len(times)} rows of {calibrated['steps'] + 1} numbers")
+    return calibrated
 
 
 class _Calibrated(TypedDict):

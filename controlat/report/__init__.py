@@ -1,21 +1,14 @@
 """Results as tables, texts and figures: everything comes from the result file."""
 
 from controlat._util.texts import table
-from controlat.report.summary import (
-    assemble,
-    attack_notes,
-    attack_table,
-    figures,
-    methods_table,
-    notes,
-    read,
-    rows,
-    summary,
-    write,
-)
+from controlat.report.aggregate import assemble
+from controlat.report.attacked import attack_figure, attack_notes, attack_table
+from controlat.report.lists import methods_table, terminals_table
+from controlat.report.summary import figures, notes, read, rows, summary, write
 
 __all__ = [
     "assemble",
+    "attack_figure",
     "attack_notes",
     "attack_table",
     "figures",
@@ -25,5 +18,6 @@ __all__ = [
     "rows",
     "summary",
     "table",
+    "terminals_table",
     "write",
 ]

@@ -12,50 +12,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from controlat.symbolic.bound import Bound as Bound
-    from controlat.symbolic.bound import convergence as convergence
-    from controlat.symbolic.branch import Branch as Branch
-    from controlat.symbolic.derivation import Derivation as Derivation
-    from controlat.symbolic.fitting import Fit as Fit
-    from controlat.symbolic.fitting import fit as fit
-    from controlat.symbolic.formula import FormulaError as FormulaError
-    from controlat.symbolic.formula import parse as parse
-    from controlat.symbolic.handover import Handover as Handover
-    from controlat.symbolic.handover import hand_over as hand_over
-    from controlat.symbolic.landscape import Landscape as Landscape
-    from controlat.symbolic.landscape import LandscapeError as LandscapeError
-    from controlat.symbolic.task import Task as Task
-    from controlat.symbolic.verification import Verification as Verification
-    from controlat.symbolic.verification import verify as verify
+    from controlat.symbolic.bound import Bound, convergence
+    from controlat.symbolic.branch import Branch
+    from controlat.symbolic.derivation import Derivation
+    from controlat.symbolic.fitting import Fit, fit
+    from controlat.symbolic.formula import FormulaError, parse
+    from controlat.symbolic.handover import Handover, hand_over
+    from controlat.symbolic.landscape import Landscape, LandscapeError
+    from controlat.symbolic.task import Task
+    from controlat.symbolic.verification import Verification, verify
+
+__all__ = ["AMATA", "Bound", "Branch", "Derivation", "Fit", "FormulaError", "Handover", "Landscape"]
+__all__ += ["LandscapeError", "Task", "Verification", "convergence", "fit", "hand_over", "parse", "verify"]
 
 AMATA = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"  # Ye et al. (2021), equation 11
 
-_HOME = {
-    "Bound": "bound",
+_HOMES = {  # modules, by the names that they define
+    "Bound convergence": "bound",
     "Branch": "branch",
     "Derivation": "derivation",
-    "Fit": "fitting",
-    "FormulaError": "formula",
-    "Handover": "handover",
-    "Landscape": "landscape",
-    "LandscapeError": "landscape",
+    "Fit fit": "fitting",
+    "FormulaError parse": "formula",
+    "Handover hand_over": "handover",
+    "Landscape LandscapeError": "landscape",
     "Task": "task",
-    "Verification": "verification",
-    "convergence": "bound",
-    "fit": "fitting",
-    "hand_over": "handover",
-    "parse": "formula",
-    "verify": "verification",
+    "Verification verify": "verification",
 }
-
-__all__ = ["AMATA", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'controlat.symbolic' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"controlat.symbolic.{_HOME[name]}"), name)
+    for names, module in _HOMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"controlat.symbolic.{module}"), name)
+    raise AttributeError(f"module 'controlat.symbolic' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,16 +10,11 @@ from typing import Any
 
 import numpy as np
 import sympy
+from sympy.printing.pretty.pretty_symbology import pretty_symbol
 
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
-from controlat.symbolic.limits import (
-    LATE,
-    NotFound,
-    TimeLimit,
-    limited,
-    within,
-)
+from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
 
 __all__ = ["Answer", "Budget", "agrees", "attempts"]
 
@@ -45,21 +41,20 @@ class Answer:
     order: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Text, LaTeX and a drawing in characters; none of them where the formula is too long to read."""
-        found: dict[str, Any] = {"name": self.name, "by": self.by, "why": self.why}
-        if self.formula is None:
-            return found
-        if sympy.count_ops(self.formula) > _LONG:
-            return found | {"why": "; ".join(filter(None, [self.why, "found, but too long to print"]))}
+        """Text, LaTeX and the equation in characters; none of them where the formula is too long to read."""
+        plain: dict[str, Any] = {"name": self.name, "by": self.by, "why": self.why}
         shown, order = self.formula, self.order
+        if shown is None:
+            return plain
+        if sympy.count_ops(shown) > _LONG:
+            return plain | {"why": "; ".join(filter(None, [self.why, "found, but too long to print"]))}
         if order == "none" and shown.has(sympy.Float):  # term by term, which keeps their order
             shown = sympy.Add(*(sympy.N(term, 6) for term in sympy.Add.make_args(shown)), evaluate=False)
-        drawn = sympy.pretty(shown, use_unicode=True, wrap_line=False, order=order)
-        return found | {
-            "text": sympy.sstr(shown, order=order),
-            "latex": sympy.latex(shown, order=order),
-            "drawn": drawn,
-        }
+        left = sympy.Symbol(re.sub(r"[A-Za-z]\w*", lambda match: pretty_symbol(match[0]), self.name))
+        equation = sympy.Eq(left, shown, evaluate=False)
+        drawn = sympy.pretty(equation, use_unicode=True, wrap_line=False, order=order)
+        texts = {"text": sympy.sstr(shown, order=order), "latex": sympy.latex(shown, order=order)}
+        return plain | texts | {"drawn": drawn}
 
 
 @dataclass
@@ -117,12 +112,10 @@ def attempts(
     if numbers:
         inserted = tuple(a.subs(numbers) if isinstance(a, sympy.Basic) else a for a in arguments)
         tries.append(("sympy (numbers inserted)", inserted))
+    known = function is questions.tidy  # a shorter form is not missed
     for by, given in tries:
         try:
-            if function is questions.tidy:  # what is known already
-                yield budget.ask("", function, *given, most=_TIDY), by, ""
-            else:
-                yield budget.ask(name, function, *given), by, ""
+            yield budget.ask("" if known else name, function, *given, most=_TIDY if known else np.inf), by, ""
         except TimeLimit:
             yield None, "scipy", f"sympy did not find {name} within its time"
         except NotFound:
@@ -136,12 +129,12 @@ def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, 
     be right and yet cancel.
     """
     try:
-        found = compiled(formula, symbol)(at)
+        given = compiled(formula, symbol)(at)
     except Exception:  # whatever lambdify or a function that numpy lacks may raise: then not this way
-        found = np.full(np.shape(values), np.nan)
-    if _close(found, values, values):
+        return False
+    if _close(given, values, values):
         return True
-    if not np.isfinite(found).all():
+    if not np.isfinite(given).all():
         return False  # undefined, or by way of complex numbers, as Cardano's formula goes
     few = np.unique(np.linspace(0, len(at) - 1, 5).astype(int))
     try:
@@ -152,7 +145,7 @@ def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, 
     return _close(np.array(exact), values[few], values)
 
 
-def _close(found: Array, wanted: Array, every: Array) -> bool:
+def _close(given: Array, wanted: Array, every: Array) -> bool:
     scale = float(np.max(np.abs(every), initial=0.0)) or 1e-3
     with np.errstate(all="ignore"):
-        return bool(np.all(np.abs(found - wanted) <= 1e-7 * np.abs(wanted) + 1e-9 * scale))
+        return bool(np.allclose(given, wanted, rtol=1e-7, atol=1e-9 * scale))

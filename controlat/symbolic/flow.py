@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,36 +42,21 @@ def integrate(branch: Branch, theta0: float, horizon: float) -> Callable[[Any], 
     """
     low, high = branch.domain
 
-    def left(t: float, y: Array) -> float:
-        return min(float(y[0]) - low, high - float(y[0])) - 1e-9 * (high - low)
+    def slope(t: float, theta: Array) -> Array:
+        return -branch.robust_slope(np.clip(theta, low, high))
 
-    left.terminal = True  # type: ignore[attr-defined]
-    methods: tuple[Any, ...] = ("DOP853", "LSODA")
-    for method in methods:
-        calls = iter(range(_CALLS))
+    def left(t: float, theta: Array) -> float:
+        return min(float(theta[0]) - low, high - float(theta[0])) - 1e-9 * (high - low)
 
-        def slope(t: float, y: Array, calls: Iterator[int] = calls) -> Array:
-            if next(calls, None) is None:
-                raise _TooMany
-            return -branch.robust_slope(np.clip(y, low, high))
-
+    size = min(max(abs(low), abs(high)), max(3.0, 2 * abs(theta0)))
+    options = {"rtol": 1e-12, "atol": 1e-14 * size, "max_step": horizon / 20}
+    for method in ("DOP853", "LSODA"):
         try:
-            found = solve_ivp(
-                slope,
-                (0.0, horizon),
-                [theta0],
-                method=method,
-                dense_output=True,
-                events=left,
-                rtol=1e-12,
-                atol=1e-14 * min(max(abs(low), abs(high)), max(3.0, 2 * abs(theta0))),
-                max_step=horizon / 20,
-            )
+            path = _solved(slope, horizon, [theta0], left, method=method, **options)
         except _TooMany:
             continue
-        dense = found.sol
-        t, theta = float(found.t[-1]), float(found.y[0, -1])
-        if found.status != 0 or dense is None or not np.isfinite(found.y).all():
+        t, theta, dense = float(path.t[-1]), float(path.y[0, -1]), path.sol
+        if path.status != 0 or dense is None or not np.isfinite(path.y).all():
             raise LandscapeError(_gone(branch, theta0, horizon, t, theta))
         hurried = abs(float(branch.robust_slope(theta))) * horizon * _SLACK > 1 + abs(theta)
         if hurried and (told := _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)):
@@ -80,6 +66,21 @@ def integrate(branch: Branch, theta0: float, horizon: float) -> Callable[[Any], 
         _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)
         or f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
     )
+
+
+def _solved(
+    slope: Callable[..., Any], end: float, start: list[float], event: Callable[..., float], **options: Any
+) -> Any:
+    """`solve_ivp` from 0 to the end, or to where the event is 0; _TooMany after so many evaluations."""
+    calls = itertools.count()
+
+    def counted(t: float, y: Array) -> Any:
+        if next(calls) >= _CALLS:
+            raise _TooMany
+        return slope(t, y)
+
+    event.terminal = True  # type: ignore[attr-defined]
+    return solve_ivp(counted, (0.0, end), start, events=event, dense_output=True, **options)
 
 
 def _infinite(theta0: float, horizon: float, when: float | None) -> str:
@@ -130,11 +131,7 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
         theta = theta0 + sign * scale * math.expm1(u)
         return theta, x - float(land("x")(theta, x)) / float(land("xx")(theta, x))
 
-    calls = iter(range(_CALLS))
-
     def slopes(u: float, y: Array) -> Array:
-        if next(calls, None) is None:
-            raise _TooMany
         theta, x = at(u, float(y[0]))
         rate = sign * scale * math.exp(u)
         drift = -float(land("xt")(theta, x)) / float(land("xx")(theta, x))
@@ -143,26 +140,21 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
     def late(u: float, y: Array) -> float:
         return float(y[1]) - horizon * (1 + _SLACK)
 
-    late.terminal = True  # type: ignore[attr-defined]
-    start = [float(branch(theta0)), 0.0]
+    start, options = [float(branch(theta0)), 0.0], {"method": "DOP853", "rtol": 1e-9, "atol": 1e-12}
     try:
         with np.errstate(all="ignore"):
-            found = solve_ivp(
-                slopes, (0.0, _FAR), start, "DOP853", events=late, dense_output=True, rtol=1e-9, atol=1e-12
-            )
+            path = _solved(slopes, _FAR, start, late, **options)
     except (_TooMany, ZeroDivisionError):
         return _Beyond(None, None)
-    u, y = float(found.t[-1]), found.y[:, -1]
-    if found.status == 1:
+    u, y = float(path.t[-1]), path.y[:, -1]
+    if path.status == 1:
         return _Beyond(None, at(u, float(y[0]))[0])
-    path: Any = found.sol
-    before, middle, last = (float(slopes(v, path(v))[1]) for v in (0.6 * u, 0.8 * u, u))
+    before, middle, last = (float(slopes(v, path.sol(v))[1]) for v in (0.6 * u, 0.8 * u, u))
     if last == 0:  # theta' is beyond all floats
         return _Beyond(float(y[1]), None)
     if not before > middle > last > 0:
         return _Beyond(None, None)
     early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
-    steady = (
-        decay > _DECAY and decay > 0.9 * early
-    )  # theta' as |theta| log^2 |theta| is not told from |theta|
+    # theta' as |theta| log^2 |theta| is not told from |theta|
+    steady = decay > _DECAY and decay > 0.9 * early
     return _Beyond(float(y[1]) + last / decay if steady else None, None)

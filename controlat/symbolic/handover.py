@@ -88,6 +88,41 @@ def hand_over(
     >>> [found.schedule(e)["steps"] for e in range(4)], round(found.schedule(2)["alpha"], 6)
     ([2, 4, 6, 8], 0.05)
     """
+    _check(k_min, k_max, tau, epochs, resolution, since, mapping)
+    t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
+    share = np.clip((t / epochs - since) / (1 - since), 0, 1)
+    real = np.asarray(steps(share * horizon), dtype=float)
+    every = np.asarray(steps(np.linspace(0, horizon, 2001)), dtype=float)
+    low, high = float(every.min()), float(every.max())
+    note, bounds = f"K* from {low:.4g} to {high:.4g}", f"{k_min:g}..{k_max:g}"
+    stretched = mapping == "affine" and high - low > 1e-9 * abs(high)
+    if stretched:
+        mapped = k_min + (k_max - k_min) * (real - low) / (high - low)
+        note += f", stretched to {bounds}"
+        if low > 0 and (k_min == 0 or k_max / k_min > 3 * high / low):
+            note += f" (NOTE: K* itself changes by a factor of {high / low:.3g} only; clip keeps its values)"
+    else:
+        mapped = np.clip(real, k_min, k_max)
+        note += ", constant, which cannot be stretched" * (mapping == "affine") + f", within {bounds}"
+    clipped = (mapped != real) & (not stretched)
+    note += f"; cut off in {int(clipped.sum())} of {len(real)} pieces" * bool(clipped.any())
+    curves = {
+        "steps": Curve("table", tuple(mapped.tolist()), rounding="half_up"),
+        "alpha": Curve("ratio", (float(tau),), of="steps"),
+    }
+    return Handover(
+        schedule=Schedule(curves, epochs, resolution, label),
+        real=tuple(real.tolist()),
+        mapped=tuple(mapped.tolist()),
+        clipped=tuple(clipped.tolist()),
+        note=note,
+    )
+
+
+def _check(
+    k_min: float, k_max: float, tau: float, epochs: float, resolution: float, since: float, mapping: str
+) -> None:
+    """Refuse numbers out of range."""
     if mapping not in MAPPINGS:
         raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {mapping!r}")
     if not 0 <= k_min <= k_max < math.inf:
@@ -100,27 +135,3 @@ def hand_over(
         )
     if not 0 <= since < 1:
         raise ValueError(f"since must be a share of training in [0, 1), got {since:g}")
-    t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
-    share = np.clip((t / epochs - since) / (1 - since), 0, 1)
-    real = np.asarray(steps(share * horizon), dtype=float)
-    every = np.asarray(steps(np.linspace(0, horizon, 2001)), dtype=float)
-    low, high = float(every.min()), float(every.max())
-    bounds = f"{k_min:g}..{k_max:g}"
-    note = f"K* from {low:.4g} to {high:.4g}"
-    clipped = np.zeros(len(real), dtype=bool)
-    if mapping == "affine" and high - low > 1e-9 * abs(high):
-        mapped = k_min + (k_max - k_min) * (real - low) / (high - low)
-        note += f", stretched to {bounds}"
-        if low > 0 and (k_min == 0 or k_max / k_min > 3 * high / low):
-            note += f" (NOTE: K* itself changes by a factor of {high / low:.3g} only; clip keeps its values)"
-    else:
-        mapped = np.clip(real, k_min, k_max)
-        clipped = mapped != real
-        note += ", constant, which cannot be stretched" * (mapping == "affine") + f", within {bounds}"
-        note += f"; cut off in {int(clipped.sum())} of {len(real)} pieces" * bool(clipped.any())
-    curves = {
-        "steps": Curve("table", tuple(map(float, mapped)), rounding="half_up"),
-        "alpha": Curve("ratio", (float(tau),), of="steps"),
-    }
-    schedule = Schedule(curves, epochs, resolution, label)
-    return Handover(schedule, tuple(real.tolist()), tuple(mapped.tolist()), tuple(clipped.tolist()), note)

@@ -71,7 +71,7 @@ class Landscape:
 
     def __post_init__(self) -> None:
         symbols, values = parameter_symbols(self.parameters)
-        expression = parse(self.text, symbols)
+        expression = parse(self.text, symbols, values)
         point = exact(self.x0, "x0")
         unused = sorted(str(s) for s in set(values) - expression.free_symbols)
         if unused:

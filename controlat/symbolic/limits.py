@@ -1,4 +1,4 @@
-"""Symbolic work that ends: a function of `controlat.symbolic` runs in a child process, under a time limit.
+"""Symbolic work that ends: a function runs in a child process, under a limit of time and of memory.
 
 sympy can take forever, or all memory, on a harmless-looking question, and nothing inside one process can stop
 it. So one child process answers question after question, and is killed when the time is over; the next
@@ -8,8 +8,8 @@ nor spawned by multiprocessing (that runs the user's main script again).
 What is computed in this process ends, too: `within` sets a deadline, and `check`, which every evaluation of a
 landscape calls, raises once it has passed.
 
-Questions and answers are pickles behind their length, over two pipes. Unpickling runs what it is told to,
-which is safe here: both ends are processes of this module, and nobody else holds the pipes.
+Questions and answers are pickles. Unpickling runs what it is told to, which is safe here: both ends are
+processes of this module, and nobody else holds the socket between them.
 """
 
 from __future__ import annotations
@@ -20,39 +20,25 @@ import importlib
 import math
 import os
 import pickle
-import select
+import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = [
-    "LATE",
-    "SECONDS",
-    "NotFound",
-    "TimeLimit",
-    "apply",
-    "check",
-    "close",
-    "limited",
-    "remaining",
-    "serve",
-    "unhurried",
-    "within",
-]
+__all__ = ["LATE", "SECONDS", "NotFound", "TimeLimit", "check", "close", "limited", "unhurried", "within"]
 
 SECONDS = 60.0  # of a derivation in all
 LATE = "the time limit was over"
 _START = 120.0  # seconds for the child to import sympy, on a busy machine with a cold disk
 _MEMORY = 4 << 30  # bytes of address space of the child
-_HOME = "controlat.symbolic"
-_LENGTH = struct.Struct(">Q")
 # SIGINT first: a Ctrl-C during the imports is the parent's to handle, too.
 _CODE = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import {__name__} as m; m.serve()"
 
@@ -75,8 +61,7 @@ def within(seconds: float) -> Iterator[None]:
     """End what is done inside, questions to the child included, by TimeLimit when the time is over.
 
     >>> with within(60):
-    ...     0 < remaining() <= 60
-    True
+    ...     check()
     """
     token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
     try:
@@ -95,11 +80,6 @@ def unhurried() -> Iterator[None]:
         _deadline.reset(token)
 
 
-def remaining() -> float:
-    """Seconds to the deadline; infinite without one."""
-    return _deadline.get() - time.monotonic()
-
-
 def check() -> None:
     """Raise TimeLimit if the deadline has passed."""
     if time.monotonic() > _deadline.get():
@@ -110,7 +90,7 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     """function(*args), computed in the child process.
 
     Args:
-        function: a module-level function of a module of `controlat.symbolic`; it is sent by its name.
+        function: a function of a module; it is sent by its name.
         args: its arguments; they and the result are copied by pickle.
         seconds: the time limit; the deadline of `within`, where it comes earlier.
 
@@ -118,53 +98,23 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
         What the function returns.
 
     Raises:
-        ValueError: the function is not one of `controlat.symbolic`, or seconds is not a positive number.
+        ValueError: seconds is not a positive number.
         TimeLimit: the time is over; the work has ended.
         NotFound: the function raised an exception (its text is the message), or its process was killed.
 
-    >>> limited(apply, "factorint", 2**67 - 1)
-    {193707721: 1, 761838257287: 1}
+    >>> limited(math.gcd, 12, 18)
+    6
     """
-    name = _name(function)
     if not (0 < seconds < math.inf):
         raise ValueError(f"seconds must be a positive number, got {seconds!r}")
     check()
-    seconds = min(seconds, max(remaining(), 1e-3))
-    question = pickle.dumps((name, args, seconds))
+    seconds = min(seconds, max(_deadline.get() - time.monotonic(), 1e-3))
+    question = pickle.dumps((function, args, seconds))
     with _lock:
-        status, result = _ask(question, ".".join(name), seconds)
+        status, result = _ask(question, f"{function.__module__}.{function.__qualname__}", seconds)
     if status != "answer":
         raise NotFound(result)
     return result  # type: ignore[no-any-return]
-
-
-def apply(name: str, *args: object) -> Any:
-    """sympy's function `name` of `args`: what `limited` is given where one call of sympy is all it takes.
-
-    Raises:
-        ValueError: sympy has no such function.
-
-    >>> apply("gcd", 12, 18)
-    6
-    """
-    import sympy  # here, because a parent that never asks needs no sympy
-
-    if name not in sympy.__all__:
-        raise ValueError(f"sympy has no function {name!r}")
-    return getattr(sympy, name)(*args)
-
-
-def _name(function: Callable[..., object]) -> tuple[str, str]:
-    """Module and name under which the child finds the function."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not (isinstance(module, str) and isinstance(name, str)):
-        raise ValueError(f"only functions of {_HOME} run under a time limit, got {function!r}")
-    if (
-        not f"{module}.".startswith(f"{_HOME}.")
-        or getattr(sys.modules.get(module), name, None) is not function
-    ):
-        raise ValueError(f"only functions of a module of {_HOME} run under a time limit, got {module}.{name}")
-    return module, name
 
 
 # ------------------------------------------------------------------------------------------------- the parent
@@ -174,65 +124,33 @@ class _Child:
     """The child process, ready for questions once constructed."""
 
     def __init__(self) -> None:
-        # -P: the folder that the user is in is no place to import from, unless the parent does, too.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CODE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=_environment(),
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._out, self._in = self.process.stdin, self.process.stdout
-        os.set_blocking(self._out.fileno(), False)  # a child that does not read must not hold up the limit
+        self.pipe, theirs = Pipe()
+        with theirs:
+            # -P: the folder that the user is in is no place to import from, unless the parent does, too.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _CODE, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a function prints goes to stderr
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+            )
         try:
             self.receive(min(time.monotonic() + _START, _deadline.get()))
         except BaseException:
             self.kill()
             raise
 
-    def send(self, message: bytes, deadline: float) -> None:
-        """Write a message; TimeoutError at the deadline, OSError when the child is gone."""
-        left = memoryview(_LENGTH.pack(len(message)) + message)
-        while left:
-            _wait(self._out.fileno(), select.POLLOUT, deadline)
-            left = left[os.write(self._out.fileno(), left) :]
-
     def receive(self, deadline: float) -> Any:
-        """Read a message; TimeoutError at the deadline, EOFError when the child is gone."""
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
-        return pickle.loads(self._read(length, deadline))
-
-    def _read(self, length: int, deadline: float) -> bytes:
-        found = bytearray()
-        while len(found) < length:
-            _wait(self._in.fileno(), select.POLLIN, deadline)
-            part = os.read(self._in.fileno(), min(length - len(found), 1 << 20))
-            if not part:
-                raise EOFError
-            found += part
-        return bytes(found)
+        """Read a message; TimeoutError at the deadline, EOFError or OSError when the child is gone."""
+        if not self.pipe.poll(max(0.0, min(deadline - time.monotonic(), 1e6))):
+            raise TimeoutError
+        return self.pipe.recv()
 
     def kill(self) -> None:
         """End the process and leave nothing open."""
         self.process.kill()
         self.process.wait()
-        self.forget()
-
-    def forget(self) -> None:
-        """Close this side of the pipes."""
-        self._out.close()
-        self._in.close()
-
-
-def _wait(file: int, event: int, deadline: float) -> None:
-    """Until a pipe is ready; TimeoutError at the deadline."""
-    poll = select.poll()  # select() itself fails where a process has more than 1024 files open
-    poll.register(file, event)
-    left = deadline - time.monotonic()
-    if left <= 0 or not poll.poll(math.ceil(1e3 * min(left, 1e6))):
-        raise TimeoutError
+        self.pipe.close()
 
 
 def _environment() -> dict[str, str]:
@@ -257,7 +175,7 @@ def _ask(question: bytes, name: str, seconds: float) -> tuple[str, Any]:
             _end()
             _child = _Child()
         deadline = min(time.monotonic() + seconds, _deadline.get())
-        _child.send(question, deadline)
+        _child.pipe.send_bytes(question)
         status, result = _child.receive(deadline)
     except BaseException as error:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one
         _end()
@@ -287,18 +205,17 @@ def close() -> None:
 
 
 def _after_fork() -> None:
-    """A fork of the parent has no child: it leaves the pipes to the parent, and the lock as it finds it."""
+    """A fork of the parent has no child: it leaves the pipe to the parent, and the lock as it finds it."""
     global _child, _lock
     _lock = threading.Lock()
     if _child is not None:
         _child.process.poll()  # "not mine": or its destructor would warn that it still runs
-        _child.forget()
+        _child.pipe.close()
         _child = None
 
 
 atexit.register(close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # -------------------------------------------------------------------------------------------------- the child
@@ -306,52 +223,32 @@ if hasattr(os, "register_at_fork"):
 
 def serve() -> None:
     """What the child does: answer questions until the parent closes the pipe."""
-    # The pipes move to numbers that nobody knows: what a function prints goes to stderr, and what it reads is
-    # empty.
-    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
-    os.close(empty)
-    os.dup2(2, 1)
+    pipe = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _limit_memory()
     importlib.import_module("sympy")  # before the first question, whose time is counted
-    _put(answers, ("ready", None))
-    while len(head := questions.read(_LENGTH.size)) == _LENGTH.size:
-        (length,) = _LENGTH.unpack(head)
-        _put(answers, _answer(questions.read(length)))
-        signal.alarm(0)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
+            signal.alarm(0)
 
 
-def _put(answers: Any, message: tuple[str, Any]) -> None:
-    """Write a message; one that cannot be pickled becomes an error."""
+def _answer(question: bytes) -> bytes:
+    """What comes of one question, pickled: ("answer", result), or ("error" or "exhausted", a text)."""
     try:
-        data = pickle.dumps(message)
-    except Exception as error:
-        data = pickle.dumps(("error", f"the answer cannot be sent ({type(error).__name__}: {error})"))
-    answers.write(_LENGTH.pack(len(data)) + data)
-    answers.flush()
-
-
-def _answer(question: bytes) -> tuple[str, Any]:
-    """What comes of one question: ("answer", result), or ("error" or "exhausted", a text)."""
-    try:
-        (module, name), args, seconds = pickle.loads(question)
+        function, args, seconds = pickle.loads(question)
         # Should the parent be killed, nobody would end this process while it computes.
         signal.alarm(math.ceil(min(seconds, 1e6)) + 2)
-        if not f"{module}.".startswith(f"{_HOME}."):
-            raise ValueError(f"{module} is no module of {_HOME}")
-        return "answer", getattr(importlib.import_module(module), name)(*args)
-    except (MemoryError, RecursionError) as error:
-        return "exhausted", f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return pickle.dumps(("answer", function(*args)))
     except Exception as error:
-        return "error", f"{type(error).__name__}: {error}"
+        status = "exhausted" if isinstance(error, MemoryError) else "error"
+        return pickle.dumps((status, f"{type(error).__name__}: {error}".removesuffix(": ")))
 
 
 def _limit_memory() -> None:
     """At most 4 GiB of address space, where the system can limit it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        resource = importlib.import_module("resource")
+    with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

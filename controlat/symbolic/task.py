@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from controlat.symbolic.formula import exact
+from controlat.symbolic.formula import exact, signed
 from controlat.symbolic.landscape import Landscape
 from controlat.symbolic.limits import SECONDS
 
@@ -46,12 +46,11 @@ class Task:
     seconds: float = SECONDS / 2
 
     def __post_init__(self) -> None:
-        for name in ("theta0", "tau", "horizon", "gamma"):
-            object.__setattr__(self, name, exact(getattr(self, name), name))
-        for name, least in (("tau", "> 0"), ("horizon", "> 0"), ("gamma", ">= 0")):
-            value = getattr(self, name)
-            if value < 0 or (value == 0 and least == "> 0"):
+        for name, least in (("theta0", ""), ("tau", "> 0"), ("horizon", "> 0"), ("gamma", ">= 0")):
+            value = exact(getattr(self, name), name)
+            if least and (value < 0 or (value == 0 and least == "> 0")):
                 raise ValueError(f"{name} must be {least}, got {value}")
+            object.__setattr__(self, name, value)
         if self.order != int(self.order) or not 1 <= self.order <= 12:
             raise ValueError(f"order must be a whole number from 1 to 12, got {self.order}")
         if not 0 < self.seconds < float("inf"):
@@ -73,9 +72,7 @@ class Task:
     @property
     def start(self) -> sympy.Symbol:
         """theta_0 as a symbol with its sign."""
-        value = float(self.theta0)
-        sign = {"positive": True} if value > 0 else {"negative": True} if value < 0 else {"real": True}
-        return sympy.Symbol("theta_0", **sign)
+        return signed("theta_0", self.theta0)
 
     @property
     def values(self) -> dict[sympy.Symbol, sympy.Rational]:

@@ -1,6 +1,5 @@
 """`evaluate`, `train` and `attack` as Python calls on real data: they write what was computed."""
 
-import copy
 import json
 import math
 import os
@@ -9,7 +8,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from helpers import shorten_autoattack
 from PIL import Image
 
 import controlat
-from controlat import Surface, load_schedule, parse_schedule, report
+from controlat import Surface, load_schedule, parse_schedule
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, read_json_lines
 from controlat.app import full_criterion
@@ -29,7 +27,6 @@ from controlat.app.evaluate import labels
 from controlat.app.settings import EvaluateSettings
 from controlat.app.trainer import load_checkpoint
 from controlat.pmp import FORMS, Criterion
-from controlat.robust_accuracy import wilson
 
 SMALL: dict[str, Any] = {
     "schedules": ["none", "pgd:steps=3,alpha=0.06"],
@@ -173,20 +170,6 @@ def test_costs_are_counted(result: dict[str, Any]) -> None:
         assert s["evaluation_gradients"] == sum(r["evaluation"]["gradients"] for r in schedule["runs"])
 
 
-def test_the_summary_numbers_are_means_of_the_stored_ones(result: dict[str, Any]) -> None:
-    for schedule in result["schedules"]:
-        for form in FORMS:
-            stored = [statistics.fmean(e[form]["value"] for e in r["criterion"]) for r in schedule["runs"]]
-            found = schedule["summary"]["criterion"][form]
-            assert found["per_seed"] == pytest.approx(stored)
-            assert found["mean"] == pytest.approx(statistics.fmean(stored))
-            assert found["sd_over_seeds"] == pytest.approx(statistics.stdev(stored))
-        robust = [r["evaluation"]["robust"]["value"] for r in schedule["runs"]]
-        found = schedule["summary"]["robust"]
-        assert found["mean"] == pytest.approx(statistics.fmean(robust))
-        assert found["interval"] == pytest.approx(list(wilson(round(found["mean"] * TESTED), TESTED)))
-
-
 # --------------------------------------------------------------------------------------- C from the surfaces
 
 
@@ -241,41 +224,6 @@ def test_the_summary_names_every_schedule_attack_and_figure(out: Path) -> None:
     assert len({line.count("|") for line in tables[:4]}) == 1
 
 
-def _section(text: str, title: str) -> list[dict[str, str]]:
-    """The table of a section, a dict for each row."""
-    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
-    heads, _, *cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
-    return [dict(zip(heads, row, strict=True)) for row in cells]
-
-
-def test_the_summary_shows_the_full_criterion_and_what_its_size_means(out: Path) -> None:
-    text = (out / "summary.md").read_text()
-    by_horizon, trust = _section(text, "The full criterion"), _section(text, "What its size means")
-    changes = _section(text, "What the full maximum principle would change")
-    for i, schedule in enumerate(SMALL["schedules"]):
-        files = sorted((out / "runs").glob(f"{i + 1:02d}-*/full.json"))
-        found = [read_json(file) for file in files]
-        criteria = [Criterion.from_json(f["criterion"]) for f in found]
-        c = [f["calibration"] for f in found]
-        assert by_horizon[i]["schedule"] == trust[i]["schedule"] == schedule
-        for h, head in zip(criteria[0].horizons, list(by_horizon[i])[1:], strict=False):
-            assert head in (f"h = {h}", "whole run")
-            assert by_horizon[i][head].startswith(f"{np.mean([k.value(h) for k in criteria]):.3g}")
-        dear = [replace(k, gamma=4 * k.gamma).value() for k in criteria]
-        assert by_horizon[i][list(by_horizon[i])[-1]] == f"{np.mean(dear):.3g}"
-        for head, key in (("J", "objective"), ("G", "gain"), ("D", "certificate"), ("model", "model_gain")):
-            assert trust[i][head] == f"{np.mean([k[key] for k in c]):.3g}"
-        assert trust[i]["cosine"] == f"{np.mean([np.mean(k.cosines()) for k in criteria]):.3g}"
-        assert trust[i]["growth"] == f"{np.mean([k.growth for k in criteria]):.3g}"
-        rho = [k.value(rho=f["rho"]) for k, f in zip(criteria, c, strict=True)]
-        assert trust[i]["C_rho"] == f"{np.mean(rho):.3g}"
-        reached = [k["reliability"]["0.25"] for k in c if k["gain"] > 0]
-        assert trust[i]["r(1/4)"] == (f"{np.mean(reached):.3g}" if reached else "-")
-        gains = [float(row[schedule].split("+")[1]) for row in changes if "+" in row[schedule]]
-        assert sum(gains) == pytest.approx(c[0]["gain"], rel=1e-2)
-    assert len(changes) == SMALL["epochs"]
-
-
 TINY: dict[str, Any] = SMALL | {"seeds": [0], "train_points": 100, "test_points": 40, "lr": 0.1}
 
 
@@ -302,20 +250,6 @@ def test_mixed_precision_is_looked_back_upon_as_it_was_trained(tmp_path: Path) -
     text = (tmp_path / "summary.md").read_text()
     assert "Costates leave out: rounding to bfloat16." in text
     assert "did not end with the bits" not in text
-
-
-def test_schedules_that_needed_a_smaller_lambda_stand_beside_others(result: dict[str, Any]) -> None:
-    """r(1/8) is there for some schedules only."""
-    changed = json.loads(json.dumps(result))
-    for run in changed["schedules"][0]["runs"]:
-        reliability = run["full"]["calibration"]["reliability"]
-        reliability.pop("0.125", None)
-    for run in changed["schedules"][1]["runs"][:1]:
-        run["full"]["calibration"]["reliability"]["0.125"] = 0.5
-    again = report.assemble(**{k: v for k, v in changed.items() if k not in ("format", "version")})
-    none, pgd = _section(report.summary(again), "What its size means")
-    assert none["r(1/8)"] == "-"
-    assert pgd["r(1/8)"] == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +287,6 @@ def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
     row = next(line for line in text.splitlines() if line.startswith("| pgd:steps=3"))
     cells = [c.strip() for c in row.split("|")][2:5]
     assert cells == [f"{found['schedules'][1]['summary']['objective']['mean']:.3g}", "not finite", "-"]
-    assert [r["schedule"] for r in _section(text, "What its size means")] == ["none"]
     for name in FIGURES:
         assert (tmp_path / "out" / name).exists()
 
@@ -369,21 +302,6 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path:
 FIGURES = ["schedules.png", "criterion.png", "tradeoff.png", "horizons.png", "costates.png", "surfaces.png"]
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_figures_open_and_show_something(out: Path, name: str) -> None:
-    with Image.open(out / name) as image:
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    height, width, _ = pixels.shape
-    assert width > 700
-    assert height > 300
-    inked = (pixels < 250).any(axis=2)
-    assert 0.005 < inked.mean() < 0.7
-    coloured = np.ptp(pixels.astype(int), axis=2) > 60
-    for half in (coloured[:, : width // 2], coloured[:, width // 2 :]):
-        assert half.sum() > 100, "there are curves in both panels, not axes only"
-
-
 def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
     out: Path, result: dict[str, Any]
 ) -> None:
@@ -397,18 +315,6 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
         assert {p.name for p in folder.iterdir()} == wanted
         assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
         assert read_json_lines(folder / "log.jsonl") == run["epochs"]
-
-
-def test_the_notes_name_what_the_greedy_forms_leave_out(result: dict[str, Any]) -> None:
-    assert not any("leave out" in line or "leaves out" in line for line in report.notes(result))
-    changed = copy.deepcopy(result)
-    changed["settings"]["weight_decay"] = 5e-4
-    for i, schedule in enumerate(changed["schedules"]):
-        schedule["summary"]["criterion"]["norm"]["dropped"] = [f"{k} of 9 trials" for k in range(2 + 3 * i)]
-    lines = report.notes(changed)
-    told = "0 of 9 trials; 1 of 9 trials; 2 of 9 trials; 2 more in result.json"
-    assert f"C norm, C costate leave out: {told}." in lines
-    assert "C norm leaves out weight decay, which moves theta, too; in C costate it cancels." in lines
 
 
 # ---------------------------------------------------------------------------------------------- interrupted

@@ -1,6 +1,7 @@
 """What the driver does with a method's requests: also, add, move, shift, and what is no step at all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.control.space import Control, ControlSpace
-from controlat.dynamics.adjoint import pullback, state
+from controlat.dynamics.adjoint import pullback
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.methods import (
     Batch,
@@ -161,7 +162,7 @@ def test_names_of_what_is_dropped_are_gathered_from_all_requests() -> None:
 
     d, _, b = bowl(step)
     names = ("a look", "a move", "a part", "another")
-    assert pullback(d, b, U, RATE, state(d, b)).dropped == names
+    assert pullback(d, b, U, RATE, d.point(b.indices).copy()).dropped == names
     assert d.step(b, U, RATE).dropped == names
 
 
@@ -276,10 +277,10 @@ def test_a_shift_that_depends_on_theta_is_differentiated(o: SGDSettings) -> None
 
     d, _, b = bowl(step, o)
     d.step(b, U, RATE)
-    z = state(d, b)
+    z = d.point(b.indices).copy()
     lam = torch.tensor([0.7, -1.1], dtype=torch.float64)
     nu = torch.tensor([0.2, 0.4], dtype=torch.float64)
-    weight = z._replace(parameters=[lam], momentum=[nu] if z.momentum else [])
+    weight = replace(z, parameters=[lam], momentum=[nu] if z.momentum else [])
     found = pullback(d, b, U, RATE, weight).costate
     slope = 1.3 * (1 + o.weight_decay)  # of gradient and decay at w + shift, in w
     inner = -RATE * (o.momentum * lam if o.nesterov else lam) + (nu if z.momentum else 0)
@@ -333,7 +334,7 @@ def test_a_partial_snapshot_puts_back_the_rows_it_has_and_no_others() -> None:
     d.restore(part)
     assert d.rows["count"].values[:4, 0].tolist() == [2, 1, 1, 2]
     d.restore(part)  # stays usable
-    assert part.rows["count"]["values"][:, 0].tolist() == [1, 1]
+    assert part.rows["count"].values[:, 0].tolist() == [1, 1]
 
 
 def test_what_is_carried_is_cut_off_from_what_made_it() -> None:

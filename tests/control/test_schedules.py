@@ -32,7 +32,7 @@ from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build, names
-from controlat.report import plots
+from controlat.report.sections import problem
 
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -457,7 +457,7 @@ def _whole_path(text: str, n: int, folder: Path) -> None:
     assert p.mean_rate() > 0
     driver = Driver(torch.nn.Linear(4, 3), build("pgd_at"), Ball(0.1), SGDSettings())
     progress_of_training(p, driver, Tally(), "train", False)
-    plots.schedules({"schedules": [{"text": "many", "schedule": s.to_json()}]}, folder / "s.png")
+    problem.draw({"schedules": [{"text": "many", "schedule": s.to_json()}]}, folder / "s.png")
 
 
 @pytest.mark.parametrize("kind", ["table", "step", "amata"])

@@ -18,7 +18,7 @@ from controlat.data import Augment, Placement, parse_augment
 from controlat.dynamics.driver import Driver, SGDSettings, Step
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.methods.pgd_at import PgdAT
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
@@ -298,7 +298,7 @@ def noisy() -> tuple[Driver, RunSpec]:
 
 def test_a_rollout_replays_bit_for_bit_from_every_recorded_state() -> None:
     driver, p = noisy()
-    store: dict[int, Snapshot] = {}
+    store: dict[int, State] = {}
     steps: list[Step] = list(rollout(driver, p, until=2, record=store.__setitem__))
     end = driver.snapshot()
     assert sorted(store) == list(range(6))

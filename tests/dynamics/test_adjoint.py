@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from controlat._util import rng
 from controlat.attacks.balls import Ball
 from controlat.control.space import Control, ControlSpace
-from controlat.dynamics.adjoint import (
-    State,
-    Verified,
-    _central,
-    _direction,
-    _random,
-    pullback,
-    state,
-    verify,
-)
+from controlat.dynamics.adjoint import pullback
 from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.finite_differences import Verified, _central, _direction, _random, verify
+from controlat.dynamics.state import State
 from controlat.methods import Batch, Context, Update, Updates
 
 RATE, H, COUNT = 0.1, 1e-5, 4
@@ -102,7 +95,7 @@ def test_the_costate_of_two_steps_is_their_derivative(case: Case) -> None:
         for b, u in zip(batches, controls, strict=True):
             visited.append(d.snapshot())
             d.step(b, u, RATE)
-        return state(d, batches[-1])
+        return d.point(batches[-1].indices).copy()
 
     p, dropped = random_like(after(), 0), set()
     weight = p
@@ -113,8 +106,8 @@ def test_the_costate_of_two_steps_is_their_derivative(case: Case) -> None:
     assert same(d.snapshot(), saved)
     pairs = []
     for i in range(COUNT):
-        e = _direction(d, batches[0], state(d, batches[0]), 0, i)
-        fd = _central(d, batches[0], after, weight, e, H)
+        e = _direction(d.point(batches[0].indices), 0, i)
+        fd = _central(d, after, weight, e, H)
         pairs += [] if fd is None else [(fd, p.dot(e))]
     check(Verified(tuple(pairs), COUNT - len(pairs), tuple(sorted(dropped))))
 
@@ -148,15 +141,15 @@ def test_where_the_adversary_does_not_depend_on_theta_nothing_is_lost_but_what_i
 
     def after() -> State:
         d.step(b, u, RATE)
-        return state(d, b)
+        return d.point(b.indices).copy()
 
-    z, saved = state(d, b), d.snapshot()  # theta and momentum alone are moved, and looked at
-    weight = random_like(after(), 0)._replace(memory={}, rows={})
+    z, saved = d.point(b.indices).copy(), d.snapshot()  # theta and momentum alone are moved, and looked at
+    weight = replace(random_like(after(), 0), memory={}, rows={})
     d.restore(saved)
     e = random_like(z, 1)
-    for t in (*e.memory.values(), *e.rows.values()):
+    for t in (*e.memory.values(), *(rows.values for rows in e.rows.values())):
         t.zero_()
-    fd = _central(d, b, after, weight, e, H)
+    fd = _central(d, after, weight, e, H)
     assert fd is not None
     assert pullback(d, b, u, RATE, weight).costate.dot(e) == pytest.approx(fd, rel=1e-7)
 
@@ -166,9 +159,9 @@ def test_perturbations_that_are_carried_have_a_costate() -> None:
         case = CASES[name]
         d = prepared(case, SETTINGS["plain"])
         b = steps(1)[0]
-        weight = random_like(state(d, b), 0)._replace(memory={}, rows={})  # of parameters alone
+        weight = replace(random_like(d.point(b.indices), 0), memory={}, rows={})  # of parameters alone
         found = pullback(d, b, case.control(), RATE, weight).costate
-        (q,) = getattr(found, where).values()
+        (q,) = found.parts()[-2 if where == "memory" else -1].values()
         assert q.norm() > 1e-3 * torch.cat([t.flatten() for t in weight.parameters]).norm() * RATE
 
 
@@ -176,10 +169,10 @@ def test_a_pixel_that_clips_passes_no_costate_on() -> None:
     """alpha = 2 eps: every pixel ends at the edge of the ball, wherever it was."""
     case = PLAIN["atta"]
     d, b = prepared(case, SETTINGS["plain"]), steps(1)[0]
-    weight = random_like(state(d, b), 0)
+    weight = random_like(d.point(b.indices), 0)
     for alpha, clips in ((0.2, True), (0.01, False)):
         u = case.control(alpha=alpha)
-        found = pullback(d, b, u, RATE, weight).costate.rows["delta"]
+        found = pullback(d, b, u, RATE, weight).costate.rows["delta"].values
         assert same(found, torch.zeros_like(found)) == clips
 
 
@@ -191,7 +184,7 @@ def test_the_driver_stays_as_it_is(case: Case) -> None:
     d, b, u = prepared(case, SETTINGS["momentum"], model=bn_net()), steps(1)[0], case.control()
     d.model.eval()
     snapshot, before, meter = d.snapshot(), trace(d.model), d.meter.copy()
-    weight = random_like(state(d, b), 0)
+    weight = random_like(d.point(b.indices), 0)
     copies = weight.like([t.clone() for t in weight.tensors()])
     spent = type(meter)()
     first = pullback(d, b, u, RATE, weight, spent)
@@ -212,22 +205,22 @@ def test_the_driver_stays_as_it_is(case: Case) -> None:
 @every
 def test_the_state_is_a_copy(case: Case) -> None:
     d, b = prepared(case, SETTINGS["momentum"]), steps(1)[0]
-    z = state(d, b)
+    z = d.point(b.indices).copy()
     copies = z.like([t.clone() for t in z.tensors()])
     d.step(b, case.control(), RATE)
     assert same(z, copies)
-    assert not same(state(d, b), copies)
+    assert not same(d.point(b.indices), copies)
 
 
 @pytest.mark.parametrize("name", ["free", "atta"])
 def test_names_that_a_costate_lacks_count_as_zero(name: str) -> None:
     case = CASES[name]
     d, b = prepared(case, SETTINGS["momentum"]), steps(1)[0]
-    weight = random_like(state(d, b), 0)
-    zeros = [{k: torch.zeros_like(t) for k, t in group.items()} for group in (weight.memory, weight.rows)]
+    weight = random_like(d.point(b.indices), 0)
+    zero = weight.zeros_like()
     found = [
-        pullback(d, b, case.control(), RATE, weight._replace(memory=m, rows=r))
-        for m, r in (({}, {}), tuple(zeros))
+        pullback(d, b, case.control(), RATE, replace(weight, memory=m, rows=r))
+        for m, r in (({}, {}), (zero.memory, zero.rows))
     ]
     assert same(*found)
 
@@ -265,7 +258,7 @@ def test_least_squares_has_the_closed_form(o: SGDSettings) -> None:
     for b in batches:
         visited.append(d.snapshot())
         d.step(b, u, RATE)
-    p = random_like(state(d, batches[0]), 0)
+    p = random_like(d.point(batches[0].indices), 0)
     adjoint, nu = (
         p.parameters[0].clone(),
         p.momentum[0].clone() if p.momentum else torch.zeros(3, 16).double(),
@@ -290,7 +283,7 @@ def test_least_squares_has_the_closed_form(o: SGDSettings) -> None:
 @every
 def test_without_a_learning_rate_parameters_keep_their_costate(case: Case) -> None:
     d, b = prepared(case, SETTINGS["plain"]), steps(1)[0]
-    weight = random_like(state(d, b), 0)._replace(memory={}, rows={})
+    weight = replace(random_like(d.point(b.indices), 0), memory={}, rows={})
     found = pullback(d, b, case.control(), 0.0, weight).costate
     assert same(found.parameters, weight.parameters)
 
@@ -306,7 +299,7 @@ def second_derivative(mode: str, into: int, of: int) -> tuple[float, float, tupl
     """(finite difference, costate, names): how parameter `of` moves the step of parameter `into`, n = 0."""
     case = Case("yopo", {"first_layer_grad": mode}, {"inner": 0, "steps": 1})
     d, b, u = driver(case, optimizer=SETTINGS["plain"], channels_last=False), steps(1)[0], case.control()
-    z = state(d, b)
+    z = d.point(b.indices).copy()
     weight, e = random_like(z, 0), random_like(z, 1)
     for i in range(len(z.parameters)):
         weight.parameters[i].mul_(i == into)
@@ -314,9 +307,9 @@ def second_derivative(mode: str, into: int, of: int) -> tuple[float, float, tupl
 
     def after() -> State:
         d.step(b, u, RATE)
-        return state(d, b)
+        return d.point(b.indices).copy()
 
-    fd, found = _central(d, b, after, weight, e, H), pullback(d, b, u, RATE, weight)
+    fd, found = _central(d, after, weight, e, H), pullback(d, b, u, RATE, weight)
     assert fd is not None
     return fd, found.costate.dot(e), found.dropped
 
@@ -368,7 +361,7 @@ def test_views_in_between_see_the_statistics_that_batchnorm_has_gathered() -> No
                 yield Update(lambda: ctx.logits(batch.x).square().mean())
 
     d, b = driver(Looking(), bn_net(), channels_last=False), steps(1)[0]
-    pullback(d, b, Control(), RATE, state(d, b))
+    pullback(d, b, Control(), RATE, d.point(b.indices))
     d.step(b, Control(), RATE)
     assert len(seen) == 6
     for mine, theirs in zip(seen[:3], seen[3:], strict=True):
@@ -422,7 +415,7 @@ def test_verify_leaves_the_driver_as_it_is(case: Case) -> None:
             return self.net(x)
 
     d, b = prepared(case, SETTINGS["momentum"], model=Counting()), steps(1)[0]
-    d.kept["best"], d.stopped = {"model": {}, "optimizer": {}}, "why not"
+    d.kept["best"], d.stopped = d.snapshot().network(), "why not"
     d.model.eval()
     d.parameters[0].grad = torch.ones_like(d.parameters[0])
     snapshot, before, meter, counts, ball = d.snapshot(), trace(d.model), d.meter, d.meter.copy(), d.ball
@@ -499,19 +492,20 @@ def test_samples_that_carry_nothing_yet_have_no_direction() -> None:
     d, b = prepared(case, SETTINGS["momentum"]), steps(1)[0]
     index = torch.tensor([3, 40, 0, 7, 1, 6])  # of 6 samples that carry something, three
     compare(d, case, b._replace(indices=index))
-    e = _direction(d, b._replace(indices=index), state(d, b._replace(indices=index)), 0, 0)
-    assert [bool(row.any()) for row in e.rows["delta"]] == [True, False, True, False, True, False]
+    e = _direction(d.point(index), 0, 0)
+    assert [bool(row.any()) for row in e.rows["delta"].values] == [True, False, True, False, True, False]
     assert e.dot(e) == pytest.approx(1)
 
 
-def test_names_that_a_state_lacks_count_as_zero_in_inner_products() -> None:
+def test_what_one_of_two_states_lacks_counts_as_zero() -> None:
     d, b = prepared(PLAIN["atta"], SETTINGS["plain"]), steps(1)[0]
-    z = state(d, b)
-    less = z._replace(rows={})
-    assert less.dot(z) == pytest.approx(sum(float(t.square().sum()) for t in z.parameters))
-    assert same(less.plus(z, -1).tensors(), [torch.zeros_like(t) for t in z.parameters])
-    with pytest.raises(KeyError, match="delta"):
-        z.dot(less)
+    z = d.point(b.indices).copy()
+    less, delta = replace(z, rows={}), z.rows["delta"].values
+    theta = sum(float(t.square().sum()) for t in z.parameters)
+    assert less.dot(z) == z.dot(less) == pytest.approx(theta)
+    assert same(z.plus(less, -1).tensors(), [*(torch.zeros_like(t) for t in z.parameters), delta])
+    assert same(less.plus(z, -1).tensors(), [*(torch.zeros_like(t) for t in z.parameters), -delta])
+    assert same(less.plus(z).index, b.indices)
 
 
 def test_anything_but_float64_is_refused_with_what_to_do() -> None:

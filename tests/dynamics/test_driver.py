@@ -26,7 +26,7 @@ from controlat.dynamics.driver import Driver, SGDSettings, Step
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot
+from controlat.dynamics.state import State
 from controlat.methods import Batch, Context, Update
 from controlat.methods.pgd_at import PgdAT
 from controlat.pmp import criterion
@@ -76,7 +76,7 @@ def test_the_random_state_of_the_caller_plays_no_part_and_is_left_alone() -> Non
     assert same(*found)
 
 
-def after(driver: Driver, spec: RunSpec, epoch: int, batch: int = 0) -> tuple[Snapshot, list[Step]]:
+def after(driver: Driver, spec: RunSpec, epoch: int, batch: int = 0) -> tuple[State, list[Step]]:
     steps = list(rollout(driver, spec, epoch=epoch, batch=batch))
     return driver.snapshot(), steps
 
@@ -117,8 +117,8 @@ def test_a_snapshot_does_not_follow_the_driver() -> None:
     assert not same(snapshot, driver.snapshot())
 
 
-def recorded(driver: Driver, p: RunSpec, stride: int) -> tuple[dict[int, Snapshot], list[Step]]:
-    store: dict[int, Snapshot] = {}
+def recorded(driver: Driver, p: RunSpec, stride: int) -> tuple[dict[int, State], list[Step]]:
+    store: dict[int, State] = {}
     steps = list(rollout(driver, p, record=store.__setitem__, stride=stride))
     return store, steps
 

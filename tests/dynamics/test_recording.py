@@ -24,15 +24,16 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
 from controlat.data._stream import Streamed
 from controlat.dynamics.driver import Driver, SGDSettings, Step
-from controlat.dynamics.recording import Recording, Visit, _size, _strides
+from controlat.dynamics.recording import Recording, Visit, _size
 from controlat.dynamics.rollout import rollout
+from controlat.dynamics.rows import gather
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import Snapshot, gather
+from controlat.dynamics.state import Rest, State
+from controlat.dynamics.strides import strides
 from controlat.methods import (
     Batch,
     Context,
     Epoch,
-    Rows,
     Update,
 )
 
@@ -89,23 +90,23 @@ def advance(d: Driver, spec: RunSpec, number: int) -> None:
         pass
 
 
-def reference(d: Driver, spec: RunSpec) -> tuple[list[Snapshot], Snapshot, list[Step], list[Batch]]:
+def reference(d: Driver, spec: RunSpec) -> tuple[list[State], State, list[Step], list[Batch]]:
     """The whole state before every step, and the end; batches as they come."""
-    states: list[Snapshot] = []
+    states: list[State] = []
     steps = list(rollout(d, spec, record=lambda number, _: states.append(d.snapshot())))
     batches = [b for e in range(spec.epochs) for b in spec.batches(e)]
     return states, d.snapshot(), steps, batches
 
 
-def agrees(d: Driver, visit: Visit, states: list[Snapshot], batches: list[Batch], spec: RunSpec) -> None:
+def agrees(d: Driver, visit: Visit, states: list[State], batches: list[Batch], spec: RunSpec) -> None:
     """All of the state is as it was, of rows those of the samples that the step touches."""
     expected, b = states[visit.number], batches[visit.number]
     assert same(visit.batch[:5], b[:5])
     assert (visit.control, visit.rate) == (spec.control(b), spec.learning_rate(b.epoch, b.number))
-    assert same(d.snapshot()._replace(rows={}), expected._replace(rows={}))
+    assert same(replace(d.snapshot(), rows={}), replace(expected, rows={}))
     assert set(d.rows) == set(expected.rows)
     for name, store in d.rows.items():
-        found = gather(Rows(expected.rows[name]["values"], expected.rows[name]["seen"]), b.indices)
+        found = gather(expected.rows[name], b.indices)
         assert same(gather(store, b.indices), found)
 
 
@@ -180,12 +181,12 @@ def test_windows_of_methods_that_carry_something(name: str, first: int, last: in
 def test_only_rows_that_are_touched_are_stored() -> None:
     d, spec = setup(CASES["atta"])
     rec = Recording.of(d, spec, stride=2)
-    stored = {n: s.rows["delta"] for n, s in rec.stored.items() if s.rows}
+    stored = {n: z for n, z in rec.stored.items() if z.rows}
     assert sorted(stored) == [2, 4, 6, 8]
-    for n, rows in stored.items():
+    for n, z in stored.items():
         touched = spec.indices(n, n + 2)
-        assert same(rows["index"], touched)
-        assert len(rows["values"]) == len(touched)
+        assert same(z.index, touched)
+        assert len(z.rows["delta"].values) == len(touched)
 
 
 def test_a_run_goes_on_where_a_recorded_window_ended() -> None:
@@ -251,22 +252,22 @@ def test_a_method_that_has_stopped_leaves_nothing_to_record() -> None:
 # ------------------------------------------------------------------------------------------------------ limit
 
 
-def held(*states: Snapshot) -> int:
+def held(*states: State) -> int:
     """Bytes of all tensors, each counted once."""
     sizes: dict[int, int] = {}
 
     def walk(value: object) -> None:
         if isinstance(value, Tensor):
             sizes[id(value)] = value.numel() * value.element_size()
-        for part in value.values() if isinstance(value, dict) else value if _listed(value) else ():  # type: ignore[attr-defined]
+        if isinstance(value, (State, Rest)):
+            value = vars(value)
+        if isinstance(value, dict):
+            value = list(value.values())
+        for part in value if isinstance(value, (list, tuple)) else ():
             walk(part)
 
     walk(states)
     return sum(sizes.values())
-
-
-def _listed(value: object) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "atta reset", "fast previous"])
@@ -340,10 +341,10 @@ def test_whether_a_plan_fits_can_be_asked_before_it_is_run(case: Case) -> None:
     with pytest.raises(ValueError, match=r"24 states of .* do not fit") as run:
         Recording.of(d, spec, limit=7.5 * size)
     assert str(asked.value) == str(run.value)
-    for n, strides in answers.items():
+    for n, nested in answers.items():
         d.restore(before)
         rec = Recording.of(d, spec, limit=(n + 0.5) * size)
-        assert (rec.stride, *rec.finer) == strides
+        assert (rec.stride, *rec.finer) == nested
     assert Recording.check(d, spec, first=2, last=8, stride=3, limit=1) == (3, 1)
 
 
@@ -372,7 +373,7 @@ def alive(d: Driver) -> list[int]:
     taken: list[weakref.ref[Tensor]] = []
     snapshot = d.snapshot
 
-    def take(touched: Tensor | None = None) -> Snapshot:
+    def take(touched: Tensor | None = None) -> State:
         found = snapshot(touched)
         taken.append(weakref.ref(next(iter(found.model.values()))))
         counts.append(sum(t() is not None for t in taken))
@@ -420,25 +421,25 @@ def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> No
 @settings(max_examples=40, deadline=None)
 def test_no_more_states_are_held_than_the_limit_allows(steps: int, allowed: int, data: st.DataObject) -> None:
     d, spec = driver(Counting()), planned(Control(), epochs=14)
-    limit, strides = (allowed + 0.5) * _size(d, spec, 0), _strides(steps, allowed)
+    limit, nested = (allowed + 0.5) * _size(d, spec, 0), strides(steps, allowed)
     counts = alive(d)
-    if not strides:
+    if not nested:
         with pytest.raises(ValueError, match="do not fit"):
             Recording.of(d, spec, last=steps, limit=limit)
         return
     rec = Recording.of(d, spec, last=steps, limit=limit)
-    assert (rec.stride, *rec.finer) == strides
+    assert (rec.stride, *rec.finer) == nested
     again = called(d, "step")
     until = data.draw(st.integers(0, steps))
     assert [v.number for v in rec.backward(until)] == list(range(until, steps))[::-1]
-    assert len(again) <= (len(strides) - 1) * steps
+    assert len(again) <= (len(nested) - 1) * steps
     assert [v.number for v in rec.forward()] == list(range(steps))
     again.clear()
     number = data.draw(st.integers(0, steps - 1))
     assert rec.at(number).number == number
     assert len(again) == number % rec.stride  # however many levels there are
     assert max(counts) <= allowed
-    if len(strides) > 1:
+    if len(nested) > 1:
         for _ in rec.backward():
             own = d.snapshot()  # there is room for one of the visitor's
             del own
@@ -457,24 +458,24 @@ def least(steps: int, levels: int) -> int:
 @settings(deadline=None)
 def test_strides_are_the_fewest_and_then_the_smallest_that_fit(steps: int, states: int) -> None:
     found = [k for k in range(1, 9) if least(steps, k) + 1 + (k > 1) <= states]
-    strides = _strides(steps, states)
-    assert len(strides) == min(found, default=0)
-    free = states - 1 - (len(strides) > 1)
-    for below, stride in zip(reversed(range(len(strides))), strides, strict=True):
+    nested = strides(steps, states)
+    assert len(nested) == min(found, default=0)
+    free = states - 1 - (len(nested) > 1)
+    for below, stride in zip(reversed(range(len(nested))), nested, strict=True):
         if below:
             fits = (s for s in range(1, steps + 1) if -(-steps // s) + least(s, below) - 1 <= free)
             assert stride == next(fits)
         free -= -(-steps // stride) - 1
         assert free >= 1
         steps = stride
-    assert steps == 1 or not strides
+    assert steps == 1 or not nested
 
 
 def test_a_long_run_fits_in_few_states() -> None:
     """Of a large network: 60 epochs of 391 steps in 24 states of 85 MiB."""
-    assert _strides(11_730, 24) == (1676, 419, 105, 27, 9, 3, 1)
-    assert [len(_strides(11_730, n)) for n in (11_731, 218, 80, 40)] == [1, 2, 3, 5]
-    assert _strides(10**7, 40)
+    assert strides(11_730, 24) == (1676, 419, 105, 27, 9, 3, 1)
+    assert [len(strides(11_730, n)) for n in (11_731, 218, 80, 40)] == [1, 2, 3, 5]
+    assert strides(10**7, 40)
 
 
 def test_states_at_every_level_have_the_rows_of_the_steps_that_they_serve() -> None:
@@ -489,10 +490,11 @@ def test_states_at_every_level_have_the_rows_of_the_steps_that_they_serve() -> N
 
 def test_a_stretch_over_several_epochs_has_every_row_once() -> None:
     d, spec = setup(CASES["atta"])
-    rows = Recording.of(d, spec, stride=4).stored[4].rows["delta"]
+    z = Recording.of(d, spec, stride=4).stored[4]
     used = torch.cat([spec.order(1)[1], spec.order(1)[2], spec.order(2)[0], spec.order(2)[1]])
-    assert rows["index"].tolist() == sorted(set(used.tolist()))
-    assert len(rows["values"]) == len(rows["index"]) < len(used)
+    assert z.index is not None
+    assert z.index.tolist() == sorted(set(used.tolist()))
+    assert len(z.rows["delta"].values) == len(z.index) < len(used)
 
 
 def test_a_visitor_that_leaves_early_leaves_no_state_behind() -> None:

@@ -11,10 +11,10 @@ from systems import PLAIN, Case, batch, constant, driver
 from torch import Tensor, nn
 
 from controlat import Ball, pgd
-from controlat.dynamics.adjoint import verify
+from controlat.dynamics import verify
 from controlat.dynamics.recording import Recording
 from controlat.pmp import AdversarialLoss
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 
 every = pytest.mark.parametrize("kind", KINDS)
 plain = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
@@ -105,7 +105,7 @@ def test_costates_of_a_whole_run_leave_the_network(kind: str) -> None:
     phi = AdversarialLoss(*split(8, (1, 4, 4), seed=9).take(torch.arange(8)), Ball(0.1), steps=2)
     recording = Recording.of(d, p)
     before = {n: id(t) for n, t in places(d.model)}
-    swept = list(sweep(recording, phi))
+    swept = list(backward(recording, phi))
     assert len(swept) == 2
     assert all(s.norms[2] > 0 for s in swept)
     assert {n: id(t) for n, t in places(d.model)} == before

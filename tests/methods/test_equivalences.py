@@ -667,8 +667,8 @@ def test_cat_grows_stronger_when_validation_stops_improving_and_puts_the_best_st
         found.append(k)
         assert last <= k <= last + 1
         if k > last:
-            assert same(d.model.state_dict(), d.kept["best"]["model"])
-            assert same(d.sgd.state_dict()["state"], d.kept["best"]["optimizer"]["state"])
+            assert same(d.model.state_dict(), d.kept["best"].model)
+            assert same(d.sgd.state_dict()["state"], d.kept["best"].optimizer["state"])
             assert int(d.memory["waited"]) == 0
         last = k
     assert found[0] == 0
@@ -772,7 +772,7 @@ def test_cat_looks_at_the_best_network_anew_when_it_grows() -> None:
     for k in epochs(d, p):
         if k > last:
             assert d.memory["best"] >= 0
-            assert same(d.model.state_dict(), d.kept["best"]["model"])
+            assert same(d.model.state_dict(), d.kept["best"].model)
         last = k
     assert last == 3
 

@@ -18,7 +18,7 @@ from controlat.dynamics.recording import Recording
 from controlat.methods import build
 from controlat.models.frozen.asking import check_logits
 from controlat.models.frozen.view import FrozenModel
-from controlat.pmp import AdversarialLoss, relaxed, sweep
+from controlat.pmp import AdversarialLoss, backward, relaxed
 from controlat.robust_accuracy import protocol
 from controlat.robust_accuracy.source import Pair
 
@@ -197,7 +197,7 @@ def test_costates_of_a_model_that_works_in_place() -> None:
     for inplace in (True, False):
         recording = _record(_network(inplace, False).double())
         terminal = AdversarialLoss(*split(6, classes=2).take(torch.arange(6)), Ball(0.1), steps=1)
-        swept = list(sweep(recording, terminal, meter=Meter()))
+        swept = list(backward(recording, terminal, meter=Meter()))
         found.append([step.norms for step in swept])
         found[-1].append(relaxed(recording, {0: Control(alpha=0.05, steps=2)}, 0.5, terminal).phi)
     assert found[0] == found[1]

@@ -27,7 +27,7 @@ from controlat import (
 from controlat.app.trainer import place
 from controlat.attacks.inner_problem import inner_problem
 from controlat.control.space import Control
-from controlat.dynamics.adjoint import pullback, state, verify
+from controlat.dynamics import pullback, verify
 from controlat.models.frozen.layout import LayoutWarning
 from controlat.models.frozen.view import FrozenModel, runs_channels_last
 from controlat.pmp import AdversarialLoss
@@ -42,7 +42,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 
 def costate(net: nn.Module) -> Any:
     d = driver(PLAIN["pgd_at"], net)
-    return pullback(d, batch(), Control(**U), 0.1, state(d, batch()))
+    return pullback(d, batch(), Control(**U), 0.1, d.point(batch().indices))
 
 
 # Everything public that is given a network, and may not change it.

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from controlat._util import rng
 from controlat.control.cost import Meter
 from controlat.data import Split
-from controlat.dynamics.adjoint import pullback, state, verify
+from controlat.dynamics.adjoint import pullback
 from controlat.dynamics.driver import Driver, SGDSettings
+from controlat.dynamics.finite_differences import verify
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.methods import Batch
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.terminal import AdversarialLoss, Weighted, differentiated
 
 
@@ -168,7 +169,7 @@ def test_costates_are_minus_the_gradient_of_phi_through_training(
     rec = Recording.of(d, planned(case.control()), stride=4)
     value, (other, points) = PHI.value(d), (twin := network(make), trained_on(twin))
     list(rollout(driver(case, other, optimizer=o, channels_last=False), rec.spec))
-    *_, s = sweep(rec, PHI)
+    *_, s = backward(rec, PHI)
     assert s.dropped == ()
     visit = s.visit
     before = pullback(d, visit.batch, visit.control, visit.rate, s.costates[rec.last]).costate
@@ -207,7 +208,7 @@ def test_verify_sees_running_statistics() -> None:
     d = driver(PLAIN["pgd_at"], network(), channels_last=False)
     x, y = samples(6, SIZE)
     b, u = Batch(0.2 + 0.6 * x, y, torch.arange(6), 0, 0), PLAIN["pgd_at"].control()
-    assert len(state(d, b).statistics) == 6
+    assert len(d.point(b.indices).statistics) == 6
     found = verify(d, b, u, 0.1, directions=4)
     assert found.dropped == ()
     assert found.share < 1e-7
@@ -221,7 +222,7 @@ def test_checkpointing_changes_neither_training_nor_costates(make: Callable[[], 
         d = driver(PLAIN["pgd_at"], network(make, kind), channels_last=False)
         rec = Recording.of(d, planned(PLAIN["pgd_at"].control()), stride=4)
         ends.append(rec.end)
-        *_, s = sweep(rec, PHI)
+        *_, s = backward(rec, PHI)
         costates.append(s.costates[rec.last])
     assert same(*ends)
     for a, b in zip(*(p.tensors() for p in costates), strict=True):
@@ -243,7 +244,7 @@ def test_a_terminal_cost_without_statistics_is_named() -> None:
     rec = Recording.of(d, planned(PLAIN["pgd_at"].control()))
     own = Own(PHI.x, PHI.y, PHI.ball)
     for phi in (own, Weighted(((1.0, PHI), (0.5, own)))):
-        assert next(iter(sweep(rec, phi))).dropped == ("BatchNorm's running statistics (Phi)",)
+        assert next(iter(backward(rec, phi))).dropped == ("BatchNorm's running statistics (Phi)",)
     plain = driver(PLAIN["pgd_at"], channels_last=False)
     assert len(own.gradient(plain)) == len(plain.parameters) == len(PHI.gradient(plain))
     both = Weighted(((1.0, PHI), (0.5, replace(PHI, steps=0))))
@@ -280,7 +281,7 @@ def test_buffers_that_a_forward_pass_writes_to_otherwise_are_named(
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), layer, nn.Linear(16, CLASSES)).double()
     d = driver(PLAIN["pgd_at"], model, channels_last=False)
     rec = Recording.of(d, planned(PLAIN["pgd_at"].control()))
-    *_, last = sweep(rec, PHI)
+    *_, last = backward(rec, PHI)
     assert last.dropped == tuple(f"the buffer 2.{name}, which forward passes write to" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Costates of whole runs: against autograd through training and matrix powers; what sweeps promise."""
+"""Costates of whole runs: against autograd through training and matrix powers; what a backward pass is."""
 
 import itertools
 import json
@@ -20,11 +20,12 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
-from controlat.dynamics.adjoint import State, pullback, state
+from controlat.dynamics.adjoint import pullback
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
+from controlat.dynamics.state import State
 from controlat.methods import (
     Batch,
     Context,
@@ -34,7 +35,7 @@ from controlat.methods import (
 )
 from controlat.methods.pgd_at import PgdAT
 from controlat.pmp.candidates import Grid
-from controlat.pmp.costate import Costate, Swept, momentum_tail, sweep
+from controlat.pmp.costate import CostateStep, backward, momentum_tail, terminal_costate
 from controlat.pmp.hamiltonian import Gains, _by_gradients, _by_steps, gains
 from controlat.pmp.terminal import AdversarialLoss
 
@@ -64,19 +65,15 @@ def recorded(case: Case, o: SGDSettings = SETTINGS["heavy ball, decay"], **optio
     return Recording.of(d, planned(case.control()), **{"stride": 4, **options})
 
 
-def copied(z: State) -> State:
-    return z.like([t.clone() for t in z.tensors()])
-
-
-def swept(rec: Recording, *arguments: Any, **options: Any) -> dict[int, Swept]:
-    """All that a sweep yields, by the number of the step."""
+def passed(rec: Recording, *arguments: Any, **options: Any) -> dict[int, CostateStep]:
+    """All that a backward pass yields, by the number of the step."""
     found = {}
-    for s in sweep(rec, *arguments, **options):
-        found[s.visit.number] = s._replace(costates={h: copied(p) for h, p in s.costates.items()})
+    for s in backward(rec, *arguments, **options):
+        found[s.visit.number] = s._replace(costates={h: p.copy() for h, p in s.costates.items()})
     return found
 
 
-def vector(p: State | Costate) -> Tensor:
+def vector(p: State) -> Tensor:
     return flat([*p.parameters, *p.momentum])
 
 
@@ -137,9 +134,9 @@ def test_costates_are_minus_the_gradient_of_phi_through_training(o: SGDSettings)
     assert len(given) == total == 6
     assert len({rate for *_, rate in given}) == total
     value, seen = PHI.value(d), 0
-    for s in sweep(rec, PHI):
+    for s in backward(rec, PHI):
         visit, p = s.visit, s.costates[total]
-        z = state(d, visit.batch)
+        z = d.point(visit.batch.indices)
         before = pullback(d, visit.batch, visit.control, visit.rate, p).costate
         phi, found = unrolled(d, z, given[visit.number :], x)
         assert phi == pytest.approx(value, rel=1e-12)
@@ -229,7 +226,7 @@ def test_a_quadratic_has_costates_in_closed_form(o: SGDSettings, stop: int | Non
     left = worth_of_the_buffer(o, [RATE] * (24 - end)) if o.momentum else 0.0
     assert (left < 0) == bool(stop and o.momentum)
     last = torch.cat([-phi.c, -left * phi.c], 1)
-    found = swept(rec, phi)
+    found = passed(rec, phi)
     assert sorted(found) == list(range(end))
     for number, s in found.items():
         p = torch.cat([s.costates[end].parameters[0], *s.costates[end].momentum], 1)
@@ -246,7 +243,7 @@ def test_windows_end_with_what_the_buffer_will_do_and_begin_anew(o: SGDSettings,
     rec, phi, hessian = quadratic(o, first=first)
     m = stepper(o, hessian, RATE)
     horizons = (1, 5, 9)
-    for number, s in swept(rec, phi, horizons).items():
+    for number, s in passed(rec, phi, horizons).items():
         assert sorted(s.costates) == list(horizons)
         for h, q in s.costates.items():
             end = min(first + ((number - first) // h + 1) * h, 24)
@@ -278,7 +275,7 @@ def test_at_the_end_of_training_the_buffer_is_worth_nothing() -> None:
         rec = recorded(PLAIN["pgd_at"], o)
         assert momentum_tail(rec, rec.last) == 0
         gradient = PHI.gradient(rec.driver)
-        p = Costate.terminal(rec.driver, gradient, 0.0)
+        p = terminal_costate(rec.driver, gradient, 0.0)
         assert same(p.parameters, [-g for g in gradient])
         assert len(p.momentum) == (len(gradient) if o.momentum else 0)
         assert not any(t.any() for t in p.momentum)
@@ -311,11 +308,11 @@ class Halving(PgdAT):
 def test_what_a_hook_does_in_place_is_named(memory: bool, name: str) -> None:
     d = driver(Halving(memory=memory), linear(), channels_last=False)
     rec = Recording.of(d, planned(Control(alpha=0.05, steps=2), epochs=3))
-    last = list(sweep(rec, PHI))[-1]
+    last = list(backward(rec, PHI))[-1]
     assert last.dropped == (f"what the method did to {name} between epochs",)
 
 
-# ----------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------ the backward pass
 
 
 @pytest.mark.parametrize("name", ["pgd_at", "free", "atta"])
@@ -327,10 +324,10 @@ def test_several_horizons_in_one_pass_are_those_of_each_alone(name: str, first: 
         pass
     rec = Recording.of(d, spec, first=first, stride=4)
     whole = rec.last - first
-    together = swept(rec, PHI, (4, 1, 2, whole, 2))
+    together = passed(rec, PHI, (4, 1, 2, whole, 2))
     assert sorted(together) == list(range(first, rec.last))
     for h in (1, 2, 4, whole):
-        alone = swept(rec, PHI, [h])
+        alone = passed(rec, PHI, [h])
         assert sorted(alone) == sorted(together)
         for number, s in alone.items():
             assert list(s.costates) == list(s.norms) == [h]
@@ -346,8 +343,8 @@ def test_several_horizons_in_one_pass_are_those_of_each_alone(name: str, first: 
 def test_looking_at_some_steps_gives_what_looking_at_all_gives(name: str, looked: tuple[int, ...]) -> None:
     rec, horizons = recorded(CASES[name]), (1, 3, 6)
     meters = Meter(), Meter()
-    every = swept(rec, PHI, horizons, meter=meters[0])
-    some = swept(rec, PHI, horizons, looked=looked, meter=meters[1])
+    every = passed(rec, PHI, horizons, meter=meters[0])
+    some = passed(rec, PHI, horizons, looked=looked, meter=meters[1])
     assert min(some) == min(looked)
     for number in looked:
         assert sorted(some[number].costates) == list(horizons)
@@ -367,7 +364,7 @@ def test_what_is_looked_at_is_compared_a_few_times_for_each_step_however_long_th
         d = driver(PLAIN["pgd_at"], optimizer=SETTINGS["plain"], channels_last=False)
         rec = Recording.of(d, planned(Control(alpha=0.1, steps=1), 3, epochs=steps))
         looked = [Counted(n) for n in range(steps)]
-        return Counted.during(lambda: list(sweep(rec, PHI, (1, 4), looked=looked)))
+        return Counted.during(lambda: list(backward(rec, PHI, (1, 4), looked=looked)))
 
     short, long = compared(32), compared(128)
     assert short > 0
@@ -376,7 +373,7 @@ def test_what_is_looked_at_is_compared_a_few_times_for_each_step_however_long_th
 
 def test_looking_at_nothing_costs_nothing() -> None:
     rec, meter = recorded(PLAIN["pgd_at"]), Meter()
-    assert swept(rec, PHI, (1, 3), looked=(), meter=meter) == {}
+    assert passed(rec, PHI, (1, 3), looked=(), meter=meter) == {}
     assert meter == Meter()
 
 
@@ -386,7 +383,7 @@ def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: st
     rec = recorded(CASES[name], o, stride=1)
     d, spec = rec.driver, rec.spec
     rates = [spec.learning_rate(*divmod(number, 3)) for number in range(6)]
-    for number, s in swept(rec, PHI, [1]).items():
+    for number, s in passed(rec, PHI, [1]).items():
         visit = rec.at(number)
         d.step(visit.batch, visit.control, visit.rate)
         p, gradient = s.costates[1], flat(PHI.gradient(d))
@@ -407,30 +404,30 @@ def test_a_costate_that_is_not_finite_is_an_error_with_step_and_horizon() -> Non
         d.parameters[0].zero_()
     rec = Recording.of(d, constant(Control(), 32, epochs=1, rate=1e60))
     phi = Linear(torch.ones(CLASSES, 16, dtype=torch.float64))
-    steps = sweep(rec, phi, (2, 8))
+    steps = backward(rec, phi, (2, 8))
     assert [next(steps).visit.number for _ in range(3)] == [7, 6, 5]
     with pytest.raises(NonFiniteError, match=r"costate after step 4 \(horizon 8\) is not finite"):
         next(steps)  # 1e122 is finite, the square of 1e183 is not
-    assert len(list(sweep(rec, phi, (1, 2)))) == 8
+    assert len(list(backward(rec, phi, (1, 2)))) == 8
     with pytest.raises(NonFiniteError, match=r"after step 7 \(horizon 1\)"):
-        next(sweep(rec, Linear(torch.full((CLASSES, 16), torch.nan).double()), (1, 2)))
+        next(backward(rec, Linear(torch.full((CLASSES, 16), torch.nan).double()), (1, 2)))
 
 
 @pytest.mark.parametrize("h", [0, -3, 2.5, "3"])
 def test_horizons_below_one_step_are_refused(h: Any) -> None:
     with pytest.raises(ValueError, match=f"a horizon must be a whole number of at least one step, got {h!r}"):
-        next(sweep(recorded(PLAIN["pgd_at"]), PHI, (2, h)))
+        next(backward(recorded(PLAIN["pgd_at"]), PHI, (2, h)))
 
 
 @pytest.mark.parametrize("looked", [(99,), (-1, 2)])
 def test_steps_that_the_roll_out_does_not_have_are_refused(looked: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"the roll-out has the steps 0\.\.5, not"):
-        next(sweep(recorded(PLAIN["pgd_at"]), PHI, looked=looked))
+        next(backward(recorded(PLAIN["pgd_at"]), PHI, looked=looked))
 
 
 def test_a_horizon_beyond_the_roll_out_is_the_roll_out() -> None:
     rec = recorded(PLAIN["pgd_at"])
-    mine, theirs = swept(rec, PHI, (100,)), swept(rec, PHI)
+    mine, theirs = passed(rec, PHI, (100,)), passed(rec, PHI)
     for number, s in mine.items():
         (p,) = s.costates.values()
         assert same(p, theirs[number].costates[6])
@@ -442,12 +439,12 @@ def test_a_consumer_may_move_the_driver_which_is_put_back(case: Case) -> None:
     rec = recorded(case)
     d, meter, counts = rec.driver, rec.driver.meter, rec.driver.meter.copy()
     with rec.put_back():
-        still = swept(rec, PHI, (2, 6))
+        still = passed(rec, PHI, (2, 6))
     moved = {}
     with rec.put_back():
-        for s in sweep(rec, PHI, (2, 6)):
+        for s in backward(rec, PHI, (2, 6)):
             assert d.meter is meter
-            moved[s.visit.number] = s._replace(costates={h: copied(p) for h, p in s.costates.items()})
+            moved[s.visit.number] = s._replace(costates={h: p.copy() for h, p in s.costates.items()})
             d.meter = Meter()
             d.step(rec.spec.batches(1).__next__(), s.visit.control, 0.3)
             d.meter = meter
@@ -467,7 +464,7 @@ def test_a_consumer_may_move_the_driver_which_is_put_back(case: Case) -> None:
 @pytest.mark.parametrize("name", ["pgd_at", "atta", "cat curriculum", "fast early stop", "free", "awp"])
 def test_the_driver_is_at_the_state_before_each_step(name: str) -> None:
     rec = recorded(CASES[name])
-    for s in sweep(rec, PHI, (2, 6)):
+    for s in backward(rec, PHI, (2, 6)):
         v = s.visit
         assert rec.driver.step(v.batch, v.control, v.rate) == rec.steps[v.number]
 
@@ -500,8 +497,9 @@ def test_what_is_forgotten_has_no_costate_before_that() -> None:
     """Steps of epoch 0 only: what samples carry there is lost, so that theta alone matters."""
     d = driver(Carrying(), optimizer=SETTINGS["plain"], channels_last=False)
     rec = Recording.of(d, planned(Control(steps=1), epochs=3))
-    found = swept(rec, PHI)
-    alive = {n: any(bool(t.any()) for t in s.costates[9].rows.values()) for n, s in found.items()}
+    found = passed(rec, PHI)
+    rows = {n: [r.values for r in s.costates[9].rows.values()] for n, s in found.items()}
+    alive = {n: any(bool(t.any()) for t in values) for n, values in rows.items()}
     assert [n for n, some in alive.items() if some] == [5, 4, 3]  # read again in epoch 2
     assert not any(alive[n] for n in (0, 1, 2))  # forgotten
     assert not any(alive[n] for n in (6, 7, 8))  # nobody reads it
@@ -514,14 +512,14 @@ GAINS = {name: CASES[name] for name in ("pgd_at", "pgd_at clean")}
 
 
 def scored(rec: Recording, grid: Grid = GRID, horizons: Sequence[int] = (2, 6)) -> list[Gains]:
-    return [gains(rec.driver, s.visit, s.costates, s.norms, grid) for s in sweep(rec, PHI, horizons)]
+    return [gains(rec.driver, s.visit, s.costates, s.norms, grid) for s in backward(rec, PHI, horizons)]
 
 
 @optimizers
 @pytest.mark.parametrize("case", GAINS.values(), ids=GAINS)
 def test_gains_from_gradients_are_those_from_steps(o: SGDSettings, case: Case) -> None:
     rec = recorded(case, o)
-    for s in sweep(rec, PHI, (1, 3, 6), looked=(2, 5)):
+    for s in backward(rec, PHI, (1, 3, 6), looked=(2, 5)):
         if s.visit.number not in (2, 5):
             continue
         short = _by_gradients(rec.driver, s.visit, s.costates, GRID, Meter())
@@ -538,7 +536,7 @@ def test_gains_from_gradients_are_those_from_steps(o: SGDSettings, case: Case) -
 def test_the_control_itself_comes_first_and_is_worth_nothing(case: Case) -> None:
     rec = recorded(case)
     d = rec.driver
-    for s in sweep(rec, PHI, (2, 6), looked=(1, 5)):
+    for s in backward(rec, PHI, (2, 6), looked=(1, 5)):
         if s.visit.number not in (1, 5):
             continue
         before, counts = d.snapshot(), d.meter.copy()
@@ -563,13 +561,13 @@ def test_the_control_itself_comes_first_and_is_worth_nothing(case: Case) -> None
 def test_cosines_are_those_of_vectors() -> None:
     rec = recorded(PLAIN["pgd_at"])
     d = rec.driver
-    for s in sweep(rec, PHI):
+    for s in backward(rec, PHI):
         g = gains(d, s.visit, s.costates, s.norms, GRID)
         before, (p,) = d.snapshot(), s.costates.values()
         ends = []
         for v in (g.controls[0], g.controls[-1]):
             d.step(s.visit.batch, v, s.visit.rate)
-            ends.append(vector(state(d, s.visit.batch)))
+            ends.append(vector(d.point(s.visit.batch.indices)))
             d.restore(before)
         moved = ends[1] - ends[0]
         cosine = float(moved @ vector(p) / moved.norm() / vector(p).norm())
@@ -580,7 +578,7 @@ def test_cosines_are_those_of_vectors() -> None:
 @every
 def test_evaluations_of_candidates_are_those_that_the_network_sees(case: Case) -> None:
     rec = recorded(case)
-    s = next(iter(sweep(rec, PHI)))
+    s = next(iter(backward(rec, PHI)))
     _, backwards = passes(rec.driver.model)
     meter = Meter()
     g = gains(rec.driver, s.visit, s.costates, s.norms, GRID, meter)
@@ -615,7 +613,7 @@ def test_gains_are_plain_data_and_come_back() -> None:
 
 
 @every
-def test_a_sweep_costs_five_evaluations_per_update_beside_the_attack(case: Case) -> None:
+def test_a_backward_pass_costs_five_evaluations_per_update_beside_the_attack(case: Case) -> None:
     """Taking steps again costs at most the run; the product runs the step once, and 2 for every pass.
 
     Step sizes change, so that no carried perturbation comes back to a clip: to measure that costs 2 more.
@@ -630,7 +628,7 @@ def test_a_sweep_costs_five_evaluations_per_update_beside_the_attack(case: Case)
         for x in _losses(rec.driver, b.batch, b.control, b.rate)
     ]
     rec.spent = Meter()
-    list(sweep(rec, PHI, meter=meter))
+    list(backward(rec, PHI, meter=meter))
     phi = (PHI.steps + 1) * len(PHI.x)
     attacks = run - rec.steps[0].spent.gradients - sum(points)  # the first step needs no product
     assert meter.gradients == phi + attacks + 3 * sum(points)
@@ -658,18 +656,18 @@ def _losses(d: Driver, batch: Batch, u: Control, rate: float) -> list[Tensor]:
 
 def test_stride_one_takes_nothing_again() -> None:
     rec = recorded(PLAIN["pgd_at"], stride=1)
-    list(sweep(rec, PHI))
+    list(backward(rec, PHI))
     assert rec.spent == Meter()
 
 
 def test_costates_of_two_horizons_share_the_step() -> None:
     rec = recorded(PLAIN["pgd_at"])
     one, both = Meter(), Meter()
-    list(sweep(rec, PHI, (6,), meter=one))
-    list(sweep(rec, PHI, (6, 6, 20), meter=both))
+    list(backward(rec, PHI, (6,), meter=one))
+    list(backward(rec, PHI, (6, 6, 20), meter=both))
     assert one == both
     both = Meter()
-    list(sweep(rec, PHI, (3, 6), meter=both))
+    list(backward(rec, PHI, (3, 6), meter=both))
     gradient = (PHI.steps + 1) * len(PHI.x)
     again = sum(s.samples for n, s in enumerate(rec.steps) if n not in (0, 3))
     assert both.gradients - one.gradients == gradient + 2 * again

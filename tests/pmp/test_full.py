@@ -27,8 +27,8 @@ from controlat.pmp import (
     Criterion,
     Grid,
     Trust,
+    backward,
     examine,
-    sweep,
     trust,
 )
 from controlat.pmp import (
@@ -321,10 +321,10 @@ def test_nothing_is_rolled_out_where_nothing_is_to_be_gained() -> None:
 
 @optimizers
 def test_cosines_and_growth_are_those_of_the_costates(o: SGDSettings) -> None:
-    """All steps looked at: the cosine by two steps taken by hand, ||p|| from the sweep itself."""
+    """All steps looked at: the cosine by two steps taken by hand, ||p|| from the backward pass itself."""
     r, terminal = recorded(PLAIN["free"], o), phi()
     found = examine(r, terminal, GRID, gamma=GAMMA)
-    norms = {s.visit.number: s.norms[6] for s in sweep(r, terminal)}
+    norms = {s.visit.number: s.norms[6] for s in backward(r, terminal)}
     assert found.growth == pytest.approx(norms[0] / norms[5])
     for block, cosine in zip(found.best(), found.cosines(), strict=True):
         members = [g for g in found.looked if found.blocks[g.number] == block.index]
@@ -337,15 +337,15 @@ def test_cosines_and_growth_are_those_of_the_costates(o: SGDSettings) -> None:
         assert -1 <= cosine <= 1
 
 
-def test_a_sweep_takes_no_step_again_before_the_first_that_is_looked_at() -> None:
+def test_a_backward_pass_takes_no_step_again_before_the_first_that_is_looked_at() -> None:
     r = recorded(PLAIN["pgd_at"])
     few = Recording.of(*system_of(r), stride=3)
     before = few.spent.gradients
-    swept = list(sweep(few, phi(), looked=[4]))
-    assert [s.visit.number for s in swept] == [5, 4]
+    passed = list(backward(few, phi(), looked=[4]))
+    assert [s.visit.number for s in passed] == [5, 4]
     per_step = sum(step.spent.gradients for step in r.steps) / 6
     assert few.spent.gradients - before == pytest.approx(2 * per_step, rel=0.5)  # steps 3 and 4, to be at 5
-    assert list(sweep(few, phi(), looked=[])) == []
+    assert list(backward(few, phi(), looked=[])) == []
 
 
 def system_of(r: Recording) -> tuple[Any, Any]:

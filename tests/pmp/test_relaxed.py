@@ -34,7 +34,7 @@ from controlat.methods.cat import Cat
 from controlat.methods.free import Free
 from controlat.methods.pgd_at import PgdAT
 from controlat.pmp.candidates import Grid
-from controlat.pmp.costate import sweep
+from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.objective import Outcome
 from controlat.pmp.relaxed import relaxed
@@ -83,7 +83,7 @@ def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID, h: flo
     price, whole = GAMMA * rec.spec.mean_rate(), rec.last - rec.first
     gap, others, looked, norms, dropped = 0.0, {}, {}, {}, ()
     with rec.put_back():
-        for s in sweep(rec, phi):
+        for s in backward(rec, phi):
             g = gains(rec.driver, s.visit, s.costates, s.norms, grid)
             value = g.value(whole, price)
             i = 1 + int(value[1:].argmax()) if len(value) > 1 else 0
@@ -168,7 +168,7 @@ def test_perturbations_that_meet_the_edge_of_the_ball_are_followed(name: str) ->
     """Steps of many sizes in a small ball: many pixels are clipped, none where a kink would be."""
     case = CASES[name]
     rec = recorded(case, SETTINGS["momentum"], eps=0.011)
-    store = rec.end.memory["delta"] if name != "atta" else rec.end.rows["delta"]["values"]
+    store = rec.end.memory["delta"] if name != "atta" else rec.end.rows["delta"].values
     clipped = (store.abs() > 0.011 - 1e-9).double().mean()
     assert 0.1 < clipped < 1
     check(mixing(rec, replace(PHI, ball=Ball(0.011)), Grid((0.0043, 0.0137), 1)))

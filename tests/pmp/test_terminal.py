@@ -33,12 +33,12 @@ from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal import (
-    TERMINALS,
     AdversarialLoss,
     Terminal,
     Weighted,
     build_terminal,
     described,
+    names,
     parse_terminal,
     try_terminal,
 )
@@ -269,11 +269,11 @@ def test_evaluations_are_those_that_the_network_sees(steps: int) -> None:
 
 
 def test_the_users_own_cost_serves_as_any_other() -> None:
-    from controlat.pmp.costate import sweep
+    from controlat.pmp.costate import backward
 
     d = driver(CASES["pgd_at"], channels_last=False)
     rec = Recording.of(d, constant(CASES["pgd_at"].control(), epochs=1))
-    last = next(iter(sweep(rec, Size())))
+    last = next(iter(backward(rec, Size())))
     theta = list(rec.end.model.values())
     assert same(last.costates[3].parameters, [-t for t in theta])
     assert last.dropped == ("nothing much",)
@@ -391,7 +391,7 @@ def test_a_terminal_cost_says_what_it_is() -> None:
 
 # ---------------------------------------------------------------------------------------------------- by name
 
-NAMES = st.sampled_from([*TERMINALS, "math:sqrt", "collections.abc:Mapping.get"])
+NAMES = st.sampled_from([*names(), "math:sqrt", "collections.abc:Mapping.get"])
 WEIGHTS = st.floats(0, 1e300, allow_subnormal=False)
 SPACE = st.sampled_from(["", " ", "  "])
 
@@ -432,7 +432,7 @@ def test_fractions_are_exact() -> None:
     )
 
 
-CHOICES = "choose from: adversarial, margin, clean, or give your own as package.module:factory"
+CHOICES = "choose from: adversarial, clean, margin, or give your own as package.module:factory"
 BAD_TEXTS = [
     ("", "terminal '' cannot be read from '' on; it must be a name or a sum of them with weights in front"),
     ("adverserial", f"unknown terminal cost 'adverserial'; did you mean 'adversarial'? {CHOICES}"),
@@ -484,7 +484,7 @@ def test_names_make_the_losses_that_they_name() -> None:
         "margin": phi(**usual, loss="margin"),
         "clean": phi(**usual | {"steps": 0}),
     }
-    assert set(expected) == set(TERMINALS)
+    assert set(expected) == set(names())
     for name, cost in expected.items():
         assert described(made(name)) == described(cost)
         assert made(name).value(d) == cost.value(d)

@@ -1,7 +1,7 @@
 """The parser of formulas: what it reads, and that it refuses everything else at once."""
 
+import contextlib
 import math
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from controlat.symbolic import formula
 from controlat.symbolic.formula import (
-    CONSTANTS,
     FUNCTIONS,
     THETA,
     FormulaError,
@@ -23,8 +22,15 @@ from controlat.symbolic.formula import (
     parameter_symbols,
     parse,
 )
+from controlat.symbolic.limits import TimeLimit, within
 
 R = sympy.Rational
+
+
+def _read(text: str) -> Any:
+    """What is read in this process, without limits and before it is differentiated."""
+    return formula._Reader(text, {"x": X}).expression()
+
 
 # ----------------------------------------------------------------------------------------------- what is read
 
@@ -100,18 +106,10 @@ def test_every_function_is_known_and_is_the_right_one(name: str) -> None:
     assert float(parse(f"{name}(0.3)")) == pytest.approx(found, rel=1e-14)
 
 
-def test_the_names_can_be_others() -> None:
-    t = sympy.Symbol("t", real=True)
-    assert parse("2*t", names={"t": t}) == 2 * t
-    with pytest.raises(FormulaError, match="names are t, pi;"):
-        parse("x", names={"t": t})
-    assert CONSTANTS["pi"] == sympy.pi
-
-
 def test_a_long_sum_a_long_product_and_deep_nesting_are_read() -> None:
     assert parse("+".join(["x"] * 150)) == 150 * X
     assert parse("*".join(["x"] * 150)) == X**150
-    assert parse("sin(" * 50 + "x" + ")" * 50).count(sympy.sin) == 50
+    assert _read("sin(" * 50 + "x" + ")" * 50).count(sympy.sin) == 50
 
 
 # ---------------------------------------------------------------------------- agreement with Python's numbers
@@ -181,25 +179,25 @@ REFUSED = [
     # not the language of formulas
     ("", 1),
     ("   ", 4),
-    ("__import__('os').system('true')", 1),
-    ("x.__class__", 2),
-    ("().__class__", 2),
+    ("__import__('os').system('true')", 12),
+    ("x.__class__", 1),
+    ("().__class__", 1),
     ("x[0]", 2),
-    ("lambda x: x", 1),
+    ("lambda x: x", 9),
     ("[x for x in x]", 1),
     ("{x}", 1),
     ("x; x", 2),
     ("x = 1", 3),
     ("x < 1", 3),
     ("x == 1", 3),
-    ("x if x else 1", 3),
-    ("x and x", 3),
+    ("x if x else 1", 1),
+    ("x and x", 1),
     ("'x'", 1),
     ('"x"', 1),
     ("x!", 2),
     ("factorial(9)", 1),
     ("x % 2", 3),
-    ("x // 2", 4),
+    ("x // 2", 1),
     ("x & 1", 3),
     ("x @ x", 3),
     ("~x", 1),
@@ -207,7 +205,7 @@ REFUSED = [
     ("x\x00", 2),
     ("x\u00a0", 2),
     ("x # no", 3),
-    ("f'{x}'", 1),
+    ("f'{x}'", 2),
     ("eval(x)", 1),
     ("exec(x)", 1),
     ("open(x)", 1),
@@ -230,20 +228,20 @@ REFUSED = [
     ("３", 1),
     ("ｘ", 1),
     ("x − 1", 3),
-    ("0x10", 2),
-    ("1_000", 2),
-    ("1j", 2),
+    ("0x10", 1),
+    ("1_000", 1),
+    ("1j", 1),
     # malformed
-    ("2x", 2),
+    ("2x", 1),
     ("2 x", 3),
     ("x theta", 3),
-    ("x(2)", 2),
-    ("(x)(x)", 4),
-    ("2(x)", 2),
+    ("x(2)", 1),
+    ("(x)(x)", 2),
+    ("2(x)", 1),
     ("1.2.3", 4),
     ("1..2", 3),
     (".", 1),
-    ("1e", 2),
+    ("1e", 1),
     ("x +", 4),
     ("* x", 1),
     ("x * / x", 5),
@@ -252,21 +250,21 @@ REFUSED = [
     ("(x", 1),
     ("((x)", 1),
     ("x)", 2),
-    ("()", 2),
+    ("()", 1),
     ("sin", 1),
-    ("sin x", 1),
+    ("sin x", 5),
     ("sin^2(x)", 1),
-    ("sin()", 5),
+    ("sin()", 1),
     ("sin(x, x)", 6),
     ("sin(x", 4),
     # too long, too deep, too many
     ("x" * 2001, 2001),
     ("1" + "+1" * 1000, 2001),
-    ("1" + "+1" * 999, 300),
+    ("1" + "+1" * 999, 1),
     ("(" * 51 + "x" + ")" * 51, 51),
     ("(" * 1999, 51),
-    ("-" * 51 + "x", 51),
-    ("x" + "^x" * 51, 102),
+    ("-" * 51 + "x", 52),
+    ("x" + "^x" * 51, 103),
     ("sin(" * 51 + "x" + ")" * 51, 204),
     # numbers
     ("9" * 41, 1),
@@ -277,26 +275,26 @@ REFUSED = [
     ("99e99", 1),
     ("0.1e-100", 1),
     # constants that are no real numbers, or not of reasonable size
-    ("9^9^9^9", 4),
-    ("9^9^9", 2),
-    ("9**99999", 2),
-    ("2^65", 2),
-    ("x^65", 2),
-    ("x^-65", 2),
-    ("x^64^2", 2),
-    ("10^(10^10)", 3),
-    ("1e60^2", 5),
-    ("1e60*1e60", 5),
-    ("1e-60/1e60", 6),
-    ("x*1e60*1e60", 7),
-    ("1e60*x*1e60", 7),
-    ("x*2^64*x*2^64*x*2^64*x*2^64*x*2^64*x*2^64", 37),
-    ("1/0", 2),
-    ("x/0", 2),
-    ("x/(x-x)", 2),
-    ("0^-1", 2),
-    ("1/(0.1+0.2-0.3)", 2),
-    ("x/sin(pi)", 2),
+    ("9^9^9^9", 3),
+    ("9^9^9", 1),
+    ("9**99999", 1),
+    ("2^65", 1),
+    ("x^65", 1),
+    ("x^-65", 1),
+    ("x^64^2", 1),
+    ("10^(10^10)", 1),
+    ("1e60^2", 1),
+    ("1e60*1e60", 1),
+    ("1e-60/1e60", 1),
+    ("x*1e60*1e60", 1),
+    ("1e60*x*1e60", 1),
+    ("x*2^64*x*2^64*x*2^64*x*2^64*x*2^64*x*2^64", 1),
+    ("1/0", 1),
+    ("x/0", 1),
+    ("x/(x-x)", 1),
+    ("0^-1", 1),
+    ("1/(0.1+0.2-0.3)", 1),
+    ("x/sin(pi)", 1),
     ("tan(pi/2)", 1),
     ("log(0)", 1),
     ("log(-1)", 1),
@@ -304,8 +302,8 @@ REFUSED = [
     ("log(sin(pi))", 1),
     ("sqrt(-1)", 1),
     ("sqrt(-4*x^2)", 1),
-    ("(-8)^(1/3)", 5),
-    ("(x-x-1)^0.5", 8),
+    ("(-8)^(1/3)", 1),
+    ("(x-x-1)^0.5", 1),
     ("asin(2)", 1),
     ("acos(x-x+2)", 1),
     ("exp(exp(exp(9)))", 5),
@@ -315,40 +313,35 @@ REFUSED = [
     ("1 - erf(30)", 5),
     ("sinh(1000)", 1),
     ("exp((1e-99*64/log(1e-99))^-1)", 1),
-    ("1e-90^4", 6),
-    ("1e-90*1e-90*1e-90*1e-90", 6),
-    ("sqrt(2)*sqrt(3) - sqrt(6) + sin(1)^2 + cos(1)^2", 38),
-    ("((1 + 1e-99)^(64/1e99))^x", 13),
-    ("((2^(1/61)+3^(1/59))^2-2^(2/61)-2*2^(1/61)*3^(1/59)-3^(2/59))*x", 52),
-    ("(x-x+9)^((x-x+9)^(x-x+9))", 8),
+    ("1e-90^4", 1),
+    ("1e-90*1e-90*1e-90*1e-90", 1),
+    ("sqrt(2)*sqrt(3) - sqrt(6) + sin(1)^2 + cos(1)^2", 1),
+    ("((1 + 1e-99)^(64/1e99))^x", 2),
+    ("((2^(1/61)+3^(1/59))^2-2^(2/61)-2*2^(1/61)*3^(1/59)-3^(2/59))*x", 2),
+    ("(x-x+9)^((x-x+9)^(x-x+9))", 1),
     ("sin(exp(1e50*sqrt(2) - 1.41421356237309504880e50))", 5),
-    ("sin(1e99*" * 6 + "1" + ")" * 6, 1),
     # powers that sympy would merge
-    ("(x^64)^5", 7),
-    ("(((x^2+1)^64+1)^4+1)^2", 16),
-    ("((2*x)^64)^64", 11),
+    ("(x^64)^5", 1),
+    ("(((x^2+1)^64+1)^4+1)^2", 2),
+    ("((2*x)^64)^64", 1),
     ("exp(1e9*log(2*x))", 1),
-    ("exp(1)^(1e9*log(2*x))", 7),
-    ("exp(1e9*x)^(log(2)/x)", 11),
-    ("2^(1e9*x + 1e9)*2^(-1e9*x)", 2),
-    ("(2*theta)^(1e9*x)", 10),
-    ("(2^(200*x))^(200/x)", 12),
+    ("exp(1)^(1e9*log(2*x))", 1),
+    ("2^(1e9*x + 1e9)*2^(-1e9*x)", 1),
+    ("(2*theta)^(1e9*x)", 1),
+    ("(2^(200*x))^(200/x)", 1),
     ("exp(64*log(3*exp(64*log(2*x))))", 1),
     ("exp(200*log(2^(200*x)))", 1),
     ("sinh(7e30*log(9*x))", 1),
     ("exp(1 + sin(1e9*log(2)))", 1),
-    ("exp(x + log(1 + 1e9*log(2)*x))", 1),
-    ("(theta/12345678901)^(9e9/12345678901234567890)", 20),
+    ("(theta/12345678901)^(9e9/12345678901234567890)", 1),
     ("sqrt(" * 20 + "x/3" + ")" * 20, 31),
 ]
 
 
 @pytest.mark.parametrize(("text", "position"), REFUSED, ids=lambda value: repr(value)[:40])
-def test_what_is_no_formula_is_refused_at_once_and_with_its_position(text: str, position: int) -> None:
-    began = time.process_time()
+def test_what_is_no_formula_is_refused_with_its_position(text: str, position: int) -> None:
     with pytest.raises(FormulaError) as caught:
         parse(text)
-    assert time.process_time() - began < 1
     message = str(caught.value)
     assert message.startswith("formula: ")
     assert f', at character {position} of "' in message
@@ -356,11 +349,11 @@ def test_what_is_no_formula_is_refused_at_once_and_with_its_position(text: str, 
     assert len(message) < 400
 
 
-SLOW = [
+READ = [
     "sqrt(1+" * 49 + "x" + ")" * 49,
     "1/(1+x*" * 49 + "x" + ")" * 49,
     "sin(x+sin(1e99*" * 24 + "1" + "))" * 24,
-    "sin(1e99*" * 4 + "sqrt(2)" + ")" * 4,
+    "sin(1e99*" * 6 + "sqrt(2)" + ")" * 6,
     "log(1+x*" * 49 + "x" + ")" * 49,
     "*".join(f"(x+{i})" for i in range(75)),
     "+".join(f"sqrt({i})" for i in range(2, 76)),
@@ -369,54 +362,60 @@ SLOW = [
     "x" + "^x" * 50,
     "2^(200*x)*2^(-200*x)",
     "exp(250*x*log(9e99*x))^(1/x)",
+    "exp(x + log(1 + 1e9*log(2)*x))",
     "log(sinh((1e99-sqrt(x+9e9))^64)*x)",
     "log(cosh((1e99-sqrt(x+9e9))^64)*tanh(log(sinh(x))^64)*x)",
     "erf(cosh(log(log(exp(((x+1e99)^2)^64)))))",
 ]
 
 
-@pytest.mark.parametrize("text", SLOW, ids=lambda value: repr(value)[:40])
-def test_hostile_formulas_that_are_allowed_take_less_than_a_second(text: str) -> None:
-    began = time.process_time()
-    parse(text)
-    assert time.process_time() - began < 1
+@pytest.mark.parametrize("text", READ, ids=lambda value: repr(value)[:40])
+def test_hostile_formulas_that_are_allowed_are_read_without_a_limit(text: str) -> None:
+    assert isinstance(_read(text), sympy.Expr)
 
 
-def test_high_powers_of_parameters_alone_are_refused() -> None:
-    symbols, known = parameter_symbols({"b": -1})
-    assert parse("(b - 9)^16 + (x + b)^64", symbols).subs(known).subs(X, 1) == 10**16
-    with pytest.raises(FormulaError, match="powers of powers of parameters alone multiply to 16 at most"):
-        parse("exp(asin((b - 9e9)^64))", symbols)
+@pytest.mark.parametrize("text", ["exp(1e9*x)^(log(2)/x)", "2^a*x^2"])
+def test_what_takes_too_long_is_refused_also_with_the_numbers_of_parameters(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formula, "SECONDS", 1)
+    symbols, known = parameter_symbols({"a": 9e99})
+    with pytest.raises(FormulaError, match="sympy does not come to an end with it in 1 seconds; write it in"):
+        parse(text, symbols, known)
+
+
+def test_what_cannot_be_differentiated_is_refused() -> None:
+    with pytest.raises(FormulaError, match=r"sympy fails on it .RecursionError.*; write it in simpler terms"):
+        parse("1/(1+x*" * 49 + "x" + ")" * 49)
+
+
+def test_a_deadline_of_the_caller_is_no_fault_of_the_formula() -> None:
+    with within(1e-9), pytest.raises(TimeLimit):
+        parse("x^2")
 
 
 def test_errors_say_what_is_allowed_and_what_to_write() -> None:
     symbols, _ = parameter_symbols({"a": 1})
+    names = "names are theta, x, pi, a; functions are log, ln, exp, sqrt"
     with pytest.raises(
-        FormulaError, match=r"'b' is not a name that is known, at character 7 of \"x \+ a\*b\";"
+        FormulaError, match=rf"'b' is not a name that is known, at character 7 of .*; {names}"
     ):
         parse("x + a*b", symbols)
-    with pytest.raises(FormulaError, match="names are theta, x, pi, a; functions are log, ln, exp, sqrt"):
-        parse("b", symbols)
-    with pytest.raises(FormulaError, match=r"write 2\*x$"):
-        parse("2x")
-    with pytest.raises(FormulaError, match=r"write 2\*exp\(...\)$"):
-        parse("2exp(x)")
-    with pytest.raises(FormulaError, match=r"write x\*\(...\)$"):
+    for text in ("2x", "2exp(x)", "sin x", "x theta", "(x"):
+        with pytest.raises(FormulaError, match=r'of ".*"; a product is written 2\*x, a function sin\(x\), a'):
+            parse(text)
+    with pytest.raises(FormulaError, match=r"'x' is not a function, .*; for a product write \*"):
         parse("x(2)")
-    with pytest.raises(FormulaError, match=r"write sin\(...\)$"):
-        parse("sin x")
+    with pytest.raises(
+        FormulaError, match=r"'θ\^65' has the exponent 65, at character 5 of .* at most 64 in"
+    ):
+        parse("θ^2+θ^65")
+    with pytest.raises(FormulaError, match=r"'sin' is a function, .*; write sin\(...\)$"):
+        parse("sin")
     with pytest.raises(FormulaError, match=r'of "\.\.\..{60}\.\.\.";'):
         parse("x+" * 40 + "y" + "+x" * 40)
     with pytest.raises(FormulaError, match="it must be a text, got a int"):
         parse(3)  # type: ignore[arg-type]
-
-
-def test_deep_stacks_of_the_caller_end_in_a_formula_error() -> None:
-    def down(levels: int) -> object:
-        return down(levels - 1) if levels else parse("sin(" * 40 + "x" + ")" * 40)
-
-    with pytest.raises(FormulaError, match="nested too deeply"):
-        down(800)
 
 
 _HARMLESS = (
@@ -428,13 +427,10 @@ _FRAGMENTS = st.sampled_from([*_HARMLESS.split(), *_HOSTILE.split(), *_SPACED])
 
 
 def _only_formula_errors(text: str) -> None:
-    symbols, _ = parameter_symbols({"a": 2})
-    began = time.process_time()
-    try:
-        parse(text, symbols)
-    except FormulaError as error:
-        assert ", at character " in str(error)  # noqa: PT017
-    assert time.process_time() - began < 1
+    symbols, known = parameter_symbols({"a": 2})
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(FormulaError):
+        patch.setattr(formula, "SECONDS", 3)
+        parse(text, symbols, known)
 
 
 @settings(max_examples=300, deadline=None)
@@ -457,7 +453,7 @@ def test_fragments_raise_formula_errors_only_and_execute_nothing(parts: list[str
 
 @settings(max_examples=150, deadline=None)
 @given(_formulas(depth=6))
-def test_large_formulas_take_less_than_a_second(text: str) -> None:
+def test_large_formulas_are_read_or_refused(text: str) -> None:
     _only_formula_errors(text)
 
 
@@ -467,7 +463,7 @@ def test_nothing_is_evaluated_by_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sympy.parsing.sympy_parser.parse_expr", forbidden)
     monkeypatch.setattr("builtins.eval", forbidden)
-    assert parse("2.5*x^2 + sin(theta)/3") == R(5, 2) * X**2 + sympy.sin(THETA) / 3
+    assert formula.read("2.5*x^2 + sin(theta)/3", {}, {}) == R(5, 2) * X**2 + sympy.sin(THETA) / 3
 
 
 # ------------------------------------------------------------------------------------------------- parameters
@@ -517,7 +513,7 @@ def test_symbols_of_parameters_have_the_signs_of_their_values() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["theta", "x", "t", "tau", "gamma", "theta_0", "T", "alpha", "K", "pi", "exp", "ln", *FUNCTIONS],
+    ["theta", "x", "t", "tau", "gamma", "theta_0", "T", "alpha", "K", "pi", "lambda", "is", *FUNCTIONS],
 )
 def test_names_with_a_meaning_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"a parameter cannot be called {name}: "):
@@ -539,4 +535,4 @@ def test_values_of_unreasonable_size_are_refused(value: object) -> None:
 def test_the_limits_are_the_ones_that_are_documented() -> None:
     found = formula.LENGTH, formula.DEPTH, formula.NODES, formula.DIGITS, formula.EXPONENT
     assert found == (2000, 50, 300, 40, 100)
-    assert (formula.HUGE, formula.POWER, formula.TOTAL) == (1e100, 64, 256)
+    assert (formula.HUGE, formula.POWER, formula.TOTAL) == (10**100, 64, 256)

@@ -36,9 +36,9 @@ class EvaluateSettings(Problem):
         probe: Training samples that the criterion is computed on.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
-        terminal: Terminal cost Phi on held-out samples: adversarial, margin, clean, a sum such as
-            adversarial+0.1*clean, or your own package.module:factory of (x, y, ball, seed) returning a
-            controlat.pmp.Terminal.
+        terminal: Terminal cost Phi on held-out samples: a file of controlat/pmp/terminal, your own
+            package.module:factory of (x, y, ball, seed) returning a controlat.pmp.Terminal, or a sum of them
+            such as adversarial+0.1*clean.
         attacks: Evaluation attacks: fgsm, pgd-20, pgd-50-10 (restarts), cw-30, cw-30-k50.
         autoattack: AutoAttack on this many test points too; 0 for none (pyautoattack; its cost is printed).
         surrogate: Checkpoint of a network trained independently, for transfer attacks.

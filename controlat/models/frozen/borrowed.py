@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODES", "alone", "in_mode", "merges", "owned", "replaced"]
+__all__ = ["MODES", "alone", "buffers_kept", "in_mode", "merges", "owned", "replaced"]
 
 MODES = ("eval", "train")
 
@@ -148,6 +148,11 @@ def replaced(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
             _fill(home, content)
         for m, weights in lists:
             m._flat_weights = weights
+
+
+def buffers_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Copies of the buffers in their place inside the block, so that their values are as before after it."""
+    return replaced(model, {id(b): b.detach().clone() for b in model.buffers()})
 
 
 def _fill(home: Any, content: Mapping[str, Any]) -> None:

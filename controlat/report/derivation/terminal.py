@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Sequence
 
-from controlat.symbolic.words import (
+from controlat.report.derivation.words import (
     CRITERION,
     QUANTITIES,
     WIDTH,
@@ -39,48 +37,22 @@ _COPIED = ("alpha", "theta", "K", "series", "J")
 _TALL = 11  # lines of a formula that is still drawn
 
 
-def _block(left: str, answer: Result) -> list[str]:
-    """Left side and drawn formula, lines of one width; the left side stands at the main fraction bar."""
+def _drawn(left: str, answer: Result) -> str:
+    """An equation as sympy draws it; on lines of text where that is too large."""
     lines = answer["drawn"].split("\n")
-    bars = [max(map(len, re.findall("─+", line)), default=0) for line in lines]
-    at = bars.index(max(bars)) if max(bars) else len(lines) - 1
-    width = max(map(len, lines))
-    if len(lines) > _TALL or width + len(left) > WIDTH - 6:
-        lines, at = textwrap.wrap(on_a_line(answer["text"]), WIDTH - 8 - len(left)), 0
-        width = max(map(len, lines))
-    return [
-        (f"{left} = " if i == at else " " * (len(left) + 3)) + s.ljust(width) for i, s in enumerate(lines)
-    ]
-
-
-def _beside(blocks: Sequence[list[str]]) -> str:
-    """Blocks side by side, aligned where their left sides stand, as many in a row as fit."""
-    rows: list[list[list[str]]] = []
-    for block in blocks:
-        if rows and sum(len(b[0]) + 5 for b in rows[-1]) + len(block[0]) < WIDTH - 3:
-            rows[-1].append(block)
-        else:
-            rows.append([block])
-    return "\n\n".join(map(_row, rows))
-
-
-def _row(blocks: Sequence[list[str]]) -> str:
-    at = [next(i for i, s in enumerate(b) if s[0] != " ") for b in blocks]
-    above, below = max(at), max(len(b) - i for b, i in zip(blocks, at, strict=True))
-    padded = [
-        [" " * len(b[0])] * (above - i) + b + [" " * len(b[0])] * (below - len(b) + i)
-        for b, i in zip(blocks, at, strict=True)
-    ]
-    return "\n".join("   " + "     ".join(line).rstrip() for line in zip(*padded, strict=True))
+    if len(lines) > _TALL or max(map(len, lines)) > WIDTH - 3:
+        lines = textwrap.wrap(f"{left} = {on_a_line(answer['text'])}", WIDTH - 3, subsequent_indent="  ")
+    return textwrap.indent("\n".join(line.rstrip() for line in lines), "   ")
 
 
 def _formulas(result: Result) -> list[str]:
     """One-line formulas, drawn ones, and what is known by numbers only."""
-    found = result["formulas"]
-    blocks = [_block(QUANTITIES[k][0], found[k]) for k in ("alpha", "theta", "K") if "drawn" in found[k]]
-    for key, left in (("series", "K*(t) near 0"), ("J", "J")):
-        if "drawn" in found[key]:
-            blocks.append(_block(left, found[key]))
+    formulas = result["formulas"]
+    drawn = [
+        _drawn(QUANTITIES[key][0] + " near 0" * (key == "series"), formulas[key])
+        for key in _COPIED
+        if "drawn" in formulas[key]
+    ]
     missing: dict[str, list[str]] = {}
     for key, answer in answers_of(result):
         if "text" not in answer:
@@ -88,7 +60,7 @@ def _formulas(result: Result) -> list[str]:
                 QUANTITIES[key][0] + " near 0" * (key == "series")
             )
     told = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
-    return [part for part in (_lines(result), _beside(blocks), bullets(told)) if part]
+    return [part for part in (_lines(result), *drawn, bullets(told)) if part]
 
 
 def _lines(result: Result) -> str:

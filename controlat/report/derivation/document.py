@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlat._util.texts import table
-from controlat.symbolic.words import (
+from controlat.report.derivation.words import (
     CRITERION,
     HOLDS,
     QUANTITIES,
@@ -33,8 +33,6 @@ from controlat.symbolic.words import (
 
 __all__ = ["markdown"]
 
-_LOWEST = ", where the measure is lowest"
-
 
 def _display(key: str, answer: Result) -> str:
     """One quantity: its formula in LaTeX, or how it is known."""
@@ -47,58 +45,59 @@ def _display(key: str, answer: Result) -> str:
     return f"{head}{told}:\n\n$$ {latex} = {answer['latex']}{rest} $$"
 
 
+def _displays(result: Result, *keys: str) -> list[str]:
+    return [_display(key, result["formulas"][key]) for key in keys if key in result["formulas"]]
+
+
 def _settings(result: Result) -> str:
     """What decides the result: name, value and meaning."""
     task, s, network = result["task"], result["settings"], result["network"]["schedule"]
-    fitted = "; fitted to the run" if result["calibration"] is not None else ""
+    calibration = result["calibration"]
+    fitted = "; fitted to the run" if calibration is not None else ""
     ends = {name: f"{num(task[name][0])} .. {num(task[name][1])}" for name in ("x_range", "theta_range")}
-    tau = network["knobs"]["alpha"]["values"][0]
     branch = "largest that the ascent reaches" if s["branch"] is None else str(s["branch"])
     rows = [
-        ["x0", num(task["x0"]), "data point, where the inner ascent starts"],
-        *([name, num(value), "parameter of the landscape"] for name, value in task["parameters"].items()),
-        ["theta0", num(task["theta0"]), f"θ at t = 0{fitted}"],
-        ["tau", num(task["tau"]), f"α K of the landscape, held fixed{fitted}"],
-        ["horizon", num(task["horizon"]), f"T, in the landscape's time{fitted}"],
-        ["gamma", num(task["gamma"]), "price of one inner step per unit of time"],
-        ["order", str(task["order"]), "highest power of t in the series of K*"],
-        ["branch", branch, "inner maximum at θ₀, by the value of l (0 is the largest)"],
-        ["x_range", ends["x_range"], "where inner maxima are looked for"],
-        ["theta_range", ends["theta_range"], "how far the inner maximum is followed"],
-        ["admissible", s["admissible"], "admissible set of the check"],
-        ["overshoot", num(s["overshoot"]), "c of the set 'overshoot'"],
-        ["checks", "yes" if s["checks"] else "no", "maximum principle and Theorem 1"],
-        ["epochs", num(network["epochs"]), "length of the network's training"],
-        ["k_min, k_max", f"{num(s['k_min'])}, {num(s['k_max'])}", "bounds on K of the network"],
-        ["tau_net", num(tau), "α K of the network, in pixels"],
-        ["mapping", s["mapping"], "affine: K* is stretched to the bounds; clip: it is cut off there"],
-        ["resolution", num(network["resolution"]), "length of a piece of the schedule, in epochs"],
+        ("x0", num(task["x0"]), "data point, where the inner ascent starts"),
+        *((name, num(value), "parameter of the landscape") for name, value in task["parameters"].items()),
+        ("theta0", num(task["theta0"]), f"θ at t = 0{fitted}"),
+        ("tau", num(task["tau"]), f"α K of the landscape, held fixed{fitted}"),
+        ("horizon", num(task["horizon"]), f"T, in the landscape's time{fitted}"),
+        ("gamma", num(task["gamma"]), "price of one inner step per unit of time"),
+        ("order", str(task["order"]), "highest power of t in the series of K*"),
+        ("branch", branch, "inner maximum at θ₀, by the value of l (0 is the largest)"),
+        ("x_range", ends["x_range"], "where inner maxima are looked for"),
+        ("theta_range", ends["theta_range"], "how far the inner maximum is followed"),
+        ("admissible", s["admissible"], "admissible set of the check"),
+        ("overshoot", num(s["overshoot"]), "c of the set 'overshoot'"),
+        ("checks", "yes" if s["checks"] else "no", "maximum principle and Theorem 1"),
+        ("epochs", num(network["epochs"]), "length of the network's training"),
+        ("k_min, k_max", f"{num(s['k_min'])}, {num(s['k_max'])}", "bounds on K of the network"),
+        ("tau_net", num(network["knobs"]["alpha"]["values"][0]), "α K of the network, in pixels"),
+        ("mapping", s["mapping"], "affine: K* is stretched to the bounds; clip: it is cut off there"),
+        ("resolution", num(network["resolution"]), "length of a piece of the schedule, in epochs"),
     ]
-    if result["calibration"] is not None:
-        rows.append(["calibrate", result["calibration"]["measured"]["run"], "run that was measured"])
-        rows.append(["measure", s["measure"], "what was fitted"])
-        since = f"{result['calibration']['fit']['times'][0]:g}"
-        rows.append(
-            ["since", since, "epoch from which on it was fitted" + _LOWEST * (s.get("since") is None)]
-        )
+    if calibration is not None:
+        lowest = ", where the measure is lowest" if s.get("since") is None else ""
+        rows += [
+            ("calibrate", calibration["measured"]["run"], "run that was measured"),
+            ("measure", s["measure"], "what was fitted"),
+            ("since", f"{calibration['fit']['times'][0]:g}", f"epoch from which on it was fitted{lowest}"),
+        ]
     return table(["setting", "value", "meaning"], rows, words=(0, 2))
 
 
 def _inner(result: Result) -> list[str]:
     """The inner problem: stationary points, branch, formulas."""
     rows = [[num(p["x"]), p["kind"], num(p["value"]), num(p["curvature"])] for p in result["stationary"]]
-    shown = [_display(k, result["formulas"][k]) for k in ("x", "curvature") if k in result["formulas"]]
     near = "" if result["task"]["quadratic"] else " Near x* only: l is not quadratic in x."
-    steps = [
-        _display(k, result["formulas"][k]) for k in ("rho", "alpha", "newton") if k in result["formulas"]
-    ]
+    steps = _displays(result, "rho", "alpha", "newton")
     if "rho" not in result["formulas"]:
         steps.insert(0, "Contraction near x*: ρ = 1 + α l_xx(θ, x*), numerically (scipy).")
     return [
         "## Inner problem\n\nStationary points of l(θ₀, ·):",
         table(["x", "kind", "l(θ₀, x)", "l_xx(θ₀, x)"], rows, words=(1,)),
         f"Followed: {say_followed(result)}.",
-        *shown,
+        *_displays(result, "x", "curvature"),
         f"K steps of size α from the data point contract the distance to x* by ρ each.{near}",
         *steps,
     ]
@@ -106,20 +105,19 @@ def _inner(result: Result) -> list[str]:
 
 def _outer(result: Result) -> list[str]:
     """Losses, flow, K*, series and cost."""
-    found, parts = result["formulas"], ["## Losses"]
+    parts = ["## Losses"]
     for key in ("robust", "plain"):
         zeros = say_zeros(result["minima"][key], "latex")
-        parts += [_display(key, found[key]), f"{zeros[0].upper()}{zeros[1:]}."]
+        parts += [*_displays(result, key), f"{zeros[0].upper()}{zeros[1:]}."]
         parts += [f"({greek(z['why'])}.)" for z in result["minima"][key][:1] if "why" in z]
-    parts.append("## Flow and schedule")
-    parts += [_display(key, found[key]) for key in ("speed", "time", "theta", "K", "series") if key in found]
+    parts += ["## Flow and schedule", *_displays(result, "speed", "time", "theta", "K", "series")]
     if values := result["series"]["values"]:
         parts.append(f"In numbers: $K^*(t) = {say_polynomial(values, '^{{{}}}')} + \\dots$")
     return [
         *parts,
         f"{say_rising(result)}.",
         course_table(result),
-        _display("J", found["J"]),
+        *_displays(result, "J"),
         f"{say_spent(result)}.",
     ]
 
@@ -134,57 +132,60 @@ def _sources(result: Result) -> str:
 
 
 def _verification(result: Result) -> list[str]:
-    found = result["verification"]
-    rows = []
-    for row in found["sets"]:
-        name, formula = row["admissible"], greek(row["formula"])
-        if "error" in row:
-            rows.append([name, formula, *["-"] * 5, row["error"]])
-            continue
-        told = "yes" if row["better_exists"] else "none found"
-        values = [num(row[k]) for k in ("derived_J", "policy", "value", "given_away", "tolerance")]
-        rows.append([name, formula, *values, told])
-    heads = ["set", "admissible", "J, derived", "same on the grid", "best on the grid", "given away"]
-    m = found["derived"]["m_nonnegative"]
-    lines = [*say_verdict(result), *say_checks(found), f"Looked at: {greek(found['derived']['searched'])}."]
-    lines.append(f"Largest max H − H(u): {num(found['derived']['largest_violation'])}.")
-    if m is not None:
-        lines.append(
-            f"Multiplier of α ≤ α*: {'nowhere negative' if m else 'negative or undefined somewhere'}."
-        )
+    """The check against the maximum principle: conclusions, schedules, admissible sets."""
+    checked = result["verification"]
+    derived, better, compared = checked["derived"], checked["better"], checked["comparisons"]
+    lines = [*say_verdict(result), *say_checks(checked), f"Looked at: {greek(derived['searched'])}."]
+    lines.append(f"Largest max H − H(u): {num(derived['largest_violation'])}.")
+    if derived["m_nonnegative"] is not None:
+        sign = "nowhere negative" if derived["m_nonnegative"] else "negative or undefined somewhere"
+        lines.append(f"Multiplier of α ≤ α*: {sign}.")
     parts = [
         f"## Check against the maximum principle\n\n{CRITERION[0].upper()}{CRITERION[1:]}.",
         bullets(lines),
     ]
-    if found["better"] is not None:
-        better = found["better"]
+    if better is not None:
         parts.append(f"Better: J = {num(better['J'])}, by {better['by']}, lower by {num(better['gain'])}.")
+    parts.append(schedule_table(result))
+    if compared:
+        parts.append(
+            "Schedules below K* are not admissible: 'raised by' says how far a line was shifted, the last "
+            "column for which share of the time K was raised to K*(θ)."
+        )
     parts += [
-        schedule_table(result),
-        "Schedules below K* are not admissible: 'raised by' says how far a line was shifted, the last column "
-        "for which share of the time K was raised to K*(θ)."
-        if found["comparisons"]
-        else "",
-        _errors(found["comparisons"]),
+        bullets(f"{row['name']}: {row['error']}" for row in compared if "error" in row),
         "Given each admissible set, by dynamic programming. 'J, derived' is exact, of the derived schedule "
         "with K rounded up where it must be whole; 'same on the grid' is its J by the scheme that looked for "
         "the best.",
+        _sets(checked["sets"]),
     ]
-    parts.append(table([*heads, "tolerance", "better"], rows, words=(0, 1, 7)))
     return [part for part in parts if part]
 
 
-def _errors(rows: Sequence[Result]) -> str:
-    return bullets(f"{row['name']}: {row['error']}" for row in rows if "error" in row)
+def _sets(sets: Sequence[Result]) -> str:
+    """The best found given each admissible set."""
+    rows = []
+    for row in sets:
+        told = (
+            ["-"] * 5 + [row["error"]]
+            if "error" in row
+            else [
+                *(num(row[k]) for k in ("derived_J", "policy", "value", "given_away", "tolerance")),
+                "yes" if row["better_exists"] else "none found",
+            ]
+        )
+        rows.append([row["admissible"], greek(row["formula"]), *told])
+    heads = ["set", "admissible", "J, derived", "same on the grid", "best on the grid", "given away"]
+    return table([*heads, "tolerance", "better"], rows, words=(0, 1, 7))
 
 
 def _bound(result: Result) -> list[str]:
     """Theorem 1: both sides, and the constants."""
-    found = result["bound"]
+    bound = result["bound"]
     parts = ["## Theorem 1", say_theorem(result)]
-    if not any(row["left"] is not None for row in found["rows"]):
+    if not any(row["left"] is not None for row in bound["rows"]):
         return parts
-    inner = found["inner"]
+    inner = bound["inner"]
     exact = f"The inner problem is solved to |x̂ − x*| = {num(inner['delta'])}"
     if inner["alpha"] is not None:
         exact = f"The inner ascent takes {inner['steps']} steps of size {num(inner['alpha'])}"
@@ -193,10 +194,10 @@ def _bound(result: Result) -> list[str]:
         r" \quad\text{(printed)}, \qquad 4\sigma\sqrt{\beta\Delta/T} + 2\beta\Delta/T +"
         r" 2 L_{\theta x}^2\delta^2 \quad\text{(corrected)} $$"
     )
-    sides, constants = _sides(found["rows"])
+    sides, constants = _sides(bound["rows"])
     return [
         *parts,
-        f"{exact}; {found['runs']} runs where there is noise, seed {found['seed']}. Undecided: within two "
+        f"{exact}; {bound['runs']} runs where there is noise, seed {bound['seed']}. Undecided: within two "
         "standard errors of the bound.",
         formulas,
         sides,
@@ -251,7 +252,7 @@ def markdown(result: Result) -> str:
     Args:
         result: the content of result.json.
     """
-    from controlat.symbolic.figures import FIGURES
+    from controlat.report.derivation.figures import FIGURES
 
     env = result["environment"]
     machine = f"{env['hardware']}, {env['threads']} threads, python {env['python']}, numpy {env['numpy']}"

@@ -15,10 +15,7 @@ __all__ = ["greek"]
 Result = Mapping[str, Any]
 WIDTH = 100
 _MANY = 60  # stationary points: a loss has so many only where it is constant
-_LETTERS = {
-    "theta_0": "θ₀",
-    **{"theta": "θ", "alpha": "α", "tau": "τ", "gamma": "γ", "rho": "ρ", "sigma": "σ", "<=": "≤"},
-}
+_LETTERS = {"theta_0": "θ₀", "theta": "θ", "alpha": "α", "tau": "τ", "gamma": "γ", "rho": "ρ", "sigma": "σ"}
 # key: left side in characters, in LaTeX, what it is
 QUANTITIES = {
     "x": ("x*(θ)", r"x^*(\theta)", "inner maximum that is followed"),
@@ -49,7 +46,7 @@ def greek(text: str) -> str:
     >>> greek("alpha K = tau, 0 < alpha <= alpha*(theta)")
     'α K = τ, 0 < α ≤ α*(θ)'
     """
-    return re.sub(r"\b(theta_0|theta|alpha|tau|gamma|rho|sigma)\b|<=", lambda m: _LETTERS[m[0]], text)
+    return re.sub(rf"\b({'|'.join(_LETTERS)})\b", lambda m: _LETTERS[m[0]], text).replace("<=", "≤")
 
 
 def num(value: float | str | None) -> str:
@@ -85,16 +82,14 @@ def say_given(result: Result) -> str:
 def say_zeros(zeros: Sequence[Result], form: str) -> str:
     """Minima of a loss of theta, then its other stationary points: formula and number."""
     if len(zeros) > _MANY:
-        return (
-            f"stationary for θ from {num(zeros[0]['theta'])} to {num(zeros[-1]['theta'])}, where it is flat"
-        )
+        low, high = num(zeros[0]["theta"]), num(zeros[-1]["theta"])
+        return f"stationary for θ from {low} to {high}, where it is flat"
     told: dict[str, list[str]] = {}
     for zero in sorted(zeros, key=lambda z: (z["kind"] != "minimum", z["theta"])):
-        value = num(zero["theta"])
-        exact = (
-            f"${zero['latex']}$" if form == "latex" and "latex" in zero else on_a_line(zero.get("text", ""))
-        )
-        plain = not exact or exact.strip("$") == value
+        value, exact = num(zero["theta"]), on_a_line(zero.get("text", ""))
+        if form == "latex" and "latex" in zero:
+            exact = f"${zero['latex']}$"
+        plain = exact.strip("$") in ("", value)
         told.setdefault(zero["kind"], []).append(value if plain else f"{exact} = {value}")
     kinds = {"minimum": "minima", "maximum": "maxima", "inflection": "inflections"}
     parts = [f"{kinds[k] if len(v) > 1 else k} at θ = {' and '.join(v)}" for k, v in told.items()]
@@ -103,10 +98,9 @@ def say_zeros(zeros: Sequence[Result], form: str) -> str:
 
 def say_left_out(result: Result) -> list[str]:
     """What the time limit left out: a line, or none."""
-    lost, seconds = result.get("left_out"), result["settings"]["seconds"]
-    if not lost:
-        return []
-    return [f"left out at the time limit of {num(seconds)} seconds (--seconds): {greek('; '.join(lost))}"]
+    lost, seconds = result.get("left_out"), num(result["settings"]["seconds"])
+    told = f"left out at the time limit of {seconds} seconds (--seconds): "
+    return [told + greek("; ".join(lost))] if lost else []
 
 
 def say_followed(result: Result) -> str:
@@ -120,28 +114,26 @@ def say_followed(result: Result) -> str:
 
 
 def say_rising(result: Result) -> str:
-    k, t = result["curves"]["K"], result["task"]["horizon"]
-    parts = [f"[{num(a)}, {num(b)}]" for a, b in result["rising"]]
-    if result["rising"] == [[0, t]]:
-        return f"K* increases on all of [0, {num(t)}], from {num(k[0])} to {num(k[-1])}"
-    if max(k) - min(k) <= 1e-9 * max(k):
-        return f"K* is constant, {num(k[0])}"
-    if not parts:
-        return f"K* decreases on all of [0, {num(t)}], from {num(k[0])} to {num(k[-1])}"
-    ends = f"{num(k[0])} at t = 0, {num(k[-1])} at t = {num(t)}"
-    return f"K* increases on {', '.join(parts)} and nowhere else ({ends})"
+    """Where K* increases."""
+    k, rising, horizon = result["curves"]["K"], result["rising"], result["task"]["horizon"]
+    first, last, end = num(k[0]), num(k[-1]), num(horizon)
+    if rising != [[0, horizon]] and max(k) - min(k) <= 1e-9 * max(k):
+        return f"K* is constant, {first}"
+    if rising in ([], [[0, horizon]]):
+        return f"K* {'increases' if rising else 'decreases'} on all of [0, {end}], from {first} to {last}"
+    parts = ", ".join(f"[{num(a)}, {num(b)}]" for a, b in rising)
+    return f"K* increases on {parts} and nowhere else ({first} at t = 0, {last} at t = {end})"
 
 
 def say_polynomial(values: Sequence[float], power: str) -> str:
     """10 + 10 t - 2 t^2."""
-    terms = [(f"{'-' if v < 0 else '+'} ", f"{abs(v):.4g}", n) for n, v in enumerate(values)]
-    shown = [
-        sign + size + (" t" if n else "") + (power.format(n) if n > 1 else "") for sign, size, n in terms
-    ]
-    return " ".join(shown).removeprefix("+ ")
+    variables = ["", " t", *(f" t{power.format(n)}" for n in range(2, len(values)))]
+    terms = [f"{'-' if v < 0 else '+'} {abs(v):.4g}{t}" for v, t in zip(values, variables, strict=False)]
+    return " ".join(terms).removeprefix("+ ")
 
 
 def say_spent(result: Result) -> str:
+    """The cost of the schedule."""
     cost, gamma = result["cost"], result["task"]["gamma"]
     parts = f"{num(cost['terminal'])} + {num(gamma)} × {num(cost['inner'])}"
     return f"J = L(θ(T)) + γ ∫ K* dt = {parts} = {num(cost['J'])}"
@@ -156,15 +148,16 @@ def course_table(result: Result) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
+    """A list of sentences, wrapped."""
     fill = {"width": WIDTH, "subsequent_indent": "  ", "break_long_words": False}
     return "\n".join(textwrap.fill(f"- {line}", **fill) for line in lines)  # type: ignore[arg-type]
 
 
 def network_table(result: Result, whole: bool) -> str:
     """The network's schedule; rows in which nothing new begins are left out of a long one."""
-    found = result["network"]
+    network = result["network"]
     heads = ["epoch", "K* of the landscape", "mapped", "K", "α (pixels)", "cut off"]
-    columns = zip(*(found[name] for name in ("t", "real", "mapped", "controls", "clipped")), strict=True)
+    columns = zip(*(network[name] for name in ("t", "real", "mapped", "controls", "clipped")), strict=True)
     rows = [
         [f"{t:g}", num(real), num(mapped), f"{u['steps']:g}", num(u["alpha"]), "yes" if cut else ""]
         for t, real, mapped, u, cut in columns
@@ -172,69 +165,70 @@ def network_table(result: Result, whole: bool) -> str:
     if whole or len(rows) <= 16:
         return table(heads, rows, words=())
     kept = [row for i, row in enumerate(rows) if i == 0 or row[3:] != rows[i - 1][3:]]
-    left_out = len(rows) - len(kept)
-    return table(heads, kept, words=()) + f"\n({left_out} pieces like the one before them are not shown)"
+    note = f"({len(rows) - len(kept)} pieces like the one before them are not shown)"
+    return f"{table(heads, kept, words=())}\n{note}"
 
 
 def say_cut(result: Result) -> str:
     """What became of K* on the way to the network."""
-    found = result["network"]
-    tau = found["schedule"]["knobs"]["alpha"]["values"][0]
-    epochs = f"{found['schedule']['epochs']:g} epochs in pieces of {found['schedule']['resolution']:g}"
+    note, schedule = greek(result["network"]["note"]), result["network"]["schedule"]
+    tau, epochs = schedule["knobs"]["alpha"]["values"][0], schedule["epochs"]
     held = ""
     if result["calibration"] is not None and (times := result["calibration"]["fit"]["times"])[0] > 0:
-        until = times[0] / times[-1] * found["schedule"]["epochs"]
+        until = times[0] / times[-1] * epochs
         held = f"; K* at t = 0 is held until epoch {until:.4g}, where the fit begins"
-    return f"{greek(found['note'])}{held}; K rounded half up, α = {num(tau)}/K pixels; {epochs}"
+    pieces = f"{epochs:g} epochs in pieces of {schedule['resolution']:g}"
+    return f"{note}{held}; K rounded half up, α = {num(tau)}/K pixels; {pieces}"
 
 
 def schedule_table(result: Result) -> str:
     """J and C of the derived schedule and of others."""
-    found = result["verification"]
-    rows = [["derived: α*, K*", num(found["derived"]["J"]), num(found["derived"]["C"]), ""]]
-    for row in found["comparisons"]:
+    checked = result["verification"]
+    rows = [["derived: α*, K*", num(checked["derived"]["J"]), num(checked["derived"]["C"]), ""]]
+    for row in checked["comparisons"]:
         values = [num(row["J"]), num(row["C"]), f"{row['raised']:.0%}"] if "error" not in row else ["-"] * 3
         rows.append([row["name"], *values])
     return table(["schedule", "J", "C", "time with K raised to K*"], rows)
 
 
-def say_checks(found: Result) -> list[str]:
+def say_checks(checked: Result) -> list[str]:
     """The boundary problem and the direct minimisation, in words."""
-    lines = []
-    if (b := found["boundary"]) is not None and b.get("success"):
-        differences = f"{num(b['theta_difference'])} in θ, {num(b['p_difference'])} in p"
-        lines.append(f"Two-point boundary problem (scipy): differs by at most {differences}.")
-    elif b is not None:
-        lines.append("Two-point boundary problem (scipy): no solution found.")
-    d = found["transcription"]
-    if d is not None and "error" in d:
-        lines.append(f"Direct transcription: {d['error']}.")
-    elif d is not None:
-        values = f"J = {num(d['found'])} found, {num(d['derived'])} derived by the same discretisation"
-        done = f", lower by {d['difference']:.3g}" if d["better"] else ", none lower"
-        done += "" if d["success"] else "; the minimiser stopped before it converged"
+    lines, boundary, direct = [], checked["boundary"], checked["transcription"]
+    if boundary is not None:
+        told = "no solution found"
+        if boundary.get("success"):
+            differences = (num(boundary[f"{name}_difference"]) for name in ("theta", "p"))
+            told = "differs by at most {} in θ, {} in p".format(*differences)
+        lines.append(f"Two-point boundary problem (scipy): {told}.")
+    if direct is not None and "error" in direct:
+        lines.append(f"Direct transcription: {direct['error']}.")
+    elif direct is not None:
+        found, derived, lower = num(direct["found"]), num(direct["derived"]), f"{direct['difference']:.3g}"
         lines.append(
-            f"Direct transcription, {d['intervals']} intervals, {d['starts']} starts: {values}{done}."
+            f"Direct transcription, {direct['intervals']} intervals, {direct['starts']} starts: J = {found} "
+            f"found, {derived} derived by the same discretisation, "
+            + (f"lower by {lower}" if direct["better"] else "none lower")
+            + ("." if direct["success"] else "; the minimiser stopped before it converged.")
         )
     return lines
 
 
 def say_verdict(result: Result) -> list[str]:
-    found = result["verification"]
-    told = [greek(line) for line in found["conclusion"]]
-    same = [row["name"] for row in found["comparisons"] if row.get("raised", 0) > 0.999]
-    if same:
-        told.append(
-            f"nowhere above K*(θ), the least admissible K, and so the derived schedule: {', '.join(same)}."
-        )
+    """What the check concludes."""
+    checked = result["verification"]
+    told = [greek(line) for line in checked["conclusion"]]
+    if same := [row["name"] for row in checked["comparisons"] if row.get("raised", 0) > 0.999]:
+        least = "nowhere above K*(θ), the least admissible K, and so the derived schedule"
+        told.append(f"{least}: {', '.join(same)}.")
     return [line[0].upper() + line[1:] for line in told]
 
 
 def say_theorem(result: Result) -> str:
     """Which bounds held, in one sentence or two."""
-    rows = [row for row in result["bound"]["rows"] if not row["reason"]]
+    every = result["bound"]["rows"]
+    rows = [row for row in every if not row["reason"]]
     if not rows:
-        reasons = dict.fromkeys([result["bound"]["reason"], *(r["reason"] for r in result["bound"]["rows"])])
+        reasons = dict.fromkeys([result["bound"]["reason"], *(row["reason"] for row in every)])
         return "Theorem 1 says nothing here: " + "; ".join(greek(r) for r in reasons if r) + "."
     told = []
     for sigma in sorted({row["sigma"] for row in rows}):
@@ -245,46 +239,40 @@ def say_theorem(result: Result) -> str:
             near = f" ({held.count(None)} undecided)" if None in held else ""
             parts.append(f"{label} it holds for {held.count(True)} of {len(held)} T{near}")
         told.append(f"σ = {sigma:g}: {', '.join(parts)}")
-    steps = ", ".join(f"{v}" for v in sorted({row["T"] for row in rows}))
-    without = [row for row in result["bound"]["rows"] if row["reason"]]
-    others = "".join(
-        f" No answer for σ = {r['sigma']:g}, T = {r['T']}: {greek(r['reason'])}." for r in without
-    )
-    return f"Theorem 1 against actual runs of T = {steps} steps. {'; '.join(told)}.{others}"
+    told = [f"{'; '.join(told)}."]
+    for row in every:
+        if row["reason"]:
+            told.append(f"No answer for σ = {row['sigma']:g}, T = {row['T']}: {greek(row['reason'])}.")
+    steps = ", ".join(str(v) for v in sorted({row["T"] for row in rows}))
+    return f"Theorem 1 against actual runs of T = {steps} steps. {' '.join(told)}"
 
 
 def say_fitted(result: Result) -> list[str]:
     """The calibration, in lines."""
     fit, m = result["calibration"]["fit"], result["calibration"]["measured"]
-    name, whose = result["settings"]["measure"], f"{m['schedule']}, seed {m['seed']}, {m['epochs']} epochs"
-    names = ("θ₀", "c", "s")
-    values = zip(names, (fit["theta0"], fit["scale"], fit["amplitude"]), strict=True)
+    measured = m["measures"][result["settings"]["measure"]]
     errors = "standard errors: the three numbers cannot be told apart"
     if fit["errors"] is not None:
-        every = zip(("θ₀", "log c", "log s"), fit["errors"], strict=True)
-        errors = f"standard errors {', '.join(f'{num(e)} of {which}' for which, e in every)}"
-    residuals = ", ".join(f"{r:+.2g}" for r in fit["residuals"])
-    spent = f"{count(m['gradients'])} gradient evaluations, {count(m['forwards'])} forward passes, "
-    trained = f"{count(m['training_gradients'])} gradient evaluations, {m['training_seconds']:.1f} seconds"
-    same = "Training, done again to measure, ended with the run's bits"
-    others = (
-        f"of the best constant {num(fit['rms_constant'])}, of the best straight line {num(fit['rms_line'])}"
+        named = zip(("θ₀", "log c", "log s"), fit["errors"], strict=True)
+        errors = f"standard errors {', '.join(f'{num(e)} of {name}' for name, e in named)}"
+    values = ", ".join(
+        f"{k} = {num(fit[v])}" for k, v in (("θ₀", "theta0"), ("c", "scale"), ("s", "amplitude"))
     )
-    fitted = ", ".join(f"{which} = {num(v)}" for which, v in values)
+    constant, line = num(fit["rms_constant"]), num(fit["rms_line"])
+    same = "Training, done again to measure, ended with the run's bits"
+    spent = f"{count(m['gradients'])} gradient evaluations, {count(m['forwards'])} forward passes"
+    trained = f"{count(m['training_gradients'])} gradient evaluations, {m['training_seconds']:.1f} seconds"
     lines = [
-        f"Fitted to {name} ({m['measures'][name]['what']}) of {whose}, on {m['probe']} training samples.",
-        f"{fitted} in v = s/α*(θ(c (t - t₀))), t in epochs from t₀ = {fit['times'][0]:g} on; {errors}.",
-        f"Residuals log(measured/fitted) by epoch: {residuals}.",
-        f"Root mean square {num(fit['rms'])}; {others}. Share of the variance explained: "
-        f"{num(fit['explained'])}.",
+        f"Fitted to {result['settings']['measure']} ({measured['what']}) of {m['schedule']}, seed "
+        f"{m['seed']}, {m['epochs']} epochs, on {m['probe']} training samples.",
+        f"{values} in v = s/α*(θ(c (t - t₀))), t in epochs from t₀ = {fit['times'][0]:g} on; {errors}.",
+        f"Residuals log(measured/fitted) by epoch: {', '.join(f'{r:+.2g}' for r in fit['residuals'])}.",
+        f"Root mean square {num(fit['rms'])}; of the best constant {constant}, of the best straight line "
+        f"{line}. Share of the variance explained: {num(fit['explained'])}.",
         f"{same if m['same'] else 'WARNING: ' + str(m['warning'])}.",
-        f"Measuring took {spent}{m['seconds']:.1f} seconds; training {trained}.",
+        f"Measuring took {spent}, {m['seconds']:.1f} seconds; training {trained}.",
     ]
-    early = [
-        f"{num(v)} in epoch {t:g}"
-        for t, v in zip(m["times"], m["measures"][name]["values"], strict=True)
-        if t < fit["times"][0]
-    ]
-    if early:
+    pairs = zip(m["times"], measured["values"], strict=True)
+    if early := [f"{num(v)} in epoch {t:g}" for t, v in pairs if t < fit["times"][0]]:
         lines.append(f"NOTE: not fitted, as no such landscape describes it: {', '.join(early)}.")
     return lines + [f"NOTE: {greek(note)}." for note in fit["notes"]]

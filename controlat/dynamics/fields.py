@@ -1,0 +1,97 @@
+"""What one outer step would do under other controls: the field F(theta, v) that candidates are scored by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from controlat.control.cost import Meter
+from controlat.control.space import Control
+from controlat.dynamics.requests import own_batch
+from controlat.methods import Batch, Prefixes
+from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode
+
+if TYPE_CHECKING:
+    from controlat.dynamics.driver import Driver
+
+__all__ = ["Field", "field", "prefix_fields", "put_back"]
+
+
+class Field(NamedTuple):
+    """What one outer step would do under a control.
+
+    Args:
+        control: v.
+        gradients: -F(theta, v), the sum of the gradients of the step, one tensor per parameter.
+        statistics: running statistics after it, as `Driver.statistics`.
+    """
+
+    control: Control
+    gradients: list[Tensor]
+    statistics: list[Tensor]
+
+
+@contextmanager
+def put_back(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The network in training mode inside the block; parameters, buffers and flags as before after it."""
+    with alone(model), in_mode(model, True):
+        saved = [(p, p.detach().clone()) for p in parameters]
+        try:
+            with buffers_kept(model):
+                yield
+        finally:
+            with torch.no_grad():
+                for p, before in saved:
+                    if not torch.equal(p, before):  # a graph of the caller's may need the very values
+                        p.copy_(before)
+
+
+def field(driver: Driver, batch: Batch, v: Control, rate: float, meter: Meter) -> Field:
+    """What one outer step under v would do; nothing of the state changes.
+
+    Args:
+        driver: at the state before the step.
+        batch: of the step.
+        v: the control.
+        rate: a method with several updates moves by plain gradient steps of this size in between.
+        meter: where evaluations are counted.
+    """
+    with driver.scoring():
+        total = [torch.zeros_like(p) for p in driver.parameters]
+        memory = {name: t.clone() for name, t in driver.memory.items()}
+        ctx = driver.context(batch, rate, meter, memory)
+        for _, _, gradients in driver.requests.updates(ctx, batch, v):
+            torch._foreach_add_(total, gradients)
+            if rate:
+                with torch.no_grad():
+                    torch._foreach_add_(driver.parameters, gradients, alpha=-rate)
+        return Field(v, total, [r.clone() for r in driver.statistics])
+
+
+def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: Meter) -> Iterator[Field]:
+    """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
+
+    Raises:
+        ValueError: the method cannot do this.
+    """
+    if not isinstance(driver.method, Prefixes):
+        raise ValueError(
+            f"{type(driver.method).__name__} offers no sweep over K: score its controls one by one"
+        )
+    batch = own_batch(batch)
+    ctx = driver.context(batch, rate, meter, dict(driver.memory))
+    candidates, requests = driver.method.prefixes(ctx, batch, u), driver.requests
+    while True:
+        with driver.scoring():
+            with requests.random(batch, "inner", 0):
+                candidate = next(candidates, None)
+            if candidate is None:
+                return
+            v, update = candidate
+            _, gradients, _ = requests.differentiate(ctx, batch, v, update, 0)
+            after = [r.clone() for r in driver.statistics]
+        yield Field(v, gradients, after)

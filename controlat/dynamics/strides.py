@@ -1,0 +1,73 @@
+"""How often a recorded roll-out stores its state, so that states fit into memory: nested strides.
+
+With one stride of s between stored states, and all states of one stretch held while it is visited, T steps
+need T/s + s states; with m strides nested, about m T^(1/m) (Griewank & Walther 2008, Evaluating Derivatives,
+chapter 12).
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+__all__ = ["GIBI", "fitting", "strides"]
+
+GIBI = 2**30
+
+
+def fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
+    """The strides with which all states that are held at once fit.
+
+    Args:
+        size: bytes of one state.
+        steps: of the roll-out.
+        limit: bytes that states may take.
+
+    Raises:
+        ValueError: they do not, however they are nested.
+
+    >>> fitting(size=100, steps=1000, limit=100 * 100)
+    (12, 1)
+    """
+    nested = strides(steps, int(min(limit / size, steps + 2)))
+    if nested:
+        return nested
+    least = next(n for n in count() if strides(steps, n)) * size
+    raise ValueError(
+        f"{steps} states of {size / GIBI:.3g} GiB do not fit in {limit / GIBI:.3g} GiB, not even with "
+        f"stretches taken again: allow {1.05 * least / GIBI:.2g} GiB"
+    )
+
+
+def strides(steps: int, states: int) -> tuple[int, ...]:
+    """The fewest strides with which `states` are enough, the first of them as small as it may be, and so on.
+
+    None where no number of strides is enough.
+
+    >>> strides(100, 101), strides(100, 22), strides(100, 8)
+    ((1,), (8, 1), ())
+    """
+    for levels in range(1, steps.bit_length() + 1):
+        free = states - (1 if levels == 1 else 2)  # the end; and a visitor's own where steps are taken again
+        if _reach(free, levels) >= steps:
+            break
+    else:
+        return ()
+    nested = []
+    for below in range(levels - 1, 0, -1):
+        most = range(min(free, steps), 0, -1)
+        held = next(n for n in most if -(-steps // n) <= _reach(free - n + 1, below))
+        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is there already
+        nested.append(steps)
+    return *nested, 1
+
+
+def _reach(states: int, levels: int) -> int:
+    """The most steps that so many states serve: the product of the numbers held at each level.
+
+    As the first state of a stretch is there already, these numbers add up to states + levels - 1.
+    """
+    if states < 1:
+        return 0
+    each, more = divmod(states - 1, levels)
+    steps: int = (each + 1) ** (levels - more) * (each + 2) ** more
+    return steps

@@ -1,0 +1,79 @@
+"""Terminal costs before anything is trained: what a call spends, and whether it keeps to the protocol."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from controlat.control.cost import Meter
+from controlat.dynamics.driver import Driver
+from controlat.pmp.terminal._base import Price, Terminal
+from controlat.pmp.terminal._weighted import Weighted
+
+__all__ = ["price", "try_terminal"]
+
+
+def price(terminal: Terminal, driver: Driver) -> Price:
+    """What calls of a terminal cost spend: as it declares it, else counted in one call of each.
+
+    Args:
+        terminal: one of this package, or the user's own.
+        driver: of an untrained network.
+
+    >>> from controlat.attacks.balls import Ball
+    >>> from controlat.pmp.terminal import AdversarialLoss
+    >>> x, y = torch.rand(8, 1, 4, 4), torch.arange(8)
+    >>> price(AdversarialLoss(x, y, Ball("8/255"), steps=3), driver=None)
+    Price(value=24, gradient=32)
+    """
+    if isinstance(terminal, Weighted):
+        prices = [price(part, driver) for _, part in terminal.parts]
+        return Price(sum(p.value for p in prices), sum(p.gradient for p in prices))
+    declared = getattr(terminal, "price", None)
+    if isinstance(declared, Price):
+        return declared
+    value, gradient = Meter(), Meter()
+    terminal.value(driver, value)
+    terminal.gradient(driver, gradient)
+    return Price(value.gradients, gradient.gradients)
+
+
+def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
+    """Call everything of a terminal cost once, so that a mistake shows before anything is trained.
+
+    Args:
+        terminal: the user's own.
+        driver: of an untrained network.
+        name: what errors call it.
+
+    Raises:
+        ValueError: a value that is no finite number or below its lower bound, gradients that are not finite
+            or of other shapes than the parameters, dropped that is no tuple of texts, a changed network.
+    """
+    before = driver.snapshot().model
+    value, gradient = terminal.value(driver, Meter()), terminal.gradient(driver, Meter())
+    try:
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"value of terminal {name} must return a number, got {type(value).__name__}"
+        ) from None
+    if not math.isfinite(value) or value < terminal.lower:
+        raise ValueError(
+            f"terminal {name} has the value {value:g} for the untrained network; it must be finite and at "
+            f"least its lower bound {terminal.lower:g}"
+        )
+    shapes = [tuple(g.shape) for g in gradient]
+    wanted = [tuple(p.shape) for p in driver.parameters]
+    if shapes not in (wanted, wanted + [tuple(r.shape) for r in driver.statistics]):
+        raise ValueError(f"gradient of terminal {name} must return tensors of shapes {wanted}, got {shapes}")
+    if not all(bool(torch.isfinite(g).all()) for g in gradient):
+        raise ValueError(f"gradient of terminal {name} is not finite for the untrained network")
+    dropped = terminal.dropped(driver)
+    if isinstance(dropped, str) or not all(isinstance(d, str) for d in dropped):
+        raise ValueError(f"dropped of terminal {name} must return a tuple of texts, got {dropped!r}")
+    after = driver.model.state_dict()
+    if not all(torch.equal(t, after[n]) for n, t in before.items() if isinstance(t, Tensor)):
+        raise ValueError(f"terminal {name} changes the network; it must leave it as it was")

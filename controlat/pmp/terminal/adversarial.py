@@ -1,0 +1,175 @@
+"""The loss under an attack, on held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from controlat._util.checks import choice, instance, number, whole
+from controlat._util.rng import generator, scoped
+from controlat.attacks.balls import Ball
+from controlat.attacks.losses import LOSSES
+from controlat.attacks.pgd import ascend, check_batch
+from controlat.control.cost import Meter
+from controlat.dynamics.driver import Driver
+from controlat.models.frozen.asking import ask
+from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode, merges, owned
+from controlat.models.frozen.view import FrozenModel
+from controlat.pmp.terminal._base import Price, differentiated, finite_gradient, finite_value
+
+__all__ = ["AdversarialLoss", "build"]
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """Phi(theta) = mean of l(h_theta(A(x)), y) over held-out data, A = PGD with a random start, eval mode.
+
+    The ascent is on the cross-entropy whatever l is; K = 0 gives the clean loss.
+
+    Args:
+        x: (N, ...) held-out inputs in [0, 1].
+        y: (N,) labels.
+        ball: the perturbation set.
+        steps: K of the attack.
+        alpha: step size > 0; eps/4 by default, as FOSC's evaluation.
+        seed: of the random start.
+        loss: ``"cross_entropy"``, or ``"margin"``: max over j != y of z_j, less z_y.
+
+    Raises:
+        ValueError: unknown loss, a number out of range, x that is empty or not in [0, 1], y that is not one
+            integer label per sample.
+
+    >>> import torch
+    >>> AdversarialLoss(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255"), steps=0).describe()
+    'clean cross-entropy on 8 held-out points'
+    """
+
+    x: Tensor
+    y: Tensor
+    ball: Ball
+    _: KW_ONLY
+    steps: int = 20
+    alpha: float | None = None
+    seed: int = 0
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        choice(self.loss, "loss", LOSSES)
+        check_batch(self.x, self.y)
+        object.__setattr__(self, "x", owned(self.x))
+        object.__setattr__(self, "y", owned(self.y))
+        instance(self.ball, Ball, "ball")
+        object.__setattr__(self, "seed", whole(self.seed, "seed"))
+        steps = number(self.steps, "steps")
+        if steps < 0 or not steps.is_integer():
+            raise ValueError(f"steps must be a whole number >= 0 (0 for the clean loss), got {steps:g}")
+        object.__setattr__(self, "steps", int(steps))
+        if self.alpha is None:
+            return
+        object.__setattr__(self, "alpha", number(self.alpha, "alpha"))
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha:g}; leave it out for eps/4")
+
+    @property
+    def lower(self) -> float:
+        """A lower bound of Phi: 0 for the cross-entropy, none for the margin."""
+        return 0.0 if self.loss == "cross_entropy" else -math.inf
+
+    @property
+    def price(self) -> Price:
+        """K of the attack for each sample, and one more for a gradient."""
+        return Price(self.steps * len(self.x), (self.steps + 1) * len(self.x))
+
+    def describe(self) -> str:
+        """Loss, samples and attack in words."""
+        what = f"{self.loss.replace('_', '-')} on {len(self.x)} held-out points"
+        if self.steps == 0:
+            return f"clean {what}"
+        attack = f"PGD-{self.steps}" + (" on cross-entropy" if self.loss != "cross_entropy" else "")
+        alpha = "eps/4" if self.alpha is None else f"{self.alpha:g}"
+        within = f"eps = {self.ball.eps:g} ({self.ball.norm})"
+        return f"adversarial {what}, {attack}, {within}, alpha = {alpha}, one random start"
+
+    def value(self, driver: Driver, meter: Meter | None = None) -> float:
+        """Phi at the driver's present parameters, with one forward pass beside the attack.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        meter = Meter() if meter is None else meter
+        with self._evaluating(driver), torch.no_grad():
+            total = sum(float(part()) for part in self._parts(driver, meter))
+        meter.forwards += len(self.x)
+        return finite_value(total)
+
+    def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
+        """grad Phi in theta and in running statistics, with the adversary held fixed.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        meter = Meter() if meter is None else meter
+        total = [torch.zeros_like(t) for t in (*driver.parameters, *driver.statistics)]
+        with self._evaluating(driver):
+            for part in self._parts(driver, meter):
+                torch._foreach_add_(total, differentiated(driver, part))
+        meter.gradients += len(self.x)
+        return finite_gradient(total)
+
+    def dropped(self, driver: Driver) -> tuple[str, ...]:
+        """Weights that are merged in eval mode have no path to what is trained; l_2 steps depend on theta."""
+        names = ["weights that the network merges in eval mode (Phi)"] if merges(driver.model) else []
+        if self.ball.norm != "linf" and self.steps:
+            names.append("the adversary's (l_2 steps of Phi)")
+        return tuple(names)
+
+    def _parts(self, driver: Driver, meter: Meter) -> Iterator[Callable[[], Tensor]]:
+        """Phi as a sum over batches, each under its attack."""
+        alpha = self.ball.eps / 4 if self.alpha is None else self.alpha
+        device, channels_last = self.x.device, driver.channels_last
+        for i in range(0, len(self.x), _BATCH):
+            x, y = self.x[i : i + _BATCH], self.y[i : i + _BATCH]
+            start = generator(self.seed, "terminal", i, device=device)
+            with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
+                with FrozenModel(driver.model, channels_last=channels_last, meter=meter) as view:
+                    x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
+                yield partial(self._sum, driver.model, x, y)
+
+    def _sum(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What a batch adds to Phi."""
+        return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
+
+    @contextmanager
+    def _evaluating(self, driver: Driver) -> Iterator[None]:
+        """Eval mode; flags and buffers as they were, afterwards."""
+        with alone(driver.model), in_mode(driver.model, False), buffers_kept(driver.model):
+            yield
+
+
+def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
+    """Mean cross-entropy under PGD-20 from a random start, alpha = eps/4.
+
+    Args:
+        x: (N, ...) held-out inputs in [0, 1].
+        y: (N,) labels.
+        ball: the perturbation set.
+        seed: of the random start.
+
+    Raises:
+        ValueError: x that is empty or not in [0, 1], y that is not one integer label per sample.
+
+    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price
+    Price(value=160, gradient=168)
+
+    Source:
+        The objective of Madry et al. (2018), equation 2.1; the attack as in Wang et al. (2019).
+    """
+    return AdversarialLoss(x, y, ball, seed=seed)
