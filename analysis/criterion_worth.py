@@ -42,12 +42,12 @@ from controlat.app.trainer import deterministic
 from controlat.dynamics.recording import Recording
 from controlat.pmp import (
     AdversarialLoss,
+    Candidates,
     Criterion,
-    Grid,
     Trust,
     examine,
-    measure,
     probe_batches,
+    score,
     trust,
 )
 from controlat.pmp.hamiltonian import Gains
@@ -140,7 +140,7 @@ def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, An
     terminal = AdversarialLoss(*held_out.take(torch.arange(len(held_out))), ball, seed=seed)
     recording = Recording.of(driver, spec)
     trained = time.perf_counter() - began
-    grid, scale = Grid(*part["grid"]), 1 / (1 - problem.momentum)
+    grid, scale = Candidates.of(*part["grid"]), 1 / (1 - problem.momentum)
     found = examine(
         recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], looks=part["looks"]
     )
@@ -152,7 +152,7 @@ def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, An
         visit = recording.at(epoch * spec.batches_per_epoch)
         batches = [b._replace(epoch=epoch) for b in probe]
         weight = scale * spec.mean_rate(epoch) / spec.mean_rate()
-        surface = measure(driver, batches, visit.control, grid, terminal=terminal, scale=weight)
+        surface = score(driver, batches, visit.control, grid, terminal=terminal, scale=weight)
         surfaces.append({"control": dict(visit.control), "surface": surface.to_json()})
     driver.restore(recording.end)
     test = attacked(driver.model, experiment.test, ball, attacks=part["test"], seed=seed)

@@ -64,7 +64,9 @@ def system(job: Job) -> tuple[Driver, RunSpec]:
     driver = Driver(model, build_method("pgd_at"), Ball(EPS), SGDSettings(0.9), job.seed)
     schedule = parse_schedule(f"pgd:steps={job.inner},alpha={EPS / 4}", epochs)
     data = Split(*images(EPOCH * BATCH, job.seed)).to(device)
-    return driver, RunSpec(data, BATCH, epochs, schedule, parse_rate(0.01), job.seed)
+    return driver, RunSpec(
+        data=data, batch_size=BATCH, epochs=epochs, controller=schedule, rate=parse_rate(0.01), seed=job.seed
+    )
 
 
 def clock(driver: Driver) -> float:

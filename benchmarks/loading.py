@@ -75,7 +75,15 @@ def case(
     """One row: the same batches loaded as usual and ready in memory, in turn."""
     train: Samples = data.train.to(args.device)
     schedule: Schedule = parse_schedule("fgsm:alpha=0.03", 1)
-    spec = RunSpec(train, args.batch, 1, schedule, parse_rate(0.01), args.seed, parse_augment(augment))
+    spec = RunSpec(
+        data=train,
+        batch_size=args.batch,
+        epochs=1,
+        controller=schedule,
+        rate=parse_rate(0.01),
+        seed=args.seed,
+        augment=parse_augment(augment),
+    )
     with rng.scoped(args.seed, "model"):
         network = place(build_model(model, data.in_shape, data.num_classes), args.device)
     driver = Driver(network, build("pgd_at", {}), Ball(0.03), SGDSettings(), args.seed)

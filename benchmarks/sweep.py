@@ -17,7 +17,8 @@ from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
 from controlat.methods import Batch, build
 from controlat.pmp import probe_batches
-from controlat.pmp.candidates import Grid, Scored, rerun, sweep
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import Scored, score_one, score_sweep
 
 EPS = 0.3
 TARGET = {"evaluations_ratio": 8.0}
@@ -33,17 +34,16 @@ class Run(NamedTuple):
     seconds: float
 
 
-def every(grid: Grid) -> list[Control]:
+def every(grid: Candidates) -> list[Control]:
     """All candidates: no attack, and each step size with each K."""
-    found = [Control(alpha=a, steps=k) for a in grid.alphas for k in range(1, grid.max_steps + 1)]
-    return [Control(alpha=0.0, steps=0), *found]
+    return grid.around(build("pgd_at"), Control(alpha=0.0, steps=0))
 
 
-def ways(driver: Driver, batches: Sequence[Batch], grid: Grid) -> dict[str, Way]:
+def ways(driver: Driver, batches: Sequence[Batch], grid: Candidates) -> dict[str, Way]:
     """The two ways of scoring the same candidates on the same probe."""
     return {
-        "rerun": lambda meter: (rerun(driver, batches, v, 0.0, meter) for v in every(grid)),
-        "sweep": lambda meter: sweep(driver, batches, grid, Control(alpha=0.0, steps=0), 0.0, meter),
+        "rerun": lambda meter: (score_one(driver, batches, v, 0.0, meter) for v in every(grid)),
+        "sweep": lambda meter: score_sweep(driver, batches, grid, Control(alpha=0.0, steps=0), 0.0, meter),
     }
 
 
@@ -70,7 +70,7 @@ def difference(a: Run, b: Run) -> float:
     return max(abs(p - q) / max(p, q, 1e-300) for p, q in pairs)
 
 
-def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Driver, list[Batch], Grid]:
+def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Driver, list[Batch], Candidates]:
     """The driver, the probe and the grid.
 
     Raises:
@@ -81,7 +81,7 @@ def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Driver, list[Ba
         raise ValueError(f"--samples must be at most {len(data)}, got {args.samples}")
     driver = Driver(problem.model, build("pgd_at"), Ball(EPS), seed=args.seed)
     batches = probe_batches(*data.take(torch.arange(args.samples)), args.batches)
-    return driver, batches, Grid.default(EPS, args.steps, args.alphas)
+    return driver, batches, Candidates.default(EPS, args.steps, args.alphas)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     driver, batches, grid = prepare(problem, args)
     calls = ways(driver, batches, grid)
     for batch in batches:
-        driver.field(batch, Control(alpha=grid.alphas[0], steps=1))  # warm-up
+        driver.field(batch, Control(alpha=grid.values["alpha"][0], steps=1))  # warm-up
     runs: dict[str, list[Run]] = {name: [] for name in calls}
     for r in range(args.repeats):
         for name, way in calls.items():
@@ -115,13 +115,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def settings(args: argparse.Namespace, grid: Grid, samples: int) -> dict[str, Any]:
+def settings(args: argparse.Namespace, grid: Candidates, samples: int) -> dict[str, Any]:
     """What was scored on what."""
     return {
         "method": "pgd_at",
         "eps": EPS,
-        "alphas": list(grid.alphas),
-        "max_steps": grid.max_steps,
+        "alphas": list(grid.values["alpha"]),
+        "max_steps": grid.values["steps"][-1],
         "candidates": len(every(grid)),
         "samples": samples,
         "probe_batches": args.batches,

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from controlat.data import Split as Split
     from controlat.pmp import Surface as Surface
     from controlat.pmp import criterion as criterion
+    from controlat.pmp import relaxed as relaxed
     from controlat.robust_accuracy import robustness as robustness
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ _HOME = {
     "objective": "app.objective",
     "parse_schedule": "control.schedule_text",
     "pgd": "attacks",
+    "relaxed": "pmp",
     "robustness": "robust_accuracy",
     "train": "app.train",
 }

@@ -15,7 +15,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
 from controlat.pmp import (
     AdversarialLoss,
-    Grid,
+    Candidates,
     Weighted,
     examine,
     trust,
@@ -32,12 +32,12 @@ model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 *
 
 ball, epochs = controlat.Ball(0.15), 6
 schedule = controlat.parse_schedule("amata:min=1,max=5,tau=0.2", epochs)
-spec = RunSpec(training, 64, epochs, schedule, parse_rate(0.02))
+spec = RunSpec(data=training, batch_size=64, epochs=epochs, controller=schedule, rate=parse_rate(0.02))
 driver = Driver(model, build("pgd_at"), ball, SGDSettings(momentum=0.9))
 recording = Recording.of(driver, spec)  # trains the model; every step of it can be visited again
 
 phi = Weighted(((1.0, AdversarialLoss(x, y, ball)), (0.1, AdversarialLoss(x, y, ball, steps=0))))
-grid = Grid((0.02, 0.05, 0.15), max_steps=6)
+grid = Candidates.of((0.02, 0.05, 0.15), max_steps=6)
 found = examine(recording, phi, grid, gamma=0.001, horizons=[1, spec.batches_per_epoch], looks=2)
 print(f"Phi = {phi.describe()}: {found.phi:.3f}")
 for h in found.horizons:

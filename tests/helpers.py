@@ -56,7 +56,14 @@ def spec(
     batch_size: int = 4,
     seed: int = 0,
 ) -> RunSpec:
-    return RunSpec(data, batch_size, epochs, parse_schedule(schedule, epochs), parse_rate(rate), seed)
+    return RunSpec(
+        data=data,
+        batch_size=batch_size,
+        epochs=epochs,
+        controller=parse_schedule(schedule, epochs),
+        rate=parse_rate(rate),
+        seed=seed,
+    )
 
 
 def flat(tensors: Any) -> Tensor:

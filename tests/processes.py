@@ -8,15 +8,33 @@ from typing import Any
 
 import torch
 from helpers import SHAPE, cnn_bn, split
+from rules import Follow
 from systems import CASES, Case, constant, driver
 from torch import nn
 
 from controlat._util import rng
 from controlat._util.parallel import World, current, joined
 from controlat.attacks.balls import Ball
+from controlat.control.controller import Moment
+from controlat.control.schedule_text import parse_schedule
+from controlat.control.space import Control
 from controlat.data import Augment, Split
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.rollout import rollout
+
+
+class Ranked(Follow):
+    """A rule that goes by something that differs from process to process."""
+
+    def __init__(self, case: Case, rank: int) -> None:
+        super().__init__(case)
+        self.rank = rank
+
+    def control(self, now: Moment, z: Any) -> Control:
+        z.controller_memory["rank"] = self.rank
+        u = super().control(now, z)
+        return Control(**(dict(u) | ({"alpha": u["alpha"] * (1 + self.rank)} if "alpha" in u else {})))
+
 
 N, BATCH = 13, 5  # batches of 5, 5, 3: no number of processes divides them
 
@@ -32,6 +50,15 @@ def every_case(world: World) -> dict[str, Any]:
             steps = [step._asdict() for step in rollout(d, p)]
             found[f"{name}, {norm}"] = plain(d, steps)
     return found
+
+
+def dithered(world: World) -> dict[str, Any]:
+    """A method with two integer knobs between two whole numbers each, for three epochs."""
+    d, space = driver(CASES["yopo"]), CASES["yopo"].method().controls
+    schedule = parse_schedule("set:steps=1.5..3,alpha=0.03,inner=1.3,rounding=dither", 3, space).bound(space)
+    p = constant(CASES["yopo"].control(), N, batch_size=BATCH, epochs=3, world=world)
+    steps = [step._asdict() for step in rollout(d, replace(p, controller=schedule))]
+    return {"dithered": plain(d, steps) | {"controls": [dict(step["control"]) for step in steps]}}
 
 
 def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -112,8 +139,24 @@ def drifting(world: World) -> dict[str, Any]:
     return {"drifting": said}
 
 
+def closed_loop(world: World) -> dict[str, Any]:
+    """The first process decides, and all take its control, though each would have seen another number."""
+    found = {}
+    for name in ("pgd_at", "cat curriculum", "free"):
+        d = driver(CASES[name])
+        p = constant(CASES[name].control(), N, batch_size=BATCH, epochs=2, world=world)
+        p = replace(p, controller=Ranked(CASES[name], world.rank), held_out=split(8, (1, 4, 4), seed=5))
+        steps = [step._asdict() for step in rollout(d, p)]
+        taken = [dict(step["control"]) for step in steps]
+        found[f"closed loop, {name}"] = plain(d, steps) | {
+            "controls": taken,
+            "asked": len(p.controller.asked),
+        }
+    return found
+
+
 TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
-    task.__name__: task for task in (every_case, batchnorm, twins, exchanges, drifting)
+    task.__name__: task for task in (every_case, dithered, batchnorm, twins, exchanges, drifting, closed_loop)
 }
 
 

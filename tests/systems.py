@@ -112,7 +112,14 @@ def constant(
     **options: Any,
 ) -> RunSpec:
     """A plan with one control and one rate; the last batch of an epoch is shorter."""
-    made = RunSpec(split(n, shape), batch_size, epochs, lambda t: u, lambda t, T: rate, seed)  # type: ignore[arg-type]
+    made = RunSpec(
+        data=split(n, shape),
+        batch_size=batch_size,
+        epochs=epochs,
+        controller=lambda t: u,  # type: ignore[arg-type]
+        rate=lambda t, T: rate,  # type: ignore[arg-type]
+        seed=seed,
+    )
     return replace(made, **options)
 
 

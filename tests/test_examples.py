@@ -89,6 +89,23 @@ def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(tmp_pat
     assert not list(tmp_path.rglob("settings.json")), "the folder of the run is gone"
 
 
+def test_the_example_of_an_own_controller_raises_k_and_its_schedule_replays_it(tmp_path: Path) -> None:
+    done = _child(tmp_path, EXAMPLES / "own_controller.py", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    *epochs, last = done.stdout.splitlines()
+    rows = [
+        re.fullmatch(r"epoch (\d+): K = (.*); loss=(\S+), robust \(PGD-10\) (\S+)%", line) for line in epochs
+    ]
+    assert [int(row[1]) for row in rows if row] == list(range(12))
+    runs = [re.findall(r"(\d+) from batch (\d+) on", row[2]) for row in rows if row]
+    steps = [int(k) for epoch in runs for k, _ in epoch]
+    assert steps == sorted(steps), "K never falls"
+    assert steps[0] == 0
+    assert steps[-1] >= 2
+    assert any(len(epoch) > 1 for epoch in runs), "K rises within an epoch"
+    assert re.fullmatch(r"schedule.json has \d+ pieces; the same losses under it: True", last)
+
+
 def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(tmp_path: Path) -> None:
     done = _child(tmp_path, EXAMPLES / "full_criterion.py")
     assert (done.returncode, done.stderr) == (0, "")

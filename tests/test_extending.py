@@ -113,7 +113,8 @@ def test_a_new_terminal_cost_is_offered_and_part_of_a_sum(
     assert f"unknown terminal cost 'briar'; did you mean 'brier'? choose from: {known}" in said["mistyped"][2]
     assert said["evaluate"][0] == 0, said["evaluate"][2]
     result = json.loads((folder / "mine" / "result.json").read_text())
-    phi = "1 * (Brier's score on 10 held-out points) + 0.1 * (clean cross-entropy on 10 held-out points)"
+    n = result["sizes"].get("phi", result["sizes"]["held_out"])
+    phi = f"1 * (Brier's score on {n} held-out points) + 0.1 * (clean cross-entropy on {n} held-out points)"
     assert result["terminal"] == phi
     assert f"with Phi {phi}" in said["evaluate"][1]
 

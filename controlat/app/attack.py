@@ -63,7 +63,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         "norm": experiment.problem.norm,
         "attacks": list(chosen.attacks),
         "seed": chosen.seed,
-        "schedule": saved["schedule"]["text"],
+        "schedule": saved.get("schedule", {}).get("text", saved["settings"].get("controller")),
         "environment": environment(device),
     }
     if out is not None:

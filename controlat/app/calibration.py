@@ -99,9 +99,9 @@ def calibrate(
     check_inner_problem(settings.ball, steps)
     began = time.perf_counter()
     with deterministic(settings.threads):
-        shared, seed = shares_held_out(run), settings.seeds[0]
-        experiment = Experiment.of(settings, shared)
-        spec = replace(experiment.spec(settings.schedule_of(settings.schedules[0]), seed), world=World())
+        experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
+        schedule = settings.schedule_of(settings.schedules[0])
+        spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
         order = torch.randperm(len(experiment.training), generator=rng.generator(0, _PROBE))[:probe]
         look = _Look(*experiment.training.take(order), _mode(driver), spec.batch_size, steps, meter)
@@ -112,7 +112,7 @@ def calibrate(
     seconds = sum(taken for _, taken in looks)
     return {
         "run": str(run),
-        "schedule": spec.schedule.text,
+        "schedule": schedule.text,
         "seed": seed,
         **_series([inner for inner, _ in looks]),
         "probe": len(order),

@@ -85,16 +85,16 @@ def load_checkpoint(
         content = read_checkpoint(path)
     try:
         _check_seal(content)
-        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        stored = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of controlat")
-    if found.get("version") != VERSION:
+    if stored.get("version") != VERSION:
         raise ValueError(
-            f"{path} has checkpoint version {found.get('version')!r}; this release reads {VERSION}"
+            f"{path} has checkpoint version {stored.get('version')!r}; this release reads {VERSION}"
         )
-    return dict(checked(found, Checkpoint, str(path)))
+    return dict(checked(stored, Checkpoint, str(path)))
 
 
 def read_checkpoint(path: str | Path) -> bytes:
@@ -148,9 +148,9 @@ def check_weights(
             raise ValueError(f"{where}: {name} has values that are not finite")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, found: Mapping[str, Any], where: str) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], where: str) -> None:
     """Raise ValueError unless a state dict is one of this optimiser's, the learning rate apart."""
-    ours, theirs = optimizer.state_dict()["param_groups"], found["param_groups"]
+    ours, theirs = optimizer.state_dict()["param_groups"], state_dict["param_groups"]
     if len(ours) != len(theirs):
         raise ValueError(f"{where}: optimizer.param_groups has {len(theirs)} groups, here are {len(ours)}")
     for a, b in zip(ours, theirs, strict=True):
@@ -160,7 +160,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, found: Mapping[str, Any], 
         if lost := {"lr", "params"} - b.keys():
             raise ValueError(f"{where}: optimizer.param_groups lacks {', '.join(sorted(lost))}")
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    for i, values in found["state"].items():
+    for i, values in state_dict["state"].items():
         buffers = {name: t for name, t in values.items() if t is not None}
         wanted = dict.fromkeys(buffers, parameters.get(i))
         _check_same(wanted, buffers, f"{where}: optimizer.state that does not fit parameter {i}")

@@ -13,6 +13,7 @@ from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
 from controlat.app.trainer import deterministic
 from controlat.control.cost import Meter
+from controlat.dynamics.feedback import ahead
 from controlat.pmp import price
 
 __all__ = ["estimate"]
@@ -54,11 +55,11 @@ def estimate(**settings: Any) -> dict[str, Any]:
 
 def _seconds_per_evaluation(experiment: Experiment, run: ScheduleRun) -> float:
     """The fastest of a few first steps."""
-    driver, spec = experiment.driver(0), experiment.spec(run.schedule, 0)
-    batch = next(spec.batches(0))
+    driver, spec = experiment.driver(0), experiment.spec(run.controller, 0)
+    batch, control = next(spec.batches(0)), ahead(spec.controller, spec.moment(0), driver)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()
-        driver.field(batch, spec.control(batch), meter=meter)
+        driver.field(batch, control, meter=meter)
         best = min(best, (time.perf_counter() - began) / meter.gradients)
     return best

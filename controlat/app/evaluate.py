@@ -19,12 +19,12 @@ from controlat.app.notes import alphas, note_far, note_unreached, step_sizes
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.session import session
-from controlat.app.settings import EvaluateSettings, settings_from
+from controlat.app.settings import EvaluateSettings, names_factory, settings_from
 from controlat.app.trainer import load_checkpoint
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
-from controlat.pmp import Grid, described, try_terminal
+from controlat.pmp import Candidates, described, try_terminal
 
 __all__ = ["evaluate", "labels", "strides", "tried_terminal"]
 
@@ -67,15 +67,15 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     if chosen.full:
         strides(experiment, chosen, every[0])
     results = [
-        _run(run, f"[{i}/{len(every)}] {short(run.schedule.text)}, seed {run.seed}", world)
+        _run(run, f"[{i}/{len(every)}] {short(run.text)}, seed {run.seed}", world)
         for i, run in enumerate(every, start=1)
     ]
     if not world.first:
         return {}
     n, names = len(chosen.seeds), labels(chosen.schedules)
     schedules = [
-        {"text": name, "schedule": chosen.schedule_of(text).to_json(), "runs": results[i * n : (i + 1) * n]}
-        for i, (text, name) in enumerate(zip(chosen.schedules, names, strict=True))
+        {"text": name, "schedule": every[i * n].taken.to_json(), "runs": results[i * n : (i + 1) * n]}
+        for i, name in enumerate(names)
     ]
     return report.assemble(
         settings=chosen.to_json(),
@@ -99,7 +99,7 @@ def _run(run: ScheduleRun, label: str, world: World) -> dict[str, Any]:
 
 def _note(chosen: EvaluateSettings) -> None:
     """Say what is likely a mistake, and still allowed."""
-    planned = {text: chosen.schedule_of(text) for text in chosen.schedules}
+    planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
     note_unreached(chosen, planned)
     for text, schedule in planned.items():
         note_far(short(text), alphas(schedule), chosen.ball)
@@ -123,7 +123,7 @@ def tried_terminal(experiment: Experiment, chosen: EvaluateSettings) -> str:
 
 def strides(experiment: Experiment, chosen: EvaluateSettings, run: ScheduleRun) -> tuple[int, ...]:
     """How the full criterion records a run; an error where it does not fit in memory."""
-    spec = replace(experiment.spec(run.schedule, run.seed), world=World())
+    spec = replace(experiment.spec(run.controller, run.seed), world=World())
     driver = experiment.driver(run.seed)
     try:
         return Recording.check(driver, spec, limit=chosen.memory * GIBI)
@@ -131,15 +131,17 @@ def strides(experiment: Experiment, chosen: EvaluateSettings, run: ScheduleRun) 
         raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
 
-def _searched(grid: Grid, chosen: EvaluateSettings) -> dict[str, Any]:
+def _searched(grid: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
     """What the maximum is over: as far as the method has these controls."""
     knobs = build(chosen.method, chosen.method_options).controls
-    least, most = grid.bounds(knobs)
+    values = grid.within(knobs)
+    alphas_, steps = values.pop("alpha", ()), values.pop("steps", (0,))
     return {
-        "alphas": list(grid.alphas) if "alpha" in knobs else [],
-        "least": least,
-        "max_steps": most,
-        "others": [n for n, k in knobs.items() if n not in ("alpha", "steps") and k.low < k.high],
+        "alphas": list(alphas_),
+        "least": steps[0],
+        "max_steps": steps[-1],
+        "others": [n for n, k in knobs.items() if n not in grid.values and k.low < k.high],
+        **({"more": {name: list(listed) for name, listed in values.items()}} if values else {}),
     }
 
 

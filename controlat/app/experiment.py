@@ -22,8 +22,8 @@ from controlat.app.checkpoints import load_checkpoint, load_weights
 from controlat.app.settings import AttackSettings, EvaluateSettings, Problem, from_json
 from controlat.app.trainer import initial_model, place
 from controlat.attacks.losses import cross_entropy
+from controlat.control.controller import Controller
 from controlat.control.cost import Meter
-from controlat.control.schedules import Schedule
 from controlat.data import Dataset, Samples
 from controlat.data import load as load_data
 from controlat.dynamics.driver import Driver
@@ -131,15 +131,15 @@ class Experiment:
         sizes = {"train": len(self.training), "held_out": len(self.held_out), "test": len(self.data.test)}
         return sizes | parts
 
-    def spec(self, controller: Schedule, seed: int) -> RunSpec:
+    def spec(self, controller: Controller, seed: int) -> RunSpec:
         """The roll-out of one controller under one seed."""
         p = self.problem
         return RunSpec(
-            self.training,
-            p.batch_size,
-            p.epochs,
-            controller,
-            p.rate,
+            data=self.training,
+            batch_size=p.batch_size,
+            epochs=p.epochs,
+            controller=controller,
+            rate=p.rate,
             seed=seed,
             augment=p.augmentation,
             held_out=self.validation,
@@ -171,7 +171,7 @@ class Experiment:
 
     def objective(
         self,
-        controller: Schedule,
+        controller: Controller,
         seed: int,
         terminal: str = "adversarial",
         progress: Callable[[], object] | None = None,

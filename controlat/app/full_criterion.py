@@ -17,6 +17,7 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings
+from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.run_spec import RunSpec
@@ -25,8 +26,8 @@ from controlat.methods import Method
 from controlat.pmp import (
     HALVINGS,
     LAMBDAS,
+    Candidates,
     Criterion,
-    Grid,
     Price,
     described,
     examine,
@@ -41,18 +42,18 @@ __all__ = ["full_criterion", "full_criterion_cost", "report_payload"]
 def full_criterion(
     experiment: Experiment,
     settings: EvaluateSettings,
-    schedule: Schedule,
+    controller: Controller,
     seed: int,
-    grid: Grid,
+    grid: Candidates,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
-    """The criterion over all horizons, and what its size means, for one schedule under one seed.
+    """The criterion over all horizons, and what its size means, for one controller under one seed.
 
     Args:
         experiment: the problem with its data.
         settings: gamma, horizons, looks, memory.
-        schedule: t -> u.
+        controller: decides u_t; what is looked back upon are the controls that it took.
         seed: of the run.
         grid: what is searched.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
@@ -64,7 +65,7 @@ def full_criterion(
         ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
     began = time.perf_counter()
-    driver, spec = experiment.driver(seed), replace(experiment.spec(schedule, seed), world=World())
+    driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
     terminal = experiment.terminal(seed, settings.terminal)
     total = spec.epochs * spec.batches_per_epoch
     with bar("roll-out", total) as b:
@@ -103,7 +104,7 @@ def full_criterion(
 
 
 def full_criterion_cost(
-    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Grid, phi: Price, replays: int
+    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Candidates, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
 
@@ -117,14 +118,14 @@ def full_criterion_cost(
     """
     per_epoch, n = spec.batches_per_epoch, len(spec.data)
     steps = spec.epochs * per_epoch
-    controls = [spec.schedule(step / per_epoch) for step in range(steps)]
+    controls = spec.plan()
     rolled = rollout_cost(spec, method)
     looked = looked_at(spec.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * spec.epochs * n
     scored = sum(grid.cost(method, controls[number]) for number in looked) * spec.batch_size
-    dearest = max(method.controls.cost(v) for v in grid.candidates(method, controls[0]))
+    dearest = max(method.controls.cost(v) for v in grid.around(method, controls[0]))
     relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * spec.epochs * n + phi.value)
     return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
 
@@ -141,11 +142,12 @@ def _thinned(norms: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
     return (*norms[::stride], *last)
 
 
-def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str, Any]:
+def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
     """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, trust.
 
     Args:
         found: that data.
+        schedule: of the run; the control of a block is u(t), real where a knob is dithered.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
     if "failed" in found:
@@ -165,23 +167,18 @@ def report_payload(found: Mapping[str, Any], surfaces: bool = True) -> dict[str,
     best = criterion.best()
     begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
     per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
-    blocks = [
-        {
-            "t": begins[b.index] / per_epoch,
-            "control": dict(b.control),
-            "maximiser": dict(b.maximiser),
-            "gain": b.gain,
-            "cosine": cosine,
-        }
-        for b, cosine in zip(best, criterion.cosines(), strict=True)
-    ]
+    blocks: list[dict[str, Any]] = []
+    for b, cosine in zip(best, criterion.cosines(), strict=True):
+        t = begins[b.index] / per_epoch
+        u = dict(schedule(t))
+        v = dict(b.maximiser) if b.gain > 0 else u
+        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
     chosen = sorted({0, len(best) // 2, len(best) - 1})
-    drawn = [
-        blocks[i]
-        | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in criterion.surface(best[i].index)]}
-        for i in chosen
-        if surfaces
-    ]
+    drawn: list[dict[str, Any]] = []
+    for i in chosen if surfaces else ():
+        (_, own), *others = criterion.surface(best[i].index)
+        scored = [(blocks[i]["control"], own), *others]
+        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
     return {
         "horizons": horizons,
         "blocks": blocks,

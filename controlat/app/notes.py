@@ -52,8 +52,8 @@ def note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
 
 
 def alphas(schedule: Schedule) -> Iterator[float]:
-    """The step sizes of a schedule, piece by piece."""
-    return (schedule(piece * schedule.resolution).get("alpha", 0.0) for piece in range(schedule.pieces))
+    """The step sizes that a schedule may take."""
+    return (u.get("alpha", 0.0) for u in schedule.controls)
 
 
 def step_sizes(attacks: Sequence[str]) -> Iterator[float]:

@@ -11,14 +11,14 @@ from controlat.app.experiment import Experiment, progress_bar
 from controlat.app.ranges import RANGES
 from controlat.app.settings import Problem, settings_from
 from controlat.app.trainer import deterministic
-from controlat.control.schedules import Schedule
+from controlat.control.controller import Controller
 from controlat.pmp import described
 
 __all__ = ["objective"]
 
 
 def objective(
-    schedule: str | os.PathLike[str] | Schedule | Callable[..., Any],
+    schedule: str | os.PathLike[str] | Controller | Callable[..., Any],
     *,
     seed: int = 0,
     gamma: str | float = "0.04",

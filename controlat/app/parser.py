@@ -43,6 +43,7 @@ LISTS: dict[str, Any] = {
     "seeds": _whole,
     "attacks": str,
     "alphas": str | float,
+    "knobs": str,
     "horizons": _whole,
     "x_range": str | float,
     "theta_range": str | float,

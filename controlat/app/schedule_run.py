@@ -1,11 +1,11 @@
-"""One run of an evaluation: a schedule under a seed, trained, scored and attacked."""
+"""One run of an evaluation: a controller under a seed, trained, scored and attacked."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,27 @@ from controlat.app.experiment import Experiment, progress_bar
 from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import Tally, fit, read_log, validation_cost
-from controlat.control.schedules import Schedule
+from controlat.app.trainer import SCHEDULE, Tally, fit, read_log, validation_cost
+from controlat.control.controller import Controller
+from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
 from controlat.methods import Batch, Method, build
 from controlat.pmp import (
     FORMS,
+    Candidates,
     Gap,
-    Grid,
     Outcome,
     Price,
     Surface,
-    measure,
     outcome_at,
     probe_batches,
     rollout_cost,
+    score,
 )
 from controlat.records import (
     CriterionLine,
@@ -61,14 +63,21 @@ _PROBE_BATCHES = 4, 16
 
 @dataclass(frozen=True)
 class ScheduleRun:
-    """One run of an evaluation: a schedule under a seed, in its directory."""
+    """One run of an evaluation: a schedule, or another controller, under a seed, in its directory."""
 
     experiment: Experiment
     settings: EvaluateSettings
-    schedule: Schedule
+    text: str
+    controller: Controller
     seed: int
     directory: Path
-    grid: Grid
+    grid: Candidates
+
+    @property
+    def taken(self) -> Schedule:
+        """The schedule of the run once it is trained: of a closed loop, that which it took."""
+        c = self.controller
+        return c if isinstance(c, Schedule) else load_schedule(self.directory / SCHEDULE)
 
     def probe(self, epoch: int) -> list[Batch]:
         """The probe at one epoch: fixed training samples, in batches of the training batch size.
@@ -85,7 +94,8 @@ class ScheduleRun:
 
     def measure(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
-        began, s, u = time.perf_counter(), self.settings, spec.schedule(epoch)
+        began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
+        u = ahead(spec.controller, now, driver)
         analysis = Driver(
             model=driver.model,
             method=driver.method,
@@ -95,9 +105,9 @@ class ScheduleRun:
             channels_last=driver.channels_last,
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
-        total = 1 + (len(self.grid.candidates(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        total = 1 + (len(self.grid.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
-            surface = measure(
+            surface = score(
                 analysis,
                 self.probe(epoch),
                 u,
@@ -113,18 +123,6 @@ class ScheduleRun:
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
         return line | {"seconds": time.perf_counter() - began}
 
-    def objective(self, driver: Driver, tally: Tally) -> Outcome:
-        """J's parts at the trained network, sum n as it was counted in training.
-
-        Where it was not, in a run of before, the network is trained once more in memory.
-        """
-        s = self.settings
-        if tally.evaluations is None:
-            return self.experiment.objective(self.schedule, self.seed, s.terminal)
-        terminal = self.experiment.terminal(self.seed, s.terminal)
-        total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
-        return outcome_at(driver, terminal, total, training=training, seconds=seconds)
-
     def measure_cost(self, u: Control, phi: Price) -> float:
         """Gradient evaluations of `measure` where u is the control, in samples."""
         method, s = self.method, self.settings
@@ -133,13 +131,25 @@ class ScheduleRun:
             tried = s.trials * self.grid.mean_cost(method, u) + method.controls.cost(u)
         return tried * min(s.probe, len(self.experiment.training)) + phi.gradient
 
+    def objective(self, driver: Driver, tally: Tally) -> Outcome:
+        """J's parts at the trained network, sum n as it was counted in training.
+
+        Where it was not, in a run of before, the network is trained once more in memory.
+        """
+        s = self.settings
+        if tally.evaluations is None:
+            return self.experiment.objective(self.taken, self.seed, s.terminal)
+        terminal = self.experiment.terminal(self.seed, s.terminal)
+        total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
+        return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+
     def look_back(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
         s = self.settings
         return full_criterion(
             self.experiment,
             s,
-            self.schedule,
+            self.taken,
             self.seed,
             self.grid,
             trained,
@@ -158,8 +168,8 @@ class ScheduleRun:
             phi: of the terminal cost.
             replays: how often steps are taken again at most in the full criterion.
         """
-        s, spec = self.settings, self.experiment.spec(self.schedule, self.seed)
-        first = (spec.schedule(epoch) for epoch in range(spec.epochs))
+        s, spec = self.settings, self.experiment.spec(self.controller, self.seed)
+        first = spec.plan()[:: spec.batches_per_epoch]
         full = full_criterion_cost(s, spec, self.method, self.grid, phi, replays) if s.full else 0.0
         return {
             "training": rollout_cost(spec, self.method),
@@ -175,7 +185,7 @@ class ScheduleRun:
         Several processes train together; the first of them scores, attacks and returns the results.
         """
         s, path = self.settings, self.directory / CRITERION
-        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.schedule, self.seed)
+        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.controller, self.seed)
         scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
         tally = fit(
             driver,
@@ -186,6 +196,7 @@ class ScheduleRun:
             at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
             progress=s.progress,
             label=label,
+            name=self.text,
         )
         if not spec.world.first:
             return {}
@@ -199,6 +210,9 @@ class ScheduleRun:
             write_json(file, measured.to_json())
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
+        shown = {}
+        if s.full:
+            shown["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
@@ -206,7 +220,7 @@ class ScheduleRun:
             "objective": read_record(objective, Objective),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **({"full": report_payload(read_record(full, Full), self.seed == s.seeds[0])} if s.full else {}),
+            **shown,
             "gradients": tally.gradients,
             "forwards": tally.forwards,
             "seconds": tally.seconds,
@@ -221,7 +235,7 @@ class ScheduleRun:
         path, lines = self.directory / CRITERION, self._surfaces(epochs)
         told = f"{path} lacked epoch {', '.join(map(str, lost))}; trained again in memory to score it"
         driver = self.experiment.driver(self.seed)
-        spec = replace(self.experiment.spec(self.schedule, self.seed), world=World())
+        spec = replace(self.experiment.spec(self.taken, self.seed), world=World())
         for epoch in range(epochs):
             if epoch in lost:
                 lines.append(self.measure(driver, spec, epoch))
@@ -235,13 +249,13 @@ class ScheduleRun:
 
     def _evaluation(self, path: Path) -> dict[str, Any]:
         """evaluation.json, which has every attack that was asked for."""
-        evaluation: dict[str, Any] = read_record(path, Evaluation)
+        found: dict[str, Any] = read_record(path, Evaluation)
         names = [parse_attack(a).name for a in self.settings.attacks]
-        if list(evaluation["after"]) != names:
+        if list(found["after"]) != names:
             raise ValueError(
-                f"{path}: after has {', '.join(evaluation['after'])}, asked for was {', '.join(names)}"
+                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
             )
-        return evaluation
+        return found
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
@@ -250,7 +264,7 @@ class ScheduleRun:
             surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
             try:
                 gaps: dict[str, Gap] = {
-                    form: surface.gap(self.schedule(line["epoch"]), gamma, form) for form in FORMS
+                    form: surface.gap(Control(**line["control"]), gamma, form) for form in FORMS
                 }
             except ValueError as error:
                 where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
@@ -274,20 +288,34 @@ class ScheduleRun:
 
 
 def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
-    """Every run of an evaluation: schedules in turn, each under all seeds, searched over one common grid."""
-    schedules = [settings.schedule_of(text) for text in settings.schedules]
-    every = [s(p * s.resolution) for s in schedules for p in range(s.pieces)]
-    largest = max(int(u.get("steps", 1)) for u in every)
-    eps, steps = settings.ball.eps, settings.max_steps or max(largest, 1)
-    grid = Grid.default(eps, steps) if settings.alphas is None else Grid(tuple(settings.alphas), steps)  # type: ignore[arg-type]
-    for number_, (text, schedule) in enumerate(zip(settings.schedules, schedules, strict=True), start=1):
+    """Every run of an evaluation: controllers in turn, each under all seeds, searched over one common set."""
+    eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
+    space = build(settings.method, settings.method_options).controls
+    grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
+    for number_, text in enumerate(settings.schedules, start=1):
         for seed in settings.seeds:
-            directory = out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}"
             yield ScheduleRun(
                 experiment=experiment,
                 settings=settings,
-                schedule=schedule,
+                text=text,
+                controller=settings.controller_of(text),
                 seed=seed,
-                directory=directory,
+                directory=out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}",
                 grid=grid,
             )
+
+
+def _most_steps(settings: EvaluateSettings) -> int:
+    """The largest K of the schedules, and of the controllers that name their dearest control."""
+    every: list[Mapping[str, float]] = []
+    for controller in map(settings.controller_of, settings.schedules):
+        if isinstance(controller, Schedule):
+            every += controller.controls
+        elif dearest := getattr(controller, "dearest", None):
+            every.append(dearest)
+    if not every:
+        raise ValueError(
+            "max_steps is missing: the largest K of a controller is not known ahead, unless it has an "
+            "attribute `dearest`"
+        )
+    return max(1, *(int(u.get("steps", 1)) for u in every))

@@ -12,13 +12,14 @@ from controlat.app.notes import alphas, note_far, note_unreached
 from controlat.app.session import session
 from controlat.app.settings import TrainSettings, settings_from
 from controlat.app.trainer import fit, read_log
+from controlat.control.schedules import Schedule
 from controlat.records import missing
 
 __all__ = ["train"]
 
 
 def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    """Train one network under one schedule: `controlat train`.
+    """Train one network under one schedule or controller: `controlat train`.
 
     Args:
         out: the run directory. It gets settings.json, schedule.json, log.jsonl, last.pt, best.pt.
@@ -39,7 +40,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     True
     """
     chosen, out = settings_from(TrainSettings, settings, "train"), expanded(out)
-    schedule, plain = chosen.planned, {"command": "train"} | chosen.to_json()
+    controller, plain = chosen.planned, {"command": "train"} | chosen.to_json()
     with session(out, plain, chosen) as (world, known, shared):
         finished = world.broadcast(
             not missing(read_log(out, chosen.epochs), chosen.epochs) if world.first else None
@@ -48,21 +49,22 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             raise ValueError(
                 f"{out} holds an unfinished run of these settings; go on with --resume (resume=True)"
             )
-        if world.first:
-            note_unreached(chosen, {chosen.schedule or schedule.text: schedule})
-            note_far(short(chosen.schedule), alphas(schedule), chosen.ball)
+        if world.first and isinstance(controller, Schedule):
+            note_unreached(chosen, {chosen.text: controller})
+            note_far(short(chosen.text), alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen, shared)
         driver = experiment.driver(chosen.seed)
         tally = fit(
             driver,
-            experiment.spec(schedule, chosen.seed),
+            experiment.spec(controller, chosen.seed),
             out,
             held_out=experiment.validation,
             settings=plain | {"data_dir": chosen.data_dir},
             checkpoint_minutes=chosen.checkpoint_minutes,
             tensorboard=chosen.tensorboard,
             progress=chosen.progress,
-            label=short(chosen.schedule),
+            label=short(chosen.text),
+            name=chosen.text,
         )
         records = world.once(lambda: read_log(out))
     return {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from controlat._util.checks import instance, number
 from controlat._util.registry import meant
 from controlat._util.texts import numbers, only, short, split
-from controlat.control.schedules import Curve, Schedule
+from controlat.control.curves import Curve
+from controlat.control.schedules import Schedule
 from controlat.control.space import Knob
 
 __all__ = ["FAMILIES", "Family", "parse_schedule"]
@@ -71,9 +72,8 @@ def _lists(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
     return build
 
 
-def _free(text: str, knob: Knob | None) -> Curve:
+def _free(text: str, rounding: str | None) -> Curve:
     """Any knob: ``a``, ``a..b`` (linear), ``a..b@E`` (linear up to epoch E), ``a:b:c@E1:E2`` (steps)."""
-    rounding = "half_up" if knob is not None and knob.kind == "integer" else None
     values, _, at = text.partition("@")
     edges = numbers(at, "at") if at else ()
     if ".." in values:
@@ -125,7 +125,9 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     half up, alpha = TAU / K); ``linear``, ``exponential`` and ``cosine`` alike, also with start and end,
     with ``alpha=`` instead of ``tau=``, ``rounding=floor``, ``alpha_from=real``;
     ``step:steps=K0:K1:...,at=E1:...,tau=TAU``; ``table:steps=K0:K1:...,alpha=A0:A1:...``. Every family takes
-    ``resolution=`` (length of a piece in epochs, 1 by default). Numbers may be fractions, read exactly.
+    ``resolution=`` (length of a piece in epochs, 1 by default) and ``rounding=dither``: then K, and every
+    other integer knob that is named, takes floor and ceiling in turn over the batches (`Schedule.at`), so
+    that it is a real number on average. Numbers may be fractions, read exactly.
 
     Any knob of a method can be named beside those of the family, and ``set:`` has no others: ``value``,
     ``a..b`` (linear over the run), ``a..b@E`` (linear up to epoch E, then b), ``a:b:c@E1:E2`` (b from epoch
@@ -159,6 +161,11 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
         raise ValueError(f"{told}; {near}write one of: {examples}")
     entry = FAMILIES[family]
     resolution = number(found.pop("resolution", "1"), "resolution")
+    dither = found.get("rounding") == "dither"
+    if "rounding" in found and "rounding" not in entry.optional:
+        if not dither:
+            raise ValueError(f"rounding of {family} is dither or left out, got {short(found['rounding'])!r}")
+        del found["rounding"]
     own = {*entry.required, *entry.optional}
     free = set(found) - own if family == "set" else (set(found) & set(knobs or ())) - own
     only(
@@ -167,10 +174,13 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
         {*entry.optional, *free, *(knobs or ())},
         f"schedule {family!r} (such as {entry.example})",
     )
-    whole = {"steps": Knob("integer", 0)} if knobs is None else knobs
+    integers = {"steps"} if knobs is None else {k for k, knob in knobs.items() if knob.kind == "integer"}
     try:
         curves = entry.build({k: v for k, v in found.items() if k not in free}, family)
-        curves |= {name: _free(found[name], whole.get(name)) for name in free}
+        curves |= {name: _free(found[name], "half_up" if name in integers else None) for name in free}
+        if dither:
+            real = {name for name, curve in curves.items() if name in integers and curve.of is None}
+            curves |= {name: replace(curves[name], rounding="dither") for name in real}
         schedule = Schedule(curves, epochs, resolution, text.strip())
     except ValueError as error:
         raise ValueError(

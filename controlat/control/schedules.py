@@ -7,125 +7,28 @@ Every text is shorthand for curves, so that a found or derived schedule and a na
 
 from __future__ import annotations
 
+import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from controlat._util.checks import instance, number
+from controlat._util.checks import instance, number, whole
 from controlat._util.files import read_json, write_json
 from controlat._util.texts import only, short
+from controlat.control.curves import SLACK, Curve, dithered
 from controlat.control.space import Control, ControlSpace
 
-__all__ = ["CURVES", "Curve", "Schedule", "load_schedule"]
+if TYPE_CHECKING:
+    from controlat.control.controller import Moment
+
+__all__ = ["Curve", "Schedule", "load_schedule"]
 
 FORMAT, VERSION = "controlat schedule", 1
 _MAX_PIECES = 1_000_000
-_ULP = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
-
-
-def _place(c: Curve, t: float) -> int:
-    """How many of the epochs `at` have come by time t; a bisection, as there may be a million of them."""
-    return bisect_right(c.at, t, key=lambda edge: edge - _ULP)
-
-
-# kind -> value at time t of a run of T epochs, from the curve's numbers.
-CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
-    {
-        "constant": lambda c, t, T: c.values[0],
-        "linear": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * t / T,
-        "exponential": lambda c, t, T: c.values[0] * (c.values[1] / c.values[0]) ** (t / T),
-        "cosine": lambda c, t, T: (
-            c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
-        ),
-        "ramp": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * min(t / c.at[0], 1.0),
-        "step": lambda c, t, T: c.values[_place(c, t)],
-        "table": lambda c, t, T: c.values[min(_place(c, t), len(c.values) - 1)],
-        "ratio": lambda c, t, T: c.values[0],
-    }
-)
-_LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ramp": 2, "ratio": 1}
-ROUNDINGS: Mapping[str, Callable[[float], int]] = MappingProxyType(
-    {"half_up": lambda v: math.floor(v + 0.5 + _ULP), "floor": lambda v: math.floor(v + _ULP)}
-)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One knob as a function of time.
-
-    Args:
-        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``ramp`` (start,
-            end: linear up to the epoch `at`), ``step`` (values, changing at the epochs `at`), ``table`` (one
-            value per piece of the schedule; `at` is filled in), ``ratio`` (tau; the value is tau over the
-            knob `of`, and 0 where that is 0).
-        values: the numbers of that kind.
-        at: epochs at which a ``step`` changes, increasing; the one epoch at which a ``ramp`` ends.
-        rounding: ``half_up`` or ``floor`` for integer knobs, None for real ones.
-        of: for ``ratio``: the knob divided by.
-        rounded: for ``ratio``: divide by that knob's rounded value (then tau is kept exactly) or by its
-            real one.
-
-    Raises:
-        ValueError: unknown kind, or numbers that do not fit it.
-    """
-
-    kind: str
-    values: tuple[float, ...]
-    at: tuple[float, ...] = ()
-    rounding: str | None = None
-    of: str | None = None
-    rounded: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in CURVES:
-            raise ValueError(f"a curve is one of {', '.join(CURVES)}, got {self.kind!r}")
-        object.__setattr__(
-            self, "values", tuple(number(v, f"value of a {self.kind} curve") for v in self.values)
-        )
-        object.__setattr__(self, "at", tuple(number(v, "epoch of a step") for v in self.at))
-        wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
-        if len(self.values) != wanted or not self.values:
-            raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
-        if self.at and self.kind not in ("step", "table", "ramp"):
-            raise ValueError(
-                f"only a step changes at given epochs, but a {self.kind} curve got at = {short(self.at)}"
-            )
-        if self.kind == "ramp" and len(self.at) != 1:
-            raise ValueError(f"a ramp curve ends at one epoch, got at = {short(self.at)}")
-        if self.kind == "exponential" and min(self.values) <= 0:
-            raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
-        for a, b in zip((0.0, *self.at), self.at, strict=False):
-            if b <= a:
-                raise ValueError(f"a step changes at increasing epochs > 0, got {b:g} after {a:g}")
-        if self.rounding is not None and self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
-        if (self.kind == "ratio") != (self.of is not None):
-            raise ValueError("a ratio curve, and only that, names the knob it divides by (of)")
-
-    def round(self, value: float, knob: str = "value") -> float:
-        """The value as the knob takes it: rounded where the curve says so.
-
-        Raises:
-            ValueError: it is not finite; names the knob.
-        """
-        if not math.isfinite(value):
-            raise ValueError(f"{knob} must be finite, got {value}")
-        return ROUNDINGS[self.rounding](value) if self.rounding else value
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that are set."""
-        found: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
-        if self.kind in ("step", "ramp"):
-            found["at"] = list(self.at)
-        if self.rounding:
-            found["rounding"] = self.rounding
-        if self.of is not None:
-            found |= {"of": self.of, "rounded": self.rounded}
-        return found
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -133,7 +36,8 @@ class Schedule:
     """A control u(t) over a run of T epochs.
 
     Called with a real t >= 0 it returns the frozen mapping u(t): constant on pieces of `resolution` epochs
-    (its value at the start of the piece), and the last piece's value beyond the end.
+    (its value at the start of the piece), and the last piece's value beyond the end. Where a knob is dithered
+    u(t) has its real value; the control of a step, in whole numbers, is that of `at`.
 
     Args:
         curves: knob to `Curve`.
@@ -186,6 +90,7 @@ class Schedule:
         object.__setattr__(self, "defaults", MappingProxyType(dict(Control(**self.defaults))))
         known: dict[tuple[float, ...], Control] = {}  # most pieces share their control with others
         object.__setattr__(self, "_pieces", tuple(self._at(i, known) for i in range(self.pieces)))
+        object.__setattr__(self, "_epochs", {})
 
     def _bound(self, knob: str, curve: Curve) -> Curve:
         if curve.of is not None and (curve.of not in self.curves or self.curves[curve.of].of is not None):
@@ -203,7 +108,7 @@ class Schedule:
     @property
     def pieces(self) -> int:
         """Number of pieces on which u is constant."""
-        return max(1, math.ceil(self.epochs / self.resolution - _ULP))
+        return max(1, math.ceil(self.epochs / self.resolution - SLACK))
 
     def _at(self, piece: int, known: dict[tuple[float, ...], Control]) -> Control:
         t = piece * self.resolution
@@ -217,25 +122,34 @@ class Schedule:
 
     def _values(self, t: float) -> Iterable[float]:
         """The value of every knob at time t, in the order of the curves."""
-        real = {knob: CURVES[c.kind](c, t, self.epochs) for knob, c in self.curves.items()}
+        real = self._real(t)
         for knob, curve in self.curves.items():
             if curve.of is not None:
-                below = self.curves[curve.of].round(real[curve.of], curve.of)
-                divisor = below if curve.rounded else real[curve.of]
-                real[knob] = curve.values[0] / divisor if below and divisor else 0.0
+                divided = self.curves[curve.of]
+                taken = divided.round(real[curve.of], curve.of)
+                if divided.rounding == "dither" and 0 < taken < 1:
+                    taken = 1  # in the steps that take it at all
+                real[knob] = curve.over(real[curve.of], taken)
             yield curve.round(real[knob], knob)
+
+    def _real(self, t: float) -> dict[str, float]:
+        """The value of every curve at time t, before it is rounded or divided by."""
+        return {knob: curve(t, self.epochs) for knob, curve in self.curves.items()}
 
     def _control(self, value: dict[str, float]) -> Control:
         steps = value.get("steps", 0)
-        if steps != int(steps):
-            raise ValueError(f"steps must be a whole number, got {steps:g}")
+        if steps != int(steps) and self.curves["steps"].rounding != "dither":
+            raise ValueError(f"steps without rounding=dither must be a whole number, got {steps:g}")
         for knob in ("steps", "alpha"):
             if value.get(knob, 0) < 0:
                 raise ValueError(f"{knob} must be >= 0, got {value[knob]:g}")
         return Control(**self.defaults, **value)
 
+    def _piece(self, t: float) -> int:
+        return int(min(t / self.resolution + SLACK, self.pieces - 1))
+
     def __call__(self, t: float) -> Control:
-        """u(t), t in epochs since the start of training.
+        """u(t), t in epochs since the start of training; real where a knob is dithered.
 
         Raises:
             ValueError: t is negative or not finite.
@@ -244,7 +158,102 @@ class Schedule:
         if t < 0:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
         pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
-        return pieces[int(min(t / self.resolution + _ULP, self.pieces - 1))]
+        return pieces[self._piece(t)]
+
+    def at(self, epoch: int, batch: int, batches: int) -> Control:
+        """The control of one step, u(epoch + batch/batches), in whole numbers where a knob is dithered.
+
+        Over any consecutive steps of an epoch the sum of a dithered knob differs from that of its real values
+        by less than 1 (`controlat.control.curves.dithered`). Each epoch begins at another phase, the
+        multiples of the golden ratio, so that the first step of an epoch takes the ceiling as often as
+        others. A ``ratio`` divides by the number that the step takes, or by the real one.
+
+        Args:
+            epoch: epoch, from 0.
+            batch: position of the step in its epoch, from 0.
+            batches: steps per epoch.
+
+        Returns:
+            The control, such as the keyword arguments of `controlat.pgd`.
+
+        Raises:
+            ValueError: there is no such step.
+
+        >>> from controlat import parse_schedule
+        >>> s = parse_schedule("pgd:steps=2.5,alpha=0.1,rounding=dither", epochs=2)
+        >>> [s.at(0, batch, 6)["steps"] for batch in range(6)], s(0)["steps"]
+        ([3, 2, 3, 2, 3, 2], 2.5)
+        """
+        epoch, batches = whole(epoch, "epoch", 0), whole(batches, "batches", 1)
+        batch = whole(batch, "batch", 0)
+        if batch >= batches:
+            raise ValueError(f"batch must be below the {batches} batches of an epoch, got {batch}")
+        if not self._dithered:
+            return self(epoch + batch / batches)
+        known: dict[tuple[int, int], tuple[Control, ...]] = self._epochs  # type: ignore[attr-defined]
+        if (epoch, batches) not in known:
+            while len(known) > 1:  # consecutive steps are asked for, also around the end of an epoch
+                known.pop(next(iter(known)))
+            known[epoch, batches] = self._steps(epoch, batches)
+        return known[epoch, batches][batch]
+
+    @property
+    def _dithered(self) -> tuple[str, ...]:
+        """The knobs that are dithered, by name."""
+        return tuple(sorted(knob for knob, curve in self.curves.items() if curve.rounding == "dither"))
+
+    def _steps(self, epoch: int, batches: int) -> tuple[Control, ...]:
+        """The controls of all steps of an epoch."""
+        pieces = [self._piece(epoch + batch / batches) for batch in range(batches)]
+        at = {piece: self._real(piece * self.resolution) for piece in dict.fromkeys(pieces)}
+        real = {knob: [at[piece][knob] for piece in pieces] for knob in self.curves}
+        # Several knobs take multiples of several irrationals: over the epochs they meet in all ways.
+        phases = {k: (epoch + 1) * i * _GOLDEN % 1 for i, k in enumerate(self._dithered, start=1)}
+        taken: dict[str, Sequence[float]] = {
+            knob: list(dithered(real[knob], phases[knob]))
+            if knob in phases
+            else [curve.round(v, knob) for v in real[knob]]
+            for knob, curve in self.curves.items()
+            if curve.of is None
+        }
+        return tuple(map(self._with_ratios, _rows(real), _rows(taken)))
+
+    def _with_ratios(self, real: Mapping[str, float], taken: Mapping[str, float]) -> Control:
+        """The control of what the knobs take, with those that divide by one of them."""
+        ratios = {
+            knob: curve.round(curve.over(real[curve.of], taken[curve.of]), knob)
+            for knob, curve in self.curves.items()
+            if curve.of is not None
+        }
+        return self._control({**taken, **ratios})
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """Every control that a step may take, once: floor and ceiling of what is dithered.
+
+        >>> from controlat import parse_schedule
+        >>> parse_schedule("table:steps=2.5:3,alpha=0.1,rounding=dither", 2).controls
+        (Control(alpha=0.1, steps=2), Control(alpha=0.1, steps=3))
+        """
+        if not self._dithered:
+            return tuple(dict.fromkeys(self._pieces))  # type: ignore[attr-defined]
+        found: dict[Control, None] = {}
+        for piece in range(self.pieces):
+            real = self._real(piece * self.resolution)
+            ways = {
+                knob: {math.floor(v := curve.round(real[knob], knob)), math.ceil(v)}
+                if curve.rounding == "dither"
+                else {curve.round(real[knob], knob)}
+                for knob, curve in self.curves.items()
+                if curve.of is None
+            }
+            for values in itertools.product(*map(sorted, ways.values())):
+                found[self._with_ratios(real, dict(zip(ways, values, strict=True)))] = None
+        return tuple(found)
+
+    def control(self, now: Moment, z: object = None) -> Control:
+        """The control of a step, whatever the state z: a schedule is an open loop."""
+        return self.at(now.epoch, now.batch, now.batches)
 
     def bound(self, space: ControlSpace) -> Schedule:
         """This schedule for a method: knobs without a curve take the method's defaults.
@@ -258,7 +267,7 @@ class Schedule:
         {'alpha': 0.1, 'random': 1.0, 'start': 1.0, 'steps': 1}
         """
         plain = replace(self, defaults={}) if self.defaults else self
-        for u in dict.fromkeys(plain._pieces):  # type: ignore[attr-defined]
+        for u in plain.controls:
             space.check(u)
         curves = {
             name: replace(c, rounding="half_up")  # of whole numbers, so that they come as int
@@ -290,9 +299,9 @@ class Schedule:
         found = {}
         for knob, curve in self.curves.items():
             if curve.kind == "step":
-                taken = {_place(curve, t) for t in starts}
+                taken = {curve.place(t) for t in starts}
                 found[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in taken)
-            elif curve.kind == "ramp" and curve.at[0] > self.epochs + _ULP:
+            elif curve.kind == "ramp" and curve.at[0] > self.epochs + SLACK:
                 found[knob] = curve.at
         return {knob: at for knob, at in found.items() if at}
 
@@ -361,6 +370,11 @@ class Schedule:
         if Path(path).exists() and not overwrite:
             raise FileExistsError(f"{path} exists; give another name or overwrite=True")
         write_json(path, self.to_json())
+
+
+def _rows(columns: Mapping[str, Sequence[float]]) -> Iterable[dict[str, float]]:
+    """The values of all knobs, step by step."""
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def _plain_numbers(values: Iterable[object], what: str) -> None:

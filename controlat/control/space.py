@@ -95,7 +95,8 @@ class Knob:
     def check(self, name: str, value: float) -> None:
         """Raise ValueError unless `value` is admissible; the message says what is."""
         if self.kind == "integer" and not float(value).is_integer():
-            raise ValueError(f"{name} must be an integer, got {value:g}")
+            told = "of a schedule with rounding=dither take schedule.at(epoch, batch, batches)"
+            raise ValueError(f"{name} must be an integer, got {value:g} ({told})")
         if not self.low <= value <= self.high:
             allowed = f">= {self.low:g}" if math.isinf(self.high) else f"in [{self.low:g}, {self.high:g}]"
             raise ValueError(f"{name} must be {allowed}, got {value:g}")

@@ -315,14 +315,14 @@ class Driver:
         if hasattr(self.method, "start_epoch"):
             random = rng.scoped(self.seed, epoch, -1, "start", device=self.device)
             with random, between_epochs(self, spec, epoch) as ctx:
-                self.method.start_epoch(ctx, spec.schedule(epoch))
+                self.method.start_epoch(ctx, spec.control_at(epoch, 0, self))
 
     def end_epoch(self, spec: RunSpec, epoch: int) -> None:
         """Let the method do what it does after the last step of an epoch."""
         if hasattr(self.method, "end_epoch"):
             random = rng.scoped(self.seed, epoch, -1, "end", device=self.device)
             with random, between_epochs(self, spec, epoch) as ctx:
-                self.method.end_epoch(ctx, spec.schedule(epoch))
+                self.method.end_epoch(ctx, spec.control_at(epoch, 0, self))
 
     def fingerprint(self) -> list[Tensor]:
         """Numbers that differ where two states z do: for processes to compare."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from controlat._util.checks import instance
+from controlat.control.controller import Recorded
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
@@ -43,13 +44,14 @@ class Visit(NamedTuple):
 class Recording:
     """A roll-out of steps first, ..., last - 1 with the state before every `stride`-th of them.
 
-    Between stored states the steps are taken again, which gives the same bits. Of the stretch in question,
-    states at the next finer stride are held; of one of its parts, those at the stride after that; and so on.
+    Between stored states the steps are taken again under the controls that were recorded, which gives the
+    same bits; a closed loop is not asked again. Of the stretch in question, states at the next finer stride
+    are held; of one of its parts, those at the stride after that; and so on.
     Of what samples carry, only the rows that are touched are stored.
 
     Args:
         driver: runs the system; visits move it, and `put_back` leaves it at the end of the roll-out.
-        spec: data, schedule, rates.
+        spec: data, controller, rates; in place of a closed loop the controls that it took.
         first: first step.
         last: the step before which the roll-out ends.
         stride: steps from one stored state to the next.
@@ -90,7 +92,7 @@ class Recording:
 
         Args:
             driver: at the state before step `first`; afterwards at the end of the roll-out.
-            spec: data, schedule, rates.
+            spec: data, controller, rates.
             first: number of the first step.
             last: stop before this step; the end of the plan by default, after its last hook.
             stride: states are stored at every `stride`-th step, and all states of one stretch are held at
@@ -108,6 +110,7 @@ class Recording:
 
         made: list[Step] = []
         events: list[tuple[int, str, str]] = []
+        opening: Control | None = None
         before = driver.notice
 
         def notice(what: str, name: str) -> None:
@@ -118,13 +121,16 @@ class Recording:
         driver.notice = notice
         try:
             for step in _steps(driver, spec, first, last, stored, stride=strides[0]):
+                opening = opening or spec.control_at(step.epoch, 0, driver)
                 made.append(step)
                 if progress is not None:
                     progress(step)
         finally:
             driver.notice = before
         last = first + len(made)  # fewer where the method ended training
-        end = driver.snapshot()
+        if not spec.open_loop:
+            taken = Recorded([step.control for step in made], first, opening)
+            spec = replace(spec, controller=taken)
         return cls(
             driver=driver,
             spec=spec,
@@ -132,7 +138,7 @@ class Recording:
             last=last,
             stride=strides[0],
             stored=stored,
-            end=end,
+            end=driver.snapshot(),
             steps=made,
             events=events,
             finer=strides[1:],
@@ -155,7 +161,7 @@ class Recording:
 
         Args:
             driver: as in `of`, like all the others.
-            spec: data, schedule, rates.
+            spec: data, controller, rates.
             first: number of the first step.
             last: stop before this step.
             stride: of stored states.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat.dynamics.driver import Driver, Step
+from controlat.dynamics.feedback import forget_epoch
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import State
 from controlat.methods import Batch
@@ -29,11 +30,11 @@ def rollout(
     stride: int = 1,
     begun: bool = False,
 ) -> Iterator[Step]:
-    """Run the system under the plan's schedule, one `Step` at a time.
+    """Run the system under the plan's controller, one `Step` at a time.
 
     Args:
         driver: holds the state, which moves as the iterator is consumed.
-        spec: data, schedule, rates.
+        spec: data, controller, rates.
         epoch: where to start.
         batch: where to start in that epoch.
         until: epoch to stop before; the plan's end by default.
@@ -48,7 +49,9 @@ def rollout(
         if record is not None and (number - first) % stride == 0:
             touched = spec.indices(number, number + stride) if driver.rows else None
             record(number, driver.snapshot(touched))
-        yield driver.step(b, spec.control(b), spec.learning_rate(b.epoch, b.number))
+        step = driver.step(b, spec.control(b, driver), spec.learning_rate(b.epoch, b.number))
+        spec.observe(step, driver)
+        yield step
 
 
 def check_parameters(driver: Driver, step: Step) -> None:
@@ -116,6 +119,7 @@ def arrivals(
         if start == 0 and not (begun and e == epoch):
             if driver.stopped:
                 return
+            forget_epoch(driver)
             driver.start_epoch(spec, e)
         for b in spec.batches(e, start):
             yield e * spec.batches_per_epoch + b.number, b

@@ -1,4 +1,4 @@
-"""What a roll-out is run on: data in batches, schedule, learning rate, seed."""
+"""What a roll-out is run on: data in batches, controller, learning rate, seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from controlat._util import rng
 from controlat._util.checks import brief, instance, whole
 from controlat._util.parallel import World
+from controlat.control.controller import Controller, Moment, as_controller, is_open, nominal
 from controlat.control.learning_rate import Rate
-from controlat.control.schedules import Schedule
 from controlat.control.space import Control
 from controlat.data import Augment, Samples
+from controlat.dynamics import feedback
 from controlat.methods import Batch
 
 __all__ = ["RunSpec"]
@@ -24,13 +26,14 @@ __all__ = ["RunSpec"]
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a roll-out is run on: data in batches, learning rate, schedule, seed.
+    """What a roll-out is run on: data in batches, learning rate, controller, seed.
 
     Args:
         data: training samples; the order of an epoch is a function of (seed, epoch).
         batch_size: samples per outer step; the last batch of an epoch may be smaller.
         epochs: number of epochs T.
-        schedule: t -> u.
+        controller: decides u_t: a schedule, a function t -> u, or a closed loop
+            (`controlat.control.controller`).
         rate: t -> learning rate.
         seed: of everything random.
         augment: random crops and flips, a function of (seed, epoch, batch); None for none.
@@ -44,7 +47,7 @@ class RunSpec:
     data: Samples
     batch_size: int
     epochs: int
-    schedule: Schedule
+    controller: Controller
     rate: Rate
     seed: int = 0
     augment: Augment | None = None
@@ -58,9 +61,9 @@ class RunSpec:
             samples = getattr(self, name)
             if not hasattr(samples, "stream") and (name == "data" or samples is not None):
                 raise TypeError(f"{name} must be samples such as controlat.Split, got {brief(samples)}")
-        for name in ("schedule", "rate"):
-            if not callable(value := getattr(self, name)):
-                raise TypeError(f"{name} must be a function of t (see parse_{name}), got {brief(value)}")
+        object.__setattr__(self, "controller", as_controller(self.controller))
+        if not callable(self.rate):
+            raise TypeError(f"rate must be a function of t (see parse_rate), got {brief(self.rate)}")
         instance(self.augment, (Augment, type(None)), "augment")
         instance(self.world, World, "world")
         last = (len(self.data) - 1) % self.batch_size + 1
@@ -83,8 +86,8 @@ class RunSpec:
         """Positions of all samples that the steps start, ..., stop - 1 of the run use, each once."""
         steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
         used = [self.order(epoch)[i] for epoch, i in (divmod(n, self.batches_per_epoch) for n in steps)]
-        found: Tensor = torch.cat(used).unique()
-        return found
+        positions: Tensor = torch.cat(used).unique()
+        return positions
 
     def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
         """The batches first, ..., last - 1 of one epoch, by default all: this process's rows of them.
@@ -94,29 +97,90 @@ class RunSpec:
         wholes = self.order(epoch)[first:last]
         shares = [self.world.share(len(index)) for index in wholes]
         chunks = [index[share.rows] for index, share in zip(wholes, shares, strict=True)]
-        found = zip(chunks, shares, self.data.stream(chunks), strict=True)
-        for number, (index, share, (x, y)) in enumerate(found, first):
+        parts = zip(chunks, shares, self.data.stream(chunks), strict=True)
+        for number, (index, share, (x, y)) in enumerate(parts, first):
             placement = None
             if self.augment is not None:
                 draw = rng.generator(self.seed, epoch, number, "augment")
                 placement = self.augment.draw(share.total, draw)[share.rows]
                 x = placement(x)
-            yield Batch(x, y, index, epoch, number, placement, None if share.alone else share)
+            yield Batch(
+                x=x,
+                y=y,
+                indices=index,
+                epoch=epoch,
+                number=number,
+                placement=placement,
+                share=None if share.alone else share,
+            )
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether every control is known ahead."""
+        return is_open(self.controller)
+
+    def moment(self, number: int) -> Moment:
+        """When a step is taken, by its number."""
+        return Moment(*divmod(number, self.batches_per_epoch), self.batches_per_epoch)
+
+    def plan(self, first: int = 0, last: int | None = None) -> list[Control]:
+        """The controls of the steps first, ..., last - 1, by default all, before they are taken.
+
+        Of a closed loop they are not known: its dearest control stands for each, an upper bound of the cost.
+
+        Raises:
+            ValueError: a closed loop that names no dearest control.
+        """
+        numbers = range(first, self.epochs * self.batches_per_epoch if last is None else last)
+        if is_open(self.controller):
+            return [self.controller.control(self.moment(n)) for n in numbers]
+        dearest = getattr(self.controller, "dearest", None)
+        if dearest is None:
+            name = type(self.controller).__name__
+            raise ValueError(
+                f"what the controller {name} will do is not known ahead; an attribute `dearest`, the control "
+                "that costs most of those it takes, gives an upper bound"
+            )
+        return [Control(**dearest)] * len(numbers)
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
-        """The block of every step first, ..., last - 1: epochs, cut where the control changes in one."""
-        found: list[int] = []
-        before = None
-        for number in range(first, last):
-            epoch, batch = divmod(number, self.batches_per_epoch)
-            here = epoch, self.schedule(epoch + batch / self.batches_per_epoch)
-            found.append(found[-1] + (here != before) if found else 0)
-            before = here
-        return tuple(found)
+        """The block of every step first, ..., last - 1: epochs, cut where u(t) changes in one.
 
-    def control(self, batch: Batch) -> Control:
-        """u at the start of that batch's step."""
-        return self.schedule(batch.epoch + batch.number / self.batches_per_epoch)
+        A closed loop may change it in every step; where it was recorded, what counts is where it did.
+        """
+        if not is_open(self.controller):
+            return tuple(range(last - first))
+        blocks: list[int] = []
+        before = None
+        for now in map(self.moment, range(first, last)):
+            here = now.epoch, nominal(self.controller, now)
+            blocks.append(blocks[-1] + (here != before) if blocks else 0)
+            before = here
+        return tuple(blocks)
+
+    def control(self, batch: Batch, z: Any = None) -> Control:
+        """u_t of a batch's step.
+
+        Args:
+            batch: the batch.
+            z: the driver at the state before the step; an open loop does not need it.
+
+        Raises:
+            ValueError: a closed loop gives no admissible control.
+        """
+        return self.control_at(batch.epoch, batch.number, z)
+
+    def control_at(self, epoch: int, number: int, z: Any = None) -> Control:
+        """u_t of one step, by its epoch and its position there; else as `control`.
+
+        The control of an epoch's first step, number 0, is known until the epoch ends.
+        """
+        now = Moment(epoch, number, self.batches_per_epoch)
+        return feedback.decide(self.controller, now, z, self.world)
+
+    def observe(self, step: Any, z: Any) -> None:
+        """Show a closed loop what happened in a step, with the driver z at the state after it."""
+        feedback.observe(self.controller, step, z, self.world)
 
     def learning_rate(self, epoch: int, number: int) -> float:
         """eta of one step, taken at its middle."""

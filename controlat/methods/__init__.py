@@ -63,20 +63,20 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
     'integer'
     """
     instance(name, str, "the name of a method")
-    found = registry.import_path(name) if ":" in name else registry.member(__name__, name).METHOD
-    if not callable(found):
+    kind = registry.import_path(name) if ":" in name else registry.member(__name__, name).METHOD
+    if not callable(kind):
         raise ValueError(f"method {name!r} is not a class or factory")
     instance(options, (Mapping, type(None)), f"options of method {name!r}")
     try:
-        inspect.signature(found).bind(**(options or {}))
+        inspect.signature(kind).bind(**(options or {}))
     except TypeError as error:
-        takes = ", ".join(inspect.signature(found).parameters) or "none"
-        unknown = [option for option in options or {} if option not in inspect.signature(found).parameters]
-        near = registry.meant(unknown[0], inspect.signature(found).parameters) if unknown else ""
+        takes = ", ".join(inspect.signature(kind).parameters) or "none"
+        unknown = [option for option in options or {} if option not in inspect.signature(kind).parameters]
+        near = registry.meant(unknown[0], inspect.signature(kind).parameters) if unknown else ""
         raise ValueError(
-            f"method {name!r}: {error}; {near}its options: {takes}{_meant(found, options)}"
+            f"method {name!r}: {error}; {near}its options: {takes}{_meant(kind, options)}"
         ) from None
-    return check_method(found(**(options or {})), repr(name))
+    return check_method(kind(**(options or {})), repr(name))
 
 
 def check_method(method: Any, name: str = "") -> Method:
@@ -99,8 +99,10 @@ def _meant(kind: Any, options: Mapping[str, Any] | None) -> str:
         controls = kind().controls
     except Exception:  # anybody's class
         return ""
-    found = [name for name in options or {} if name in controls]
-    return "".join(f"; {name} is a control: give it in the schedule, such as {name}=1..6" for name in found)
+    misplaced = [name for name in options or {} if name in controls]
+    return "".join(
+        f"; {name} is a control: give it in the schedule, such as {name}=1..6" for name in misplaced
+    )
 
 
 def manual(name: str) -> str:
@@ -127,7 +129,7 @@ def describe() -> list[dict[str, Any]]:
     >>> [entry["controls"] for entry in describe() if entry["name"] == "pgd_at"]
     ['alpha, steps']
     """
-    found = []
+    entries = []
     for name in names():
         method = build(name)
         kind = type(method)
@@ -138,7 +140,7 @@ def describe() -> list[dict[str, Any]]:
             if knob.low < knob.high
         ]
         cost = (inspect.getdoc(kind.controls) or "").partition(", at ")[2]
-        found.append(
+        entries.append(
             {
                 "name": name,
                 "what": text.partition("\n\n")[0].replace("\n", " "),
@@ -148,4 +150,4 @@ def describe() -> list[dict[str, Any]]:
                 "source": text.partition("Source:\n")[2].strip().partition("\n")[0].strip().rstrip("."),
             }
         )
-    return found
+    return entries

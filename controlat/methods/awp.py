@@ -68,16 +68,18 @@ class Awp:
         shift = None
         if u["radius"] > 0 and ctx.epoch >= self.warmup:
             weights = ctx.weights()
-            found = yield Update(loss, also=lambda: [w for _, w in weights], add=False, move=False)
-            shift = [self._uphill(*named, g, u["radius"]) for named, g in zip(weights, found, strict=True)]
+            gradients = yield Update(loss, also=lambda: [w for _, w in weights], add=False, move=False)
+            shift = [
+                self._uphill(*named, g, u["radius"]) for named, g in zip(weights, gradients, strict=True)
+            ]
         yield Update(loss, smooth_steps(ctx, u), shift=shift)
 
     @staticmethod
     def _uphill(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
         if w.dim() < 2 or "weight" not in name:
             return torch.zeros_like(w)
-        found: Tensor = radius * w.norm() * unit(g[None])[0]
-        return found
+        shift: Tensor = radius * w.norm() * unit(g[None])[0]
+        return shift
 
 
 METHOD = Awp

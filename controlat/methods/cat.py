@@ -141,10 +141,10 @@ class Cat:
         if ctx.held_out is None:
             grow = accuracy > self.expected
         else:
-            found, best = self._validate(ctx, k), int(memory.get("best", torch.tensor(-1)))
+            right, best = self._validate(ctx, k), int(memory.get("best", torch.tensor(-1)))
             waited = int(memory.get("waited", torch.tensor(0))) + 1
-            if found > best:
-                waited, best = 0, found
+            if right > best:
+                waited, best = 0, right
                 ctx.save("best")
             grow = waited >= self.patience and accuracy > self.ready
             if grow and k < int(u["steps"]):

@@ -109,11 +109,11 @@ class Fast:
         if self.init != "random":
             kept = ctx.here(ctx.memory.get("delta", x[:0]))
             return torch.cat([ctx.carried(kept, x[: len(kept)]), torch.zeros_like(x[len(kept) :])])
-        found = ctx.noise(x, u["start"] * u["random"])
+        start = ctx.noise(x, u["start"] * u["random"])
         if u["random"] < 1:
             radius = u["start"] * (1 - u["random"])
-            found = found + ctx.ball.shrink(torch.full_like(x, radius * ctx.ball.eps), radius)
-        return found
+            start = start + ctx.ball.shrink(torch.full_like(x, radius * ctx.ball.eps), radius)
+        return start
 
 
 METHOD = Fast

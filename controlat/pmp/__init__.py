@@ -1,9 +1,10 @@
 """Pontryagin's maximum principle: terminal costs, costates, the Hamiltonian's maximum over G, Amata's C."""
 
-from controlat.pmp.candidates import MAXIMISERS, Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import Criterion, examine, looked_at
-from controlat.pmp.greedy import criterion, measure, probe_batches
+from controlat.pmp.greedy import criterion, probe_batches, score
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
@@ -27,9 +28,9 @@ __all__ = [
     "LAMBDAS",
     "MAXIMISERS",
     "AdversarialLoss",
+    "Candidates",
     "Criterion",
     "Gap",
-    "Grid",
     "Outcome",
     "Price",
     "Surface",
@@ -44,7 +45,6 @@ __all__ = [
     "examine",
     "interval",
     "looked_at",
-    "measure",
     "objective",
     "outcome_at",
     "parse_terminal",
@@ -52,6 +52,7 @@ __all__ = [
     "probe_batches",
     "relaxed",
     "rollout_cost",
+    "score",
     "trust",
     "try_terminal",
 ]

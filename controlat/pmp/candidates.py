@@ -1,215 +1,246 @@
-"""The maximum of the Hamiltonian over G: an exact sweep over K for each step size, or hyperopt's TPE."""
+"""The bounded part of G over which the Hamiltonian is maximised: values of any knobs of a method."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from controlat._util.checks import brief, number, whole
-from controlat._util.errors import NonFiniteError
-from controlat.attacks.pgd import ALPHA, STEPS
-from controlat.control.cost import Meter
-from controlat.control.space import Control, Knob
-from controlat.dynamics.driver import Driver, Field
-from controlat.methods import Batch, Method, Prefixes
+from controlat._util.checks import brief, instance, number, whole
+from controlat._util.registry import meant
+from controlat._util.texts import numbers, short
+from controlat.control.space import Control, ControlSpace, Knob
+from controlat.methods import Method, Prefixes
 
-__all__ = ["MAXIMISERS", "Grid", "Scored", "rerun", "sweep", "tpe"]
+__all__ = ["Candidates", "Values"]
 
-MAXIMISERS = ("sweep", "tpe")
-
-# One candidate: the control, its cost n(v) per sample, and what it would do on every probe batch.
-Scored = tuple[Control, float, list[Field]]
+Values: TypeAlias = range | tuple[float, ...]
+_USUAL = "alpha", "steps"
+_EACH = 8  # so many whole numbers are candidates one by one where each costs a run of its own
+_COUNT = 5  # values of a real knob
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The bounded admissible set that is searched: step sizes and K = 0, ..., max_steps.
+class Candidates:
+    """Controls around u: some knobs take given values, in all combinations, and the others stay as in u.
 
     Args:
-        alphas: step sizes > 0; a sweep visits each, TPE searches between the smallest and the largest.
-        max_steps: largest K.
+        values: knob to a list of its values, or a `range` of whole numbers. A method that lacks alpha or
+            steps is searched without it.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a list is empty or holds something else than numbers, or step sizes are not > 0.
 
-    >>> Grid.default(eps=0.4, max_steps=10).alphas[0], Grid.default(eps=0.4, max_steps=10).alphas[-1]
-    (0.01, 0.8)
+    >>> from controlat.methods import build
+    >>> found = Candidates({"alpha": (0.1, 0.2), "steps": range(3), "beta": (1, 6)})
+    >>> u = build("trades").controls.check({"alpha": 0.05, "steps": 4, "beta": 3})
+    >>> len(found.around(build("trades"), u))  # no attack under 2 weights, and 2 * 2 * 2 more
+    10
     """
 
-    alphas: tuple[float, ...]
-    max_steps: int
+    values: Mapping[str, Values]
 
     def __post_init__(self) -> None:
-        if isinstance(self.alphas, (str, bytes, Mapping)) or not isinstance(self.alphas, Iterable):
-            raise ValueError(f"alphas must be a list of step sizes > 0, got {brief(self.alphas)}")
-        object.__setattr__(self, "alphas", tuple(sorted({number(a, "an alpha") for a in self.alphas})))
-        if not self.alphas or self.alphas[0] <= 0:
-            raise ValueError(f"the step sizes of a grid must be > 0, got {self.alphas}")
-        object.__setattr__(self, "max_steps", whole(self.max_steps, "max_steps", 1))
+        instance(self.values, Mapping, "values", "such as {'alpha': (0.1, 0.2), 'steps': range(6)}")
+        checked = {name: _checked(name, values) for name, values in self.values.items()}
+        object.__setattr__(self, "values", MappingProxyType(checked))
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.values.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickles and deep copies, which a mapping proxy refuses
+        return Candidates, (dict(self.values),)
 
     @classmethod
-    def default(cls, eps: float, max_steps: int, count: int = 5) -> Grid:
-        """`count` step sizes spaced logarithmically in [eps/40, 2 eps]."""
+    def of(cls, alphas: Iterable[float | str], max_steps: int, **others: Values) -> Candidates:
+        """These step sizes, K = 0, ..., max_steps, and values of other knobs.
+
+        >>> Candidates.of((0.3, 0.1), 10).values["alpha"]
+        (0.1, 0.3)
+        """
+        steps = range(whole(max_steps, "max_steps", 1) + 1)
+        return cls({**others, "alpha": alphas, "steps": steps})  # type: ignore[dict-item]
+
+    @classmethod
+    def default(cls, eps: float, max_steps: int, count: int = _COUNT) -> Candidates:
+        """`count` step sizes spaced logarithmically in [eps/40, 2 eps], and K = 0, ..., max_steps.
+
+        >>> Candidates.default(eps=0.4, max_steps=10).values["alpha"][::4]
+        (0.01, 0.8)
+        """
         eps, count = number(eps, "eps"), whole(count, "count", 1)
         if eps <= 0:
             raise ValueError(f"the default step sizes need eps > 0, got {eps:g}; give alphas")
-        return cls(tuple(float(f"{a:.6g}") for a in np.geomspace(eps / 40, 2 * eps, count)), max_steps)
+        return cls.of(_spaced(eps / 40, 2 * eps, count), max_steps)
 
-    def candidates(self, method: Method, u: Control) -> list[Control]:
-        """The controls that are searched: u with other alpha and K, as far as the method has these knobs.
+    @classmethod
+    def read(
+        cls,
+        texts: Sequence[str] | None,
+        space: ControlSpace,
+        *,
+        eps: float,
+        max_steps: int,
+        alphas: Sequence[float | str] | None = None,
+    ) -> Candidates:
+        """The knobs of a method that are named, ``name``, ``name=a:b:c`` or ``name=a..b``.
 
-        Every K up to max_steps where the method offers the exact sweep; else, as each costs a run of its own,
-        every K up to 8 and about four for each doubling beyond.
+        A name alone: for alpha and steps those of `alphas` (or of `default`) and 0, ..., `max_steps`; for
+        others what lies between their bounds, or a quarter, half, once, twice and four times their default.
+        ``a..b`` are all whole numbers from a to b, or five real ones, spaced logarithmically where a > 0.
+
+        Args:
+            texts: as above; alpha and steps, where the method has them, if None.
+            space: what the method has.
+            eps: radius, for the default step sizes.
+            max_steps: largest K.
+            alphas: step sizes.
+
+        Raises:
+            ValueError: the method has no such knob, a value is out of its bounds, or there is no default.
+
+        >>> from controlat.methods import build
+        >>> space = build("trades").controls
+        >>> dict(Candidates.read(["steps", "beta=1:3"], space, eps=0.1, max_steps=2).values)
+        {'steps': range(0, 3), 'beta': (1.0, 3.0)}
         """
-        knobs = method.controls
-        alphas: Sequence[float | None] = self.alphas if "alpha" in knobs else (None,)
-        low, high = self.bounds(knobs)
-        every = isinstance(method, Prefixes)
-        coarse = (k <= 8 or k == high or k % (2 ** (k.bit_length() - 3)) == 0 for k in range(low, high + 1))
-        counts = [k for k, kept in zip(range(low, high + 1), coarse, strict=True) if every or kept]
-        found = (self.control(u, a, k) for a in alphas for k in counts)
-        return list(dict.fromkeys(found))
+        usual = cls.default(eps, max_steps) if alphas is None else cls.of(alphas, max_steps)
+        if texts is None:
+            return cls({name: values for name, values in usual.values.items() if name in space})
+        found: dict[str, Values] = {}
+        for text in texts:
+            name, sign, listed = (part.strip() for part in text.partition("="))
+            if name not in space:
+                raise ValueError(
+                    f"knobs: {short(text)!r} is no knob of this method; {meant(name, space)}it has "
+                    f"{', '.join(sorted(space))}"
+                )
+            if name in found or (sign and name == "alpha" and alphas is not None):
+                raise ValueError(f"{name} is given twice among what is searched")
+            if sign:
+                found[name] = _read(listed, name, space[name])
+            else:
+                found[name] = usual.values[name] if name in usual.values else _default(name, space[name])
+        if not found:
+            raise ValueError(f"knobs must name one or more of {', '.join(sorted(space))}, got none")
+        return cls(found)
+
+    def within(self, space: Mapping[str, Knob]) -> dict[str, Values]:
+        """The values of every knob that is searched, within the bounds of a method's; K varies fastest.
+
+        Raises:
+            ValueError: the method has no such knob, or does not admit a value of a list.
+        """
+        if unknown := sorted(set(self.values) - set(space) - set(_USUAL)):
+            raise ValueError(
+                f"{', '.join(unknown)} cannot be searched: the method has {', '.join(sorted(space))}"
+            )
+        order = [name for name in self.values if name not in _USUAL] + list(_USUAL)
+        found: dict[str, Values] = {}
+        for name in (name for name in order if name in self.values and name in space):
+            values, knob = self.values[name], space[name]
+            if isinstance(values, range):
+                low = max(values[0], math.ceil(knob.low))
+                knob.check(name, low)
+                found[name] = range(low, max(low, int(min(values[-1], knob.high))) + 1)
+                continue
+            for value in values:
+                knob.check(name, value)
+            found[name] = tuple(map(int, values)) if knob.kind == "integer" else values
+        return found
+
+    def around(self, method: Method, u: Control) -> list[Control]:
+        """The candidates around u, once each.
+
+        Of a range of whole numbers all, where the method scores them on one trajectory (`Prefixes`, for K);
+        else, as each costs a run of its own, all up to 8, about four for each doubling beyond, and the last.
+        """
+        axes = self.within(method.controls)
+        for name, values in axes.items():
+            if isinstance(values, range) and not (name == "steps" and isinstance(method, Prefixes)):
+                axes[name] = tuple(v for v in values if v == values[-1] or _kept(v))
+        return list(dict.fromkeys(_combinations(u, axes)))
 
     def cost(self, method: Method, u: Control) -> float:
         """Gradient evaluations per sample of scoring u and all candidates around it, by a sweep."""
         price = method.controls.cost
-        if isinstance(method, Prefixes):
-            return len(self.alphas) * 2 * self.bounds(method.controls)[1] + 1 + price(u)
-        return sum(map(price, self.candidates(method, u))) + price(u)
+        if not isinstance(method, Prefixes):
+            return sum(map(price, self.around(method, u))) + price(u)
+        axes = self.within(method.controls)
+        steps = axes.pop("steps", (u["steps"],))
+        alphas = len(axes.pop("alpha", (0.0,)))
+        return math.prod(map(len, axes.values())) * (alphas * 2 * steps[-1] + (0 in steps)) + price(u)
 
     def mean_cost(self, method: Method, u: Control) -> float:
-        """Gradient evaluations per sample of one candidate whose K is drawn evenly, as TPE begins."""
-        low, high = self.bounds(method.controls)
-        costs = [method.controls.cost(self.control(u, self.alphas[-1], k)) for k in range(low, high + 1)]
+        """Gradient evaluations per sample of one candidate that is drawn evenly, as TPE begins."""
+        costs = list(map(method.controls.cost, _combinations(u, self.within(method.controls))))
         return sum(costs) / len(costs)
 
-    def control(self, u: Control, alpha: float | None, steps: int) -> Control:
-        """u with another step size and another K, where it has them."""
-        other = {"alpha": alpha, "steps": steps}
-        return Control(**{name: other.get(name, value) for name, value in u.items()})
 
-    def bounds(self, knobs: Mapping[str, Knob]) -> tuple[int, int]:
-        """Smallest and largest K: those of the grid within the method's."""
-        if "steps" not in knobs:
-            return 0, 0
-        low = int(knobs["steps"].low)
-        return low, max(low, int(min(knobs["steps"].high, self.max_steps)))
-
-    def within(self, v: Control) -> bool:
-        """Whether `v` lies in the bounds that TPE searches."""
-        alpha, steps = v.get("alpha", self.alphas[0]), v.get("steps", 1)
-        return bool(steps == 0 or (self.alphas[0] <= alpha <= self.alphas[-1] and steps <= self.max_steps))
+def replaced(u: Control, values: Mapping[str, float]) -> Control:
+    """u with other values of the knobs that it has."""
+    return Control(**{name: values.get(name, value) for name, value in u.items()})
 
 
-def rerun(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, meter: Meter) -> Scored:
-    """Score one candidate by running it from the start on every probe batch; its cost is counted."""
-    before = meter.gradients
-    found = [driver.field(batch, v, rate, meter) for batch in batches]
-    return v, (meter.gradients - before) / sum(len(b.x) for b in batches), found
+def _combinations(u: Control, axes: Mapping[str, Values]) -> Iterable[Control]:
+    points = itertools.product(*axes.values())
+    return (replaced(u, dict(zip(axes, point, strict=True))) for point in points)
 
 
-def sweep(
-    driver: Driver, batches: Sequence[Batch], grid: Grid, u: Control, rate: float, meter: Meter
-) -> Iterator[Scored]:
-    """Score every candidate of the grid around u, on common probe batches and random numbers.
-
-    Where the method passes through the step of every smaller K (`Prefixes`: PGD-K is the beginning of
-    PGD-(K+1)), at the price of ONE trajectory of max_steps for each alpha, which equals running every
-    candidate by itself; otherwise each candidate is run.
-    """
-    if not isinstance(driver.method, Prefixes):
-        for v in grid.candidates(driver.method, u):
-            yield rerun(driver, batches, v, rate, meter)
-        return
-    yield rerun(driver, batches, grid.control(u, 0.0, 0), rate, meter)
-    for alpha in grid.alphas:
-        longest = grid.control(u, alpha, grid.max_steps)
-        for scored in zip(*(driver.fields(b, longest, rate, meter) for b in batches), strict=True):
-            v = scored[0].control
-            yield v, driver.method.controls.cost(v), list(scored)
+def _kept(k: int) -> bool:
+    return k <= _EACH or k % 2 ** (k.bit_length() - 3) == 0
 
 
-def tpe(
-    objective: Callable[[Control], float],
-    grid: Grid,
-    trials: int,
-    seed: int,
-    first: Sequence[Control] = (),
-    knobs: Mapping[str, Knob] = MappingProxyType({"alpha": ALPHA, "steps": STEPS}),
-) -> list[str]:
-    """Maximise objective(v) over log alpha and K in the bounds of G with hyperopt's Parzen estimators.
+def _checked(name: str, values: object) -> Values:
+    """The values of a knob, in order and once each."""
+    what = "step sizes > 0" if name == "alpha" else f"values of {name}"
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of {what}, got {brief(values)}")
+    if isinstance(values, range):
+        if values and values.step == 1:
+            return values
+        raise ValueError(f"a range of {name} must have steps of 1 and not be empty, got {values}")
+    found = tuple(sorted({number(value, f"a value of {name}") for value in values}))
+    if not found:
+        raise ValueError(f"{name} must be a list of {what}, got none")
+    if name == "alpha" and found[0] <= 0:
+        raise ValueError(f"the step sizes that are searched must be > 0, got {found}")
+    return found
 
-    The caller keeps what it scored; a candidate whose value is not finite counts as failed and never wins.
 
-    Args:
-        objective: value of a control.
-        grid: bounds: alpha between its smallest and largest step size, K up to max_steps.
-        trials: number of evaluations, those of `first` not counted.
-        seed: of hyperopt's generator.
-        first: controls to try before the search starts; those outside the bounds are passed over. The first
-            of them says what knobs other than alpha and K are.
-        knobs: what the method has; those of PGD by default.
+def _spaced(low: float, high: float, count: int = _COUNT) -> tuple[float, ...]:
+    """Values from `low` to `high`, logarithmically where they are positive."""
+    spaced = np.geomspace if low > 0 else np.linspace
+    return tuple(float(f"{v:.6g}") for v in spaced(low, high, count))
 
-    Returns:
-        Why trials failed, one text for each that did; those of `first` do not count.
 
-    Raises:
-        ValueError: trials is less than 1.
-        NonFiniteError: all trials failed, so that nothing was searched.
-    """
-    if trials < 1:
-        raise ValueError(f"trials must be >= 1, got {trials}")
-    from hyperopt import STATUS_FAIL, STATUS_OK, fmin, hp
-    from hyperopt import tpe as algorithm
-    from hyperopt.exceptions import AllTrialsFailed
-    from hyperopt.fmin import generate_trials_to_calculate
+def _read(text: str, name: str, knob: Knob) -> Values:
+    """``a:b:c``, or ``a..b``."""
+    if ".." not in text:
+        values = numbers(text, name)
+        for value in values:
+            knob.check(name, value)
+        return values
+    low, high = (number(end, name) for end in text.split("..", 1))
+    for end in (low, high):
+        knob.check(name, end)
+    if low >= high:
+        raise ValueError(f"{name}: a range a..b needs a < b, got {short(text)}")
+    return range(int(low), int(high) + 1) if knob.kind == "integer" else _spaced(low, high)
 
-    low, high = math.log(grid.alphas[0]), math.log(grid.alphas[-1])
-    least, most = grid.bounds(knobs)
-    base = first[0] if first else Control(**{name: knob.default or 1 for name, knob in knobs.items()})
-    space = {
-        "alpha": hp.loguniform("alpha", low, max(high, low + 1e-9)),
-        "steps": hp.quniform("steps", least - 0.5, most + 0.5, 1),
-    }
 
-    outcomes: list[str] = []  # of every trial: why it failed, or nothing
-
-    def loss(point: dict[str, float]) -> dict[str, Any]:
-        steps = min(max(int(point["steps"]), least), most)
-        alpha = min(max(point["alpha"], grid.alphas[0]), grid.alphas[-1])
-        v = grid.control(base, alpha, steps)
-        try:
-            value = objective(v)
-            outcomes.append("" if math.isfinite(value) else f"the value of {v} is {value}")
-        except NonFiniteError as error:
-            outcomes.append(str(error))
-        return {"status": STATUS_FAIL} if outcomes[-1] else {"status": STATUS_OK, "loss": -value}
-
-    # A point outside the bounds would come back with its K cut: a control that nobody asked for.
-    points = [
-        {"alpha": v.get("alpha") or grid.alphas[0], "steps": float(v.get("steps", least))}
-        for v in first
-        if grid.within(v)
-    ]
-    with contextlib.suppress(AllTrialsFailed):  # told below, with the reason
-        fmin(
-            loss,
-            space,
-            algo=algorithm.suggest,
-            max_evals=trials,
-            trials=generate_trials_to_calculate(points) if points else None,
-            rstate=np.random.default_rng(seed),
-            show_progressbar=False,
-            verbose=False,
-        )
-    searched = outcomes[len(points) :]
-    failed = [outcome for outcome in searched if outcome]
-    if len(failed) == len(searched):
-        raise NonFiniteError(f"all {len(failed)} trials of TPE failed: nothing was searched ({failed[0]})")
-    return failed
+def _default(name: str, knob: Knob) -> Values:
+    """What of a knob is searched where only its name is given."""
+    low, high = knob.low, knob.high
+    if math.isinf(low) or math.isinf(high):
+        if not knob.default:
+            raise ValueError(f"{name} has no default to search around: give {name}=a:b:c or {name}=a..b")
+        if knob.kind == "real":
+            return tuple(max(low, min(high, knob.default * factor)) for factor in (0.25, 0.5, 1, 2, 4))
+        low, high = max(low, 0), min(high, 2 * knob.default)
+    return range(int(low), int(high) + 1) if knob.kind == "integer" else _spaced(low, high)

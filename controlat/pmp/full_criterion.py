@@ -24,7 +24,7 @@ from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.objective import Outcome, evaluations, outcome_at
@@ -69,7 +69,8 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, members: list[Gains], steps: int) -> _Part:
         places = [{v: i for i, v in reversed(list(enumerate(g.controls)))} for g in members]
-        common = [v for v in members[0].controls[1:] if all(v in known for known in places)]
+        one = all(g.controls[0] == members[0].controls[0] for g in members)  # not where a knob is dithered
+        common = [v for v in members[0].controls[one:] if all(v in known for known in places)]
         where = [[0, *(known[v] for v in common)] for known in places]
         return cls(members, [members[0].controls[0], *common], where, steps)
 
@@ -262,7 +263,7 @@ def _index(g: Gains, v: Control) -> int:
 def examine(
     recording: Recording,
     terminal: Terminal,
-    grid: Grid,
+    grid: Candidates,
     *,
     gamma: float | str,
     horizons: Sequence[int] | None = None,
@@ -328,14 +329,14 @@ def examine(
 def _checked(
     recording: Recording,
     terminal: Terminal,
-    grid: Grid,
+    grid: Candidates,
     gamma: float | str,
     horizons: Sequence[int] | None,
     looks: int | None,
 ) -> float:
     """gamma as a number, where every argument of `examine` is what it must be."""
     instance(recording, Recording, "recording")
-    instance(grid, Grid, "grid")
+    instance(grid, Candidates, "grid")
     check_terminal(terminal, "terminal")
     instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
     price = number(gamma, "gamma")

@@ -26,6 +26,7 @@ from controlat._util.checks import (
     brief,
     choice,
     flag,
+    instance,
     number,
     whole,
 )
@@ -41,26 +42,20 @@ from controlat.methods import Batch, Method, build, check_method
 from controlat.models.frozen.asking import check_model
 from controlat.models.frozen.borrowed import owned
 from controlat.models.frozen.view import FrozenModel
-from controlat.pmp.candidates import (
-    MAXIMISERS,
-    Grid,
-    Scored,
-    rerun,
-    sweep,
-    tpe,
-)
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import MAXIMISERS, Scored, score_one, score_sweep, tpe
 from controlat.pmp.pace import Pace
 from controlat.pmp.surface import FORMS, Array, Gap, Surface
 from controlat.pmp.terminal import AdversarialLoss, Terminal
 
-__all__ = ["criterion", "measure", "probe_batches"]
+__all__ = ["criterion", "probe_batches", "score"]
 
 
-def measure(
+def score(
     driver: Driver,
     batches: Sequence[Batch],
     control: Control,
-    grid: Grid,
+    candidates: Candidates,
     *,
     terminal: Terminal | None = None,
     scale: float = 1.0,
@@ -78,7 +73,7 @@ def measure(
         batches: the probe, in equal batches of the training batch size; all candidates share them and the
             random numbers drawn for them.
         control: u_t, always among the candidates.
-        grid: what is searched.
+        candidates: what is searched.
         terminal: Phi, for the costate form.
         scale: s_t.
         rate: learning rate between the updates of a method that has several.
@@ -125,19 +120,19 @@ def measure(
         inner = None if phi is None else np.stack([c for c in costate if c is not None])
         return Surface(tuple(rows), np.array(n), np.stack(gram), inner, scale, meter.gradients, dropped)
 
-    keep(rerun(driver, batches, control, rate, meter))
+    keep(score_one(driver, batches, control, rate, meter))
     if maximiser == "sweep":
-        for scored in sweep(driver, batches, grid, control, rate, meter):
+        for scored in score_sweep(driver, batches, candidates, control, rate, meter):
             keep(scored)
         return surface()
 
     def objective(v: Control) -> float:
         if v not in rows:
-            keep(rerun(driver, batches, v, rate, meter))
-        found, i = surface(), list(rows).index(v)
-        return float(found.reward(form)[i] - gamma * found.evaluations[i])
+            keep(score_one(driver, batches, v, rate, meter))
+        known, i = surface(), list(rows).index(v)
+        return float(known.reward(form)[i] - gamma * known.evaluations[i])
 
-    failed = tpe(objective, grid, trials, driver.seed, [control], driver.method.controls)
+    failed = tpe(objective, candidates, trials, driver.seed, [control], driver.method.controls)
     if failed:
         dropped = (f"{len(failed)} of {trials} trials of TPE, which failed (the first: {failed[0]})",)
     return surface()
@@ -196,6 +191,7 @@ def criterion(
     method: str | Method = "pgd_at",
     form: str = "norm",
     maximiser: str = "sweep",
+    knobs: Sequence[str] | None = None,
     alphas: Sequence[float] | None = None,
     max_steps: int | None = None,
     trials: int = 100,
@@ -225,6 +221,8 @@ def criterion(
             loss, on `held_out`, or on the probe itself without it: then the noise that both share is in the
             value, and no unbiased or cross-fitted one is given).
         maximiser: ``"sweep"`` or ``"tpe"``.
+        knobs: what is searched, as `Candidates.read` says: ``["alpha", "steps", "beta=1:3:6"]``; all others
+            stay as in `control`. alpha and steps, as far as the method has them, by default.
         alphas: step sizes of G; five spaced logarithmically in [eps/40, 2 eps] by default.
         max_steps: largest K of G; 10 or that of `control` by default.
         trials: evaluations of TPE, that of u_t not counted.
@@ -266,10 +264,10 @@ def criterion(
     check_batch(x, y)
     x, y = owned(x), owned(y)
     check_model(model)
-    found = build(method) if isinstance(method, str) else check_method(method)
+    system = build(method) if isinstance(method, str) else check_method(method)
     trials, batches, seed = whole(trials, "trials", 1), whole(batches, "batches", 1), whole(seed, "seed")
     flag(channels_last, "channels_last")
-    u, ball = found.controls.check(control), Ball(number(eps, "eps"), norm)
+    u, ball = system.controls.check(control), Ball(number(eps, "eps"), norm)
     pace = _pace(model, optimizer, mean_rate, scale, form)
     gamma, scale = number(gamma, "gamma"), pace.scale
     for name, value in (("gamma", gamma), ("scale", scale)):
@@ -278,11 +276,12 @@ def criterion(
     choice(form, "form", FORMS)
     choice(maximiser, "maximiser", MAXIMISERS)
     steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
-    grid = Grid.default(ball.eps, steps) if alphas is None else Grid(alphas, steps)  # type: ignore[arg-type]
+    instance(knobs, (Sequence, type(None)), "knobs", "a list such as ['alpha', 'steps', 'beta=1:3:6']")
+    candidates = Candidates.read(knobs, system.controls, eps=ball.eps, max_steps=steps, alphas=alphas)
     ball.check(x.shape[1:])
-    if told := ball.far(max(u.get("alpha", 0.0), *grid.alphas)):
+    if told := ball.far(max(u.get("alpha", 0.0), *candidates.values.get("alpha", ()))):
         warnings.warn(told, stacklevel=2)
-    driver = Driver(model, found, ball, seed=seed, channels_last=channels_last)
+    driver = Driver(model, system, ball, seed=seed, channels_last=channels_last)
     with FrozenModel(model, channels_last=channels_last) as view:
         check_labels(int(y.max()), view(x[:1]).shape[1])
     phi = (x, y)
@@ -294,11 +293,11 @@ def criterion(
         except ValueError as error:
             raise ValueError(f"held_out: {error}") from None
         phi = held_out
-    surface = measure(
+    surface = score(
         driver,
         probe_batches(x.detach(), y, batches),
         u,
-        grid,
+        candidates,
         terminal=AdversarialLoss(*phi, ball, seed=seed) if form == "costate" else None,
         scale=scale,
         rate=pace.rate,
@@ -327,7 +326,7 @@ def _pace(
         return Pace(1.0 if scale is None else number(scale, "scale"), 0.0, ())
     if scale is not None:
         raise ValueError("give scale or optimizer, not both: s_t is read from the optimizer")
-    found = Pace.of(optimizer, model, mean_rate, form)
+    pace = Pace.of(optimizer, model, mean_rate, form)
     if type(optimizer) is not torch.optim.SGD:
-        warnings.warn(f"C leaves out: {'; '.join(found.dropped)}", stacklevel=3)
-    return found
+        warnings.warn(f"C leaves out: {'; '.join(pace.dropped)}", stacklevel=3)
+    return pace

@@ -25,7 +25,8 @@ from controlat.dynamics.driver import Driver
 from controlat.dynamics.recording import Visit
 from controlat.dynamics.state import State
 from controlat.methods import Prefixes
-from controlat.pmp.candidates import Grid, rerun, sweep
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import score_one, score_sweep
 from controlat.pmp.surface import Array
 
 __all__ = ["Gains", "gains"]
@@ -93,7 +94,7 @@ def gains(
     visit: Visit,
     costates: Mapping[int, State],
     norms: Mapping[int, float],
-    grid: Grid,
+    grid: Candidates,
     meter: Meter | None = None,
 ) -> Gains:
     """Score the candidates of G around u_t at one step of a recorded roll-out, under common random numbers.
@@ -138,7 +139,7 @@ _Scores = dict[Control, tuple[float, list[float], float]]
 
 
 def _by_gradients(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
 ) -> _Scores:
     """From gradients, as S is affine in the gradient g of its only update, and in running statistics r.
 
@@ -148,11 +149,11 @@ def _by_gradients(
     # Nesterov looks ahead by the buffer, into which the gradient has gone already.
     rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
     weights = [State(parameters=_weights(p, rate), statistics=p.statistics) for p in costates.values()]
-    first = rerun(driver, batches, u, visit.rate, meter)
+    first = score_one(driver, batches, u, visit.rate, meter)
     (taken,) = first[2]
     base = State(parameters=taken.gradients, statistics=taken.statistics)
     scores: _Scores = {}
-    for v, n, (field,) in itertools.chain([first], sweep(driver, batches, grid, u, visit.rate, meter)):
+    for v, n, (field,) in itertools.chain([first], score_sweep(driver, batches, grid, u, visit.rate, meter)):
         moved = State(parameters=field.gradients, statistics=field.statistics).plus(base, -1)
         g, r = State(parameters=moved.parameters), State(parameters=[], statistics=moved.statistics)
         size = (rate**2 + (o.momentum > 0)) * g.dot(g) + r.dot(r)
@@ -168,7 +169,7 @@ def _weights(p: State, rate: float) -> list[Tensor]:
 
 
 def _by_steps(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Grid, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
 ) -> _Scores:
     """By taking the step under every candidate from the same state."""
     batch, training = visit.batch, driver.meter
@@ -177,7 +178,7 @@ def _by_steps(
     base: State | None = None
     driver.meter = meter
     try:
-        for v in dict.fromkeys([visit.control, *grid.candidates(driver.method, visit.control)]):
+        for v in dict.fromkeys([visit.control, *grid.around(driver.method, visit.control)]):
             counted = meter.gradients
             driver.step(batch, v, visit.rate)
             after = driver.point(batch.indices)

@@ -123,9 +123,7 @@ def objective(
 
 def rollout_cost(spec: RunSpec, method: Method) -> float:
     """Gradient evaluations of a roll-out, in samples, at most, by the cost that its method declares."""
-    per_epoch, epochs = spec.batches_per_epoch, range(spec.epochs)
-    controls = (spec.schedule(epoch + batch / per_epoch) for epoch in epochs for batch in range(per_epoch))
-    return sum(map(method.controls.cost, controls)) * len(spec.data) / per_epoch
+    return sum(map(method.controls.cost, spec.plan())) * len(spec.data) / spec.batches_per_epoch
 
 
 def outcome_at(

@@ -59,21 +59,42 @@ def relaxed(
     *,
     progress: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Roll out a recorded plan anew, with relaxed controls.
+    """Roll out a recorded training anew, with controls that go a part of the way from u_t to v_t.
+
+    S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t) and n_lambda alike: the step of a control that is
+    u_t with probability 1 - lambda and v_t with probability lambda, in the mean. What a change of controls
+    brings can be looked at for any lambda, where C sees only its derivative at 0.
 
     Args:
         recording: of the roll-out under u; its driver is left at its end.
-        others: v_t by the number of the step; steps without one keep u_t.
+        others: v_t by the number of the step, counted over the whole run; steps without one keep u_t.
         part: lambda; 0 is the recorded roll-out, 1 takes the steps under v.
         terminal: Phi.
         progress: called after every step.
+
+    Returns:
+        Phi, sum n and the evaluations spent; ``objective(price)`` is J.
 
     Raises:
         ValueError: part is no finite number.
         NonFiniteError: training diverged.
 
     Source:
-        Frank & Wolfe (1956), for the gap; relaxed controls: Warga (1962).
+        Warga (1962), for relaxed controls; Frank and Wolfe (1956), for the gap.
+
+    >>> import torch
+    >>> from controlat import Ball, Split, parse_schedule
+    >>> from controlat.control import parse_rate
+    >>> from controlat.dynamics import Driver, Recording, RunSpec
+    >>> from controlat.methods import build
+    >>> from controlat.pmp import AdversarialLoss
+    >>> x, y, ball = torch.rand(16, 1, 4, 4), torch.arange(16) % 3, Ball(0.05)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    >>> spec = RunSpec(Split(x, y), 8, 1, parse_schedule("pgd:steps=2,alpha=0.02", 1), parse_rate(0.1))
+    >>> recording = Recording.of(Driver(model, build("pgd_at"), ball), spec)
+    >>> half = relaxed(recording, {0: Control(alpha=0, steps=0)}, 0.5, AdversarialLoss(x, y, ball))
+    >>> half.evaluations  # (3 + 1)/2 in the first step, 3 in the second
+    5.0
     """
     instance(recording, Recording, "recording")
     check_terminal(terminal, "terminal")

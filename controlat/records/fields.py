@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import fields
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from controlat.control.schedules import Schedule
+from controlat.records.reading import short
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
@@ -20,6 +22,21 @@ Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Unbounded = Number | Literal["nan", "inf", "-inf"]  # as `controlat._util.files` writes them
 Controls = dict[str, Number]
 Settings = dict[str, Any]
+
+
+def _runs(entries: Any) -> Any:
+    if not all(isinstance(first, int) and isinstance(u, dict) for first, u in entries):
+        raise ValueError("each entry should be a batch and the control from there on")
+    starts = [first for first, _ in entries]
+    if starts[:1] not in ([], [0]) or any(b <= a for a, b in pairwise(starts)):
+        raise ValueError(f"batches at which the control changes should rise from 0, got {short(starts)}")
+    return entries
+
+
+# The controls of an epoch, as `controlat.control.controller.run_lengths` writes them.
+Runs = Annotated[
+    list[Annotated[list[Count | Controls], Field(min_length=2, max_length=2)]], AfterValidator(_runs)
+]
 
 
 def _schedule(record: dict[str, Any]) -> dict[str, Any]:

@@ -229,6 +229,7 @@ class _AdmissibleSet(TypedDict):
     max_steps: Count
     least: NotRequired[Count]
     others: NotRequired[list[str]]
+    more: NotRequired[dict[str, Annotated[list[Number], Field(min_length=1)]]]
 
 
 class Result(TypedDict):

@@ -11,6 +11,7 @@ from controlat.records.fields import (
     Controls,
     Count,
     Number,
+    Runs,
     ScheduleRecord,
     Share,
     State,
@@ -27,6 +28,7 @@ class LogLine(TypedDict):
 
     epoch: Count
     control: Controls
+    controls: NotRequired[Runs]
     lr: Number
     loss: Number
     gradients: Count
@@ -46,7 +48,7 @@ class LogLine(TypedDict):
 
 
 class Tally(TypedDict):
-    """`controlat.app.trainer.Tally`."""
+    """`controlat.app.tally.Tally`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     epoch: Count
@@ -63,6 +65,7 @@ class Tally(TypedDict):
     best_epoch: Annotated[int, Field(ge=-1)]
     dropped: list[str]
     evaluations: NotRequired[Number | None]
+    controls: NotRequired[Runs]
 
 
 class Optimizer(TypedDict):
@@ -111,7 +114,7 @@ class Checkpoint(TypedDict):
     kept: NotRequired[dict[str, Kept]]
     stopped: NotRequired[str]
     controller: NotRequired[dict[str, Any]]
-    schedule: ScheduleRecord
+    schedule: NotRequired[ScheduleRecord]
     tally: Tally
     settings: _Stored
     environment: Environment

@@ -103,11 +103,41 @@ def test_several_processes_take_the_steps_of_one_on_whole_batches(
 
 
 @counts
+def test_several_processes_agree_on_dithered_knobs(several: Any, count: int) -> None:
+    expected = processes.dithered(World())["dithered"]
+    assert {u["steps"] for u in expected["controls"]} == {1, 2, 3}
+    for rank in range(count):
+        found = several(count, rank)["dithered"]
+        assert found["controls"] == expected["controls"]
+        assert found["meter"] == expected["meter"]
+        assert same(found["model"], several(count, 0)["dithered"]["model"])
+        for mine, theirs in zip(tensors(found["model"]), tensors(expected["model"]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@counts
 def test_all_processes_hold_the_same_bits(several: Any, count: int) -> None:
     for rank in range(1, count):
         mine, first = several(count, rank), several(count, 0)
         for name in (*RUNS, *CASES):
             assert same(mine[name], first[name]), name
+
+
+@counts
+@pytest.mark.parametrize("name", ["pgd_at", "cat curriculum", "free"])
+def test_the_first_process_decides_for_all_and_one_alone_decides_the_same(
+    several: Any, name: str, count: int
+) -> None:
+    expected = processes.closed_loop(World())[f"closed loop, {name}"]
+    for rank in range(count):
+        found = several(count, rank)[f"closed loop, {name}"]
+        assert found["asked"] == (len(expected["controls"]) if rank == 0 else 0)
+        assert found["controller"]["rank"] == 0
+        assert same(found, several(count, 0)[f"closed loop, {name}"] | {"asked": found["asked"]})
+        for mine, theirs in zip(found["controls"], expected["controls"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9)
+        for mine, theirs in zip(tensors(found["model"]), tensors(expected["model"]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
 @counts

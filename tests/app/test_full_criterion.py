@@ -21,8 +21,12 @@ def stored() -> dict[str, Any]:
     return found
 
 
+def shown(stored: dict[str, Any]) -> dict[str, Any]:
+    return report_payload(stored)
+
+
 def test_the_report_has_the_criterion_by_horizon_price_and_block(stored: dict[str, Any]) -> None:
-    payload, criterion = report_payload(stored), Criterion.from_json(stored["criterion"])
+    payload, criterion = shown(stored), Criterion.from_json(stored["criterion"])
     assert {h["steps"]: h["value"] for h in payload["horizons"]} == {
         h: criterion.value(h) for h in criterion.horizons
     }
@@ -41,7 +45,7 @@ def test_thinned_norms_keep_the_first_and_the_last(stored: dict[str, Any], steps
     """A figure of the costate ends where the run does, and growth is the ratio of its two ends."""
     norms = [[step, 2.0 + step] for step in range(steps)]
     stored["criterion"]["norms"] = norms
-    payload = report_payload(stored)
+    payload = shown(stored)
     kept = payload["norms"]
     assert [kept[0], kept[-1]] == [norms[0], norms[-1]]
     assert kept == [pair for pair in norms if pair in kept], "in order, each once"

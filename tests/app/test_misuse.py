@@ -21,7 +21,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build, names
 from controlat.pmp import (
     AdversarialLoss,
-    Grid,
+    Candidates,
     Weighted,
     build_terminal,
     examine,
@@ -137,8 +137,8 @@ CALLS: dict[str, Case] = {
     ),
     "RunSpec": (
         RunSpec,
-        {"data": DATA, "batch_size": 4, "epochs": 1, "schedule": SCHEDULE, "rate": RATE},
-        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "schedule": KIND[:-1], "rate": KIND[:-1]}
+        {"data": DATA, "batch_size": 4, "epochs": 1, "controller": SCHEDULE, "rate": RATE},
+        {"data": KIND, "batch_size": FROM_ONE, "epochs": FROM_ONE, "controller": KIND[:-1], "rate": KIND[:-1]}
         | {"seed": SEED, "augment": FUNCTION, "held_out": FUNCTION, "world": KIND},
     ),
     "Split": (controlat.Split, {"x": X, "y": Y}, {"x": INPUT, "y": LABELS}),
@@ -159,9 +159,13 @@ CALLS: dict[str, Case] = {
     ),
     "Rate": (Rate, {"lr": 0.1}, {"lr": ABOVE, "kind": NAME, "at": LIST, "factor": ABOVE, "peak": ABOVE}),
     "build": (build, {"name": "pgd_at"}, {"name": KIND, "options": FUNCTION}),
-    "Grid": (Grid, {"alphas": (0.1,), "max_steps": 1}, {"alphas": LIST, "max_steps": FROM_ONE}),
-    "Grid.default": (
-        Grid.default,
+    "Candidates.of": (
+        Candidates.of,
+        {"alphas": (0.1,), "max_steps": 1},
+        {"alphas": LIST, "max_steps": FROM_ONE},
+    ),
+    "Candidates.default": (
+        Candidates.default,
         {"eps": 0.1, "max_steps": 1},
         {"eps": [*ABOVE, (0, "0")], "max_steps": FROM_ONE, "count": FROM_ONE},
     ),
@@ -194,7 +198,7 @@ CALLS: dict[str, Case] = {
     ),
     "examine": (
         examine,
-        {"recording": RECORDING, "terminal": PHI, "grid": Grid((0.05,), 1), "gamma": 0},
+        {"recording": RECORDING, "terminal": PHI, "grid": Candidates.of((0.05,), 1), "gamma": 0},
         {"recording": KIND, "terminal": [(3, "int")], "grid": KIND, "gamma": ABOVE, "looks": FROM_ONE[1:]}
         | {"horizons": [(3, "3"), ([0], "0"), ([1.5], "1.5")]},
     ),

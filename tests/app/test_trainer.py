@@ -314,7 +314,17 @@ def test_divergence_on_the_command_line_is_one_line_and_code_1(
 
 def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
     log = read_json_lines(fitted / "log.jsonl")
-    fields = {"epoch", "control", "lr", "loss", "gradients", "seconds", "total_gradients", "total_seconds"}
+    fields = {
+        "epoch",
+        "control",
+        "controls",
+        "lr",
+        "loss",
+        "gradients",
+        "seconds",
+        "total_gradients",
+        "total_seconds",
+    }
     fields |= {
         "layers",
         "carried",

@@ -25,9 +25,10 @@ import controlat
 from controlat.app.trainer import Tally
 from controlat.app.trainer import _bar as progress_of_training
 from controlat.attacks.balls import Ball
+from controlat.control.curves import CURVES, Curve
 from controlat.control.learning_rate import parse_rate
 from controlat.control.schedule_text import FAMILIES, parse_schedule
-from controlat.control.schedules import CURVES, Curve, Schedule, load_schedule
+from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.run_spec import RunSpec
@@ -642,7 +643,7 @@ def test_whatever_is_put_into_a_file_gives_a_schedule_or_a_value_error(path: str
         ("pgd:steps=10", "schedule 'pgd' (such as pgd:steps=10,alpha=2/255) lacks alpha"),
         ("pgd:steps=10,alpha=1,eps=3", "does not take eps; did you mean 'steps'? it takes alpha, steps"),
         ("fgsm:alpha=1,steps=1", "does not take steps"),
-        ("pgd:steps=2.5,alpha=1", "steps must be a whole number, got 2.5 at epoch 0"),
+        ("pgd:steps=2.5,alpha=1", "steps without rounding=dither must be a whole number, got 2.5 at epoch 0"),
         ("pgd:steps=-1,alpha=1", "steps must be >= 0, got -1"),
         ("pgd:steps=1,alpha=-1", "alpha must be >= 0, got -1"),
         ("pgd:steps=ten,alpha=1", "steps must be a number such as 0.3, 1e-3 or 8/255, got 'ten'"),

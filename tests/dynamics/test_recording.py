@@ -555,7 +555,7 @@ def test_plans_that_differ_have_orders_of_their_own() -> None:
             assert same([p.order(e) for p in (spec, *others)], [orders[e] for orders in expected])
     assert not same(expected[0][0], expected[1][0])
     assert spec == replace(spec)
-    bare = replace(spec, schedule=Control, rate=float)  # type: ignore[arg-type]
+    bare = replace(spec, controller=Control, rate=float)  # type: ignore[arg-type]
     assert same(pickle.loads(pickle.dumps(bare)).order(1), spec.order(1))
 
 

@@ -52,7 +52,7 @@ def text(name: str, **chosen: str) -> str:
 
 
 def run(d: Driver, schedule: Schedule, n: int = 6, **options: Any) -> list[Step]:
-    spec = replace(constant(schedule(0), n, epochs=int(schedule.epochs), **options), schedule=schedule)
+    spec = replace(constant(schedule(0), n, epochs=int(schedule.epochs), **options), controller=schedule)
     return list(rollout(d, spec))
 
 
@@ -239,7 +239,7 @@ def test_fast_starts_at_one_constant_at_first_and_at_random_later(tmp_path: Path
 
 def test_atta_forgets_every_second_epoch_at_first_and_every_tenth_later(tmp_path: Path) -> None:
     schedule, found = problem("atta", 32).schedule_of(ATTA), {}
-    spec = replace(constant(schedule(0), 4, batch_size=2, epochs=32), schedule=schedule)
+    spec = replace(constant(schedule(0), 4, batch_size=2, epochs=32), controller=schedule)
     list(rollout(driver(PLAIN["atta"]), spec, record=found.__setitem__, stride=2))
     assert len(found) == 32
     empty = [step // 2 + 1 for step, state in found.items() if not state.rows]

@@ -34,7 +34,7 @@ from controlat.methods import (
     Update,
 )
 from controlat.methods.pgd_at import PgdAT
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import CostateStep, backward, momentum_tail, terminal_costate
 from controlat.pmp.hamiltonian import Gains, _by_gradients, _by_steps, gains
 from controlat.pmp.terminal import AdversarialLoss
@@ -51,7 +51,7 @@ SETTINGS = {
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
-GRID = Grid((0.017, 0.05), 3)
+GRID = Candidates.of((0.017, 0.05), 3)
 
 
 def planned(u: Control, n: int = 10, epochs: int = 2, **options: Any) -> RunSpec:
@@ -511,7 +511,7 @@ def test_what_is_forgotten_has_no_costate_before_that() -> None:
 GAINS = {name: CASES[name] for name in ("pgd_at", "pgd_at clean")}
 
 
-def scored(rec: Recording, grid: Grid = GRID, horizons: Sequence[int] = (2, 6)) -> list[Gains]:
+def scored(rec: Recording, grid: Candidates = GRID, horizons: Sequence[int] = (2, 6)) -> list[Gains]:
     return [gains(rec.driver, s.visit, s.costates, s.norms, grid) for s in backward(rec, PHI, horizons)]
 
 
@@ -546,7 +546,7 @@ def test_the_control_itself_comes_first_and_is_worth_nothing(case: Case) -> None
         assert (g.number, g.epoch) == (s.visit.number, s.visit.batch.epoch)
         assert g.controls[0] == s.visit.control
         assert len(set(g.controls)) == len(g.controls)
-        assert set(g.controls) == {s.visit.control, *GRID.candidates(d.method, s.visit.control)}
+        assert set(g.controls) == {s.visit.control, *GRID.around(d.method, s.visit.control)}
         assert sorted(g.rewards) == sorted(g.norms) == [2, 6]
         for h in (2, 6):
             assert g.rewards[h][0] == g.value(h, 0.7)[0] == g.cosine(h)[0] == g.sizes[0] == 0
@@ -618,7 +618,7 @@ def test_a_backward_pass_costs_five_evaluations_per_update_beside_the_attack(cas
 
     Step sizes change, so that no carried perturbation comes back to a clip: to measure that costs 2 more.
     """
-    spec = replace(planned(case.control()), schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
+    spec = replace(planned(case.control()), controller=lambda t: case.control(alpha=0.007 + 0.0011 * t))
     d, meter = driver(case, optimizer=SETTINGS["heavy ball, decay"], channels_last=False), Meter()
     rec = Recording.of(d, spec, stride=4)
     run = sum(s.spent.gradients for s in rec.steps)

@@ -8,8 +8,8 @@ from systems import CASES, Case, constant, driver
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.dynamics.rollout import rollout
-from controlat.pmp import AdversarialLoss, Grid, probe_batches
-from controlat.pmp.greedy import measure
+from controlat.pmp import AdversarialLoss, Candidates, probe_batches
+from controlat.pmp.greedy import score
 
 GAMMA, RATE = 0.01, 0.05
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -25,13 +25,13 @@ def test_the_gap_is_that_of_every_candidate_run_by_hand_and_training_is_not_dist
     p = constant(u, epochs=2)
     d, ball = driver(case, ball=Ball(0.1, norm)), Ball(0.1, norm)
     list(rollout(d, p, until=1))
-    saved, grid = d.snapshot(), Grid((0.02, 0.07), 3)
+    saved, grid = d.snapshot(), Candidates.of((0.02, 0.07), 3)
     phi = AdversarialLoss(*split(8, (1, 4, 4), seed=9).take(torch.arange(8)), ball, seed=d.seed)
     probe = probe_batches(p.data.x, p.data.y, 2, epoch=1, indices=torch.arange(10))
-    surface = measure(d, probe, u, grid, terminal=phi, rate=RATE)
+    surface = score(d, probe, u, grid, terminal=phi, rate=RATE)
     assert same(d.snapshot(), saved)
     assert u in surface.controls
-    assert set(grid.candidates(d.method, u)) <= set(surface.controls)
+    assert set(grid.around(d.method, u)) <= set(surface.controls)
     values = {}
     for v in surface.controls:
         meter = Meter()

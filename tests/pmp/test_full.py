@@ -24,8 +24,8 @@ from controlat.dynamics.recording import Recording
 from controlat.methods import Batch, Context, Update
 from controlat.pmp import (
     AdversarialLoss,
+    Candidates,
     Criterion,
-    Grid,
     Trust,
     backward,
     examine,
@@ -37,7 +37,7 @@ from controlat.pmp import (
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
 
-GRID, GAMMA = Grid((0.02, 0.08), 3), 0.05
+GRID, GAMMA = Candidates.of((0.02, 0.08), 3), 0.05
 SETTINGS = {
     "plain": SGDSettings(0.0),
     "momentum": SGDSettings(0.9, weight_decay=1e-3),
@@ -105,7 +105,7 @@ def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() 
 @every
 def test_a_schedule_that_maximises_has_c_zero_and_more_candidates_never_lower_it(case: Case) -> None:
     r, terminal = recorded(case), phi()
-    small = examine(r, terminal, Grid((0.02,), 1), gamma=GAMMA)
+    small = examine(r, terminal, Candidates.of((0.02,), 1), gamma=GAMMA)
     large = examine(r, terminal, GRID, gamma=GAMMA)
     for h in small.horizons:
         assert 0 <= small.value(h) <= large.value(h) + 1e-15
@@ -131,7 +131,7 @@ def test_blocks_are_summed_before_the_maximum_is_taken(o: SGDSettings) -> None:
 
 def test_blocks_follow_the_schedule_and_end_with_the_epoch() -> None:
     schedule = parse_schedule("table:steps=0:1:2:3,alpha=0.05,resolution=0.5", 2)
-    r = recorded(PLAIN["pgd_at"], schedule=schedule, batch_size=3)  # 4 steps for an epoch
+    r = recorded(PLAIN["pgd_at"], controller=schedule, batch_size=3)  # 4 steps for an epoch
     found = examine(r, phi(), GRID, gamma=GAMMA)
     assert found.blocks == (0, 0, 1, 1, 2, 2, 3, 3)
     assert [b.control["steps"] for b in found.best()] == [0, 1, 2, 3]
@@ -487,7 +487,7 @@ def test_a_linear_quadratic_problem_has_its_criterion_in_closed_form(o: SGDSetti
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes, bias=False)).double()
     d = Driver(model, Driven(x, b), Ball(0.1), o, channels_last=False)
     r = Recording.of(d, constant(Control(alpha=u), 32, epochs=3, rate=rate), stride=5)
-    grid, steps = Grid((0.1, 0.3, 0.8), 1), r.last
+    grid, steps = Candidates.of((0.1, 0.3, 0.8), 1), r.last
     found = examine(r, Square(), grid, gamma=GAMMA)
     worth = trust(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
 

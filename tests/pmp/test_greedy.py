@@ -32,27 +32,30 @@ from controlat.methods.pgd_at import PgdAT
 from controlat.pmp import (
     FORMS,
     AdversarialLoss,
+    Candidates,
     Gap,
-    Grid,
     Surface,
     criterion,
     interval,
-    measure,
     probe_batches,
+    score,
 )
-from controlat.pmp.candidates import rerun
+from controlat.pmp.maximise import score_one
 
 EPS = 0.2
 BALL = Ball(EPS)
-GRID = Grid((0.05, 0.3), 3)
+GRID = Candidates.of((0.05, 0.3), 3)
 NONE = Control(alpha=0, steps=0)
 INSIDE = Control(alpha=0.05, steps=2)
 OUTSIDE = Control(alpha=0.11, steps=5)
 seeded = settings(derandomize=True, deadline=None, max_examples=25)
 
 
-def candidates(grid: Grid = GRID) -> list[Control]:
-    return [NONE, *(Control(alpha=a, steps=k) for a in grid.alphas for k in range(1, grid.max_steps + 1))]
+def candidates(grid: Candidates = GRID) -> list[Control]:
+    return [
+        NONE,
+        *(Control(alpha=a, steps=k) for a in grid.values["alpha"] for k in grid.values["steps"][1:]),
+    ]
 
 
 # ----------------------------------------------------------------------------------- an independent reference
@@ -97,7 +100,7 @@ def brute_force(
     u: Control,
     gamma: float,
     form: str,
-    grid: Grid = GRID,
+    grid: Candidates = GRID,
     scale: float = 1.0,
     phi: Tensor | None = None,
 ) -> tuple[float, Control]:
@@ -123,7 +126,7 @@ def surface(u: Control = INSIDE, **options: Any) -> Surface:
     given = {"batches": probe(), "grid": GRID, "terminal": terminal(), "method": PgdAT(), "model": mlp()}
     given |= options
     driver = Driver(given.pop("model"), given.pop("method"), BALL)
-    return measure(driver, given.pop("batches"), u, given.pop("grid"), **given)
+    return score(driver, given.pop("batches"), u, given.pop("grid"), **given)
 
 
 # -------------------------------------------------------------------------------- (14) itself, by enumeration
@@ -146,7 +149,7 @@ def test_c_is_that_of_the_enumerated_set(form: str, u: Control, gamma: float) ->
 
 def from_criterion(u: Control = INSIDE, gamma: float | str = 1e-3, **options: Any) -> Gap:
     """`criterion` on the probe and G of `surface`."""
-    same_set = {"eps": EPS, "alphas": GRID.alphas, "max_steps": GRID.max_steps, "batches": 3}
+    same_set = {"eps": EPS, "alphas": (0.05, 0.3), "max_steps": 3, "batches": 3}
     return criterion(mlp(), *samples(12, seed=1), u, gamma=gamma, **(same_set | options))
 
 
@@ -181,7 +184,7 @@ def test_c_of_a_logistic_model_is_that_of_its_closed_form() -> None:
     gamma, alphas = 0.02, (0.03, 0.07, 0.4)
     value = {
         v: squared(min(v["alpha"] * v["steps"], EPS)) - gamma * (v["steps"] + 1)
-        for v in candidates(Grid(alphas, 4))
+        for v in candidates(Candidates.of(alphas, 4))
     }
     for u in value:
         gap = criterion(
@@ -245,8 +248,8 @@ GAMMAS = st.floats(0, 1, allow_nan=False)
 def test_adding_candidates_never_lowers_c(
     alphas: list[float], more: list[float], steps: int, longer: int, gamma: float, form: str
 ) -> None:
-    small = surface(OUTSIDE, grid=Grid(tuple(alphas), steps))
-    large = surface(OUTSIDE, grid=Grid((*alphas, *more), steps + longer))
+    small = surface(OUTSIDE, grid=Candidates.of(tuple(alphas), steps))
+    large = surface(OUTSIDE, grid=Candidates.of((*alphas, *more), steps + longer))
     assert set(small.controls) <= set(large.controls)
     assert large.gap(OUTSIDE, gamma, form).value >= small.gap(OUTSIDE, gamma, form).value
 
@@ -257,11 +260,11 @@ def test_c_is_never_negative_and_u_is_always_among_the_candidates(
     alphas: list[float], steps: int, alpha: float, k: int, gamma: float, form: str
 ) -> None:
     u = Control(alpha=alpha, steps=k)
-    found = surface(u, grid=Grid(tuple(alphas), steps))
+    found = surface(u, grid=Candidates.of(tuple(alphas), steps))
     gap = found.gap(u, gamma, form)
     assert gap.value >= 0
     assert found.controls[0] == u
-    assert set(found.controls) == {u, *candidates(Grid(tuple(alphas), steps))}
+    assert set(found.controls) == {u, *candidates(Candidates.of(tuple(alphas), steps))}
     assert len(set(found.controls)) == len(found.controls)
 
 
@@ -295,7 +298,7 @@ def test_the_sweep_equals_running_every_candidate_by_itself(
     p = flat(phi.gradient(driver)[: len(driver.parameters)])
     assert set(found.controls) == set(candidates())
     for v, n, gram, costate in zip(found.controls, found.evaluations, found.gram, found.costate, strict=True):
-        _, cost, fields = rerun(driver, batches, v, 0.0, Meter())
+        _, cost, fields = score_one(driver, batches, v, 0.0, Meter())
         g = torch.stack([flat(field.gradients) for field in fields])
         np.testing.assert_allclose(gram, g @ g.T, rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(costate, g @ p, rtol=1e-12, atol=1e-15)
@@ -323,7 +326,7 @@ def test_a_sweep_costs_twice_k_max_for_each_step_size(
     build: Callable[[], nn.Module], with_terminal: bool
 ) -> None:
     shape, model = SHAPE if build is cnn_bn else (1, 2, 2), build()
-    seen, u, grid = counted(model), Control(alpha=0.07, steps=4), Grid((0.02, 0.05, 0.3), 3)
+    seen, u, grid = counted(model), Control(alpha=0.07, steps=4), Candidates.of((0.02, 0.05, 0.3), 3)
     phi = AdversarialLoss(*samples(5, shape), BALL, steps=7) if with_terminal else None
     found = surface(u, model=model, batches=probe_batches(*samples(6, shape), 2), grid=grid, terminal=phi)
     sweep, no_attack, under_u, once = 6 * 3 * (3 + 3), 6, 6 * (4 + 1), 5 * (7 + 1) * with_terminal
@@ -344,7 +347,7 @@ def population(form: str, members: Iterable[int], count: int) -> tuple[float, fl
     x, y = samples(3, seed=11)
     index = list(members)
     batches, method = probe_batches(x[index], y[index], count), PgdAT(random_start=False)
-    found = surface(OUTSIDE, batches=batches, method=method, grid=Grid((0.1,), 1))
+    found = surface(OUTSIDE, batches=batches, method=method, grid=Candidates.of((0.1,), 1))
     return found.reward(form)[0], found.reward(form, unbiased=True)[0]
 
 
@@ -599,7 +602,7 @@ def test_the_terminal_cost_is_the_mean_over_all_samples_when_they_are_taken_in_p
 
 
 def test_the_terminal_cost_is_taken_once_however_many_candidates_there_are() -> None:
-    for grid in (Grid((0.1,), 1), Grid((0.01, 0.1, 0.3), 5)):
+    for grid in (Candidates.of((0.1,), 1), Candidates.of((0.01, 0.1, 0.3), 5)):
         model = mlp()
         seen = counted(model)
         with_phi = surface(model=model, grid=grid, terminal=terminal(9))
@@ -615,7 +618,11 @@ def test_norm_and_costate_agree_where_the_terminal_gradient_is_that_of_the_candi
     x, y = samples(8, classes=2)
     phi = AdversarialLoss(x, y, BALL)
     found = surface(
-        OUTSIDE, model=linear, batches=probe_batches(x, y, 1), terminal=phi, grid=Grid((0.05, 0.4), 8)
+        OUTSIDE,
+        model=linear,
+        batches=probe_batches(x, y, 1),
+        terminal=phi,
+        grid=Candidates.of((0.05, 0.4), 8),
     )
     corner = np.array([v["alpha"] * v["steps"] >= 2 * EPS - 1e-12 for v in found.controls])
     norm, costate = found.reward("norm"), found.reward("costate")
@@ -729,7 +736,7 @@ def displaced(**sgd: Any) -> float:
 @pytest.mark.parametrize("sgd", SGDS.values(), ids=SGDS)
 def test_the_scale_is_how_far_torchs_sgd_moves(sgd: dict[str, Any]) -> None:
     model, (x, y) = mlp(), samples(12, seed=1)
-    given = {"eps": EPS, "gamma": 1e-3, "batches": 3, "alphas": GRID.alphas, "max_steps": 3}
+    given = {"eps": EPS, "gamma": 1e-3, "batches": 3, "alphas": (0.05, 0.3), "max_steps": 3}
     by_scale = criterion(model, x, y, INSIDE, **given, scale=displaced(**sgd))
     found = criterion(model, x, y, INSIDE, **given, optimizer=torch.optim.SGD(model.parameters(), 0.3, **sgd))
     assert found.maximiser == by_scale.maximiser
@@ -752,7 +759,7 @@ def test_with_momentum_the_advice_is_that_of_scale_10_and_not_that_of_plain_sgd(
 
 def test_the_rate_counts_against_its_mean_over_the_run() -> None:
     model, (x, y) = mlp(), samples(12, seed=1)
-    given = {"eps": EPS, "gamma": 1e-3, "batches": 3, "alphas": GRID.alphas, "max_steps": 3}
+    given = {"eps": EPS, "gamma": 1e-3, "batches": 3, "alphas": (0.05, 0.3), "max_steps": 3}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     decayed = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     optimizer.step()
@@ -881,7 +888,7 @@ def test_the_criterion_leaves_the_model_as_it_was_when_it_fails() -> None:
 def test_the_default_grid_is_that_of_the_definition() -> None:
     x, y = samples(8)
     for u, k_max in ((INSIDE, 10), (Control(alpha=0.1, steps=13), 13)):
-        grid = Grid(tuple(float(f"{EPS / 40 * 80 ** (i / 4):.6g}") for i in range(5)), k_max)
+        grid = Candidates.of(tuple(float(f"{EPS / 40 * 80 ** (i / 4):.6g}") for i in range(5)), k_max)
         expected, best = brute_force(mlp(), probe_batches(x, y, 2), u, 1e-3, "norm", grid)
         gap = criterion(mlp(), x, y, u, eps="1/5", gamma=1e-3, batches=2)
         assert gap.value == pytest.approx(expected, rel=1e-9)
@@ -912,8 +919,8 @@ OTHER = torch.optim.SGD(mlp().parameters(), 0.1)
         ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
         ({"eps": -0.1}, "eps must be >= 0, got -0.1"),
         ({"eps": 0}, "the default step sizes need eps > 0, got 0; give alphas"),
-        ({"alphas": ()}, "the step sizes of a grid must be > 0"),
-        ({"alphas": (0.1, 0.0)}, "the step sizes of a grid must be > 0"),
+        ({"alphas": ()}, "alpha must be a list of step sizes > 0, got none"),
+        ({"alphas": (0.1, 0.0)}, "the step sizes that are searched must be > 0"),
         ({"max_steps": 0}, "max_steps must be a whole number >= 1, got 0"),
         ({"maximiser": "tpe", "trials": 0}, "trials must be a whole number >= 1, got 0"),
         ({"control": {"alpha": 0.1}}, "a control of this method has alpha, steps; got alpha"),

@@ -1,4 +1,4 @@
-"""The bounded set G, and TPE against the exact maximum."""
+"""TPE against the exact maximum."""
 
 import functools
 import os
@@ -22,18 +22,18 @@ from controlat.methods.pgd_at import PgdAT
 from controlat.pmp import (
     FORMS,
     AdversarialLoss,
-    Grid,
+    Candidates,
     Surface,
     criterion,
-    measure,
     probe_batches,
+    score,
 )
-from controlat.pmp.candidates import tpe
+from controlat.pmp.maximise import tpe
 
 EPS = 0.2
 U = Control(alpha=0.02, steps=1)
-BOX = Grid((0.02, 0.4), 4)
-SMALL = Grid((0.08,), 4)
+BOX = Candidates.of((0.02, 0.4), 4)
+SMALL = Candidates.of((0.08,), 4)
 
 
 def linear() -> nn.Module:
@@ -42,52 +42,23 @@ def linear() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
 
 
-def scored(u: Control = U, grid: Grid = BOX, *, seed: int = 0, method: Any = None, **options: Any) -> Surface:
+def scored(
+    u: Control = U, grid: Candidates = BOX, *, seed: int = 0, method: Any = None, **options: Any
+) -> Surface:
     x, y = samples(12, classes=2, seed=1)
     driver = Driver(linear(), method or PgdAT(random_start=False), Ball(EPS), seed=seed)
     phi = AdversarialLoss(*samples(9, classes=2, seed=5), Ball(EPS))
-    return measure(driver, probe_batches(x, y, 3), u, grid, terminal=phi, **options)
+    return score(driver, probe_batches(x, y, 3), u, grid, terminal=phi, **options)
 
 
 def by_tpe(
-    u: Control = U, grid: Grid = BOX, *, gamma: float = 1e-3, trials: int = 60, **options: Any
+    u: Control = U, grid: Candidates = BOX, *, gamma: float = 1e-3, trials: int = 60, **options: Any
 ) -> Surface:
     return scored(u, grid, maximiser="tpe", gamma=gamma, trials=trials, **options)
 
 
 def best(surface: Surface, gamma: float, form: str = "norm") -> float:
     return float((surface.reward(form) - gamma * surface.evaluations).max())
-
-
-# ---------------------------------------------------------------------------------------------------- the set
-
-
-def test_the_default_step_sizes_are_spaced_logarithmically() -> None:
-    grid = Grid.default(0.3, 7)
-    assert grid.alphas == pytest.approx([0.3 / 40 * 80 ** (i / 4) for i in range(5)], rel=1e-5)
-    assert grid.max_steps == 7
-    assert len(grid.candidates(PgdAT(), Control(alpha=0.1, steps=1))) == 5 * 7 + 1
-
-
-def test_a_grid_is_sorted_without_repetitions() -> None:
-    assert Grid((0.3, 0.1, 0.3), 2).alphas == (0.1, 0.3)
-    assert Grid(("8/255",), 2).alphas == (8 / 255,)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("alphas", "steps", "message"),
-    [
-        ((), 3, r"must be > 0, got \(\)"),
-        ((0.0, 0.1), 3, "must be > 0"),
-        ((-0.1,), 3, "must be > 0"),
-        ((float("nan"),), 3, "alpha must be finite"),
-        ((0.1,), 0, "max_steps must be a whole number >= 1, got 0"),
-        ((0.1,), 2.5, "max_steps must be a whole number >= 1, got 2.5"),
-    ],
-)
-def test_a_set_that_is_none_is_refused(alphas: tuple[float, ...], steps: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Grid(alphas, steps)
 
 
 # -------------------------------------------------------------------------------------------------------- TPE
@@ -110,15 +81,15 @@ def test_the_small_sets_above_have_maxima_of_different_kinds() -> None:
 @functools.cache
 def along_d() -> tuple[Any, Any]:
     """(d, reward) on a dense line; with K = 1, d = alpha."""
-    dense = scored(grid=Grid(tuple(np.linspace(1e-3, EPS, 400)), 1))
+    dense = scored(grid=Candidates.of(tuple(np.linspace(1e-3, EPS, 400)), 1))
     return np.array([v["alpha"] for v in dense.controls]), dense.reward("norm")
 
 
 def supremum(gamma: float) -> float:
     """max over the whole box, alpha continuous: for each K only d = min(alpha K, eps) counts."""
-    low, high, (d, q) = BOX.alphas[0], BOX.alphas[-1], along_d()
+    low, high, (d, q) = *BOX.values["alpha"], along_d()
     value = [q[d == 0].max() - gamma]
-    for k in range(1, BOX.max_steps + 1):
+    for k in range(1, 5):
         reachable = (d >= min(low * k, EPS) - 1e-3) & (d <= min(high * k, EPS) + 1e-3)
         value.append(q[reachable].max() - gamma * (k + 1))
     return max(value)
@@ -151,7 +122,7 @@ def test_tpe_tries_no_attack_and_the_most_steps_too() -> None:
 def test_the_values_of_tpe_are_those_of_running_its_candidates() -> None:
     found = by_tpe(trials=10)
     for i, v in enumerate(found.controls):
-        alone = scored(v, Grid((0.1,), 1))
+        alone = scored(v, Candidates.of((0.1,), 1))
         np.testing.assert_allclose(found.gram[i], alone.gram[0], rtol=1e-12)
         np.testing.assert_allclose(found.costate[i], alone.costate[0], rtol=1e-12)
         assert found.evaluations[i] == v["steps"] + 1
@@ -193,7 +164,7 @@ class FailsAt(PgdAT):
 
 
 def test_a_candidate_that_is_not_finite_does_not_win() -> None:
-    grid = Grid((0.05,), 3)
+    grid = Candidates.of((0.05,), 3)
     found = by_tpe(grid=grid, gamma=0.0, method=FailsAt(), trials=40)
     assert {v["steps"] for v in found.controls} == {0, 1, 2}
     assert found.gap(U, 0.0).maximiser["steps"] == 2
@@ -212,7 +183,7 @@ def test_values_that_are_not_finite_do_not_mislead_the_search() -> None:
             raise NonFiniteError("not finite")
         return bad.get(int(v["steps"]), v["steps"] - 10 * v["alpha"])
 
-    tpe(objective, Grid((0.01, 1.0), 5), 80, 0, first=[U])
+    tpe(objective, Candidates.of((0.01, 1.0), 5), 80, 0, first=[U])
     assert len(tried) == 1 + 80
     assert {v["steps"] for v in tried} == {0, 1, 2, 3, 4, 5}
     late = [v for v in tried[40:] if v["steps"] == 2]
@@ -239,7 +210,7 @@ def test_a_search_in_which_everything_fails_is_an_error_with_the_number_of_trial
 
 
 def test_trials_that_failed_are_named_with_the_gap_and_kept_in_files() -> None:
-    found = by_tpe(grid=Grid((0.05,), 3), gamma=0.0, method=FailsAt(), trials=40)
+    found = by_tpe(grid=Candidates.of((0.05,), 3), gamma=0.0, method=FailsAt(), trials=40)
     (name,) = found.gap(U, 0.0).dropped
     failed = int(name.split()[0])
     assert 0 < failed < 40
@@ -260,11 +231,11 @@ def test_tpe_takes_the_first_controls_within_its_bounds_first_and_then_makes_its
 
     first = [Control(alpha=0.3, steps=2), Control(alpha=0, steps=0)]
     outside = [Control(alpha=0.9, steps=2), Control(alpha=0.3, steps=4), Control(alpha=0.01, steps=1)]
-    tpe(objective, Grid((0.1, 0.5), 3), 7, 0, first=[*outside, *first])
+    tpe(objective, Candidates.of((0.1, 0.5), 3), 7, 0, first=[*outside, *first])
     assert tried[:2] == first
     assert len(tried) == 2 + 7
     tried.clear()
-    tpe(objective, Grid((0.1, 0.5), 3), 1, 0, first=outside)
+    tpe(objective, Candidates.of((0.1, 0.5), 3), 1, 0, first=outside)
     assert len(tried) == 1
 
 

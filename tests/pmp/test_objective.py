@@ -19,7 +19,7 @@ from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
-from controlat.pmp import AdversarialLoss, Grid, examine, objective, rollout_cost
+from controlat.pmp import AdversarialLoss, Candidates, examine, objective, rollout_cost
 from controlat.pmp.objective import evaluations, outcome_at
 from controlat.pmp.relaxed import relaxed
 
@@ -56,7 +56,7 @@ def test_costates_relaxed_controls_and_the_plain_roll_out_have_one_j(schedule: s
     s = spec(split(10), schedule=schedule, rate=0.1, epochs=2)
     plain = objective(driver(), s, TERMINAL)
     recording = Recording.of(driver(), s)
-    criterion = examine(recording, TERMINAL, Grid((0.05,), 2), gamma="0.3")
+    criterion = examine(recording, TERMINAL, Candidates.of((0.05,), 2), gamma="0.3")
     assert (criterion.phi, criterion.evaluations) == (plain.phi, plain.evaluations)
     assert criterion.price == s.price(0.3)
     assert criterion.objective == plain.objective(s.price(0.3))

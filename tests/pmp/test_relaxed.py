@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, flat, same, samples, trace
+from rules import Follow
 from systems import CASES, PLAIN, Case, constant, driver, smooth
 from torch import Tensor, nn
 
 from controlat._util import rng
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import STEPS
+from controlat.control.controller import OpenLoop
 from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
 from controlat.data import Split
@@ -33,7 +35,7 @@ from controlat.methods import (
 from controlat.methods.cat import Cat
 from controlat.methods.free import Free
 from controlat.methods.pgd_at import PgdAT
-from controlat.pmp.candidates import Grid
+from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.objective import Outcome
@@ -49,7 +51,7 @@ SETTINGS = {
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
-GRID = Grid((0.013,), 2)
+GRID = Candidates.of((0.013,), 2)
 
 
 def planned(case: Case, epochs: int = 2, rate: float = 0.1) -> RunSpec:
@@ -60,7 +62,7 @@ def planned(case: Case, epochs: int = 2, rate: float = 0.1) -> RunSpec:
     x, y = samples(10, SIZE)
     spec = constant(case.control(), epochs=epochs, held_out=Split(*samples(8, SIZE, seed=5)))
     spec = replace(spec, data=Split(0.2 + 0.6 * x, y), rate=lambda t, T: rate * (1 - 0.6 * t / T))
-    return replace(spec, schedule=lambda t: case.control(alpha=0.007 + 0.0011 * t))
+    return replace(spec, controller=lambda t: case.control(alpha=0.007 + 0.0011 * t))
 
 
 def recorded(case: Case, o: SGDSettings, epochs: int = 2, eps: float = 0.1, norm: str = "linf") -> Recording:
@@ -78,7 +80,7 @@ class Mixed(NamedTuple):
     norms: dict[int, float]
 
 
-def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Grid = GRID, h: float = H) -> Mixed:
+def mixing(rec: Recording, phi: AdversarialLoss = PHI, grid: Candidates = GRID, h: float = H) -> Mixed:
     """Every step goes towards the best control that is not its own."""
     price, whole = GAMMA * rec.spec.mean_rate(), rec.last - rec.first
     gap, others, looked, norms, dropped = 0.0, {}, {}, {}, ()
@@ -109,6 +111,16 @@ def check(found: Mixed, dropped: tuple[str, ...] = ()) -> None:
 )
 def test_the_derivative_of_the_objective_is_minus_the_sum_of_gains(name: str, o: SGDSettings) -> None:
     check(mixing(recorded(CASES[name], o)))
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "atta", "free", "nfgsm", "trades", "yopo"])
+def test_along_the_controls_that_a_closed_loop_took_the_derivative_is_exact(name: str) -> None:
+    """The controller is not differentiated: what is relaxed are the controls that were recorded."""
+    case = CASES[name]
+    d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
+    rec = Recording.of(d, replace(planned(case), controller=Follow(case)), stride=4)
+    assert len({step.control for step in rec.steps}) == len(rec.steps)
+    check(mixing(rec))
 
 
 class Scripted(Cat):
@@ -171,14 +183,14 @@ def test_perturbations_that_meet_the_edge_of_the_ball_are_followed(name: str) ->
     store = rec.end.memory["delta"] if name != "atta" else rec.end.rows["delta"].values
     clipped = (store.abs() > 0.011 - 1e-9).double().mean()
     assert 0.1 < clipped < 1
-    check(mixing(rec, replace(PHI, ball=Ball(0.011)), Grid((0.0043, 0.0137), 1)))
+    check(mixing(rec, replace(PHI, ball=Ball(0.011)), Candidates.of((0.0043, 0.0137), 1)))
 
 
 def on_the_edge(name: str, steps: int, eps: float = 0.1) -> Mixed:
     """Steps of size eps: every pixel lies on the edge, or comes exactly to it. lambda goes forward alone."""
     case = CASES[name]._replace(knobs={"steps": steps})
     d = driver(case, ball=Ball(eps), optimizer=SETTINGS["momentum"], channels_last=False)
-    spec = replace(planned(case, epochs=3), schedule=lambda t: case.control(alpha=eps))
+    spec = replace(planned(case, epochs=3), controller=lambda t: case.control(alpha=eps))
     rec = Recording.of(d, spec, stride=4)
     found, price = mixing(rec), GAMMA * spec.mean_rate()
     others = {n: g.controls[1 + int(g.value(9, price)[1:].argmax())] for n, g in found.looked.items()}
@@ -355,7 +367,7 @@ def best(rec: Recording) -> dict[int, Control]:
     """Another control for every step, if the method has one."""
     found = {}
     for n, step in enumerate(rec.steps, rec.first):
-        others = [v for v in GRID.candidates(rec.driver.method, step.control) if v != step.control]
+        others = [v for v in GRID.around(rec.driver.method, step.control) if v != step.control]
         if others:
             found[n] = others[n % len(others)]
     return found
@@ -387,7 +399,7 @@ def test_lambda_1_is_the_run_under_the_other_controls(case: Case) -> None:
     found = relaxed(rec, others, 1.0, PHI)
     assert same(rec.driver.snapshot(), end)
     assert same(trace(rec.driver.model), left)
-    spec = replace(rec.spec, schedule=lambda t: others[round(t * PER_EPOCH)])
+    spec = replace(rec.spec, controller=lambda t: others[round(t * PER_EPOCH)])
     d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
     steps = list(rollout(d, spec))
     assert found.phi == PHI.value(d)
@@ -399,7 +411,9 @@ def test_steps_without_another_control_keep_theirs() -> None:
     case = PLAIN["pgd_at"]
     rec, v = recorded(case, SETTINGS["momentum"]), Control(alpha=0.05, steps=3)
     found = relaxed(rec, {2: v}, 1.0, PHI)
-    spec = replace(rec.spec, schedule=lambda t: v if round(t * PER_EPOCH) == 2 else rec.spec.schedule(t))
+    plan = rec.spec.controller
+    assert isinstance(plan, OpenLoop)
+    spec = replace(rec.spec, controller=lambda t: v if round(t * PER_EPOCH) == 2 else plan(t))
     d = driver(case, optimizer=SETTINGS["momentum"], channels_last=False)
     list(rollout(d, spec))
     assert found.phi == PHI.value(d)

@@ -45,6 +45,7 @@ def given(folder: Path) -> dict[str, Any]:
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(files: Path, begun: str, whole: str) -> None:
     found = controlat.train(files / begun, resume=True, **given(files / begun))
     assert len(found["epochs"]) == 2
+    assert found["epochs"][1]["controls"] == [[0, found["epochs"][1]["control"]]], "from the first batch on"
     ours, theirs = (load_checkpoint(files / run / "last.pt") for run in (begun, whole))
     for name, t in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], t, rtol=1e-5, atol=1e-6)  # other machines round

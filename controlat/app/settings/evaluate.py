@@ -14,9 +14,11 @@ from controlat.app.checkpoints import load_checkpoint
 from controlat.app.ranges import check_kinds
 from controlat.app.settings.attack import ATTACKS, check_attacks, checkpoint_of
 from controlat.app.settings.problem import Problem, tidy
-from controlat.app.settings.schedules import default_schedules
+from controlat.app.settings.schedules import default_schedules, names_factory
 from controlat.app.settings.train import finished_run
-from controlat.pmp.candidates import MAXIMISERS
+from controlat.methods import build
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.terminal import parse_terminal
 from controlat.robust_accuracy.masking import CHECKS
 
@@ -28,12 +30,15 @@ class EvaluateSettings(Problem):
     """Train under several schedules and compare: criterion C, robustness, cost.
 
     Args:
-        schedules: Short texts or JSON files; six of the demo, scaled to eps, for digits if left out.
+        schedules: Short texts, JSON files, or your own controllers package.module:factory as in train; six of
+            the demo, scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
-        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over alpha and K, as in the paper).
+        maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
         trials: Evaluations of tpe at each instant.
         probe: Training samples that the criterion is computed on.
+        knobs: What is searched, such as alpha steps beta=1:3:6 slack=0..4, of the controls of the method; the
+            others stay as in the schedule. alpha and steps if left out.
         alphas: Step sizes of G; five spaced logarithmically in [eps/40, 2 eps] if left out.
         max_steps: Largest K of G; the largest of the schedules compared if left out.
         terminal: Terminal cost Phi on held-out samples: a file of controlat/pmp/terminal, your own
@@ -59,6 +64,7 @@ class EvaluateSettings(Problem):
     maximiser: str = "sweep"
     trials: int = 100
     probe: int = 512
+    knobs: Sequence[str] | None = None
     alphas: Sequence[str | float] | None = None
     max_steps: int | None = None
     terminal: str = "adversarial"
@@ -95,7 +101,7 @@ class EvaluateSettings(Problem):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different ones, got {values}")
         for text in self.schedules:
-            self.schedule_of(text)
+            self.controller_of(text)
         check_attacks(self.attacks, self.autoattack)
         if self.surrogate is not None:
             self.surrogate = str(checkpoint_of(self.surrogate))
@@ -105,6 +111,10 @@ class EvaluateSettings(Problem):
         parse_terminal(self.terminal)
         if self.alphas is not None:
             self.alphas = [number(a, "alphas") for a in self.alphas]
+        space = build(self.method, self.method_options).controls
+        Candidates.read(
+            self.knobs, space, eps=self.ball.eps, max_steps=self.max_steps or 1, alphas=self.alphas
+        )
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
@@ -129,7 +139,14 @@ class EvaluateSettings(Problem):
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; schedules in full."""
-        return super().to_json() | {"schedules": [self.schedule_of(t).to_json() for t in self.schedules]}
+        return super().to_json() | {
+            "schedules": [
+                {"text": text, "controller": True}
+                if names_factory(text)
+                else self.schedule_of(text).to_json()
+                for text in self.schedules
+            ]
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlat._util.checks import brief, number
+from controlat._util.checks import number
 from controlat._util.files import expanded
-from controlat._util.registry import meant
+from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
-from controlat.app.settings.schedules import read_schedule
+from controlat.app.settings.schedules import names_factory, read_schedule
 from controlat.attacks.balls import Ball
+from controlat.control.controller import Controller, as_controller
 from controlat.control.learning_rate import Rate, parse_rate
 from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
@@ -200,17 +201,27 @@ class Problem:
                 raise ValueError(f"schedule {short(text)!r}: {error}") from None
         return known[key]
 
-    def controller_of(self, given: str | os.PathLike[str] | Schedule | Callable[..., Any]) -> Any:
-        """A controller of this problem: a text or file as `schedule_of`, a schedule bound to the method's
-        controls, any other as it is.
+    def controller_of(self, given: str | os.PathLike[str] | Controller | Callable[..., Any]) -> Controller:
+        """A controller of this problem: a schedule, the user's own by its name (made anew), or one that is
+        there already.
 
         Raises:
-            ValueError: a schedule is malformed, or not admissible for the method.
+            ValueError: it is malformed, not admissible or no controller, or its factory cannot be called.
         """
-        if isinstance(given, (str, os.PathLike)):
-            return self.schedule_of(os.fspath(given))
+        space = build(self.method, self.method_options).controls
         if isinstance(given, Schedule):
-            return given.bound(build(self.method, self.method_options).controls)
-        if not callable(given):
-            raise ValueError(f"schedule must be a short text, JSON file or controller, got {brief(given)}")
-        return given
+            return given.bound(space)
+        if not isinstance(given, (str, os.PathLike)):
+            return self._controller(given, "schedule must be a short text, JSON file or controller")
+        text = os.fspath(given)
+        if not names_factory(text):
+            return self.schedule_of(text)
+        made = call_factory(text, {"epochs": self.epochs, "ball": self.ball, "controls": space})
+        return self._controller(made, f"{text!r} makes no controller")
+
+    @staticmethod
+    def _controller(made: Any, what: str) -> Controller:
+        try:
+            return as_controller(made)
+        except TypeError as error:
+            raise ValueError(f"{what}: {error}") from None

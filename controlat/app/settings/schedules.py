@@ -9,11 +9,11 @@ from fractions import Fraction
 
 from controlat._util.checks import number
 from controlat._util.files import expanded
-from controlat.control.schedule_text import parse_schedule
+from controlat.control.schedule_text import FAMILIES, parse_schedule
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Knob
 
-__all__ = ["default_schedules", "read_schedule"]
+__all__ = ["default_schedules", "names_factory", "read_schedule"]
 
 
 def default_schedules(eps: str | float) -> tuple[str, ...]:
@@ -58,3 +58,14 @@ def read_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = N
     with warnings.catch_warnings():  # commands note what training never comes to, of files too
         warnings.simplefilter("ignore")
         return parse_schedule(text, epochs, knobs)
+
+
+def names_factory(text: str) -> bool:
+    """Whether a text names the user's own controller, package.module:factory, rather than a schedule.
+
+    >>> names_factory("my_rules:rule"), names_factory("pgd:steps"), names_factory("run:schedule.json")
+    (True, False, False)
+    """
+    module, _, name = text.strip().partition(":")
+    parts = [*module.split("."), *name.split(".")]
+    return all(map(str.isidentifier, parts)) and module not in FAMILIES and parts[-1] != "json"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from controlat._util.checks import whole
+from controlat._util.texts import short
 from controlat.app.settings.problem import Problem, from_json
-from controlat.app.settings.schedules import default_schedules
-from controlat.control.schedules import Schedule
+from controlat.app.settings.schedules import default_schedules, names_factory
+from controlat.control.controller import Controller
 from controlat.records import LogLine, Settings, missing, read_epochs, read_record
 
 __all__ = ["TrainSettings", "finished_run"]
@@ -17,37 +18,58 @@ __all__ = ["TrainSettings", "finished_run"]
 
 @dataclass
 class TrainSettings(Problem):
-    """Train one network under one schedule.
+    """Train one network under one schedule, or under a controller that looks at the state of training.
 
     Args:
         schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file. amata from 1 to 10 steps
             with tau = 2 eps if left out.
+        controller: In place of a schedule, your own package.module:factory of (epochs, ball, controls)
+            returning a controller (controlat.control.controller); the schedule that it took is saved.
         seed: Of initial weights, order of samples and random starts.
         checkpoint_minutes: Longest time between two checkpoints within an epoch.
         tensorboard: Write TensorBoard event files too.
     """
 
     schedule: str | None = None
+    controller: str | None = None
     seed: int = 0
     checkpoint_minutes: float = 10.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule is None:
+        if self.controller is not None:
+            if self.schedule is not None:
+                raise ValueError(
+                    f"give schedule or controller, not both: got {short(self.schedule)!r} and "
+                    f"{short(self.controller)!r}"
+                )
+            if not names_factory(self.controller):
+                raise ValueError(
+                    f"controller must read 'package.module:factory', such as 'my_rules:rule', got "
+                    f"{short(self.controller)!r}; a schedule is given as schedule"
+                )
+        elif self.schedule is None:
             self.schedule = default_schedules(self.eps or 0)[3]
         self.planned  # noqa: B018  (raises)
         self.seed = whole(self.seed, "seed")
 
     @property
-    def planned(self) -> Schedule:
-        """The schedule."""
-        assert self.schedule is not None
-        return self.schedule_of(self.schedule)
+    def text(self) -> str:
+        """What was written: the schedule or the controller."""
+        return self.schedule or self.controller or ""
+
+    @property
+    def planned(self) -> Controller:
+        """The schedule, or a new controller."""
+        return self.controller_of(self.text)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; the schedule in full, so that an edited file is noticed."""
-        return super().to_json() | {"schedule": self.planned.to_json()}
+        plain = super().to_json()
+        if self.controller is not None:
+            return {name: value for name, value in plain.items() if name != "schedule"}
+        return plain | {"schedule": self.schedule_of(self.text).to_json()}
 
 
 def finished_run(run: Path) -> dict[str, Any]:

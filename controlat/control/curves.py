@@ -1,0 +1,164 @@
+"""Curves: one knob as a function of time, and how a real number becomes whole ones."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from controlat._util.checks import number
+from controlat._util.texts import short
+
+__all__ = ["CURVES", "ROUNDINGS", "SLACK", "Curve", "dithered"]
+
+SLACK = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
+
+
+# kind -> value at time t of a run of T epochs, from the curve's numbers.
+CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
+    {
+        "constant": lambda c, t, T: c.values[0],
+        "linear": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * t / T,
+        "exponential": lambda c, t, T: c.values[0] * (c.values[1] / c.values[0]) ** (t / T),
+        "cosine": lambda c, t, T: (
+            c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
+        ),
+        "ramp": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * min(t / c.at[0], 1.0),
+        "step": lambda c, t, T: c.values[c.place(t)],
+        "table": lambda c, t, T: c.values[min(c.place(t), len(c.values) - 1)],
+        "ratio": lambda c, t, T: c.values[0],
+    }
+)
+_LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ramp": 2, "ratio": 1}
+
+
+def _real(v: float) -> float:
+    """A number as it is, as int where it is whole: on average over the steps that is what dithering takes."""
+    return round(v) if abs(v - round(v)) < SLACK else v
+
+
+ROUNDINGS: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {
+        "half_up": lambda v: math.floor(v + 0.5 + SLACK),
+        "floor": lambda v: math.floor(v + SLACK),
+        "dither": _real,
+    }
+)
+
+
+def dithered(values: Iterable[float], phase: float = 0.0) -> Iterator[int]:
+    """Whole numbers in place of real ones: floor or ceiling of each, with the same sums up to less than 1.
+
+    What was cut off before is carried on (error diffusion): with r_0 = phase in [0, 1),
+    k_i = floor(v_i + r_i) and r_{i+1} = v_i + r_i - k_i. As all r_i are in [0, 1), the sum of any
+    consecutive k differs from that of the v by less than 1. A fixed sequence such as the golden ratio's does
+    not promise that: its discrepancy grows with the logarithm of their number.
+
+    Source:
+        Floyd and Steinberg (1976), error diffusion; for a constant v the k are a Sturmian sequence, Morse and
+        Hedlund (1940). Chattering between controls: Warga (1962).
+
+    >>> list(dithered([2.5] * 4)), list(dithered([0.25] * 8, phase=0.5))
+    ([2, 3, 2, 3], [0, 1, 0, 0, 0, 1, 0, 0])
+    """
+    carried = phase
+    for v in values:
+        low = math.floor(v + SLACK)
+        carried += v - low
+        more = carried >= 1 - SLACK
+        carried -= more
+        yield low + more
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One knob as a function of time.
+
+    Args:
+        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``ramp`` (start,
+            end: linear up to the epoch `at`), ``step`` (values, changing at the epochs `at`), ``table`` (one
+            value per piece of the schedule; `at` is filled in), ``ratio`` (tau; the value is tau over the
+            knob `of`, and 0 where that is 0).
+        values: the numbers of that kind.
+        at: epochs at which a ``step`` changes, increasing; the one epoch at which a ``ramp`` ends.
+        rounding: for integer knobs ``half_up``, ``floor`` or ``dither`` (floor and ceiling in turn over the
+            steps, so that the knob is a real number on average); None for real ones.
+        of: for ``ratio``: the knob divided by.
+        rounded: for ``ratio``: divide by that knob's rounded value (then tau is kept exactly) or by its
+            real one.
+
+    Raises:
+        ValueError: unknown kind, or numbers that do not fit it.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+    at: tuple[float, ...] = ()
+    rounding: str | None = None
+    of: str | None = None
+    rounded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in CURVES:
+            raise ValueError(f"a curve is one of {', '.join(CURVES)}, got {self.kind!r}")
+        object.__setattr__(
+            self, "values", tuple(number(v, f"value of a {self.kind} curve") for v in self.values)
+        )
+        object.__setattr__(self, "at", tuple(number(v, "epoch of a step") for v in self.at))
+        wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
+        if len(self.values) != wanted or not self.values:
+            raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
+        if self.at and self.kind not in ("step", "table", "ramp"):
+            raise ValueError(
+                f"only a step changes at given epochs, but a {self.kind} curve got at = {short(self.at)}"
+            )
+        if self.kind == "ramp" and len(self.at) != 1:
+            raise ValueError(f"a ramp curve ends at one epoch, got at = {short(self.at)}")
+        if self.kind == "exponential" and min(self.values) <= 0:
+            raise ValueError(f"an exponential curve needs start and end > 0, got {self.values}")
+        for a, b in zip((0.0, *self.at), self.at, strict=False):
+            if b <= a:
+                raise ValueError(f"a step changes at increasing epochs > 0, got {b:g} after {a:g}")
+        if self.rounding is not None and self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
+        if (self.kind == "ratio") != (self.of is not None):
+            raise ValueError("a ratio curve, and only that, names the knob it divides by (of)")
+        if self.kind == "ratio" and self.rounding == "dither":
+            raise ValueError("a ratio curve cannot have rounding dither: give it to the knob it divides by")
+
+    def place(self, t: float) -> int:
+        """How many of the epochs `at` have come by time t: bisection, as there may be a million of them."""
+        return bisect_right(self.at, t, key=lambda edge: edge - SLACK)
+
+    def __call__(self, t: float, epochs: float) -> float:
+        """The real value at time t of a run of so many epochs; tau for a ``ratio``."""
+        return CURVES[self.kind](self, t, epochs)
+
+    def over(self, real: float, taken: float) -> float:
+        """tau over the knob `of`, by its real value and the one that is taken; 0 where that is 0."""
+        divisor = taken if self.rounded else real
+        return self.values[0] / divisor if taken and divisor else 0.0
+
+    def round(self, value: float, knob: str = "value") -> float:
+        """The value as the knob takes it, rounded where the curve says so; what is dithered stays real.
+
+        Raises:
+            ValueError: it is not finite; names the knob.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"{knob} must be finite, got {value}")
+        return ROUNDINGS[self.rounding](value) if self.rounding else value
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set."""
+        found: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
+        if self.kind in ("step", "ramp"):
+            found["at"] = list(self.at)
+        if self.rounding:
+            found["rounding"] = self.rounding
+        if self.of is not None:
+            found |= {"of": self.of, "rounded": self.rounded}
+        return found
