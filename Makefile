@@ -8,12 +8,13 @@ DEMO := demo-results
 # Tests run in this many processes, one thread each.
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test test-all lint bench clean help
 help:
-	@echo "make demo   install, then compare six schedules on the bundled digits (about 5 minutes)"
-	@echo "make test   install with the test extra, then run ruff, mypy, doctests and all tests"
-	@echo "make bench  the benchmarks (an idle machine, about 10 minutes)"
-	@echo "make clean  remove the virtual environment and caches (never results)"
+	@echo "make demo      install, then compare six schedules on the bundled digits (about 5 minutes)"
+	@echo "make test      install with the test extra, then run ruff, mypy, doctests and tests (about 5 minutes)"
+	@echo "make test-all  the same with the tests that take long or repeat what another shows"
+	@echo "make bench     the benchmarks (an idle machine, about 10 minutes)"
+	@echo "make clean     remove the virtual environment and caches (never results)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,6 +43,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"
+
+test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/.installed-test
@@ -49,6 +53,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/batchnorm.py
+	$(BIN)/python benchmarks/importing.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis controlat.egg-info

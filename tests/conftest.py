@@ -1,9 +1,18 @@
-"""One thread for the whole session: the same bits on every machine, and no oversubscription under xdist."""
+"""One thread for the whole session: the same bits on every machine, and no oversubscription under xdist.
+
+Hypothesis draws the same examples every time, and does not measure how long they take.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "controlat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("controlat")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,7 @@ from controlat.models import build
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
+GUARD = 600.0  # seconds: ends a test that hangs, on the busiest machine no other
 
 
 def samples(
@@ -115,6 +116,23 @@ def shorten_autoattack(patch: pytest.MonkeyPatch, iterations: int = 5, queries: 
     patch.setattr(auto, "_QUERIES", queries)
 
 
+class Counting(nn.Module):
+    """A network that counts the samples that pass through it with a graph, and without one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.graph = self.plain = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.graph += len(x)
+        else:
+            self.plain += len(x)
+        out: Tensor = self.net(x)
+        return out
+
+
 class Counted(int):
     """A whole number that counts how often numbers of its kind are compared: what bookkeeping costs."""
 
@@ -149,7 +167,7 @@ class Counted(int):
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def guarded(seconds: float = 60.0) -> Iterator[None]:
     """Fail with a TimeoutError where the block does not end, such as by waiting for a named pipe."""
 
     def stop(*_: object) -> None:

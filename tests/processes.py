@@ -1,6 +1,5 @@
-"""What `test_parallel` lets several processes do: torchrun starts this file with a task and a folder."""
+"""What `test_parallel` lets several processes do."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,9 +159,9 @@ TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
 }
 
 
-if __name__ == "__main__":
-    out, *names = sys.argv[1:]
+def run(out: Path, names: list[str]) -> None:
+    """Some tasks, in each process; what it found is in a file of its own."""
     with joined("cpu") as world:
         assert current() == world
         results = {key: value for name in names for key, value in TASKS[name](world).items()}
-    torch.save(results, Path(out) / f"{world.size}-{world.rank}.pt")
+    torch.save(results, out / f"{world.size}-{world.rank}.pt")

@@ -1,9 +1,10 @@
 """For tests over every method: small networks, a control for any method, a plan that never changes."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from helpers import CLASSES, samples, split
 from torch import Tensor, nn
@@ -18,12 +19,62 @@ from controlat.methods import Batch, Method, build, names
 HEAVY = SGDSettings(momentum=0.9, weight_decay=1e-3)
 
 
+@dataclass(frozen=True)
+class Own:
+    """What sets a method apart, where a test of all methods has to know it.
+
+    Args:
+        draws: whether it asks for random numbers.
+        layers: whether it takes samples through the first layer alone.
+        looks: passes of a step, with gradients of the parameters, that running statistics do not follow.
+        reach: (control, eps) -> how far from the clean input it may train.
+        starts_outside: whether the first input of a step may leave [0, 1].
+        memory: what makes it attack from its first step on.
+        updates: control -> how often a step moves the parameters.
+        carries: whether a perturbation goes on to later steps.
+        cut: whether derivatives leave out how later layers act on the first one's input.
+        drops_l2: whether derivatives leave out that l_2 steps move with theta.
+        meets_edge: whether a carried perturbation may come back to the edge of the ball: a kink.
+        counts: whether it looks at whole numbers, such as an accuracy, which have no derivative.
+    """
+
+    draws: bool = True
+    layers: bool = False
+    looks: int = 0
+    reach: Callable[[Control, float], float] = lambda u, eps: eps
+    starts_outside: bool = False
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Callable[[Control], int] = lambda u: 1
+    carries: bool = False
+    cut: bool = False
+    drops_l2: bool = True
+    meets_edge: bool = False
+    counts: bool = False
+
+
+OWN = {
+    "atta": Own(carries=True),
+    "awp": Own(looks=1),  # at the weights that it perturbs
+    "cat": Own(memory={"strength": torch.tensor(3)}),
+    "free": Own(
+        draws=False, updates=lambda u: int(u["steps"]), carries=True, drops_l2=False, meets_edge=True
+    ),
+    "nfgsm": Own(reach=lambda u, eps: min(u["noise"] * eps + u["alpha"], u["clip"] * eps)),  # no projection
+    "yopo": Own(layers=True, starts_outside=True),  # at the noise, as released
+}
+
+
 class Case(NamedTuple):
-    """A method with options, and knobs that differ from the sample control's."""
+    """A method with options, knobs other than the sample control's, and what its options change of OWN."""
 
     name: str
     options: Mapping[str, Any] = {}
     knobs: Mapping[str, float] = {}
+    changes: Mapping[str, Any] = {}
+
+    @property
+    def own(self) -> Own:
+        return replace(OWN.get(self.name, Own()), **self.changes)
 
     def method(self) -> Method:
         return build(self.name, self.options)
@@ -37,13 +88,18 @@ OPTIONS: dict[str, dict[str, Any]] = {"cat": {"curriculum": False}}
 PLAIN = {name: Case(name, OPTIONS.get(name, {})) for name in names()}
 VARIANTS = {
     "atta reset": Case("atta", {"init": "uniform"}, {"reset": 2}),
-    "awp warm-up": Case("awp", {"warmup": 1}),
-    "cat curriculum": Case("cat", {"patience": 1, "ready": 0.0, "expected": 0.0}, {"steps": 3}),
+    "awp warm-up": Case("awp", {"warmup": 1}, changes={"looks": 0}),
+    "cat curriculum": Case(
+        "cat",
+        {"patience": 1, "ready": 0.0, "expected": 0.0},
+        {"steps": 3},
+        {"counts": True, "drops_l2": False},  # it begins without an attack
+    ),
     "cat basic": Case("cat", {"curriculum": False, "mixing": False}),
     "dynamic weighted": Case("dynamic", {"outer_weight": "loss", "displacement": "start"}),
     "fast early stop": Case("fast", {"early_stop": True}),
     "fast fixed": Case("fast", {}, {"start": 0.5, "random": 0.0}),
-    "fast previous": Case("fast", {"init": "previous"}),
+    "fast previous": Case("fast", {"init": "previous"}, changes={"carries": True}),
     "fast wide": Case("fast", {"clamp_start": False}, {"start": 3.0}),
     "fat train": Case("fat", {"attack_mode": "train"}, {"slack": 0}),
     "fat gaussian": Case("fat", {"start": "gaussian", "omega": 0.0}),
@@ -51,9 +107,38 @@ VARIANTS = {
     "pgd_at clean": Case("pgd_at", {"random_start": False, "clean_weight": 0.5}),
     "trades separate": Case("trades", {"separate_clean": True, "attack_mode": "train"}),
     "yopo direct": Case("yopo", {"first_layer_grad": "direct", "gradients": "sum"}),
-    "yopo hamiltonian": Case("yopo", {"first_layer_grad": "hamiltonian"}, {"inner": 3}),
+    "yopo hamiltonian": Case("yopo", {"first_layer_grad": "hamiltonian"}, {"inner": 3}, {"cut": True}),
 }
 CASES = {**PLAIN, **VARIANTS}
+# Variants whose steps are made of the same parts as those of another case: slow where a test is long.
+REPEATS = (
+    *("awp warm-up", "cat basic", "dynamic weighted", "fast early stop", "fast fixed", "fast wide"),
+    *("fat gaussian", "fat train", "nfgsm clipped", "trades separate"),
+)
+
+
+def long(names: Iterable[str]) -> list[Any]:
+    """Names of cases for a test that is long."""
+    return [pytest.param(n, id=n, marks=[pytest.mark.slow] * (n in REPEATS)) for n in names]
+
+
+def each_optimizer(settings: Mapping[str, SGDSettings]) -> pytest.MarkDecorator:
+    """Each optimiser as `o`; momentum without Nesterov's look ahead only where all tests run."""
+    marks = {"momentum": [pytest.mark.slow]}
+    return pytest.mark.parametrize(
+        "o", [pytest.param(o, id=name, marks=marks.get(name, [])) for name, o in settings.items()]
+    )
+
+
+LONG = [pytest.param(CASES[p.id], id=p.id, marks=p.marks) for p in long(CASES)]
+# Those whose derivative of a whole run leaves nothing out under l_inf; the others have tests of their own.
+FOLLOWED = long(name for name, case in CASES.items() if not (case.own.counts or case.own.cut))
+
+
+def those(kept: Callable[[Case], bool], cases: Mapping[str, Case] = CASES) -> pytest.MarkDecorator:
+    """A test for some of the cases."""
+    some = {name: case for name, case in cases.items() if kept(case)}
+    return pytest.mark.parametrize("case", some.values(), ids=some)
 
 
 def sample(method: Method, **knobs: float) -> Control:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import flat, same
+from helpers import GUARD, flat, same
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def _child(folder: Path, *words: str | Path, **variables: str) -> subprocess.Com
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=GUARD)
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -106,6 +106,7 @@ def test_the_example_of_an_own_controller_raises_k_and_its_schedule_replays_it(t
     assert re.fullmatch(r"schedule.json has \d+ pieces; the same losses under it: True", last)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(tmp_path: Path) -> None:
     done = _child(tmp_path, EXAMPLES / "full_criterion.py")
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import GUARD
 from PIL import Image
 
 import controlat
@@ -66,7 +67,7 @@ def said(folder: Path) -> dict[str, tuple[int, str, str]]:
         env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=GUARD,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, tuple[int, str, str]] = json.loads(done.stdout)

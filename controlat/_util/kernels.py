@@ -58,8 +58,8 @@ def _convolve(
     plain = x.dim() == 4 and x.shape[1] == groups == 1 and not isinstance(padding, str)
     eager = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     if only_x and plain and x.device.type == "cpu" and eager:
-        found: Tensor = _Convolution.apply(x, w, b, stride, padding, dilation)  # type: ignore[no-untyped-call]
-        return found
+        output: Tensor = _Convolution.apply(x, w, b, stride, padding, dilation)  # type: ignore[no-untyped-call]
+        return output
     return F.conv2d(x, w, b, stride, padding, dilation, groups)
 
 
@@ -73,8 +73,8 @@ class OneChannelWeight(Tensor):
     >>> w = torch.rand(3, 1, 3, 3, dtype=torch.float64)
     >>> (expected,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
     >>> w = w.as_subclass(OneChannelWeight)
-    >>> (found,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
-    >>> torch.allclose(found, expected)
+    >>> (gradient,) = torch.autograd.grad(F.conv2d(x, w).sin().sum(), x)
+    >>> torch.allclose(gradient, expected)
     True
     """
 
@@ -108,5 +108,5 @@ class SecondDerivatives(TorchFunctionMode):
 def _normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g v / ||v||, the norm over all dimensions but one; over all for dim = -1."""
     over = [d for d in range(v.dim()) if d != dim]
-    found: Tensor = v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
-    return found
+    weight: Tensor = v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+    return weight

@@ -175,7 +175,12 @@ def _solved(
             bar.set_description("the maximum principle")
             where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
             try:
-                verification = verify(*where, admissible=chosen.admissible, overshoot=chosen.overshoot)
+                verification = verify(
+                    *where,
+                    admissible=chosen.admissible,
+                    overshoot=chosen.overshoot,
+                    transcription=chosen.transcription,
+                )
                 late += verification.left_out
             except TimeLimit:
                 late.append("the check against the maximum principle")

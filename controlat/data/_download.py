@@ -1,15 +1,16 @@
-"""Files from the internet: checked, resumed, and never over a file of the user's."""
+"""Files from the internet: checked, resumed, and never over a file of the user's.
+
+pooch 1.9 does not serve here: after a cut or a kill it begins again at the first byte, it replaces a file of
+the user's whose checksum differs, and it takes as much as a server sends.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
@@ -19,12 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from controlat._util.files import open_file
+from controlat.data._http import Cut, Refused, bytes_from, chunks
 
 __all__ = ["Remote", "fetch"]
 
 TIMEOUT = 30.0  # seconds without a byte
 PAUSES = (0.5, 1.0, 2.0, 3.0, 4.0)  # seconds before each new try
-CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,6 @@ class Remote:
             )
         if self.size < 1:
             raise ValueError(f"{self.name}: size must be > 0 bytes, got {self.size}")
-
-
-class _Cut(Exception):
-    """The connection broke or never came about; another try may help."""
-
-
-class _Refused(Exception):
-    """This url will not give the file."""
 
 
 def fetch(
@@ -154,8 +147,8 @@ def _fault(file: FileIO | BufferedReader, remote: Remote) -> str | None:
     if (size := _size(file)) != remote.size:
         return f"expected {remote.size} bytes, found {size}"
     file.seek(0)
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if found == remote.sha256 else f"expected SHA-256 {remote.sha256}, found {found}"
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if sha256 == remote.sha256 else f"expected SHA-256 {remote.sha256}, found {sha256}"
 
 
 def _size(file: FileIO | BufferedReader) -> int:
@@ -223,7 +216,7 @@ def _fill(work: _Download) -> None:
     for url in remote.urls:
         try:
             return _fill_from(url, work)
-        except _Refused as error:
+        except Refused as error:
             faults.append(f"{url}: {error}")
     size = _size(file)
     kept = f"{size} of {remote.size} bytes are kept in {work.part}" if size else "nothing is kept"
@@ -238,31 +231,31 @@ def _fill_from(url: str, work: _Download) -> None:
         try:
             _receive(url, work)
             break
-        except _Cut as error:
+        except Cut as error:
             if wait is None:
-                raise _Refused(f"{error}, {len(PAUSES) + 1} times") from None
+                raise Refused(f"{error}, {len(PAUSES) + 1} times") from None
             work.pause(wait)
     if fault := _fault(work.file, work.remote):
         work.file.truncate(0)  # there is no telling which byte is wrong
-        raise _Refused(f"wrong content, {fault}")
+        raise Refused(f"wrong content, {fault}")
 
 
 def _receive(url: str, work: _Download) -> None:
     """Append what is missing, as far as one connection goes, each chunk as it comes."""
     file, size = work.file, work.remote.size
-    response, start = _open(url, _size(file), size, work.timeout)
+    response, start = bytes_from(url, _size(file), size, work.timeout)
     with response:
         file.truncate(start)
         work.bar.n = work.bar.initial = start
         work.bar.refresh()
-        for chunk in _chunks(response):
+        for chunk in chunks(response):
             if _size(file) + len(chunk) > size:
                 file.truncate(0)
-                raise _Refused(f"sends more than the expected {size} bytes")
+                raise Refused(f"sends more than the expected {size} bytes")
             _append(file, chunk, work.part)
             work.bar.update(len(chunk))
     if _size(file) < size:
-        raise _Cut("the connection was cut")
+        raise Cut("the connection was cut")
 
 
 def _append(file: FileIO, chunk: bytes, part: Path) -> None:
@@ -272,70 +265,3 @@ def _append(file: FileIO, chunk: bytes, part: Path) -> None:
             left = left[file.write(left) :]
     except OSError as error:  # comes without the name
         raise OSError(error.errno, error.strerror, str(part)) from error
-
-
-def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body as it arrives; here an OSError comes from the network, so it is told apart from the disk's."""
-    while True:
-        try:
-            chunk = response.read1(CHUNK)
-        except (OSError, http.client.HTTPException) as error:
-            raise _Cut(_reason(error)) from None
-        if not chunk:
-            return
-        yield chunk
-
-
-def _open(url: str, start: int, size: int, timeout: float) -> tuple[http.client.HTTPResponse, int]:
-    """Ask for the bytes from `start` on; returns the response and where its body really starts."""
-    headers = {"User-Agent": "controlat"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and start:
-            return _open(url, 0, size, timeout)
-        kind = _Cut if error.code in (408, 429) or error.code >= 500 else _Refused
-        raise kind(f"HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _Cut(_reason(error)) from None
-    begin, total = _extent(response)
-    if begin in (0, start) and total in (None, size):
-        return response, begin
-    response.close()
-    if begin in (0, start):
-        raise _Refused(f"expected {size} bytes, the file there has {total}")
-    if start:
-        return _open(url, 0, size, timeout)
-    raise _Refused(f"HTTP {response.status}, but not with the file from its first byte on")
-
-
-def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """Where the body starts (-1: no telling), and the length of the whole file if the server says it."""
-    if response.status == 200:
-        return 0, response.length
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status != 206 or found is None:
-        return -1, None
-    return int(found[1]), None if found[2] == "*" else int(found[2])
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """The usual one without ftp, file and data urls, so that a redirection cannot lead there either."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _reason(error: Exception) -> str:
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return " ".join(str(reason).split()) or type(reason).__name__

@@ -97,7 +97,7 @@ def pullbacks(
 
         with driver.requests.placed(ctx, once=True):  # for layers that are computed again
             last = len(costates) - 1
-            before = [pull(p, keep=kinks.found or i < last) for i, p in enumerate(costates)]
+            before = [pull(p, keep=kinks.met or i < last) for i, p in enumerate(costates)]
             kinks.compare(before[0], lambda: pull(costates[0]))
     for p in before:  # samples that carried nothing have no state there
         for values, seen in p.rows.values():

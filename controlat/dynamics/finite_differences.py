@@ -95,11 +95,11 @@ def verify(
     ...     model = torch.nn.Sequential(torch.nn.Flatten(), *layers).double()
     ...     x = torch.rand(5, 1, 2, 2, dtype=torch.float64)
     >>> batch, u = Batch(x, torch.arange(5) % 3, torch.arange(5), 0, 0), Control(alpha=0.05, steps=2)
-    >>> found = verify(Driver(model, build("pgd_at"), Ball(0.1)), batch, u, 0.1)
-    >>> len(found.pairs), found.dropped, found.share < 1e-7
+    >>> compared = verify(Driver(model, build("pgd_at"), Ball(0.1)), batch, u, 0.1)
+    >>> len(compared.pairs), compared.dropped, compared.share < 1e-7
     (8, (), True)
-    >>> found = verify(Driver(model, build("pgd_at"), Ball(0.1, "l2")), batch, u, 0.1)
-    >>> found.dropped, 1e-4 < found.share < 1
+    >>> compared = verify(Driver(model, build("pgd_at"), Ball(0.1, "l2")), batch, u, 0.1)
+    >>> compared.dropped, 1e-4 < compared.share < 1
     (("the adversary's (l_2 steps)",), True)
     """
     if directions < 1 or not h > 0:

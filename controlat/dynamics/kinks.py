@@ -33,17 +33,19 @@ def inward(driver: Driver, margin: float | None = None) -> Iterator[None]:
 class Kinks:
     """Where a perturbation that depends on the state lies on a clip: slope 1 on one side, 0 on the other.
 
-    Products take 1. Where the perturbation may move to either side, no linear product describes both: what
-    the slope 0 would make of the costates of what is carried is measured.
+    Products take 1. Where the perturbation may move to either side, no linear product describes both: the
+    difference that slope 0 makes to the costates of what is carried is added up.
 
     Args:
         missing: sum of squares of the difference between costates with either slope.
         whole: sum of squares of the costates.
+        met: whether anything lay on a clip in the last block of `watched`.
+        closed: whether the slope there is 0, not 1.
     """
 
     missing: float = 0.0
     whole: float = 0.0
-    found: bool = field(default=False, init=False)
+    met: bool = field(default=False, init=False)
     closed: bool = field(default=False, init=False)
 
     def names(self) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ class Kinks:
             def box(self, x: Tensor) -> Tensor:
                 return plain.box(kinks._noted(x, x, (0.0, 1.0), near))
 
-        self.found, driver.ball = False, Watching(plain.eps, plain.norm)
+        self.met, driver.ball = False, Watching(plain.eps, plain.norm)
         try:
             yield
         finally:
@@ -83,13 +85,13 @@ class Kinks:
         low, high = bounds
         on = ((place - low).abs() <= near) | ((place - high).abs() <= near)
         if bool(on.any()):
-            self.found, t = True, t.view_as(t)
+            self.met, t = True, t.view_as(t)
             t.register_hook(lambda g: g.masked_fill(on, 0) if self.closed else g)
         return t
 
     def compare(self, costate: State, pull: Callable[[], State]) -> None:
         """Add what a step would make of the same costate with slope 0, which `pull` finds."""
-        if not self.found:
+        if not self.met:
             return
         self.closed = True
         try:

@@ -52,5 +52,5 @@ class Names(NamedTuple):
             first[place] = names[place].pop(0)
             return first[place]
 
-        found = tuple(map(take, parameters)), tuple(map(take, statistics))
-        return cls(*found, {name: first[place] for place in first for name in names[place]})
+        both = tuple(map(take, parameters)), tuple(map(take, statistics))
+        return cls(*both, {name: first[place] for place in first for name in names[place]})

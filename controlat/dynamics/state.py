@@ -256,9 +256,9 @@ class State:
     def model(self) -> dict[str, Any]:
         """The state dict of the network, not copied."""
         rest = self._whole()
-        found = dict(zip(rest.names.parameters, self.parameters, strict=True))
-        found |= dict(zip(rest.names.statistics, self.statistics, strict=True))
-        return rest.entries | found | {name: found[first] for name, first in rest.names.tied.items()}
+        named = dict(zip(rest.names.parameters, self.parameters, strict=True))
+        named |= dict(zip(rest.names.statistics, self.statistics, strict=True))
+        return rest.entries | named | {name: named[first] for name, first in rest.names.tied.items()}
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """As checkpoints hold it: state dicts, tensors by name and plain data, nothing copied."""
-        found = {
+        stored = {
             "model": self.model,
             "optimizer": self.optimizer,
             "memory": self.memory,
@@ -276,21 +276,21 @@ class State:
             "kept": {n: {"model": z.model, "optimizer": z.optimizer} for n, z in self.kept.items()},
             "stopped": self.stopped,
         }
-        return found | ({"controller": self.controller} if self.controller else {})
+        return stored | ({"controller": self.controller} if self.controller else {})
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any], names: Names) -> State:
+    def from_dict(cls, stored: Mapping[str, Any], names: Names) -> State:
         """The state that `to_dict` described; checkpoints of before may lack all but the first three."""
-        kept = found.get("kept", {})
+        kept = stored.get("kept", {})
         return cls.of(
-            found["model"],
-            found["optimizer"],
+            stored["model"],
+            stored["optimizer"],
             names,
-            memory=found["memory"],
-            rows={name: Rows(rows["values"], rows["seen"]) for name, rows in found.get("rows", {}).items()},
+            memory=stored["memory"],
+            rows={name: Rows(rows["values"], rows["seen"]) for name, rows in stored.get("rows", {}).items()},
             kept={name: cls.of(z["model"], z["optimizer"], names) for name, z in kept.items()},
-            stopped=found.get("stopped", ""),
-            controller=found.get("controller", {}),
+            stopped=stored.get("stopped", ""),
+            controller=stored.get("controller", {}),
         )
 
     def _whole(self) -> Rest:

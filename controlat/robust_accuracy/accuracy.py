@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["Accuracy", "wilson"]
 
 
-def wilson(successes: int, points: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(successes: int, points: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion.
+
+    Its ends are the p with (successes / points - p)^2 = z^2 p (1 - p) / points, where z = 1.96.
+
+    Args:
+        successes: how many of the points count.
+        points: how many there are.
+
+    Returns:
+        The lower and the upper end, exactly 0 without a success and exactly 1 without a failure.
 
     Raises:
         ValueError: no points, or more successes than points.
@@ -23,11 +31,10 @@ def wilson(successes: int, points: int, z: float = 1.959963984540054) -> tuple[f
     """
     if not 0 <= successes <= points or points == 0:
         raise ValueError(f"wilson needs 0 <= successes <= points and points > 0, got {successes} of {points}")
-    p, q = successes / points, z * z / points
-    centre = (p + q / 2) / (1 + q)
-    half = z * math.sqrt(p * (1 - p) / points + q / (4 * points)) / (1 + q)
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == points else centre + half
+    from scipy.stats import binomtest  # takes a second to import, which training and attacks do not need
+
+    interval = binomtest(successes, points).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from controlat._util.checks import whole
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.landscape import crossing
+from controlat.symbolic.landscape import Array, roots
 from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 
 _GRID, _PEAKS, _ZOOMS, _POLE = 301, 16, 20, 1e4
 _ENLARGEMENTS, _MARGIN = 60, 0.25
-Array = NDArray[np.float64]
 Range = tuple[float, float]
 Known = dict[tuple[Range, Range], "Constants"]
 _BOUNDS = ("printed", "corrected", "sharper", "fosc_bound")
@@ -68,13 +67,11 @@ class Constants(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """What all rows share. The inner loop takes steps of size alpha from x0, or ends delta away from x*."""
+    """What all rows share; `inner` says where the inner loop ends, from theta and x*(theta)."""
 
     branch: Branch
     theta0: float
-    alpha: float | None
-    steps: int | None
-    delta: float
+    inner: Callable[[Array, Array], Array]
     runs: int
     seed: int
 
@@ -123,16 +120,7 @@ class Bound:
         long_enough (T >= beta Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds:
         True, False, or None where the left side is within two standard errors of the bound.
         """
-        return {
-            "formula": self.formula,
-            "theta0": self.theta0,
-            "x0": self.x0,
-            "inner": dict(self.inner),
-            "runs": self.runs,
-            "seed": self.seed,
-            "rows": [dict(row) for row in self.rows],
-            "reason": self.reason,
-        }
+        return asdict(self) | {"rows": [dict(row) for row in self.rows]}
 
 
 def _peak(what: str, f: Callable[[Any, Any], Array], theta: Range, x: Range) -> tuple[float, float, float]:
@@ -176,13 +164,6 @@ def _sound(what: str, values: Array, theta: Array, x: Array) -> Array:
             f"{what} is infinite or undefined at {where}: there is no finite constant on this range"
         )
     return values
-
-
-def _best(branch: Branch, theta: Range) -> Range:
-    """The range of x*(theta)."""
-    high = _peak("x*(theta)", lambda t, _: branch(t), theta, _FLAT)[0]
-    low = -_peak("x*(theta)", lambda t, _: -branch(t), theta, _FLAT)[0]
-    return low, high
 
 
 def _constants(branch: Branch, theta0: float, theta: Range, x: Range) -> Constants:
@@ -248,33 +229,42 @@ def _minimiser(branch: Branch, theta0: float) -> float:
     if slope == 0:
         return theta0
     end = branch.domain[0 if slope > 0 else 1]
-    row = np.linspace(theta0, end, 4001)
-    along = np.sign(slope) * branch.robust_slope(row)
-    if (along > 0).all():
+    below = [
+        v for v, _, _ in roots(branch.robust_slope, np.linspace(min(theta0, end), max(theta0, end), 4001))
+    ]
+    below += [end] if branch.robust_slope(end) == 0 else []
+    if not below:
         raise _NoAnswer(
             f"the robust loss falls from theta_0 = {theta0:.6g} as far as the inner maximum is followed "
             f"(theta = {end:.6g}): no minimum, Delta is infinite or unknown; give a theta_range"
         )
-    i = int(np.argmin(along > 0))
-    if not np.isfinite(along[i]):
-        raise _NoAnswer(f"the slope of the robust loss is undefined at theta = {row[i]:.6g}, on the way down")
-    if along[i] == 0:
-        return float(row[i])
-    root = crossing(lambda t: float(branch.robust_slope(t)), float(row[i - 1]), float(row[i]))
-    if root is None:
-        raise _NoAnswer(f"the slope of the robust loss jumps near theta = {row[i]:.6g}, on the way down")
-    return root
+    return min(below, key=lambda v: abs(v - theta0))
 
 
-def _reached(case: _Case, theta: Array, best: Array) -> Array:
-    """Where the inner loop ends; an error of given size lies on the side that hinders the descent most."""
-    if case.steps is not None:
-        return case.branch.landscape.ascent(theta, case.alpha, case.steps)
-    if case.delta == 0:
-        return best
-    slope = case.branch.landscape("t")
-    exact, above, below = slope(theta, best), best + case.delta, best - case.delta
-    return np.where(exact * slope(theta, above) < exact * slope(theta, below), above, below)
+def _inner(
+    branch: Branch, alpha: float | None, steps: int | None, delta: float
+) -> Callable[[Array, Array], Array]:
+    """An inner loop of steps of size alpha from x0, or one that ends delta from x*, where it hinders most."""
+    if (alpha is None) != (steps is None):
+        raise ValueError(
+            f"an inner ascent needs alpha and steps, got alpha {alpha} and steps {steps}: give both"
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not 0 <= delta < math.inf or (delta > 0 and alpha is not None):
+        raise ValueError(
+            f"delta must be at least 0, and 0 beside alpha and steps, got {delta}: leave one out"
+        )
+    slope = branch.landscape("t")
+    if steps is not None:
+        count = whole(steps, "steps", 0)
+        return lambda theta, _: branch.landscape.ascent(theta, alpha, count)
+
+    def away(theta: Array, best: Array) -> Array:
+        exact, above, below = slope(theta, best), best + delta, best - delta
+        return np.where(exact * slope(theta, above) < exact * slope(theta, below), above, below)
+
+    return away if delta > 0 else lambda _, best: best
 
 
 def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
@@ -287,7 +277,7 @@ def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
             T + 1
         ):  # theta_T is in no sum, but L(theta_T) >= min L is used: it has to be in range
             best = case.branch(theta)
-            point = _reached(case, theta, best)
+            point = case.inner(theta, best)
             for i, values in ((0, theta), (2, np.concatenate([best, point]))):
                 fine = values[np.isfinite(values)]
                 seen[i] = min(seen[i], float(fine.min(initial=np.inf)))
@@ -346,7 +336,8 @@ def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known
     """One horizon and one sigma: constants, runs, and again on a larger range while runs leave it."""
     branch, most = case.branch, case.branch.domain
     for enlarged in range(_ENLARGEMENTS):  # noqa: B007
-        low, high = _best(branch, theta)
+        high = _peak("x*(theta)", lambda t, _: branch(t), theta, _FLAT)[0]
+        low = -_peak("x*(theta)", lambda t, _: -branch(t), theta, _FLAT)[0]
         x = min(x[0], low), max(x[1], high)
         if (theta, x) not in known:
             known[theta, x] = _constants(branch, case.theta0, theta, x)
@@ -379,13 +370,6 @@ def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Kn
         return row | {"reason": str(why)}
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    """A whole number, or why not."""
-    if isinstance(value, bool) or not least <= value < math.inf or int(value) != value:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-    return int(value)
-
-
 def _within(name: str, given: Range, around: float, most: Range = _LINE) -> Range:
     """A range that contains a point, or why not."""
     low, high = map(float, given)
@@ -395,27 +379,6 @@ def _within(name: str, given: Range, around: float, most: Range = _LINE) -> Rang
             f"got {low:g} {high:g}"
         )
     return low, high
-
-
-def _case(
-    branch: Branch, theta0: float, alpha: float | None, steps: int | None, delta: float, runs: int, seed: int
-) -> _Case:
-    """The settings, if they make sense."""
-    if (alpha is None) != (steps is None):
-        raise ValueError(
-            f"an inner ascent needs alpha and steps, got alpha {alpha} and steps {steps}: give both"
-        )
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    if not 0 <= delta < math.inf or (delta > 0 and alpha is not None):
-        raise ValueError(
-            f"delta must be at least 0, and 0 beside alpha and steps, got {delta}: leave one out"
-        )
-    if not branch.domain[0] <= theta0 <= branch.domain[1]:
-        raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
-    steps = None if steps is None else _whole("steps", steps, 0)
-    runs, seed = _whole("runs", runs, 2), _whole("seed", seed, 0)
-    return _Case(branch, float(theta0), alpha, steps, float(delta), runs, seed)
 
 
 @np.errstate(all="ignore")  # what is not finite is named
@@ -466,7 +429,15 @@ def convergence(
     >>> [(round(row["left"], 2), row["printed"], round(row["corrected"], 2)) for row in found.rows]
     [(1.0, 0.0, 23.14), (0.69, 0.0, 2.31)]
     """
-    case = _case(branch, theta0, alpha, steps, delta, runs, seed)
+    if not branch.domain[0] <= theta0 <= branch.domain[1]:
+        raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
+    case = _Case(
+        branch,
+        float(theta0),
+        inner=_inner(branch, alpha, steps, delta),
+        runs=whole(runs, "runs", 2),
+        seed=whole(seed, "seed", 0),
+    )
     sigmas = [float(s) for s in np.atleast_1d(np.asarray(sigma, dtype=float))]
     if not sigmas or not all(0 <= s < math.inf for s in sigmas):
         raise ValueError(f"sigma must be one or several finite numbers of at least 0, got {sigma}")
@@ -474,9 +445,9 @@ def convergence(
         raise ValueError(
             "horizons must hold at least one number of outer steps, got none: give for example 100"
         )
-    horizons, x0 = [_whole("horizons", T, 1) for T in horizons], float(branch.landscape.x0)
+    horizons, x0 = [whole(T, "horizons", 1) for T in horizons], float(branch.landscape.x0)
     formula = str(branch.landscape.expression.subs(branch.landscape.values))
-    inner: dict[str, float | int | None] = {"alpha": alpha, "steps": case.steps, "delta": case.delta}
+    inner: dict[str, float | int | None] = {"alpha": alpha, "steps": steps, "delta": float(delta)}
     x = (x0, x0) if x_range is None else _within("x_range", x_range, x0)
     reason, rows = "", []
     try:

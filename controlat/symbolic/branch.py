@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
+from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 
 from controlat.symbolic.formula import THETA
@@ -16,11 +18,12 @@ from controlat.symbolic.landscape import (
     LandscapeError,
     Point,
     compiled,
+    stretch,
 )
 
 __all__ = ["Branch", "choose"]
 
-_NODES = 600  # of a branch to either side of theta_0; more where it bends
+_NODES = 300  # of a branch to either side of theta_0 at least; more where it bends
 _ROUNDS = 20  # of Newton's method
 _STEEP = 100.0  # l_xx grows so many times over the last thousandth of the way before a pole
 _GONE, _POLE, _OUT, _UNDEFINED = (
@@ -35,8 +38,8 @@ class Branch:
     """One inner maximum x*(theta), followed from theta_0 as far as it exists.
 
     Called with numbers or arrays theta it gives x*(theta), to the precision that l_x allows, and nan outside
-    its domain. It is followed by the implicit function theorem and Newton's method, with steps that shrink
-    where it bends; between the nodes Newton's method starts from a cubic spline.
+    its domain: dx*/dtheta = -l_xtheta/l_xx is integrated (implicit function theorem), and Newton's method
+    polishes what it gives.
 
     Args:
         landscape: l.
@@ -58,113 +61,116 @@ class Branch:
         formula: sympy.Expr | None = None,
     ) -> None:
         self.landscape, self.theta0 = landscape, theta0
-        self.formula = None if formula is None else compiled(formula.subs(landscape.values), THETA)
-        if self.formula is None and not float(landscape("xx")(theta0, x)) < 0:
+        self.formula: Callable[..., Array] | None = None
+        if formula is not None:
+            exact = formula.subs(landscape.values)
+            self.formula, self._turn = compiled(exact, THETA), compiled(sympy.diff(exact, THETA), THETA)
+            self._fit_formula(theta_range)
+            return
+        if not float(landscape("xx")(theta0, x)) < 0:
             raise LandscapeError(
                 f"the inner maximum x = {x:.6g} at theta = {theta0:g} is flat (l_xx = 0), and there is no "
                 "formula for it: it cannot be followed in theta"
             )
         (left, x_left, why_left), (right, x_right, why_right) = (self._follow(x, end) for end in theta_range)
-        theta = np.concatenate([left[::-1], right[1:]])
-        self.domain = float(theta[0]), float(theta[-1])
         # Why it ends to the left and to the right; empty where the range of theta does.
         self.ends = why_left, why_right
-        if len(theta) < 2:
-            raise LandscapeError(f"the inner maximum x = {x:.6g} at theta = {theta0:g}: {why_left}")
-        if self.formula is None:
-            found = np.concatenate([x_left[::-1], x_right[1:]])
-            self._spline = CubicHermiteSpline(theta, found, self._slope(theta, found))
+        theta, x_star = np.concatenate([left[::-1], right[1:]]), np.concatenate([x_left[::-1], x_right[1:]])
+        self.domain = float(theta[0]), float(theta[-1])
+        self._spline = CubicHermiteSpline(theta, x_star, self._drift(theta, x_star))
 
-    def _slope(self, theta: Any, x: Any) -> Array:
-        """dx*/dtheta = -l_xtheta / l_xx (implicit function theorem)."""
+    def _fit_formula(self, theta_range: tuple[float, float]) -> None:
+        """How far a formula is a maximum."""
+        assert self.formula is not None
+        theta = np.unique(np.append(np.linspace(*theta_range, 2001), self.theta0))
+        (low, high), x = self.landscape.ends, self.formula(theta)
+        h = 1e-6 * (high - low)
+        rising, falling = (self.landscape("x")(theta, x + s * h) for s in (-1, 1))
+        self.domain = stretch(theta, (rising > 0) & (falling < 0) & (low < x) & (x < high), self.theta0)
+        left, right = ("" if e == r else _GONE for e, r in zip(self.domain, theta_range, strict=True))
+        self.ends = left, right
+
+    def _drift(self, theta: Any, x: Any) -> Array:
         with np.errstate(all="ignore"):
             return np.asarray(-self.landscape("xt")(theta, x) / self.landscape("xx")(theta, x), dtype=float)
 
-    def _newton(self, theta: Any, x: Any) -> tuple[Array, Array]:
-        """Newton's method on l_x(theta, .) = 0: where it came to, and the length of its last step."""
-        slope, curvature = self.landscape("x"), self.landscape("xx")
-        last = np.full(np.shape(x), np.inf)
-        for _ in range(_ROUNDS):
-            with np.errstate(all="ignore"):  # where the maximum ceases to exist, 0/0
-                step = slope(theta, x) / curvature(theta, x)
-                x, last = x - step, np.abs(step)
-            if not (last > 1e-14 * (1 + np.abs(x))).any():
-                break
-        return np.asarray(x, dtype=float), np.asarray(last, dtype=float)
-
     def _follow(self, x: float, end: float) -> tuple[Array, Array, str]:
         """Nodes (theta, x*) from theta_0 towards an end, and why they stop before it."""
-        theta, width = self.theta0, abs(end - self.theta0) / _NODES
-        nodes, step = [(theta, x)], width
-        while theta != end:
-            last = step >= abs(end - theta)
-            target = end if last else theta + step * np.sign(end - theta)
-            found, why = self._next(theta, x, target)
-            if not why:
-                theta, x = target, found
-                nodes.append((theta, x))
-                step = min(2 * step, width)
-            elif step > 1e-12 * _NODES * width:
-                step = min(step, abs(end - theta)) / 2
-            else:
-                break
-        else:
-            why = ""
-        thetas, found_x = np.array(nodes).T
-        if why in (_GONE, _UNDEFINED) and self._grows(thetas, found_x, end):
+        (low, high), bend = self.landscape.ends, self.landscape("xx")
+
+        def fold(theta: float, y: Array) -> float:
+            return float(bend(theta, y[0]))
+
+        def edge(theta: float, y: Array) -> float:
+            return min(float(y[0]) - low, high - float(y[0]))
+
+        fold.terminal = edge.terminal = True  # type: ignore[attr-defined]
+        width = abs(end - self.theta0)
+        path: Any = solve_ivp(
+            lambda theta, y: self._drift(theta, y),
+            (self.theta0, end),
+            [x],
+            events=(fold, edge),
+            dense_output=True,
+            rtol=1e-9,
+            atol=1e-12 * (high - low),
+            max_step=width / _NODES,
+        )
+        theta, x_star = path.t, path.y[0]
+        if path.status == 0:
+            return theta, x_star, ""
+        keep = np.abs(theta - theta[-1]) > 1e-9 * width
+        if not keep.any():
+            raise LandscapeError(f"the inner maximum x = {x:.6g} at theta = {self.theta0:g}: {_GONE}")
+        last = theta[-1] - np.sign(end - self.theta0) * 1e-9 * width  # a little before it is over
+        theta, x_star = np.append(theta[keep], last), np.append(x_star[keep], path.sol(last))
+        near, size = np.abs(theta - theta[-1]) >= 1e-3 * width, np.abs(bend(theta, x_star))
+        if len(path.t_events[1]):
+            why = _OUT
+        elif near.any() and size[-1] > _STEEP * size[near][-1]:
             why = _POLE
-        return thetas, found_x, why
-
-    def _grows(self, theta: Array, x: Array, end: float) -> bool:
-        """Whether l_xx is much larger at the last node than a thousandth of the way before it."""
-        near = np.flatnonzero(np.abs(theta - theta[-1]) >= 1e-3 * abs(end - self.theta0))
-        bend = np.abs(self.landscape("xx")(theta, x))
-        return bool(near.size and bend[-1] > _STEEP * bend[near[-1]])
-
-    def _next(self, theta: float, x: float, target: float) -> tuple[float, str]:
-        """x* at the next node, or why there is none: then a shorter step is tried."""
-        low, high = self.landscape.ends
-        if self.formula is not None:
-            new = float(self.formula(target))
-            h = 1e-6 * (high - low)
-            rising, falling = (float(self.landscape("x")(target, new + s * h)) for s in (-1, 1))
-            gone = not (rising > 0 > falling and abs(new - x) < 0.01 * (high - low))
         else:
-            guess = x + float(self._slope(theta, x)) * (target - theta)
-            found, last = self._newton(target, guess)
-            new = float(found)
-            bend, third = (float(self.landscape(by)(target, new)) for by in ("xx", "xxx"))
-            # Newton's method is at home as far as l_xx keeps its size: beyond lies another stationary point.
-            far = abs(new - guess) * abs(third) > 0.2 * abs(bend) or abs(new - guess) > 0.01 * (high - low)
-            gone = not (bend < 0 and last <= 1e-9 * (1 + abs(new))) or far
-        if not np.isfinite(new):
-            return new, _UNDEFINED
-        if not low < new < high:
-            return new, _OUT
-        return new, _GONE if gone else ""
+            why = _GONE if len(path.t_events[0]) else _UNDEFINED
+        return theta, x_star, why
 
     def __call__(self, theta: Any) -> Array:
         """x*(theta)."""
         theta = np.asarray(theta, dtype=float)
-        inside = (theta >= self.domain[0]) & (theta <= self.domain[1])
         if self.formula is not None:
-            return np.where(inside, self.formula(theta), np.nan)
-        found, last = self._newton(theta, self._spline(np.clip(theta, *self.domain)))
-        with np.errstate(all="ignore"):
-            return np.where(inside & (last <= 1e-6 * (1 + np.abs(found))), found, np.nan)
+            return np.where(self._inside(theta), self.formula(theta), np.nan)
+        guess = self._spline(np.clip(theta, *self.domain))
+        x, slope, curvature = guess, self.landscape("x"), self.landscape("xx")
+        with np.errstate(all="ignore"):  # where the maximum ceases to exist, 0/0
+            for _ in range(_ROUNDS):
+                bend = curvature(theta, x)
+                step = slope(theta, x) / bend
+                x = x - step
+                if not (np.abs(step) > 1e-14 * (1 + np.abs(x))).any():
+                    break
+            size = 1 + np.abs(x)
+            good = (np.abs(step) <= 1e-6 * size) & (bend < 0) & (np.abs(x - guess) <= 0.01 * size)
+        return np.where(self._inside(theta) & good, x, np.nan)
+
+    def _inside(self, theta: Array) -> NDArray[np.bool_]:
+        return np.asarray((theta >= self.domain[0]) & (theta <= self.domain[1]))
+
+    def slope(self, theta: Any) -> Array:
+        """dx*/dtheta."""
+        return self._drift(theta, self(theta)) if self.formula is None else self._turn(theta)
 
     def exact_step(self, theta: Any) -> Array:
         """alpha*(theta) = (x* - x0)/l_x(theta, x0): one step from the data point lands on x*.
 
-        Where the data point is itself the maximum both vanish, and the limit -1/l_xx is taken.
+        For l quadratic in x, and where the data point is itself the maximum, that is -1/l_xx.
         """
-        theta = np.asarray(theta, dtype=float)
-        x, point = self(theta), self.landscape.point
-        distance, slope = x - point, self.landscape("x")(theta, np.full_like(theta, point))
-        curvature = self.landscape("xx")(theta, x)
+        theta, land = np.asarray(theta, dtype=float), self.landscape
         with np.errstate(all="ignore"):
-            near = np.abs(distance) < 1e-7
-            return np.where(near, -1.0 / curvature, distance / np.where(near, 1.0, slope))
+            if land.quadratic:
+                return np.where(self._inside(theta), -1.0 / land("xx")(theta, land.point), np.nan)
+            x = self(theta)
+            near = np.abs(x - land.point) < 1e-7
+            distance, slope = x - land.point, land("x")(theta, land.point)
+            return np.where(near, -1.0 / land("xx")(theta, x), distance / np.where(near, 1.0, slope))
 
     def robust(self, theta: Any) -> Array:
         """L(theta) = l(theta, x*(theta))."""
@@ -206,23 +212,23 @@ def choose(
         if not 0 <= index < len(maxima):
             raise ValueError(f"branch must be from 0 to {len(maxima) - 1} at theta = {theta:g}, got {index}")
         return index, maxima[index]
-    reached = _reached(landscape, theta, points)
-    above = higher(landscape, theta, maxima[0].value)
+    reached, largest = _reached(landscape, theta, points), maxima[0]
+    above = higher(landscape, theta, largest.value)
     if above is not None:
         raise LandscapeError(
             f"l({theta:g}, x) is larger at x = {above[0]:.4g} ({above[1]:.4g}) than at its largest inner "
-            f"maximum x = {maxima[0].x:.4g} ({maxima[0].value:.4g}): there is no inner maximum in "
+            f"maximum x = {largest.x:.4g} ({largest.value:.4g}): there is no inner maximum in "
             f"[{low:g}, {high:g}]; give a narrower x_range, or branch 0 to follow the local one"
         )
     if reached not in maxima:
         raise LandscapeError(
             f"the ascent from the data point {landscape.point:g} comes to no inner maximum; give another x0"
         )
-    if higher_than(landscape, theta, maxima[0].value, reached.value):
+    if largest.value > reached.value + rounding(landscape, theta, reached.value):
         raise LandscapeError(
             f"the ascent from the data point {landscape.point:g} climbs to x = {reached.x:.4g} "
-            f"(l = {reached.value:.4g}), not to the largest inner maximum x = {maxima[0].x:.4g} "
-            f"(l = {maxima[0].value:.4g}); branch {maxima.index(reached)} follows the one that it reaches"
+            f"(l = {reached.value:.4g}), not to the largest inner maximum x = {largest.x:.4g} "
+            f"(l = {largest.value:.4g}); branch {maxima.index(reached)} follows the one that it reaches"
         )
     return maxima.index(reached), reached
 
@@ -230,16 +236,16 @@ def choose(
 def higher(landscape: Landscape, theta: float, value: float) -> tuple[float, float] | None:
     """Where l(theta, .) is largest on a grid, and how large, if that is more than a value; else None."""
     x = np.linspace(*landscape.ends, 4001)
-    there = landscape("")(theta, x)
-    i = int(np.argmax(np.where(np.isnan(there), -np.inf, there)))
-    return (float(x[i]), float(there[i])) if higher_than(landscape, theta, float(there[i]), value) else None
+    loss = np.nan_to_num(landscape("")(theta, x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    i = int(np.argmax(loss))
+    above = loss[i] > value + rounding(landscape, theta, value)
+    return (float(x[i]), float(loss[i])) if above else None
 
 
-def higher_than(landscape: Landscape, theta: float, one: float, other: float) -> bool:
-    """Whether one value of l(theta, .) is larger than another by more than rounding."""
+def rounding(landscape: Landscape, theta: float, value: float) -> float:
+    """Differences of l(theta, .) up to this are none."""
     known = np.abs(landscape("")(theta, np.linspace(*landscape.ends, 101)))
-    scale = float(np.max(np.where(np.isfinite(known), known, 0.0)))
-    return one > other + 1e-12 * max(scale, abs(other))
+    return 1e-12 * max(float(np.max(known, where=np.isfinite(known), initial=0.0)), abs(value))
 
 
 def _reached(landscape: Landscape, theta: float, points: Sequence[Point]) -> Point | None:

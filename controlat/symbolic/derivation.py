@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import sympy
+from scipy.integrate import fixed_quad
 
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget, agrees, attempts
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.landscape import Array, LandscapeError, crossing
+from controlat.symbolic.landscape import Array, LandscapeError, roots
 from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import (
     ALPHA,
@@ -31,6 +32,21 @@ __all__ = ["Derivation"]
 
 T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
+NAMES = {
+    "x": "x*(theta)",
+    "robust": "L(theta) = l(theta, x*)",
+    "plain": "l(theta, x0)",
+    "curvature": "l_xx(theta, x*)",
+    "rho": "rho",
+    "alpha": "alpha*(theta)",
+    "newton": "Newton step -1/l_xx(theta, x0)",
+    "speed": "theta' = -dL/dtheta",
+    "time": "t(theta) - t(theta_0) = t with t(theta)",
+    "theta": "theta(t)",
+    "K": "K*(t)",
+    "series": "K*(t) near 0",
+    "J": "J",
+}
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
 
 
@@ -71,14 +87,11 @@ class Derivation:
             self._remark()
 
     def _check_x(self) -> None:
-        """Refuse what does not depend on x; sympy is asked where l_x is no more than rounding."""
-        land, grid = (
-            self.landscape,
-            (np.linspace(*self.task.reach, 41), np.linspace(*self.landscape.ends, 41)),
-        )
-        theta, x = np.meshgrid(*grid)
+        """Refuse what depends on x by no more than rounding."""
+        land, task = self.landscape, self.task
+        theta, x = np.meshgrid(np.linspace(*task.reach, 41), np.linspace(*land.ends, 41))
         slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max() for by in ("x", ""))
-        if slope <= 1e-12 * value and self._tidy(land.derivative("x")) == 0:
+        if slope <= 1e-12 * value / (land.ends[1] - land.ends[0]):
             raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
 
     # ---- asking sympy
@@ -102,22 +115,28 @@ class Derivation:
     def _agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
         return agrees(formula.subs(self.task.values), symbol, at, values, self.budget)
 
-    def _find(self, key: str, name: str, check: Check, function: Callable[..., Any], *arguments: Any) -> None:
-        """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values)."""
-        why = ""
-        for found, by, told in self._attempts(name, function, *arguments):
+    def _find(
+        self, key: str, check: Check, function: Callable[..., Any], *arguments: Any, given: str = "x*(theta)"
+    ) -> None:
+        """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values).
+
+        An argument that is None is a formula that there is not: what it is one for is `given`.
+        """
+        name, why = NAMES[key], f"there is no formula for {given}"
+        known = all(argument is not None for argument in arguments)
+        for found, by, told in self._attempts(name, function, *arguments) if known else ():
             why = told or f"what sympy finds for {name} is not borne out by the numbers"
             for formula in found if isinstance(found, list) else [found]:
                 if formula is not None and self._agrees(formula, *check):
                     self.answers[key] = Answer(name, formula, by)
                     return
-        if function is questions.tidy and self._agrees(arguments[0], *check):
+        if known and function is questions.tidy and self._agrees(arguments[0], *check):
             self.answers[key] = Answer(name, arguments[0])  # as it stands: a shorter form was not found
-            return
-        self._without(key, name, why)
+        else:
+            self._without(key, why)
 
-    def _without(self, key: str, name: str, why: str) -> None:
-        self.answers[key] = Answer(name, None, "scipy", why)
+    def _without(self, key: str, why: str) -> None:
+        self.answers[key] = Answer(NAMES[key], None, "scipy", why)
 
     def formula(self, key: str) -> sympy.Expr | None:
         """The formula of an answer, None where there is none."""
@@ -172,9 +191,9 @@ class Derivation:
         at = self._sample
         for formula, by in mine:
             if self._agrees(formula, THETA, at, self.branch(at)):
-                self.answers["x"] = Answer("x*(theta)", formula, by)
+                self.answers["x"] = Answer(NAMES["x"], formula, by)
                 return
-        self._without("x", "x*(theta)", "sympy's holds at theta_0, but not along the flow" if mine else why)
+        self._without("x", "sympy's holds at theta_0, but not along the flow" if mine else why)
 
     def _mine(self, formulas: Sequence[sympy.Expr]) -> list[sympy.Expr]:
         """Those zeros of l_x that are the chosen maximum at theta_0."""
@@ -192,9 +211,9 @@ class Derivation:
         land, at = self.landscape, self._sample
         plain = land.expression.subs(X, land.x0)
         check = THETA, at, land("")(at, np.full_like(at, land.point))
-        self._find("plain", "l(theta, x0)", check, questions.tidy, plain)
+        self._find("plain", check, questions.tidy, plain)
         robust = None if self.formula("x") is None else land.expression.subs(X, self.formula("x"))
-        self._derived("robust", "L(theta) = l(theta, x*)", robust, (THETA, at, self.branch.robust(at)))
+        self._find("robust", (THETA, at, self.branch.robust(at)), questions.tidy, robust)
         reach, slope = self.task.reach, land("t")
         grid = np.linspace(*reach, 41)[:, None], np.linspace(*self._window(), 41)[None, :]
         known = np.abs(land("")(*grid))
@@ -220,41 +239,33 @@ class Derivation:
             elif why:
                 zero["why"] = why
 
-    def _derived(self, key: str, name: str, raw: sympy.Expr | None, check: Check) -> None:
-        """An answer that follows from x*(theta) by substitution."""
-        if raw is None:
-            self._without(key, name, "there is no formula for x*(theta)")
-        else:
-            self._find(key, name, check, questions.tidy, raw)
-
     def _steps(self) -> None:
         """Curvature, contraction, exact step, and the Newton step at the data point."""
         land, x, at = self.landscape, self.formula("x"), self._sample
         at = at[np.isfinite(self.branch.exact_step(at))]
         bent = None if x is None else land.derivative("xx").subs(X, x)
-        self._derived("curvature", "l_xx(theta, x*)", bent, (THETA, at, land("xx")(at, self.branch(at))))
+        self._find("curvature", (THETA, at, land("xx")(at, self.branch(at))), questions.tidy, bent)
         curvature = self.formula("curvature")
         if curvature is not None:
             near = "near x*: l is not quadratic in x, so that the first steps differ"
-            self.answers["rho"] = Answer("rho", 1 + ALPHA * curvature, why="" if land.quadratic else near)
-        name, check = "alpha*(theta)", (THETA, at, self.branch.exact_step(at))
-        if x is None:
-            self._without("alpha", name, "there is no formula for x*(theta)")
-        else:
-            self._find("alpha", name, check, questions.exact_step, land.expression, x, land.x0)
+            self.answers["rho"] = Answer(
+                NAMES["rho"], 1 + ALPHA * curvature, why="" if land.quadratic else near
+            )
+        check = THETA, at, self.branch.exact_step(at)
+        self._find("alpha", check, questions.exact_step, land.expression, x, land.x0)
         if not land.quadratic:
             self._newton_step(at)
 
     def _newton_step(self, at: Array) -> None:
-        land, name = self.landscape, "Newton step -1/l_xx(theta, x0)"
+        land = self.landscape
         bent = land("xx")(at, np.full_like(at, land.point))
         start = float(land("xx")(float(self.task.theta0), land.point))
         if not (start < 0 and (bent < 0).all()):
             why = f"no Newton step: l_xx = {start:.4g} at the data point and theta_0"
-            self.answers["newton"] = Answer(name, None, "", why)
+            self.answers["newton"] = Answer(NAMES["newton"], None, "", why)
             return
         newton = -1 / land.derivative("xx").subs(X, land.x0)
-        self._find("newton", name, (THETA, at, -1 / bent), questions.tidy, newton)
+        self._find("newton", (THETA, at, -1 / bent), questions.tidy, newton)
 
     # ---- the flow
 
@@ -262,22 +273,21 @@ class Derivation:
         """The robust flow theta' = -dL/dtheta, and t -> theta(t) in closed form if it can be inverted."""
         t = np.linspace(0, float(self.task.horizon), 21)
         loss, start = self.formula("robust"), self.task.start
-        name = "theta(t)"
         if loss is None:
-            self._without("theta", name, "there is no formula for L(theta)")
+            self._without("theta", "there is no formula for L(theta)")
             return
         speed = self._tidy(-sympy.diff(loss, THETA))
-        self.answers["speed"] = Answer("theta' = -dL/dtheta", speed)
+        self.answers["speed"] = Answer(NAMES["speed"], speed)
         if speed == 0:
-            self.answers["theta"] = Answer(name, start)
+            self.answers["theta"] = Answer(NAMES["theta"], start)
             return
         values = self.task.values | {THETA: self.task.theta0}
         time, by, why = self._ask("t(theta)", questions.travel_time, speed, values)
         if time is None:
-            self._without("theta", name, why)
+            self._without("theta", why)
             return
-        self.answers["time"] = Answer("t(theta) - t(theta_0) = t with t(theta)", time, by)
-        self._find("theta", name, (T, t, self.theta(t)), questions.flow, time, start)
+        self.answers["time"] = Answer(NAMES["time"], time, by)
+        self._find("theta", (T, t, self.theta(t)), questions.flow, time, start)
 
     def _check_steps(self, t: Array) -> None:
         step = self.branch.exact_step(self.theta(t))
@@ -312,15 +322,12 @@ class Derivation:
         t = np.linspace(0, horizon, 21)
         step, path = self.formula("alpha"), self.formula("theta")
         raw = None if step is None or path is None else TAU / step.subs(THETA, path)
-        why = "there is no formula for " + ("alpha*(theta)" if step is None else "theta(t)")
-        if raw is None:
-            self._without("K", "K*(t)", why)
-        else:
-            self._find("K", "K*(t)", (T, t, self.K(t)), questions.tidy, raw)
+        given = NAMES["alpha" if step is None else "theta"]
+        self._find("K", (T, t, self.K(t)), questions.tidy, raw, given=given)
         self._series()
         grid = np.linspace(0, horizon, _POINTS)
         self.rising = _rising(grid, self.K(grid))
-        inner = _integral(self.K, horizon)
+        inner = float(fixed_quad(self.K, 0, horizon, n=400)[0])
         end = float(self.branch.robust(self.theta(horizon)))
         self.parts = {"terminal": end, "inner": inner}
         self.cost = end + float(self.task.gamma) * inner
@@ -343,13 +350,13 @@ class Derivation:
             by = "sympy (numbers inserted)"
             if not self._take(found):
                 told = why or "what sympy finds for the series is not borne out by the numbers"
-                self._without("series", "K*(t) near 0", told)
+                self._without("series", told)
                 return
         # As it is read, lowest power first: sympy would order the terms by itself.
         terms = [self._tidy(c) for c in self.coefficients]
         terms = [_power(c, n) for n, c in enumerate(terms) if c != 0]
         total = sympy.Add(*terms, evaluate=False)
-        self.answers["series"] = Answer("K*(t) near 0", total, by, f"to t^{order}", "none")
+        self.answers["series"] = Answer(NAMES["series"], total, by, f"to t^{order}", "none")
 
     def _take(self, found: Sequence[sympy.Expr] | None) -> bool:
         """Keep coefficients whose first two agree with K*(0) and its slope; whether they do."""
@@ -370,9 +377,8 @@ class Derivation:
 
     def _cost_formula(self) -> None:
         step, speed, path, loss = (self.formula(key) for key in ("alpha", "speed", "theta", "robust"))
-        name = "J"
         if step is None or path is None or loss is None:
-            self._without("J", name, "there is no formula for K*(t)")
+            self._without("J", "there is no formula for K*(t)")
             return
         end = loss.subs(THETA, path.subs(T, HORIZON))
         if speed is None or speed == 0:
@@ -380,17 +386,17 @@ class Derivation:
         else:
             values = self.task.values | {THETA: self.task.theta0}
             spent, by, why = self._ask(
-                name, questions.spent, step, speed, path, self.task.start, HORIZON, values
+                "J", questions.spent, step, speed, path, self.task.start, HORIZON, values
             )
-        found = [] if spent is None else [self._tidy(end) + GAMMA * TAU * spent]
-        where = np.array([float(self.task.horizon)])
-        values = {k: v for k, v in self.task.values.items() if k is not HORIZON}
-        exact_cost = np.array([self.cost])
-        for formula in found:
-            if self._agrees(formula.subs(values), HORIZON, where, exact_cost):
-                self.answers["J"] = Answer(name, formula, by)
+        if spent is not None:
+            cost, why = (
+                self._tidy(end) + GAMMA * TAU * spent,
+                "what sympy finds for J is not borne out by the numbers",
+            )
+            if self._agrees(cost, HORIZON, np.array([float(self.task.horizon)]), np.array([self.cost])):
+                self.answers["J"] = Answer(NAMES["J"], cost, by)
                 return
-        self._without("J", name, why or "what sympy finds for J is not borne out by the numbers")
+        self._without("J", why)
 
     def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
         """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
@@ -481,29 +487,15 @@ def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float
         scale: size of slopes below whose 1e-12th part they are rounding.
     """
     theta = np.linspace(low, high, 4002)[1:-1]
-    y = slope(theta)
-    if not (np.abs(y) > 1e-12 * scale).any():
+    if not (np.abs(slope(theta)) > 1e-12 * scale).any():
         return []
-    found = [
-        (float(theta[i]), y[i - 1], y[i + 1])
-        for i in range(1, len(y) - 1)
-        if y[i] == 0 and y[i - 1] != 0 and y[i + 1] != 0
+    return [
+        {
+            "theta": 0.0 if abs(v) < 1e-12 * (high - low) else v,
+            "kind": "minimum" if before < 0 < after else "maximum" if before > 0 > after else "inflection",
+        }
+        for v, before, after in roots(slope, theta)
     ]
-    for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):
-        root = crossing(lambda v: float(slope(np.array([v]))[0]), float(theta[i]), float(theta[i + 1]))
-        found += [] if root is None else [(root, y[i], y[i + 1])]
-    found = [(0.0 if abs(v) < 1e-12 * (high - low) else v, a, b) for v, a, b in found]
-    kinds = [("minimum" if a < 0 < b else "maximum" if a > 0 > b else "inflection") for _, a, b in found]
-    points = [{"theta": v, "kind": k} for (v, _, _), k in zip(found, kinds, strict=True)]
-    return sorted(points, key=lambda point: float(point["theta"]))
-
-
-def _integral(values: Callable[[Array], Array], horizon: float) -> float:
-    """The integral over [0, T] by Gauss's formula of 16 nodes on 64 panels."""
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    width = horizon / 64
-    t = (np.arange(64)[:, None] + (nodes + 1) / 2) * width
-    return float((values(t.ravel()).reshape(t.shape) @ weights).sum() * width / 2)
 
 
 def _rising(t: Array, k: Array) -> list[list[float]]:

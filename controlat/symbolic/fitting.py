@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.integrate import solve_ivp
-from scipy.optimize import minimize
+from scipy.optimize import least_squares
 
 from controlat.symbolic.branch import Branch, choose
-from controlat.symbolic.landscape import Array, LandscapeError
+from controlat.symbolic.landscape import Array, LandscapeError, stretch
 from controlat.symbolic.task import Task
 
 __all__ = ["Fit", "fit"]
@@ -19,7 +20,7 @@ __all__ = ["Fit", "fit"]
 _LEAST, _MOST = 0.02, 20.0  # horizons c E that are searched, in units of the landscape's time
 _FEWEST = 5
 _WIDEST = 5.0  # standard error of log c beyond which c is not known at all
-_STARTS, _SCALES, _REFINED = 33, 33, 3
+_GRID, _REFINED = 33, 3
 
 
 @dataclass(frozen=True)
@@ -98,28 +99,26 @@ def fit(
     (1.2, 0.3)
     """
     t, v = _selected(times, values, since)
-    model = _Model(task, t - t[0], np.log(v))
-    sigma, log_scale = model.best()
-    shape = model.shape(sigma, log_scale)
-    offset = float(np.mean(model.y - shape))
-    residuals = model.y - shape - offset
-    fitted = np.exp(shape + offset)
+    model, y = _Model(task, float(t[-1] - t[0])), np.log(v)
+    solved = _least_squares(model, t - t[0], y)
+    sigma, log_scale, log_amplitude = solved.x
+    line = y - np.polyval(np.polyfit(t, y, 1), t)
+    sums = [float((each**2).sum()) for each in (solved.fun, y - y.mean(), line)]
+    rms, rms_constant, rms_line = (math.sqrt(total / len(t)) for total in sums)
     return Fit(
         theta0=model.theta0(sigma),
         scale=float(np.exp(log_scale)),
-        amplitude=float(np.exp(offset)),
+        amplitude=float(np.exp(log_amplitude)),
         times=tuple(t.tolist()),
         values=tuple(v.tolist()),
-        fitted=tuple(fitted.tolist()),
-        residuals=tuple(residuals.tolist()),
-        rms=_rms(residuals),
-        explained=float(
-            1 - (residuals**2).sum() / max(float(((model.y - model.y.mean()) ** 2).sum()), 1e-300)
-        ),
-        rms_constant=_rms(model.y - model.y.mean()),
-        rms_line=_rms(model.y - np.polyval(np.polyfit(t, model.y, 1), t)),
-        errors=model.errors(sigma, log_scale, residuals),
-        notes=tuple(model.remarks(sigma, log_scale, residuals)),
+        fitted=tuple(np.exp(y - solved.fun).tolist()),
+        residuals=tuple(solved.fun.tolist()),
+        rms=rms,
+        explained=1 - sums[0] / max(sums[1], 1e-300),
+        rms_constant=rms_constant,
+        rms_line=rms_line,
+        errors=_errors(model, solved),
+        notes=tuple(_remarks(model, sigma, log_scale, rms, rms_constant, rms_line)),
     )
 
 
@@ -145,10 +144,6 @@ def _selected(
     return kept[:, 0], kept[:, 1]
 
 
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(values**2)))
-
-
 class _Model:
     """log 1/alpha*(theta(c t)) for given theta_0 and log c, on one falling side of the robust loss.
 
@@ -156,123 +151,97 @@ class _Model:
     so that one solution of the equation serves all.
     """
 
-    def __init__(self, task: Task, times: Array, y: Array) -> None:
-        self.task, self.times, self.y = task, times, y
+    def __init__(self, task: Task, length: float) -> None:
         theta0 = float(task.theta0)
         point = choose(task.landscape, theta0, task.landscape.stationary(theta0), task.branch)[1]
         self.branch = Branch(task.landscape, theta0, point.x, task.reach)
-        self.low, self.high = self._side(theta0)
-        length = float(times[-1])
-        self.scales = np.log(_LEAST / length), np.log(_MOST / length)
-        self._solve()
-
-    def _side(self, theta0: float) -> tuple[float, float]:
-        """The interval around theta_0 on which dL/dtheta keeps its sign and alpha* is positive."""
-        grid = np.linspace(*self.branch.domain, 4001)
-        slope, step = self.branch.robust_slope(grid), self.branch.exact_step(grid)
-        here = int(np.argmin(np.abs(grid - theta0)))
-        self.down = float(slope[here]) > 0
-        good = (np.sign(slope) == np.sign(slope[here])) & np.isfinite(step) & (step > 0) & (slope != 0)
-        if not good[here]:
-            raise LandscapeError(f"the robust loss is stationary at theta = {theta0:g}: give another theta0")
-        bad = np.flatnonzero(~good)
-        left, right = bad[bad < here], bad[bad > here]
-        low = grid[left[-1] + 1] if len(left) else grid[0]
-        high = grid[right[0] - 1] if len(right) else grid[-1]
-        return float(low), float(high)
-
-    def _solve(self) -> None:
-        """The path from the far end, and the latest time sigma at which a start is still worth a look."""
-        begin, end = (self.high, self.low) if self.down else (self.low, self.high)
+        begin, end = self._side(theta0)
+        self.width = abs(end - begin)
+        self.scales = math.log(_LEAST / length), math.log(_MOST / length)
 
         def near(t: float, y: Array) -> float:
-            return abs(float(y[0]) - end) - 2e-2 * abs(end - begin)
-
-        def solve(length: float, **options: Any) -> Any:
-            return solve_ivp(
-                lambda t, y: -self.branch.robust_slope(np.clip(y, *self.branch.domain)),
-                (0.0, length),
-                [begin],
-                method="DOP853",
-                dense_output=True,
-                rtol=1e-10,
-                atol=1e-12,
-                **options,
-            )
+            return abs(float(y[0]) - end) - 2e-2 * self.width
 
         near.terminal = True  # type: ignore[attr-defined]
-        self.latest = float(solve(1e4, events=near).t[-1])
-        self.path = solve(self.latest + _MOST)
-        self.until = float(self.path.t[-1])
+        # the latest time at which a start is still worth a look
+        self.latest = float(self._solve(begin, 1e4, events=near).t[-1])
+        self.path: Any = self._solve(begin, self.latest + _MOST, dense_output=True)
+
+    def _side(self, theta0: float) -> tuple[float, float]:
+        """The ends, downhill, of where around theta_0 dL/dtheta keeps its sign and alpha* is positive."""
+        grid = np.unique(np.append(np.linspace(*self.branch.domain, 4001), theta0))
+        slope, sign = self.branch.robust_slope(grid), np.sign(self.branch.robust_slope(theta0))
+        if sign == 0:
+            raise LandscapeError(f"the robust loss is stationary at theta = {theta0:g}: give another theta0")
+        low, high = stretch(grid, (np.sign(slope) == sign) & (self.branch.exact_step(grid) > 0), theta0)
+        return (high, low) if sign > 0 else (low, high)
+
+    def _solve(self, begin: float, length: float, **options: Any) -> Any:
+        return solve_ivp(
+            lambda t, y: -self.branch.robust_slope(np.clip(y, *self.branch.domain)),
+            (0.0, length),
+            [begin],
+            method="DOP853",
+            rtol=1e-10,
+            atol=1e-12,
+            **options,
+        )
 
     def theta0(self, sigma: float) -> float:
         """theta_0 of a start at time sigma on the path."""
         return float(self.path.sol(sigma)[0])
 
-    def shape(self, sigma: float, log_scale: float) -> Array:
-        """log 1/alpha* at the times of the measurements; nan beyond the end of the path."""
-        t = sigma + np.exp(log_scale) * self.times
-        found = -np.log(self.branch.exact_step(self.path.sol(np.clip(t, 0, self.until))[0]))
-        return np.where(t <= self.until + 1e-12, found, np.nan)
+    def shape(self, sigma: Any, log_scale: Any, times: Array) -> Array:
+        """log 1/alpha* at the times of the measurements."""
+        t = np.clip(sigma + np.exp(log_scale) * times, 0, self.path.t[-1])
+        theta = self.path.sol(t.ravel())[0].reshape(t.shape)
+        return np.asarray(-np.log(self.branch.exact_step(theta)))
 
-    def loss(self, sigma: float, log_scale: float) -> float:
-        """Sum of squares with the best s; bounds as a wall."""
-        over = max(-sigma, sigma - self.latest, 0.0) / self.latest
-        over += max(self.scales[0] - log_scale, log_scale - self.scales[1], 0.0)
-        shape = self.shape(float(np.clip(sigma, 0, self.latest)), float(np.clip(log_scale, *self.scales)))
-        rest = self.y - shape
-        total = float(((rest - rest.mean()) ** 2).sum())
-        return float((total if np.isfinite(total) else 1e6) + over)
 
-    def _at(self, p: Array) -> float:
-        return self.loss(float(p[0]), float(p[1]))
+def _least_squares(model: _Model, times: Array, y: Array) -> Any:
+    """(sigma, log c, log s) by scipy's least squares, from the best points of a grid."""
 
-    def best(self) -> tuple[float, float]:
-        """(sigma, log c): a grid over both, and the simplex method from its best points."""
-        starts, scales = np.linspace(0, self.latest, _STARTS), np.linspace(*self.scales, _SCALES)
-        tried = sorted((self.loss(a, b), a, b) for a in starts for b in scales)[:_REFINED]
-        options: Any = {"xatol": 1e-9, "fatol": 1e-15, "maxiter": 600}
-        ends = [
-            minimize(self._at, np.array([a, b]), method="Nelder-Mead", options=options) for _, a, b in tried
-        ]
-        best = min(ends, key=lambda end: float(end.fun)).x
-        return float(np.clip(best[0], 0, self.latest)), float(np.clip(best[1], *self.scales))
+    def residuals(p: Array) -> Array:
+        return np.asarray(y - model.shape(p[0], p[1], times) - p[2])
 
-    def errors(self, sigma: float, log_scale: float, residuals: Array) -> tuple[float, float, float] | None:
-        """Standard errors of theta_0, log c and log s by the Gauss-Newton approximation; None if singular."""
-        h = 1e-5 * self.latest, 1e-5
-        inside = float(np.clip(sigma, h[0], self.latest - h[0]))
-        columns = [
-            (self.shape(inside + h[0], log_scale) - self.shape(inside - h[0], log_scale)) / (2 * h[0]),
-            (self.shape(inside, log_scale + h[1]) - self.shape(inside, log_scale - h[1])) / (2 * h[1]),
-            np.ones(len(self.times)),
-        ]
-        matrix = np.stack(columns, axis=1)
-        if not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1e8 or len(residuals) <= 3:
-            return None
-        variance = float((residuals**2).sum()) / (len(residuals) - 3)
-        deviations = np.sqrt(variance * np.diag(np.linalg.inv(matrix.T @ matrix)))
-        speed = abs(self.theta0(inside + h[0]) - self.theta0(inside - h[0])) / (2 * h[0])
-        found = float(deviations[0] * speed), float(deviations[1]), float(deviations[2])
-        return found if found[0] < self.high - self.low and found[1] < _WIDEST else None
+    sigma, log_scale = np.meshgrid(np.linspace(0, model.latest, _GRID), np.linspace(*model.scales, _GRID))
+    rest = y - model.shape(sigma[..., None], log_scale[..., None], times)
+    best = np.argsort(rest.var(axis=-1), axis=None)[:_REFINED]
+    starts = np.stack([each.ravel()[best] for each in (sigma, log_scale, rest.mean(axis=-1))], axis=1)
+    bounds = [0.0, model.scales[0], -np.inf], [model.latest, model.scales[1], np.inf]
+    tight: Any = {"ftol": 1e-14, "xtol": 1e-12, "gtol": 1e-14, "x_scale": (model.latest, 1.0, 1.0)}
+    ends = [least_squares(residuals, start, bounds=bounds, method="dogbox", **tight) for start in starts]
+    return min(ends, key=lambda end: float(end.cost))
 
-    def remarks(self, sigma: float, log_scale: float, residuals: Array) -> list[str]:
-        """What a reader must know before trusting the fit."""
-        found = []
-        if sigma < 1e-3 * self.latest:
-            found.append(
-                f"theta_0 = {self.theta0(sigma):.4g} lies at the end of what was searched: the network "
-                "changes more than the landscape can within theta_range"
-            )
-        if sigma > 0.999 * self.latest:
-            found.append(f"theta_0 = {self.theta0(sigma):.4g} lies next to the minimum: nothing changes")
-        if min(log_scale - self.scales[0], self.scales[1] - log_scale) < 1e-3:
-            found.append(
-                f"the scale of time lies at the edge of what was searched, c T {_LEAST} to {_MOST:g}"
-            )
-        line = _rms(self.y - np.polyval(np.polyfit(self.times, self.y, 1), self.times))
-        if line < 0.8 * _rms(residuals):
-            found.append(f"a straight line fits better: residuals of {line:.3g} (root mean square)")
-        if _rms(residuals) > 0.8 * _rms(self.y - self.y.mean()):
-            found.append("the landscape explains little of it: a constant fits almost as well")
-        return found
+
+def _errors(model: _Model, solved: Any) -> tuple[float, float, float] | None:
+    """Standard errors of theta_0, log c and log s by the Gauss-Newton approximation; None if singular."""
+    free = len(solved.fun) - 3
+    scaled = solved.jac * (model.latest, 1.0, 1.0)
+    if free <= 0 or not np.isfinite(scaled).all() or np.linalg.cond(scaled) > 1e8:
+        return None
+    variance = 2 * float(solved.cost) / free
+    deviations = np.sqrt(variance * np.diag(np.linalg.inv(scaled.T @ scaled))) * (model.latest, 1.0, 1.0)
+    speed = abs(float(model.branch.robust_slope(model.theta0(solved.x[0]))))
+    sigma, log_scale, log_amplitude = map(float, deviations)
+    known = sigma * speed < model.width and log_scale < _WIDEST
+    return (sigma * speed, log_scale, log_amplitude) if known else None
+
+
+def _remarks(
+    model: _Model, sigma: float, log_scale: float, rms: float, rms_constant: float, rms_line: float
+) -> Iterator[str]:
+    """What a reader must know before trusting the fit."""
+    if sigma < 1e-3 * model.latest:
+        yield (
+            f"theta_0 = {model.theta0(sigma):.4g} lies at the end of what was searched: the network "
+            "changes more than the landscape can within theta_range"
+        )
+    if sigma > 0.999 * model.latest:
+        yield f"theta_0 = {model.theta0(sigma):.4g} lies next to the minimum: nothing changes"
+    if min(log_scale - model.scales[0], model.scales[1] - log_scale) < 1e-3:
+        yield f"the scale of time lies at the edge of what was searched, c T {_LEAST} to {_MOST:g}"
+    if rms_line < 0.8 * rms:
+        yield f"a straight line fits better: residuals of {rms_line:.3g} (root mean square)"
+    if rms > 0.8 * rms_constant:
+        yield "the landscape explains little of it: a constant fits almost as well"

@@ -108,8 +108,10 @@ def read(text: str, parameters: Mapping[str, Symbol], values: Mapping[Symbol, Ra
         expression = _Reader(text, {**_NAMES, **parameters}).expression()
     except FormulaError as error:
         return str(error)
-    for symbols in ((THETA, THETA), (THETA, X), (X, X)):  # what a landscape will do: if it hangs, then here
-        sympy.diff(expression, *symbols).subs(values)
+    slopes = [sympy.diff(expression, symbol) for symbol in (THETA, X)]
+    bends = [sympy.diff(slope, symbol) for slope in slopes for symbol in (THETA, X)]
+    for known in (expression, *slopes, *bends):  # what a landscape will do: if it hangs, then here
+        known.subs(values)
     return expression
 
 

@@ -24,7 +24,7 @@ from controlat.symbolic.formula import (
 )
 from controlat.symbolic.limits import check
 
-__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "crossing"]
+__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "crossing", "roots", "stretch"]
 
 WIDTH = 10.0  # the default range of x reaches this far to either side of the data point
 _GRID = 4001  # points in x where stationary points are looked for
@@ -142,17 +142,8 @@ class Landscape:
 
     def stationary(self, theta: float) -> list[Point]:
         """All zeros of l_x(theta, .) in the range of x that 4001 points tell apart, in increasing order."""
-        slope = self("x")
-        x = np.linspace(*self.ends, _GRID)
-        y = slope(theta, x)
-        touched = np.flatnonzero(y == 0)
-        # A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages.
-        alone = [i for i in touched if 0 < i < _GRID - 1 and y[i - 1] != 0 and y[i + 1] != 0]
-        roots = [float(x[i]) for i in alone if np.isfinite(y[i - 1 : i + 2]).all()]
-        for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):  # a product of values overflows
-            root = crossing(lambda v: float(slope(theta, v)), float(x[i]), float(x[i + 1]))
-            roots += [] if root is None else [root]
-        return [self._point(theta, root) for root in sorted(roots)]
+        zeros = roots(lambda x: self("x")(theta, x), np.linspace(*self.ends, _GRID))
+        return [self._point(theta, x) for x, _, _ in zeros]
 
     def _point(self, theta: float, x: float) -> Point:
         """A stationary point by l_xx; where that is 0 on the scale of l_x beside it, by the signs of l_x."""
@@ -163,13 +154,12 @@ class Landscape:
         flat = bool(abs(curvature) * h < 1e-3 * max(abs(left), abs(right)))
         return Point(x, value, curvature, kind, flat)
 
-    def ascent(self, theta: Any, alpha: Any, steps: int, x: Any = None) -> Array:
-        """x_K after whole steps x <- x + alpha l_x(theta, x) from the data point (or from x)."""
-        found = np.broadcast_to(self.point if x is None else x, np.broadcast(theta, alpha).shape)
-        slope = self("x")
+    def ascent(self, theta: Any, alpha: Any, steps: int) -> Array:
+        """x_K after whole steps x <- x + alpha l_x(theta, x) from the data point."""
+        x = np.full(np.broadcast(theta, alpha).shape, self.point)
         for _ in range(steps):
-            found = found + alpha * slope(theta, found)
-        return np.asarray(found, dtype=float)
+            x = x + alpha * self("x")(theta, x)
+        return np.asarray(x, dtype=float)
 
 
 def crossing(f: Callable[[float], float], low: float, high: float) -> float | None:
@@ -180,14 +170,46 @@ def crossing(f: Callable[[float], float], low: float, high: float) -> float | No
     """
 
     def value(v: float) -> float:
-        found = f(v)
-        return found if not math.isnan(found) else f(v + 1e-9 * (high - low))  # 0/0 at a single point
+        y = f(v)
+        return y if not math.isnan(y) else f(v + 1e-9 * (high - low))  # 0/0 at a single point
 
     try:
         root = float(brentq(value, low, high, xtol=1e-15, maxiter=500, disp=False))
     except ValueError:
         return None
     return root if abs(value(root)) <= 1e-3 * max(abs(f(low)), abs(f(high))) else None
+
+
+def roots(f: Callable[[Any], Array], grid: Array) -> list[tuple[float, float, float]]:
+    """The zeros of f that a grid tells apart, each with f at the grid points before and after it.
+
+    A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages.
+
+    >>> [(x, bool(a < 0 < b)) for x, a, b in roots(lambda v: v**2 - 1, np.linspace(-2, 2, 8))]
+    [(-1.0, False), (1.0, True)]
+    """
+    y = f(grid)
+    before, after = y[:-2], y[2:]
+    alone = (y[1:-1] == 0) & (before != 0) & (after != 0) & np.isfinite(before) & np.isfinite(after)
+    zeros = [(float(grid[i + 1]), float(before[i]), float(after[i])) for i in np.flatnonzero(alone)]
+    for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):  # a product of values overflows
+        root = crossing(lambda v: float(f(np.asarray(v))), float(grid[i]), float(grid[i + 1]))
+        zeros += [] if root is None else [(root, float(y[i]), float(y[i + 1]))]
+    return sorted(zeros)
+
+
+def stretch(grid: Array, good: NDArray[np.bool_], at: float) -> tuple[float, float]:
+    """The ends of the stretch of good points of a grid around a point of it.
+
+    >>> stretch(np.arange(6.0), np.array([True, False, True, True, True, False]), 3.0)
+    (2.0, 4.0)
+    """
+    here = int(np.argmin(np.abs(grid - at)))
+    bad = np.flatnonzero(~good)
+    left, right = bad[bad < here], bad[bad > here]
+    low = grid[left[-1] + 1] if len(left) else grid[0]
+    high = grid[right[0] - 1] if len(right) else grid[-1]
+    return float(low), float(high)
 
 
 def compiled(expression: sympy.Expr, *symbols: sympy.Symbol) -> Callable[..., Array]:
@@ -201,11 +223,10 @@ def compiled(expression: sympy.Expr, *symbols: sympy.Symbol) -> Callable[..., Ar
         check()
         arrays = [np.asarray(v, dtype=float) for v in values]
         with np.errstate(all="ignore"):
-            found = raw(*arrays)
-        if np.iscomplexobj(found):
-            found = np.where(np.abs(np.imag(found)) < 1e-12, np.real(found), np.nan)
-        return np.broadcast_to(
-            np.asarray(found, dtype=float), np.broadcast_shapes(*(a.shape for a in arrays))
-        )
+            y = np.asarray(raw(*arrays))
+        if np.iscomplexobj(y):
+            y = np.where(np.abs(y.imag) < 1e-12, y.real, np.nan)
+        y, shape = y.astype(float, copy=False), np.broadcast(*arrays).shape
+        return y if y.shape == shape else np.broadcast_to(y, shape)
 
     return call

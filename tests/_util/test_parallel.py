@@ -1,5 +1,6 @@
 """Several processes end in one state, which is that of one process on whole batches; and the commands."""
 
+import functools
 import os
 import signal
 import socket
@@ -14,7 +15,8 @@ from typing import Any
 import processes
 import pytest
 import torch
-from helpers import same
+from forks import Ended, talking
+from helpers import GUARD, same
 from hypothesis import given
 from hypothesis import strategies as st
 from systems import CASES, batch, constant, driver
@@ -23,44 +25,51 @@ from torch import Tensor
 import controlat
 from controlat._util.files import read_json, read_json_lines
 from controlat._util.parallel import Share, World, current, joined
+from controlat.app import cli
 from controlat.app.trainer import load_checkpoint
 from controlat.data import Augment
 
-HERE = Path(__file__).parent.parent
-COUNTS = (2, 3)
 RUNS = [f"{name}, {norm}" for name in CASES for norm in ("linf", "l2")]
 every = pytest.mark.parametrize("case", RUNS)
-counts = pytest.mark.parametrize("count", COUNTS)
+counts = pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
-def torchrun(
-    count: int, *words: str | Path, cwd: Path = HERE, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in several processes."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def torchrun(count: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    command += [f"--master-port={port}", "--master-addr=127.0.0.1", *map(str, words)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=300)
+    command += [f"--master-port={free_port()}", "--master-addr=127.0.0.1", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=GUARD)
+
+
+def together(
+    count: int, work: Callable[..., object], *given: Any, cwd: Path, **environment: str
+) -> list[Ended]:
+    """Call a function in several processes that find what torchrun would tell them, without its start."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | environment
+    own = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [end() for end in [talking(work, *given, cwd=cwd, **variables) for variables in own]]
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, Any]]:
     """(count, rank) -> what that process found."""
-    out, done = tmp_path_factory.mktemp("processes"), set()
+    out = tmp_path_factory.mktemp("processes")
 
-    def found(count: int, rank: int) -> dict[str, Any]:
-        if count not in done:
-            tasks = [name for name in processes.TASKS if name != "twins" or count == 2]
-            run = torchrun(count, "processes.py", out, *tasks)
-            assert run.returncode == 0, run.stderr
-            done.add(count)
-        loaded: dict[str, Any] = torch.load(out / f"{count}-{rank}.pt", weights_only=True)
-        return loaded
+    @functools.cache
+    def ranks(count: int) -> list[dict[str, Any]]:
+        tasks = [name for name in processes.TASKS if name != "twins" or count == 2]
+        for ended in together(count, processes.run, out, tasks, cwd=out):
+            assert ended.code == 0, ended.error
+        return [torch.load(out / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
 
-    return found
+    return lambda count, rank: ranks(count)[rank]
 
 
 @pytest.fixture(scope="module")
@@ -303,39 +312,43 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(
     assert table.count("Test it") == 1
 
 
+# A process, and its pass in training mode since it started: each in the second epoch.
+@pytest.mark.parametrize("kills", [["1 6"], ["0 6", "1 2"]])
 def test_killed_in_the_middle_of_an_epoch_and_resumed_two_processes_end_with_the_same_bits(
-    folder: Path,
+    folder: Path, kills: list[str]
 ) -> None:
-    words = ["-m", "controlat", "train", "--out", "killed", "--resume", *flags(SETTINGS)]
-    # A process, and its pass in training mode since it started: both in the second epoch.
-    for kill in ("0 6", "1 2"):
-        done = torchrun(2, *words, "--checkpoint_minutes", "1e-9", cwd=folder, KILL=kill)
-        assert done.returncode != 0
-        assert f"Signal {int(signal.SIGKILL)}" in done.stderr
-        tally = load_checkpoint(folder / "killed" / "last.pt")["tally"]
+    out = f"killed {len(kills)}"
+    words = ["train", "--out", out, "--resume", *flags(SETTINGS)]
+    for kill in kills:
+        ended = together(2, cli.main, [*words, "--checkpoint_minutes", "1e-9"], cwd=folder, KILL=kill)
+        killed = int(kill[0])
+        assert [ended[killed].code, ended[1 - killed].code] == [-signal.SIGKILL, 1]
+        assert "another process of this run ended" in ended[1 - killed].error
+        tally = load_checkpoint(folder / out / "last.pt")["tally"]
         assert tally["epoch"] == 1
         assert 0 < tally["batch"] < 4
-    assert torchrun(2, *words, cwd=folder).returncode == 0
-    assert log(folder / "killed") == log(folder / "two")
+    assert [ended.code for ended in together(2, cli.main, words, cwd=folder)] == [0, 0]
+    assert log(folder / out) == log(folder / "two")
     for name in ("last.pt", "best.pt"):
-        a, b = (load_checkpoint(folder / run / name) for run in ("two", "killed"))
+        a, b = (load_checkpoint(folder / run / name) for run in ("two", out))
         for part in ("model", "optimizer", "memory", "rows", "kept", "stopped"):
             assert same(a[part], b[part]), (name, part)
 
 
-def test_a_finished_run_is_only_reported_and_one_process_can_go_on(folder: Path) -> None:
-    done = torchrun(2, "-m", "controlat", "train", "--out", "two", *flags(SETTINGS), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == 1
+def test_a_finished_run_is_only_reported(folder: Path) -> None:
+    words = ["train", "--out", "two", *flags(SETTINGS)]
+    first, second = together(2, cli.main, words, cwd=folder)
+    assert (first.code, second.code) == (0, 0), first.error
+    assert (first.output.count("finished before"), second.output) == (1, "")
 
 
 def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
     settings = {k: v for k, v in SETTINGS.items() if k != "schedule"} | {"epochs": 2, "test_points": 50}
     words = ["--schedules", "none", "pgd:steps=2,alpha=0.05", "--seeds", "0", "--probe", "64"]
     words += ["--checks", "0", "--attacks", "pgd-5", "--out", "evaluated"]
-    done = torchrun(2, "-m", "controlat", "evaluate", *words, *flags(settings), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("summary.md") == 1
+    first, second = together(2, cli.main, ["evaluate", *words, *flags(settings)], cwd=folder)
+    assert (first.code, second.code) == (0, 0), first.error
+    assert (first.output.count("summary.md"), second.output) == (1, "")
     result = read_json(folder / "evaluated" / "result.json")
     assert result["environment"]["processes"] == 2
     for schedule in result["schedules"]:
@@ -344,11 +357,18 @@ def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
         assert run["criterion"]
 
 
-def test_what_does_not_run_in_several_processes_says_so_at_once(folder: Path) -> None:
-    done = torchrun(2, "-m", "controlat", "attack", "two/last.pt", cwd=folder)
-    assert done.returncode != 0
-    assert "train and evaluate run in several processes, nothing else" in done.stderr
+def test_what_does_not_run_in_several_processes_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.main(["attack", str(tmp_path / "last.pt")])
+    assert "train and evaluate run in several processes, nothing else" in capsys.readouterr().err
+
+
+def test_batches_that_cannot_be_shared_are_refused_by_all_processes(folder: Path) -> None:
     bad = SETTINGS | {"train_points": 137}  # 97 samples: the last batch has one
-    done = torchrun(2, "-m", "controlat", "train", "--out", "bad", *flags(bad), cwd=folder)
-    assert done.returncode != 0
-    assert "last batch of an epoch has 1 samples for 2 processes" in done.stderr
+    for ended in together(2, cli.main, ["train", "--out", "bad", *flags(bad)], cwd=folder):
+        assert ended.code == 2
+        assert "last batch of an epoch has 1 samples for 2 processes" in ended.error

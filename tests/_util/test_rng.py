@@ -36,7 +36,7 @@ def test_derive_fits_a_torch_seed() -> None:
 
 
 def test_derive_is_the_same_in_another_process() -> None:
-    code = "from controlat import rng; print(rng.derive(5, 'start', 2))"
+    code = "from controlat._util import rng; print(rng.derive(5, 'start', 2))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(out) == rng.derive(5, "start", 2)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import shorten_autoattack
+from forks import talking
+from helpers import GUARD, shorten_autoattack
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -55,7 +56,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def _child(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "controlat", *words]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=GUARD)
 
 
 @pytest.fixture(scope="module")
@@ -388,9 +389,9 @@ def test_control_c_is_one_line_and_resume_goes_on(
 ) -> None:
     (tmp_path / "interrupting.py").write_text(INTERRUPTING)
     words = ["train", "--out", "run", *TRAIN, "--model", "interrupting:net"]
-    done = _child(tmp_path, *words, INTERRUPT="1")
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
+    done = talking(cli.main, words, cwd=tmp_path, INTERRUPT="1")()
+    assert done.code == 128 + signal.SIGINT
+    assert done.error == "controlat: interrupted; the same command with --resume goes on\n"
     monkeypatch.chdir(tmp_path)
     assert "--resume" in _refused(capsys, *words)
     assert _run(*words, "--resume") == 0
@@ -609,6 +610,7 @@ def test_attack_prints_its_warnings(
     assert "nothing found" not in output
 
 
+@pytest.mark.slow
 def test_evaluate_shows_everything_that_was_asked_for(
     two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import same
+from helpers import GUARD, same
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -107,7 +107,7 @@ def _killed(out: Path, kill: str) -> int:
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     variables = os.environ | {"KILL": kill, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "controlat", "train", "--out", str(out), *words]
-    return subprocess.run(command, env=variables, capture_output=True, timeout=100).returncode
+    return subprocess.run(command, env=variables, capture_output=True, timeout=GUARD).returncode
 
 
 def test_killed_in_the_middle_of_epochs_and_resumed_it_decides_the_same(looped: Path, tmp_path: Path) -> None:

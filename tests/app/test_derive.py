@@ -13,6 +13,7 @@ import pytest
 import controlat
 from controlat._util.files import read_json, read_json_lines, write_json
 from controlat.app.cli import main
+from controlat.app.settings import DeriveSettings, settings_from
 
 FEW: dict[str, Any] = {"train_points": 300, "test_points": 50, "progress": False, "threads": 1}
 
@@ -83,6 +84,20 @@ def test_what_a_run_decides_cannot_be_given_beside_it(run: Path) -> None:
         controlat.derive(calibrate=str(run), tau=3)
 
 
+def test_direct_transcription_is_an_option(amata: tuple[Path, controlat.Derived]) -> None:
+    assert amata[1].result["verification"]["transcription"] is None
+    assert "Direct transcription" not in str(amata[1])
+    both = controlat.derive(transcription=True, progress=False)
+    assert both.result["verification"]["transcription"]["better"] is False
+    assert "Direct transcription, 40 intervals, 3 starts" in " ".join(str(both).split())
+
+
+def test_the_set_follows_the_landscape() -> None:
+    assert settings_from(DeriveSettings, {}, "derive").admissible == "product"
+    cosh = settings_from(DeriveSettings, {"landscape": "theta^2/2 + 1 - cosh(x - theta)"}, "derive")
+    assert cosh.admissible == "integer"
+
+
 def test_for_another_network(amata: tuple[Path, controlat.Derived]) -> None:
     schedule = amata[1].for_network(epochs=30, k_min=2, k_max=7, tau=8 / 255)
     k = [schedule(epoch)["steps"] for epoch in range(30)]
@@ -138,6 +153,8 @@ def test_the_command_prints_mathematics_and_what_to_do_next(
         (["--tau-net", "0"], "tau_net must be > 0"),
         (["--measure", "speed"], "measure must be one of convergence, curvature"),
         (["--admissible", "everything"], "admissible"),
+        (["--landscape", "1 - cosh(x - theta)", "--admissible", "product"], "not quadratic in x"),
+        (["--admissible", "free", "--transcription", "true"], "transcription is for product only"),
         (["--calibrate", "nowhere"], "nowhere"),
         (["--theta-range", "1"], "theta_range must be two numbers"),
         (["--epochs", "0"], "epochs must be a whole number >= 1"),

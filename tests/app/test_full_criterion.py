@@ -9,6 +9,7 @@ import pytest
 
 from controlat._util.files import read_json
 from controlat.app.full_criterion import report_payload
+from controlat.control.schedules import load_schedule
 from controlat.pmp import Criterion
 
 RUN = Path(__file__).parents[1] / "records/release_0_1/evaluated/runs/01-pgd-steps=2-alpha=0.1-seed0"
@@ -22,7 +23,7 @@ def stored() -> dict[str, Any]:
 
 
 def shown(stored: dict[str, Any]) -> dict[str, Any]:
-    return report_payload(stored)
+    return report_payload(stored, load_schedule(RUN / "schedule.json"))
 
 
 def test_the_report_has_the_criterion_by_horizon_price_and_block(stored: dict[str, Any]) -> None:

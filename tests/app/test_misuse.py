@@ -23,10 +23,10 @@ from controlat.pmp import (
     AdversarialLoss,
     Candidates,
     Weighted,
+    backward,
     build_terminal,
     examine,
     relaxed,
-    sweep,
 )
 from controlat.robust_accuracy import Attack, Extras, curves, transfer
 from controlat.robust_accuracy.source import Pair
@@ -202,8 +202,8 @@ CALLS: dict[str, Case] = {
         {"recording": KIND, "terminal": [(3, "int")], "grid": KIND, "gamma": ABOVE, "looks": FROM_ONE[1:]}
         | {"horizons": [(3, "3"), ([0], "0"), ([1.5], "1.5")]},
     ),
-    "sweep": (
-        lambda **given: list(sweep(**given)),
+    "backward": (
+        lambda **given: list(backward(**given)),
         {"recording": RECORDING, "terminal": PHI},
         {"recording": KIND, "horizons": [(3, "3"), ([0], "0")], "terminal": [(None, "NoneType")]},
     ),

@@ -1,7 +1,6 @@
 """Every training system: killed in the middle of an epoch and resumed, it ends with the same bits."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forks import forked
 from helpers import same
-from systems import CASES, Case
+from systems import CASES, PLAIN, Case
 
 import controlat
 from controlat._util.files import read_json_lines
@@ -40,12 +40,6 @@ SMALL: dict[str, Any] = {
 END = 4  # in the place of a batch: the hook at the end of an epoch
 STATE = ("model", "optimizer", "memory", "rows", "kept", "stopped", "controller", "schedule", "settings")
 SECONDS = ("seconds", "total_seconds", "validation_seconds", "epoch_seconds")
-
-# Processes are forked from one that has imported the package, which takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["controlat.app.train", "pytest", "torch._dynamo"]
-)  # which the optimiser imports
 
 
 class Kill(NamedTuple):
@@ -108,10 +102,7 @@ def _train(out: Path, settings: dict[str, Any], kill: Kill | None, seed: int) ->
 
 def _process(out: Path, settings: dict[str, Any], kill: Kill | None = None, seed: int = 0) -> int | None:
     """Train in a process of its own; its exit code."""
-    process = FORKS.Process(target=_train, args=(out, settings, kill, seed))
-    process.start()
-    process.join(60)
-    return process.exitcode
+    return forked(_train, out, settings, kill, seed)
 
 
 def _killed(out: Path, settings: dict[str, Any], kill: Kill, seed: int = 0) -> dict[str, Any]:
@@ -162,7 +153,13 @@ def _settings(case: Case) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------- all systems
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of the variants, those that keep something from step to step, which no other case keeps.
+KEEP = (*PLAIN, "cat curriculum", "fast previous", "awp warm-up")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KEEP else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_killed_within_epochs_and_resumed_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     settings, i = _settings(CASES[name]), list(CASES).index(name)
     assert _process(tmp_path / "undisturbed", settings) == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import GUARD
 
 import controlat
 from controlat.app.runs import claimed, environment, slug
@@ -143,7 +144,7 @@ def test_two_processes_at_once_are_refused_until_the_first_is_gone(tmp_path: Pat
             ):
                 pass
         child.kill()
-        child.wait(20)
+        child.wait(GUARD)
     with claimed(tmp_path, {"a": 1}) as known:
         assert known, "a killed process holds no lock"
 
@@ -153,7 +154,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Starts that were killed, and starts at the same time; forks of a process of its own take seconds."""
     script = Path(__file__).parent.parent / "claims.py"
     command = [sys.executable, str(script), str(tmp_path_factory.mktemp("starts"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GUARD)
     return dict(json.loads(done.stdout))
 
 

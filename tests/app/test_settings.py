@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import GUARD, guarded
 from torch import Tensor
 
 import controlat
@@ -159,8 +159,7 @@ def test_a_file_with_more_than_plain_settings_is_refused_with_its_line(
 ) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(BOMBS[name])
-    began = time.perf_counter()
-    with pytest.raises(SystemExit) as stopped:
+    with guarded(), pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--out", str(tmp_path / "run"), "--config", str(path)])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -168,7 +167,6 @@ def test_a_file_with_more_than_plain_settings_is_refused_with_its_line(
     assert re.match(f"controlat: error: {where}", line), line
     assert line.endswith("(see controlat train --help)")
     assert len(line) < 500
-    assert time.perf_counter() - began < 5
     assert not (tmp_path / "run").exists()
 
 
@@ -250,7 +248,7 @@ def _child(code: str, *words: str, **options: Any) -> subprocess.CompletedProces
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
     command = [sys.executable, "-c", code, *words]
     usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(command, env=variables, text=True, timeout=100, **usual | options)
+    return subprocess.run(command, env=variables, text=True, timeout=GUARD, **usual | options)
 
 
 MAIN = "import sys; from controlat.app.cli import main; sys.exit(main())"

@@ -4,13 +4,12 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Ended, talking
 from torch import nn
 
 import controlat
@@ -71,10 +70,10 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def _child(folder: Path, kill: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "controlat", "train", "--out", "killed", "--resume", *_flags(settings)]
-    environment = os.environ | {"KILL": kill, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+def _killed(folder: Path, kill: str, settings: dict[str, Any]) -> Ended:
+    """How the command ends where KILL is set."""
+    words = ["train", "--out", "killed", "--resume", *_flags(settings)]
+    return talking(cli.main, words, cwd=folder, KILL=kill)()
 
 
 def _without_seconds(log: Path) -> list[dict[str, Any]]:
@@ -119,7 +118,7 @@ def _kill_and_resume(folder: Path, model: str, kills: list[tuple[str, float]]) -
     settings = SMALL | {"model": f"killable:{model}"}
     controlat.train("undisturbed", **settings)
     for kill, minutes in kills:
-        code = _child(folder, kill, settings | {"checkpoint_minutes": minutes}).returncode
+        code = _killed(folder, kill, settings | {"checkpoint_minutes": minutes}).code
         assert code == -(signal.SIGXFSZ if kill.startswith("write") else signal.SIGKILL), kill
     controlat.train("killed", resume=True, **settings)
     _assert_same_end(folder / "undisturbed", folder / "killed")
@@ -149,10 +148,10 @@ def test_cnn_with_batch_norm_and_dropout_killed_and_resumed_ends_with_the_same_b
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "killable.py").write_text(KILLABLE)
-    done = _child(tmp_path, "full 6", SMALL | {"model": "killable:mlp"})  # in epoch 1
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr
+    done = _killed(tmp_path, "full 6", SMALL | {"model": "killable:mlp"})  # in epoch 1
+    assert done.code == 2
+    assert done.error.count("\n") == 1
+    assert "File too large" in done.error
     assert load_checkpoint(tmp_path / "killed" / "last.pt")["tally"]["epoch"] == 1
     assert not list((tmp_path / "killed").glob(".*.tmp"))
 

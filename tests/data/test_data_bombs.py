@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import within
+from helpers import guarded
 
 from controlat.data import _cifar, load, svhn
 from controlat.data._download import Remote, fetch
@@ -93,7 +93,7 @@ def test_what_is_no_file_or_has_no_end_is_refused_at_once(
     monkeypatch.chdir(tmp_path)  # a socket's name is short
     name, read = READERS[reader]
     make(Path(name))
-    with within(5), pytest.raises(ValueError, match=rf"(?s){name}\b.*(regular file|bytes)"):
+    with guarded(), pytest.raises(ValueError, match=rf"(?s){name}\b.*(regular file|bytes)"):
         read(tmp_path / name)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import same
+from helpers import GUARD, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,28 +30,24 @@ def image(position: int) -> Tensor:
 
 
 class Reader:
-    """A source that counts what is read, and can be slow or have a bad picture."""
+    """A source that counts what is read, and can have a bad picture."""
 
-    def __init__(self, seconds: float = 0.0, bad: int | None = None) -> None:
-        self.seconds, self.bad = seconds, bad
-        self.lock, self.read = threading.Lock(), list[int]()
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad, self.read, self.more = bad, list[int](), threading.Condition()
         self.error = ValueError(f"picture {bad}: cannot be read")
 
     def __call__(self, position: int) -> Tensor:
-        with self.lock:
+        with self.more:
             self.read.append(position)
-        time.sleep(self.seconds)
+            self.more.notify_all()
         if position == self.bad:
             raise self.error
         return image(position)
 
-    def settled(self, n: int) -> int:
-        """How many pictures were read, once there is nothing more to read; n are expected."""
-        end = time.monotonic() + 10
-        while len(self.read) < n and time.monotonic() < end:
-            time.sleep(0.0005)
-        time.sleep(0.002)
-        return len(self.read)
+    def wait_for(self, n: int) -> None:
+        """Until n pictures have been read."""
+        with self.more:
+            assert self.more.wait_for(lambda: len(self.read) >= n, GUARD)
 
 
 def streamed(n: int, read: Callable[[int], Tensor] = image, workers: int = 3) -> Streamed:
@@ -91,13 +87,17 @@ def test_a_stream_is_take_of_each_chunk_whatever_the_number_of_workers(
 
 
 def test_the_order_holds_where_the_first_picture_takes_longest() -> None:
-    def slow(position: int) -> Tensor:
-        time.sleep(0.02 if position == 10 else 0)
-        return image(position)
-
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     for index in (torch.arange(9), order):
-        x, y = streamed(9, slow, workers=4).take(index)
+        read = Reader()
+
+        def last(position: int, read: Reader = read) -> Tensor:
+            if position == 10:
+                read.wait_for(8)
+            return read(position)
+
+        x, y = streamed(9, last, workers=4).take(index)
+        assert read.read[-1] == 10
         assert same((x, y), in_memory(9).take(index))
 
 
@@ -195,13 +195,14 @@ def test_two_batches_are_decoded_ahead_and_never_more(workers: int) -> None:
 
     for number, _ in enumerate(streamed(size * count, read, workers).stream(chunks())):
         allowed = min(number + 1 + AHEAD, count)
-        assert read.settled(size * allowed) == size * allowed
+        read.wait_for(size * allowed)
         assert len(asked) == allowed
+        assert len(read.read) == size * allowed
     assert sorted(read.read) == list(range(10, 10 + size * count))  # each of them once
 
 
 def test_pictures_of_a_batch_are_decoded_side_by_side() -> None:
-    together = threading.Barrier(3, timeout=10)  # nobody gets on before three threads are reading
+    together = threading.Barrier(3, timeout=GUARD)  # nobody gets on before three threads are reading
 
     def meet(position: int) -> Tensor:
         together.wait()
@@ -212,11 +213,11 @@ def test_pictures_of_a_batch_are_decoded_side_by_side() -> None:
 
 
 def test_no_more_threads_than_workers() -> None:
-    names = set()
+    names, pair = set(), threading.Barrier(2, timeout=GUARD)
 
     def watched(position: int) -> Tensor:
         names.add(threading.current_thread().name)
-        time.sleep(0.001)
+        pair.wait()  # nobody reads two pictures in a row
         return image(position)
 
     list(streamed(30, watched, workers=2).stream(torch.arange(30).split(3)))
@@ -226,18 +227,28 @@ def test_no_more_threads_than_workers() -> None:
 # ------------------------------------------------------------------------------------------------- early ends
 
 
-def test_closing_early_stops_decoding() -> None:
-    read = Reader(seconds=0.008)
-    found = streamed(300, read, workers=2).stream(torch.arange(300).split(50))
+def test_closing_early_stops_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, dropped = Reader(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *_: object, **options: bool) -> None:
+            super().shutdown(wait=False, **options)
+            dropped.set()
+            super().shutdown()
+
+    def held_up(position: int) -> Tensor:
+        """Pictures after the first batch take until those that wait have been dropped."""
+        if position >= 10 + 50:
+            assert dropped.wait(GUARD)
+        return read(position)
+
+    monkeypatch.setattr("controlat.data._stream.ThreadPoolExecutor", Pool)
+    found = streamed(300, held_up, workers=2).stream(torch.arange(300).split(50))
     next(found)
-    assert decoders()
-    assert isinstance(found, Iterator)
+    assert len(decoders()) == 2
     found.close()  # type: ignore[attr-defined]
     assert decoders() == []
-    n = len(read.read)
-    assert n < 50 * (1 + AHEAD)  # what was waiting is dropped
-    time.sleep(0.01)
-    assert len(read.read) == n
+    assert 50 <= len(read.read) <= 50 + 2  # at most one more for each thread
 
 
 @pytest.mark.parametrize("augment", [None, Augment(1, True)])

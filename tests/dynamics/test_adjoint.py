@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import CLASSES, same, trace
-from systems import CASES, PLAIN, VARIANTS, Case, batch, driver, smooth
+from systems import CASES, LONG, PLAIN, VARIANTS, Case, batch, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -25,8 +25,8 @@ SETTINGS = {
     "momentum": SGDSettings(momentum=0.9, weight_decay=1e-2),
     "Nesterov": SGDSettings(momentum=0.9, nesterov=True, weight_decay=1e-2),
 }
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+every = pytest.mark.parametrize("case", LONG)
+optimizers = each_optimizer(SETTINGS)
 
 
 def bn_net() -> nn.Module:
@@ -76,12 +76,7 @@ def compare(d: Driver, case: Case, b: Batch) -> Verified:
 @optimizers
 def test_the_costate_of_one_step_is_its_derivative(case: Case, o: SGDSettings) -> None:
     found = compare(prepared(case, o), case, steps(1)[0])
-    assert bool(found.dropped) == cuts(case)
-
-
-def cuts(case: Case) -> bool:
-    """Whether a first layer is cut off from what comes after it."""
-    return case.options.get("first_layer_grad") == "hamiltonian"
+    assert bool(found.dropped) == case.own.cut
 
 
 @every
@@ -120,8 +115,7 @@ def test_the_costate_of_the_first_step_is_its_derivative(case: Case) -> None:
 @every
 def test_smooth_steps_are_followed_or_named(case: Case) -> None:
     found = compare(prepared(case, SETTINGS["momentum"], "l2"), case, steps(1)[0])
-    still = (case.name == "cat" and case.options.get("curriculum", True)) or case.name == "free"
-    assert ("the adversary's (l_2 steps)" in found.dropped) == (not still)
+    assert ("the adversary's (l_2 steps)" in found.dropped) == case.own.drops_l2
 
 
 @every
@@ -130,13 +124,11 @@ def test_batchnorm_and_dropout_in_training_mode_are_followed(case: Case, norm: s
     compare(prepared(case, SETTINGS["momentum"], norm, bn_net()), case, steps(1)[0])
 
 
-@every
+@those(lambda case: not case.own.cut and case.own.reach(case.control(), 0.0) == 0)
 def test_where_the_adversary_does_not_depend_on_theta_nothing_is_lost_but_what_is_named(case: Case) -> None:
     """eps = 0: what l_2 steps drop is then nothing, though it is named."""
-    if case.name == "nfgsm" or cuts(case):
-        pytest.skip("drops something else, or does not stay in the ball")
     d, b, u = prepared(case, SETTINGS["momentum"], "l2", eps=0.0), steps(1)[0], case.control()
-    if case.name == "free":
+    if "delta" in d.memory:
         d.memory["delta"] = torch.zeros_like(d.memory["delta"])
 
     def after() -> State:

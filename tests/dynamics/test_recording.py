@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import same, split, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems import CASES, HEAVY, PLAIN, Case, constant, driver, smooth
+from systems import CASES, HEAVY, LONG, PLAIN, Case, constant, driver, smooth
 from torch import Tensor, nn
 
 from controlat._util.errors import NonFiniteError
@@ -40,7 +40,7 @@ from controlat.methods import (
 SIZE = (1, 4, 4)
 EPOCHS, PER_EPOCH = 3, 3
 TOTAL = EPOCHS * PER_EPOCH
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 
 
 def planned(u: Control, epochs: int = EPOCHS, n: int = 10) -> RunSpec:

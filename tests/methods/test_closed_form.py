@@ -29,6 +29,7 @@ class Reach(NamedTuple):
             that nothing has moved yet.
         loss: weights of these passes in the loss that is reported; left out where the loss is another one.
         norms: in which balls.
+        anew: whether every pass of a step is at one network, and from no other samples' perturbation.
     """
 
     options: dict[str, Any]
@@ -36,6 +37,7 @@ class Reach(NamedTuple):
     seen: tuple[str, ...] = ("worst",)
     loss: tuple[float, ...] | None = (1.0,)
     norms: tuple[str, ...] = ("linf", "l2")
+    anew: bool = True
 
 
 def lengths(steps: int, **knobs: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -78,15 +80,15 @@ REACHES: dict[str, tuple[Reach, ...]] = {
         Reach({}, {"alpha": EPS, "start": 0.0}),
         Reach({}, {"alpha": 2 * EPS, "start": 0.5, "random": 0.0}, norms=LINF),
         Reach({"init": "zero"}, {"alpha": EPS}),
-        Reach({"init": "previous"}, {"alpha": EPS}),
+        Reach({"init": "previous"}, {"alpha": EPS}, anew=False),
     ),
     "fat": (
         *both({"omega": 0.0}, lengths(5, slack=5)),
         *both({"omega": 0.0, "start": "gaussian"}, lengths(5, slack=5)),
     ),
     "free": (
-        Reach({}, {"alpha": EPS, "steps": 4}, ("clean", *["worst"] * 3), (0.25,) * 4),
-        Reach({}, {"alpha": 2 * EPS, "steps": 2}, ("clean", "worst"), (0.5, 0.5)),
+        Reach({}, {"alpha": EPS, "steps": 4}, ("clean", *["worst"] * 3), (0.25,) * 4, anew=False),
+        Reach({}, {"alpha": 2 * EPS, "steps": 2}, ("clean", "worst"), (0.5, 0.5), anew=False),
     ),
     "nfgsm": (Reach({}, {"alpha": EPS, "noise": 0.0}),),
     "pgd_at": (
@@ -133,9 +135,7 @@ CASES = [
     for norm in reach.norms
 ]
 every = pytest.mark.parametrize(("case", "reach", "norm"), CASES)
-# Those whose every pass of a step is at one network, and from no other samples' perturbation.
-ANEW = [p for p in CASES if {"worst", "clean"} >= set(p.values[1].seen) and p.values[0].name != "free"]
-ANEW = [p for p in ANEW if p.values[0].options.get("init") != "previous"]
+ANEW = [p for p in CASES if {"worst", "clean"} >= set(p.values[1].seen) and p.values[1].anew]
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SHAPE, cnn_bn, flat, same, samples, split, trace
-from systems import CASES, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, trained_on
+from systems import CASES, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, those, trained_on
 from torch import nn
 
 from controlat.attacks.balls import Ball
@@ -82,9 +82,8 @@ def test_running_statistics_see_what_is_trained_on_once(case: Case) -> None:
         lambda m, arguments, output: passed.append(all(p.requires_grad for p in m.parameters()))
     )
     d.step(batch(shape=SHAPE), case.control(), 0.1)
-    looks = int(case.name == "awp" and not case.options.get("warmup", 0))
     counts = {int(m.num_batches_tracked) for m in d.model.modules() if isinstance(m, nn.BatchNorm2d)}
-    assert counts == {sum(passed) - looks}
+    assert counts == {sum(passed) - case.own.looks}
 
 
 # ----------------------------------------------------------------------------------------------------- random
@@ -110,13 +109,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(
         found.append((d.snapshot(), steps))
     assert same(found[0], found[1])
     assert same(found[0][0].model, found[2][0].model) == (not asked)
-    assert bool(asked) == (case.name != "free")
+    assert bool(asked) == case.own.draws
 
 
-@plain
+@those(lambda case: case.own.draws, PLAIN)
 def test_batches_and_epochs_draw_other_numbers(case: Case) -> None:
-    if case.name == "free":
-        pytest.skip("draws nothing")
     d, u = driver(case, ball=Ball(EPS, "l2")), case.control()
     found = [flat(d.field(batch(epoch=e, number=i), u).gradients) for e, i in ((0, 0), (0, 1), (1, 0))]
     assert not same(found[0], found[1])
@@ -139,7 +136,7 @@ def test_evaluations_are_counted_as_the_network_sees_them(case: Case, norm: str,
         assert step.spent.gradients == sum(backwards)
         assert step.spent.forwards == sum(forwards) - sum(backwards)
         assert step.spent.gradients <= 8 * d.method.controls.cost(u)
-        assert (step.spent.layers > 0) == (case.name == "yopo")
+        assert (step.spent.layers > 0) == case.own.layers
         d = driver(case, d.model, Ball(EPS, norm))
         d.model._forward_hooks.clear()
 
@@ -156,13 +153,6 @@ def test_scoring_counts_what_it_spends_apart_from_training(case: Case) -> None:
 # ----------------------------------------------------------------------------------------------------- bounds
 
 
-def reach(case: Case, u: Control) -> float:
-    """How far from the clean input a method may train."""
-    if case.name == "nfgsm":  # no projection on the ball
-        return min(u["noise"] * EPS + u["alpha"], u["clip"] * EPS)
-    return EPS
-
-
 @every
 @norms
 @pytest.mark.parametrize("alpha", [0.03, 0.25])
@@ -171,7 +161,7 @@ def test_what_is_trained_on_lies_in_the_ball_and_within_the_pixels(
 ) -> None:
     d, u = driver(case, ball=Ball(EPS, norm)), case.control(alpha=alpha)
     seen, far = trained_on(d.model), 0.0
-    d.memory.update({"strength": torch.tensor(3)} if case.name == "cat" else {})
+    d.memory.update(case.own.memory)
     for i in range(3):
         b = batch(6 if i < 2 else 4, number=i, seed=i)
         b = b._replace(x=(b.x * 1.5 - 0.25).clamp(0, 1))  # a good part of the pixels is black or white
@@ -180,18 +170,13 @@ def test_what_is_trained_on_lies_in_the_ball_and_within_the_pixels(
         for x in seen:
             distance = float(d.ball.distance(x, b.x).max())
             far = max(far, distance)
-            assert distance <= reach(case, u) + 1e-9
+            assert distance <= case.own.reach(u, EPS) + 1e-9
             within = float(x.min()) >= -1e-12 and float(x.max()) <= 1 + 1e-12
-            assert within or (case.name == "yopo" and x is seen[0])  # at the noise, as released
+            assert within or (case.own.starts_outside and x is seen[0])
     assert far > 0.3 * EPS
-    for carried in d.memory.values():
+    for carried in (*d.memory.values(), *(rows.values for rows in d.rows.values())):
         if carried.is_floating_point():
             assert d.ball.distance(carried, torch.zeros_like(carried)).max() <= EPS + 1e-9
-    if case.name == "atta":
-        assert (
-            d.ball.distance(d.rows["delta"].values, torch.zeros_like(d.rows["delta"].values)).max()
-            <= EPS + 1e-9
-        )
 
 
 def test_without_a_clip_n_fgsm_leaves_the_ball() -> None:
@@ -264,7 +249,7 @@ def carried_on(case: Case, cut: int, fresh: bool) -> None:
 
 
 @every
-@pytest.mark.parametrize("cut", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("cut", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 8)), 5])
 def test_a_snapshot_is_continued_bit_for_bit_in_another_driver(case: Case, cut: int) -> None:
     carried_on(case, cut, fresh=True)
 

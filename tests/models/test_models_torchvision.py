@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GUARD
 
 from controlat._util import vision
 from controlat.models import build
@@ -90,7 +91,7 @@ with contextlib.suppress(RuntimeError):
 """
 
 _FRESH = """
-from controlat import vision
+from controlat._util import vision
 module = vision.torchvision()
 assert vision.torchvision() is module
 import torchvision, torchvision.datasets, torchvision.models, torchvision.transforms
@@ -100,14 +101,14 @@ print(torchvision.models.resnet18(num_classes=3).fc.out_features, torchvision.da
 
 
 @installed
-@pytest.mark.parametrize("before", ["", _TRIED_BEFORE])
+@pytest.mark.parametrize("before", [pytest.param("", marks=pytest.mark.slow), _TRIED_BEFORE])
 def test_a_fresh_process_imports_it(before: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", before + _FRESH],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=GUARD,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "Caltech256"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, flat, same, samples
-from systems import CASES, PLAIN, Case, driver, trained_on
+from systems import CASES, FOLLOWED, PLAIN, Case, driver, trained_on
 from test_costate import PHI, SETTINGS, SIZE, last_point, planned
 from test_relaxed import check, mixing
 from test_relaxed import planned as apart
@@ -179,10 +179,6 @@ def test_costates_are_minus_the_gradient_of_phi_through_training(
     assert float((flat(mine) + flat(expected)).norm() / flat(expected).norm()) < 1e-9
     for a, b in zip(mine, expected, strict=True):
         torch.testing.assert_close(a, -b, rtol=1e-7, atol=1e-11)
-
-
-# The gradients of hooks that put networks back, and whole numbers of a curriculum, have tests of their own.
-FOLLOWED = [name for name in CASES if name not in ("cat curriculum", "yopo hamiltonian")]
 
 
 def mixed(case: Case, o: SGDSettings, make: Callable[[], nn.Module] = NORMS["momentum 0.6"]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, Counted, flat, same, samples, split
-from systems import CASES, PLAIN, Case, constant, driver, passes, smooth, trained_on
+from systems import CASES, LONG, PLAIN, Case, constant, driver, passes, smooth, trained_on
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,7 +49,7 @@ SETTINGS = {
     "Nesterov, decay": SGDSettings(0.8, nesterov=True, weight_decay=1e-2),
 }
 optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Candidates.of((0.017, 0.05), 3)
 
@@ -392,7 +392,7 @@ def test_a_horizon_of_one_step_is_the_gradient_after_it(o: SGDSettings, name: st
         assert not p.memory
         assert not p.rows
         if o.momentum:
-            m = int(visit.control["steps"]) if name == "free" else 1
+            m = CASES[name].own.updates(visit.control)
             left = worth_of_the_buffer(o, [r for r in rates[number + 1 :] for _ in range(m)])
             torch.testing.assert_close(flat(p.momentum), -left * gradient, rtol=1e-9, atol=1e-14)
 

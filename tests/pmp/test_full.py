@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Counted, flat, same, split
-from systems import CASES, PLAIN, Case, constant, driver
+from systems import LONG, PLAIN, Case, constant, driver, each_optimizer
 
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write_json
@@ -44,7 +44,7 @@ SETTINGS = {
     "Nesterov": SGDSettings(0.9, nesterov=True),
 }
 every = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+optimizers = each_optimizer(SETTINGS)
 
 
 def phi(seed: int = 9) -> AdversarialLoss:
@@ -68,7 +68,7 @@ def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: S
     j = [relaxed(r, others, part, terminal).objective(found.price) for part in (0.0, h, 2 * h)]
     assert found.total() > 0
     slope, tolerance = (3 * j[0] - 4 * j[1] + j[2]) / (2 * h), 1e-6
-    if case.name == "free" and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
+    if case.own.meets_edge and found.dropped:  # pixels that come back to 0 and then to the edge: a true kink
         (share,) = re.findall(r"lie on a clip \((\S+)% of their costate", *found.dropped)
         tolerance = float(share) / 100
         assert 0 < tolerance < 0.2
@@ -215,7 +215,7 @@ def test_what_is_found_survives_a_file(tmp_path: Any) -> None:
     assert "carried perturbations lie on a clip" in found.dropped[0]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", LONG)
 def test_the_recorded_run_is_left_at_its_end(case: Case) -> None:
     r, terminal = recorded(case), phi()
     meter, end = r.driver.meter.copy(), r.driver.snapshot()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CLASSES, flat, same, samples, trace
 from rules import Follow
-from systems import CASES, PLAIN, Case, constant, driver, smooth
+from systems import CASES, FOLLOWED, LONG, PLAIN, Case, constant, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -48,8 +48,8 @@ SETTINGS = {
     "momentum": SGDSettings(0.9, weight_decay=1e-3),
     "Nesterov": SGDSettings(0.9, nesterov=True, weight_decay=1e-2),
 }
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-optimizers = pytest.mark.parametrize("o", SETTINGS.values(), ids=SETTINGS)
+every = pytest.mark.parametrize("case", LONG)
+optimizers = each_optimizer(SETTINGS)
 PHI = AdversarialLoss(*samples(8, SIZE, seed=9), Ball(0.1), steps=3)
 GRID = Candidates.of((0.013,), 2)
 
@@ -106,9 +106,7 @@ def check(found: Mixed, dropped: tuple[str, ...] = ()) -> None:
 
 
 @optimizers
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if name not in ("cat curriculum", "yopo hamiltonian")]
-)
+@pytest.mark.parametrize("name", FOLLOWED)
 def test_the_derivative_of_the_objective_is_minus_the_sum_of_gains(name: str, o: SGDSettings) -> None:
     check(mixing(recorded(CASES[name], o)))
 
@@ -161,11 +159,11 @@ L2 = [*PLAIN, "fast previous", "yopo direct", "atta reset"]
 def test_smooth_steps_are_named(name: str) -> None:
     """Free follows its own l_2 steps; what is dropped elsewhere is small."""
     found = mixing(recorded(CASES[name], SETTINGS["momentum"], eps=0.4, norm="l2"))
-    if name == "free":
-        check(found)
-    else:
+    if CASES[name].own.drops_l2:
         assert found.dropped == ("the adversary's (l_2 steps)",)
         assert found.slope == pytest.approx(found.gap, rel=0.2)
+    else:
+        check(found)
 
 
 def test_smooth_steps_of_phi_are_named() -> None:
@@ -180,7 +178,7 @@ def test_perturbations_that_meet_the_edge_of_the_ball_are_followed(name: str) ->
     """Steps of many sizes in a small ball: many pixels are clipped, none where a kink would be."""
     case = CASES[name]
     rec = recorded(case, SETTINGS["momentum"], eps=0.011)
-    store = rec.end.memory["delta"] if name != "atta" else rec.end.rows["delta"].values
+    store = rec.end.memory["delta"] if "delta" in rec.end.memory else rec.end.rows["delta"].values
     clipped = (store.abs() > 0.011 - 1e-9).double().mean()
     assert 0.1 < clipped < 1
     check(mixing(rec, replace(PHI, ball=Ball(0.011)), Candidates.of((0.0043, 0.0137), 1)))
@@ -233,7 +231,9 @@ def test_a_window_of_training_has_the_derivative_of_its_own_objective(
 ) -> None:
     """Phi at the end of the window and what the buffer will still do; not what a perturbation carries on."""
     carried = ("what the method carries beyond the end of a window",)
-    check(mixing(window(CASES[name], first, last, o)), carried if name != "pgd_at" and last < 9 else ())
+    check(
+        mixing(window(CASES[name], first, last, o)), carried if CASES[name].own.carries and last < 9 else ()
+    )
 
 
 @every
@@ -389,11 +389,10 @@ def test_lambda_0_repeats_the_run_to_the_bit(case: Case) -> None:
         assert (meter, rec.spent) == (counts, spent)
 
 
-@every
+@those(lambda case: not case.own.counts)
 def test_lambda_1_is_the_run_under_the_other_controls(case: Case) -> None:
+    """But for whole numbers, as the accuracy that a curriculum looks at: they stay those of u."""
     rec = recorded(case, SETTINGS["momentum"], epochs=3)
-    if case.name == "cat" and case.options.get("curriculum", True):
-        pytest.skip("whole numbers, as the accuracy that a curriculum looks at, stay those of u")
     others = best(rec)
     end, left = rec.driver.snapshot(), trace(rec.driver.model)
     found = relaxed(rec, others, 1.0, PHI)

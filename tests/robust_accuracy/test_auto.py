@@ -107,6 +107,7 @@ def directly(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -> T
 # --------------------------------------------------------------------------------------- the same as directly
 
 
+@pytest.mark.slow
 def test_the_standard_version_in_full_on_a_few_points(ten: nn.Module) -> None:
     x, y = digits_of(10, 6)
     eps = 0.15

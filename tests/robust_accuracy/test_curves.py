@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cnn_bn, mlp, same, samples, trace
+from helpers import Counting, cnn_bn, mlp, same, samples, trace
 from torch import Tensor, nn
 
 from controlat._util.rng import generator
@@ -120,21 +120,6 @@ def test_radii_beyond_grey_are_left_out(
 
 
 # --------------------------------------------------------------------------------------- counts, side effects
-
-
-class Counting(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.graph = self.plain = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.graph += len(x)
-        else:
-            self.plain += len(x)
-        out: Tensor = self.net(x)
-        return out
 
 
 def test_the_cost_is_the_bound_to_the_last_pass(small: tuple[nn.Module, Tensor, Tensor]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cnn_bn, same, trace
+from helpers import Counting, cnn_bn, same, trace
 from torch import Tensor, nn
 
 import controlat
@@ -262,21 +262,6 @@ def test_a_little_of_anything_is_no_sign(changes: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------ counts and side effects
-
-
-class Counting(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.graph = self.plain = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.graph += len(x)
-        else:
-            self.plain += len(x)
-        out: Tensor = self.net(x)
-        return out
 
 
 @pytest.mark.parametrize("checks", [1, 7, 40])

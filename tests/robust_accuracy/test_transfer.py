@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cnn_bn, mlp, same, samples, trace
+from helpers import Counting, cnn_bn, mlp, same, samples, trace
 from torch import Tensor, nn
 
 import controlat
@@ -50,21 +50,6 @@ def points() -> tuple[nn.Sequential, nn.Sequential, Tensor, Tensor]:
         y = model(x).argmax(1)
     y[::10] = 1 - y[::10]
     return model, surrogate, x, y
-
-
-class Counting(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.graph = self.plain = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.graph += len(x)
-        else:
-            self.plain += len(x)
-        out: Tensor = self.net(x)
-        return out
 
 
 # ---------------------------------------------------------------------------------------------- exact answers

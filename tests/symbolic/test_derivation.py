@@ -209,6 +209,7 @@ def written(n: dict[str, Any]) -> str:
     return f"({n['a']})*(theta - ({n['m']}))^2/2 - {bent}*(x - ({n['c']})*theta - ({n['d']}))^2"
 
 
+@pytest.mark.slow
 @given(quadratics())
 @settings(max_examples=5, deadline=None)
 def test_random_quadratics_agree_with_plain_numerics(n: dict[str, Any]) -> None:
@@ -428,6 +429,7 @@ def test_bad_landscapes_are_refused() -> None:
 # ---- random landscapes: what the checks say agrees with itself
 
 
+@pytest.mark.slow
 @given(quadratics())
 @settings(max_examples=4, deadline=None)
 def test_random_quadratics_are_checked_consistently(n: dict[str, Any]) -> None:

@@ -39,11 +39,13 @@ class DeriveSettings:
             largest, if the ascent from x0 reaches it, if left out.
         x_range: Where inner maxima are looked for; 10 to either side of x0 if left out.
         theta_range: How far the inner maximum is followed; +-max(3, 2 |theta0|) if left out.
-        admissible: product (alpha K = tau, alpha <= alpha*), integer (K whole), free (alpha and K),
-            overshoot (alpha up to a multiple of alpha*).
+        admissible: product (alpha K = tau, alpha <= alpha*, K real), integer (K whole), free (alpha and K),
+            overshoot (alpha up to a multiple of alpha*). Real K is not offered where l is not quadratic in x:
+            integer there, else product, if left out.
         overshoot: That multiple, between 1 and 2.
-        checks: Check the schedule against the maximum principle, by transcription and by dynamic programming,
-            and compare Theorem 1 with actual runs.
+        checks: Check the schedule against the maximum principle and by dynamic programming, and compare
+            Theorem 1 with actual runs.
+        transcription: Look for a better schedule by direct transcription, too; for product only.
         seconds: Time limit of the whole derivation, after the measuring of --calibrate and before figures:
             formulas get half of it, checks the rest; what was left out for lack of time is named. The numbers
             alone may take 10 seconds in any case.
@@ -74,9 +76,10 @@ class DeriveSettings:
     branch: int | None = None
     x_range: Sequence[str | float] | None = None
     theta_range: Sequence[str | float] | None = None
-    admissible: str = "product"
+    admissible: str | None = None
     overshoot: float = 1.9
     checks: bool = True
+    transcription: bool = False
     seconds: float = 60.0
     epochs: int | None = None
     k_min: float = 1
@@ -120,11 +123,13 @@ class DeriveSettings:
             raise ValueError(f"K needs k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
-        from controlat.symbolic.bolza import SETS  # here, because sympy is slow to import
+        from controlat.symbolic.bolza import chosen_set  # here, because sympy is slow to import
 
-        if self.admissible not in SETS:
-            raise ValueError(f"admissible must be one of {', '.join(SETS)}, got {self.admissible!r}")
-        self.task  # noqa: B018  (raises)
+        self.admissible = chosen_set(self.task.landscape, self.admissible)
+        if self.transcription and self.admissible != "product":
+            raise ValueError(
+                f"transcription is for product only, got admissible {self.admissible}: leave it out"
+            )
 
     @property
     def task(self) -> Any:  # named in full, the type would be imported, and sympy, when any command starts

@@ -39,12 +39,12 @@ def ask(model: nn.Module, x: Tensor, call: Callable[[Tensor], object]) -> Tensor
     # What torch.compile made of a model is given inputs that are leaves, and works on copies anyway.
     given = x if x.requires_grad and "_orig_mod" in model._modules else x.clone()
     try:
-        found = call(given)
+        logits = call(given)
     except RuntimeError as error:
         if said := _misfit(model, x, str(error)):
             raise ValueError(said) from error
         raise
-    return check_logits(found, len(x))
+    return check_logits(logits, len(x))
 
 
 def check_model(model: object) -> None:
@@ -86,27 +86,27 @@ def _misfit(model: nn.Module, x: Tensor, error: str) -> str:
     return f"x has {has[0]} {what}, but the model's first layer ({type(layer).__name__}) takes {takes}"
 
 
-def check_logits(found: object, samples: int) -> Tensor:
+def check_logits(output: object, samples: int) -> Tensor:
     """Return what a model returned if it is logits (samples, C), C >= 2; shapes alone are looked at.
 
     Raises:
         ValueError: it is something else; the message says what, and what to do about it.
     """
-    if isinstance(found, Tensor) and found.is_floating_point() and found.layout == torch.strided:
-        if found.dim() == 2 and len(found) == samples and found.shape[1] >= 2:
-            return found
-        got = f"shape {tuple(found.shape)} for {samples} samples"
-        if tuple(found.shape) in ((samples,), (samples, 1)):
+    if isinstance(output, Tensor) and output.is_floating_point() and output.layout == torch.strided:
+        if output.dim() == 2 and len(output) == samples and output.shape[1] >= 2:
+            return output
+        got = f"shape {tuple(output.shape)} for {samples} samples"
+        if tuple(output.shape) in ((samples,), (samples, 1)):
             cure = "one number z per sample stands for two classes with the logits (0, z): return both"
-        elif found.dim() > 2:
+        elif output.dim() > 2:
             cure = "maps of pixels are not supported: return one row per sample"
         else:
             cure = "return one row per sample"
-    elif isinstance(found, Tensor):
-        got, cure = f"{found.dtype} ({found.layout})", "return scores, not labels"
+    elif isinstance(output, Tensor):
+        got, cure = f"{output.dtype} ({output.layout})", "return scores, not labels"
     else:
-        got, cure = f"a {type(found).__name__}", "wrap it in a module that returns them alone"
-        if hasattr(found, "logits") or (isinstance(found, Mapping) and "logits" in found):
+        got, cure = f"a {type(output).__name__}", "wrap it in a module that returns them alone"
+        if hasattr(output, "logits") or (isinstance(output, Mapping) and "logits" in output):
             cure = "wrap it in a module that returns its logits alone"
     raise ValueError(
         "the model must return logits, one floating-point tensor of shape (N, C) with C >= 2 classes, got "

@@ -120,7 +120,7 @@ def _of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _normalised(layer: Any, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + eps), scaled and shifted: torch's has no derivative in the statistics."""
     shape = [-1, *[1] * (x.dim() - 2)]
-    found = (x - mean.view(shape)) * torch.rsqrt(variance + layer.eps).view(shape)
+    y = (x - mean.view(shape)) * torch.rsqrt(variance + layer.eps).view(shape)
     for t, combine in ((layer.weight, torch.mul), (layer.bias, torch.add)):
-        found = found if t is None else combine(found, t.view(shape))
-    return found
+        y = y if t is None else combine(y, t.view(shape))
+    return y

@@ -67,7 +67,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     values to the bit, ``requires_grad`` and attributes are put back as well.
     """
     flags = [(m, m.training) for m in model.modules()]
-    put_back = _memory(model) if any(_does_more(m) for m, _ in flags) else None
+    put_back = _restorer(model) if any(_does_more(m) for m, _ in flags) else None
     try:
         model.train(training) if training else model.eval()
         yield
@@ -104,7 +104,7 @@ def _does_more(module: nn.Module) -> bool:
     )
 
 
-def _memory(model: nn.Module) -> Callable[[], None]:
+def _restorer(model: nn.Module) -> Callable[[], None]:
     """What puts a network back to its present structure, values, ``requires_grad`` and attributes."""
     modules = [*model.modules()]
     homes = [home for m in modules for home in (m._modules, m._parameters, m._buffers, vars(m))]

@@ -34,9 +34,9 @@ class LayerHook:
             tensor, or depends on nothing that is trained.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    >>> with LayerHook(model[0]) as tap:
+    >>> with LayerHook(model[0]) as hook:
     ...     y = model(torch.ones(1, 2))
-    >>> tap.output.shape
+    >>> hook.output.shape
     torch.Size([1, 3])
     """
 
@@ -84,7 +84,7 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         if name not in modules:
             listed = ", ".join(n for n in list(modules)[1:9])
             raise ValueError(f"the model has no layer {name!r}; its first ones are: {listed}")
-        found: nn.Module = modules[name]
+        layer: nn.Module = modules[name]
     else:
         inner = {
             id(part) for m in modules.values() if is_parametrized(m) for part in m.parametrizations.modules()
@@ -93,5 +93,5 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         own = [(m, [*m.parameters(recurse=is_parametrized(m))]) for m in layers]
         trained = [m for m, weights in own if any(p.requires_grad for p in weights)]
         owners = trained or [m for m, weights in own if weights]  # within a view none is trained
-        found = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
-    return found
+        layer = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
+    return layer

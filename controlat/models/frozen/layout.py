@@ -69,9 +69,9 @@ def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]
         return run(channels_last(x), True)
     before = [(b, b.detach().clone()) for b in model.buffers()]
     try:
-        found = run(channels_last(x), True)
+        output = run(channels_last(x), True)
         _NHWC[key] = model
-        return found
+        return output
     except (Reached, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -79,7 +79,7 @@ def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]
     with torch.no_grad():
         for b, value in before:  # of a forward pass that got half way
             b.copy_(value)
-    found = run(channels_first(x), False)
+    output = run(channels_first(x), False)
     _NCHW[id(model)] = model
     kind = type(model).__name__
     warnings.warn(
@@ -88,7 +88,7 @@ def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]
         LayoutWarning,
         stacklevel=2,
     )
-    return found
+    return output
 
 
 def is_convolutional(model: nn.Module) -> bool:

@@ -183,19 +183,19 @@ class FrozenModel:
             self.meter.forwards -= n if passes == 1 else 0
 
         self.meter.forwards += n
-        found = self._forward(self.prepare(x))
-        if found.requires_grad:
-            found.register_hook(count)
-        return found
+        logits = self._forward(self.prepare(x))
+        if logits.requires_grad:
+            logits.register_hook(count)
+        return logits
 
     def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
         self.meter.layers += len(x)
         x = owned(x.detach()).requires_grad_()
         with torch.enable_grad():
-            with LayerHook(layer, stop=True) as tap:
+            with LayerHook(layer, stop=True) as hook:
                 self._forward(x)
-            (gradient,) = torch.autograd.grad((tap.output * weight).sum(), x)
+            (gradient,) = torch.autograd.grad((hook.output * weight).sum(), x)
         return gradient
 
     def gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
