@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
     "held_out": 20,
     "test_points": 20,
     "batch_size": 50,
-    "probe": 50,
+    "probe": 48,
     "alphas": [0.05, 0.1],
     "max_steps": 2,
     "full": False,

@@ -59,8 +59,10 @@ def test_a_finished_run_is_known_and_attacked(files: Path) -> None:
     assert controlat.train(files / "train", **given(files / "train"))["finished_before"]
     before = read_record(files / "attacked.json", Evaluation)
     found = controlat.attack(files / "train", progress=False)
-    assert found["clean"] == before["clean"]
-    assert found["robust"] == before["robust"]
+    for name in ("clean", "robust"):
+        correct = found[name]["correct"], found[name]["points"]
+        assert correct == (before[name]["correct"], before[name]["points"])
+        assert found[name]["interval"] == pytest.approx(before[name]["interval"], rel=1e-12)
 
 
 def test_a_finished_run_is_evaluated(files: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_worse_start_comes_back() -> None:
 @pytest.mark.parametrize(("horizon", "gamma"), [(1, 1.0), (3, 0.01), (3, 0.1)])
 def test_something_is_better_above_the_limit_of_gamma(horizon: float, gamma: float) -> None:
     problem = make(PAPER, 2.0, 1, horizon, gamma)
-    found = transcribe(problem)
+    found = transcribe(problem, intervals=20, starts=2)
     assert found.better
     assert found.deviation > 0.01
     assert found.difference > 5e-5
