@@ -36,9 +36,9 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write, write_json, write_text
 from controlat._util.texts import duration
 from controlat.app.experiment import Experiment
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment, slug
 from controlat.app.settings import TrainSettings
-from controlat.app.trainer import deterministic
 from controlat.dynamics.recording import Recording
 from controlat.pmp import (
     AdversarialLoss,

@@ -10,9 +10,10 @@ from controlat._util.files import expanded, write_json
 from controlat.app.checkpoints import load_weights
 from controlat.app.experiment import Experiment, pick_device
 from controlat.app.notes import note_far, step_sizes
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.settings import AttackSettings, Problem, from_json, settings_from
-from controlat.app.trainer import deterministic, load_checkpoint
+from controlat.app.trainer import load_checkpoint
 
 __all__ = ["attack", "figure_of"]
 

@@ -30,10 +30,11 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment, pick_device, progress_bar
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.session import shares_held_out
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import deterministic, load_checkpoint
+from controlat.app.trainer import load_checkpoint
 from controlat.attacks.inner_problem import (
     BUDGET,
     MEASURES,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from controlat.app.signals import Terminated, discard, ending, open_streams, terminated
 
 # Nothing that takes time is imported here, but where an interruption is waited for.
 if TYPE_CHECKING:
@@ -197,12 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     words = [_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
-    _open_streams()
+    open_streams()
     try:
-        with _terminated():
+        with terminated():
             return _run(words)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        _to_nowhere(sys.stdout)
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt as error:
         print(_interrupted(words), file=sys.stderr)
@@ -217,7 +217,7 @@ def _interrupted(words: list[str]) -> str:
 
 
 def _run(words: list[str]) -> int:
-    with _at_once(words):
+    with ending(_interrupted(words)):
         from controlat._util.errors import NonFiniteError
         from controlat._util.parallel import PeerLost, started
         from controlat._util.texts import speaker
@@ -247,68 +247,6 @@ def _run(words: list[str]) -> int:
         print(f"controlat{speaker()}: training stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-@contextlib.contextmanager
-def _at_once(words: list[str]) -> Iterator[None]:
-    """End the process at Ctrl-C inside the block: modules that are imported may swallow an exception."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        os.write(2, f"{_interrupted(words)}\n".encode())
-        os._exit(128 + number)
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # signals are heard there only
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Raise Terminated on SIGTERM inside the block, where nobody else waits for the signal.
-
-    Under torchrun it comes when another process ended; one that waits in native code hears it as soon as the
-    connection breaks, and torchrun kills it after 30 seconds if not.
-    """
-
-    def end(number: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not _in_main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _open_streams() -> None:
-    """What a terminal cannot show is replaced, and what is written to a closed stream is lost."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
-def _to_nowhere(stream: Any) -> None:
-    """Let what is left in a stream's buffer go, or Python complains when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from typing import Any
 
 from controlat.app.evaluate import strides, tried_terminal
 from controlat.app.experiment import Experiment
+from controlat.app.placement import deterministic
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
-from controlat.app.trainer import deterministic
 from controlat.control.cost import Meter
 from controlat.dynamics.feedback import ahead
 from controlat.pmp import price

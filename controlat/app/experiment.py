@@ -19,8 +19,8 @@ from controlat._util import rng
 from controlat._util.parallel import World, current
 from controlat._util.texts import count, duration
 from controlat.app.checkpoints import load_checkpoint, load_weights
+from controlat.app.placement import initial_model, place
 from controlat.app.settings import AttackSettings, EvaluateSettings, Problem, from_json
-from controlat.app.trainer import initial_model, place
 from controlat.attacks.losses import cross_entropy
 from controlat.control.controller import Controller
 from controlat.control.cost import Meter

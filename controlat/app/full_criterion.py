@@ -29,6 +29,7 @@ from controlat.pmp import (
     Candidates,
     Criterion,
     Price,
+    Trust,
     described,
     examine,
     looked_at,
@@ -64,11 +65,9 @@ def full_criterion(
         roll-out ended with the bits of `trained`; None without it), ``stride``, ``gradients`` by part,
         ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
-    began = time.perf_counter()
+    began, terminal = time.perf_counter(), experiment.terminal(seed, settings.terminal)
     driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
-    terminal = experiment.terminal(seed, settings.terminal)
-    total = spec.epochs * spec.batches_per_epoch
-    with bar("roll-out", total) as b:
+    with bar("roll-out", spec.epochs * spec.batches_per_epoch) as b:
         recording = Recording.of(driver, spec, limit=settings.memory * GIBI, progress=_told(b))
     same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
     steps = recording.last - recording.first
@@ -93,13 +92,18 @@ def full_criterion(
         "terminal": described(terminal),
         "same": same,
         "stride": recording.stride,
-        "gradients": {
-            "roll-out": sum(step.spent.gradients for step in recording.steps),
-            "steps again": criterion.replayed,
-            "costates and scores": criterion.spent,
-            "calibration": trusted.spent,
-        },
+        "gradients": _gradients(recording, criterion, trusted),
         "seconds": time.perf_counter() - began,
+    }
+
+
+def _gradients(recording: Recording, criterion: Criterion, trusted: Trust) -> dict[str, int]:
+    """Gradient evaluations by part, in samples."""
+    return {
+        "roll-out": sum(step.spent.gradients for step in recording.steps),
+        "steps again": criterion.replayed,
+        "costates and scores": criterion.spent,
+        "calibration": trusted.spent,
     }
 
 
@@ -142,47 +146,22 @@ def _thinned(norms: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
     return (*norms[::stride], *last)
 
 
-def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
+def report_payload(stored: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
     """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, trust.
 
     Args:
-        found: that data.
+        stored: that data.
         schedule: of the run; the control of a block is u(t), real where a knob is dithered.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
-    if "failed" in found:
-        return dict(found)
-    criterion, rho = Criterion.from_json(found["criterion"]), found["calibration"]["rho"]
-    gamma = number(criterion.gamma, "gamma")
-    horizons = [
-        {
-            "steps": h,
-            "value": criterion.value(h),
-            "interval": criterion.interval(h),
-            "per_step": float(criterion.per_step(h).mean()),
-            "blocks": criterion.per_block(h),
-        }
-        for h in criterion.horizons
-    ]
-    best = criterion.best()
-    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
-    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
-    blocks: list[dict[str, Any]] = []
-    for b, cosine in zip(best, criterion.cosines(), strict=True):
-        t = begins[b.index] / per_epoch
-        u = dict(schedule(t))
-        v = dict(b.maximiser) if b.gain > 0 else u
-        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
-    chosen = sorted({0, len(best) // 2, len(best) - 1})
-    drawn: list[dict[str, Any]] = []
-    for i in chosen if surfaces else ():
-        (_, own), *others = criterion.surface(best[i].index)
-        scored = [(blocks[i]["control"], own), *others]
-        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
+    if "failed" in stored:
+        return dict(stored)
+    criterion, rho = Criterion.from_json(stored["criterion"]), stored["calibration"]["rho"]
+    gamma, blocks = number(criterion.gamma, "gamma"), _blocks(criterion, schedule)
     return {
-        "horizons": horizons,
+        "horizons": [_horizon(criterion, h) for h in criterion.horizons],
         "blocks": blocks,
-        "surfaces": drawn,
+        "surfaces": _surfaces(criterion, blocks) if surfaces else [],
         "cosine": float(np.mean(criterion.cosines())),
         "growth": criterion.growth if math.isfinite(criterion.growth) else None,
         "C_rho": None if rho is None else criterion.value(rho=rho),
@@ -195,5 +174,40 @@ def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool 
         "evaluations": criterion.evaluations,
         "norms": [list(pair) for pair in _thinned(criterion.norms)],
         "dropped": list(criterion.dropped),
-        **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
+        **{name: stored[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
     }
+
+
+def _horizon(criterion: Criterion, h: int) -> dict[str, Any]:
+    """C over one horizon."""
+    return {
+        "steps": h,
+        "value": criterion.value(h),
+        "interval": criterion.interval(h),
+        "per_step": float(criterion.per_step(h).mean()),
+        "blocks": criterion.per_block(h),
+    }
+
+
+def _blocks(criterion: Criterion, schedule: Schedule) -> list[dict[str, Any]]:
+    """When every block begins, its control, the maximiser, and what that would gain."""
+    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
+    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
+    blocks: list[dict[str, Any]] = []
+    for b, cosine in zip(criterion.best(), criterion.cosines(), strict=True):
+        t = begins[b.index] / per_epoch
+        u = dict(schedule(t))
+        v = dict(b.maximiser) if b.gain > 0 else u
+        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
+    return blocks
+
+
+def _surfaces(criterion: Criterion, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gain of every candidate in an early, a middle and a late block."""
+    best = criterion.best()
+    drawn: list[dict[str, Any]] = []
+    for i in sorted({0, len(best) // 2, len(best) - 1}):
+        (_, own), *others = criterion.surface(best[i].index)
+        scored = [(blocks[i]["control"], own), *others]
+        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
+    return drawn

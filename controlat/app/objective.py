@@ -8,9 +8,9 @@ from typing import Any
 
 from controlat._util.checks import number, whole
 from controlat.app.experiment import Experiment, progress_bar
+from controlat.app.placement import deterministic
 from controlat.app.ranges import RANGES
 from controlat.app.settings import Problem, settings_from
-from controlat.app.trainer import deterministic
 from controlat.control.controller import Controller
 from controlat.pmp import described
 

@@ -18,6 +18,7 @@ from controlat._util import rng
 from controlat._util.checks import number
 from controlat._util.files import append_json_line, plain, write_json, write_text
 from controlat._util.parallel import World
+from controlat.app.criterion_lines import gaps_of
 from controlat.app.experiment import Experiment, progress_bar
 from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
 from controlat.app.runs import slug
@@ -33,12 +34,9 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
 from controlat.methods import Batch, Method, build
 from controlat.pmp import (
-    FORMS,
     Candidates,
-    Gap,
     Outcome,
     Price,
-    Surface,
     outcome_at,
     probe_batches,
     rollout_cost,
@@ -210,9 +208,9 @@ class ScheduleRun:
             write_json(file, measured.to_json())
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
-        shown = {}
+        payload = {}
         if s.full:
-            shown["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
+            payload["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
@@ -220,10 +218,8 @@ class ScheduleRun:
             "objective": read_record(objective, Objective),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **shown,
-            "gradients": tally.gradients,
-            "forwards": tally.forwards,
-            "seconds": tally.seconds,
+            **payload,
+            **{name: getattr(tally, name) for name in ("gradients", "forwards", "seconds")},
         }
 
     def _surfaces(self, epochs: int) -> list[dict[str, Any]]:
@@ -249,42 +245,23 @@ class ScheduleRun:
 
     def _evaluation(self, path: Path) -> dict[str, Any]:
         """evaluation.json, which has every attack that was asked for."""
-        found: dict[str, Any] = read_record(path, Evaluation)
+        evaluation: dict[str, Any] = read_record(path, Evaluation)
         names = [parse_attack(a).name for a in self.settings.attacks]
-        if list(found["after"]) != names:
-            raise ValueError(
-                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
-            )
-        return found
+        if list(evaluation["after"]) != names:
+            there = ", ".join(evaluation["after"])
+            raise ValueError(f"{path}: after has {there}, asked for was {', '.join(names)}")
+        return evaluation
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
-        found = []
+        gamma, gaps = number(self.settings.gamma, "gamma"), []
         for line in self._surfaces(epochs):
-            surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
             try:
-                gaps: dict[str, Gap] = {
-                    form: surface.gap(Control(**line["control"]), gamma, form) for form in FORMS
-                }
+                gaps.append(gaps_of(line, gamma))
             except ValueError as error:
                 where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
                 raise ValueError(f"{where}: {error}") from None
-            found.append(
-                {
-                    "epoch": line["epoch"],
-                    **{form: gap.to_json() for form, gap in gaps.items()},
-                    "prices": [
-                        {"gamma": g}
-                        | {form: surface.gap(gaps[form].control, g, form).value for form in FORMS}
-                        for g in (gamma / 4, 4 * gamma)
-                    ],
-                    "scale": surface.scale,
-                    "candidates": len(surface.controls),
-                    "gradients": surface.spent,
-                    "seconds": line["seconds"],
-                }
-            )
-        return found
+        return gaps
 
 
 def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:

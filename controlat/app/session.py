@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from controlat._util.parallel import World, joined
+from controlat.app.placement import deterministic
 from controlat.app.runs import SETTINGS, claimed
 from controlat.app.settings import Problem
-from controlat.app.trainer import deterministic
 from controlat.records import Settings, read_record
 
 __all__ = ["Session", "session", "shares_held_out"]

@@ -70,8 +70,19 @@ class Tally:
         self.epoch_gradients += spent.gradients
         self.epoch_seconds += seconds
 
-    def next_epoch(self) -> None:
-        """Begin a new epoch."""
+    def next_epoch(self, robust: float | None = None) -> bool:
+        """Begin a new epoch.
+
+        Args:
+            robust: robust accuracy on held-out data at the end of the last one, where it was measured.
+
+        Returns:
+            Whether it is the best so far.
+        """
+        better = robust is not None and robust > self.best
+        if better:
+            self.best, self.best_epoch = robust, self.epoch  # type: ignore[assignment]
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss, self.samples, self.epoch_gradients, self.epoch_seconds = 0.0, 0, 0, 0.0
         self.controls = []
+        return better

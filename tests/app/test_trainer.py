@@ -17,8 +17,9 @@ from controlat import NonFiniteError, robustness
 from controlat._util.files import read_json_lines
 from controlat.app import cli
 from controlat.app.experiment import Experiment
+from controlat.app.placement import deterministic, place
 from controlat.app.settings import TrainSettings
-from controlat.app.trainer import deterministic, fit, load_checkpoint, place
+from controlat.app.trainer import fit, load_checkpoint
 
 # 120 training samples in 4 batches of 32, 32, 32, 24; of 40 held out, 20 are validated on; K = 0, 1, 2.
 SMALL: dict[str, Any] = {

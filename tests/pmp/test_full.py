@@ -29,10 +29,8 @@ from controlat.pmp import (
     Trust,
     backward,
     examine,
+    looked_at,
     trust,
-)
-from controlat.pmp import (
-    full_criterion as full,
 )
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
@@ -94,7 +92,7 @@ def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() 
             assert len(c.interval() or ()) == 2
             assert len(c.cosines()) == len(c.per_block()) == steps
             assert len([c.surface(block.index) for block in c.best()]) == steps
-            assert full.looked_at(blocks, 1) == list(range(steps))
+            assert looked_at(blocks, 1) == list(range(steps))
 
         return Counted.during(work)
 
