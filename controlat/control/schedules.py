@@ -137,7 +137,7 @@ class Schedule:
             yield curve.round(real[knob], knob)
 
     def _real(self, t: float) -> dict[str, float]:
-        """The value of every curve at time t, before it is rounded or divided by."""
+        """The value of every curve at time t before rounding; of a ratio, its tau."""
         return {knob: curve(t, self.epochs) for knob, curve in self.curves.items()}
 
     def _control(self, value: dict[str, float]) -> Control:

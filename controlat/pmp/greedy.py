@@ -204,6 +204,9 @@ def probe_batches(
     if size < 1:
         raise ValueError(f"a probe of {len(x)} samples cannot be split into {count} batches")
     parts = (torch.arange(i * size, (i + 1) * size) for i in range(count))
-    where = torch.arange(len(x)) if indices is None else indices
+    positions = torch.arange(len(x)) if indices is None else indices
     placement = None if augment is None else augment.centre(size)
-    return [Batch(x[p], y[p], where[p], epoch, -1 - i, placement) for i, p in enumerate(parts)]
+    return [
+        Batch(x=x[p], y=y[p], indices=positions[p], epoch=epoch, number=-1 - i, placement=placement)
+        for i, p in enumerate(parts)
+    ]

@@ -10,7 +10,7 @@ maximisers of the Hamiltonian, G is the Frank-Wolfe gap of the relaxed problem.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
@@ -19,30 +19,10 @@ from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.recording import Recording
 from controlat.methods import Batch
 from controlat.pmp.costate import momentum_tail
+from controlat.pmp.objective import Outcome, outcome_at
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "relaxed"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Terminal and running cost of a roll-out.
-
-    Args:
-        phi: the terminal cost. If the roll-out ends before training does, the displacement of theta that the
-            momentum buffer still causes is included, to first order around the recorded end, as in the
-            costates: dJ/dlambda at 0 is then -G as well.
-        evaluations: sum over steps of n, gradient evaluations per sample.
-        spent: gradient evaluations spent on the roll-out, in samples.
-    """
-
-    phi: float
-    evaluations: float
-    spent: int
-
-    def objective(self, price: float) -> float:
-        """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation."""
-        return self.phi + price * self.evaluations
+__all__ = ["relaxed"]
 
 
 @dataclass
@@ -66,7 +46,7 @@ class _Mixing(Driver):
         v = (self.others or {}).get(batch.epoch * self.per_epoch + batch.number)
         if v is None or v == u or self.part == 0:
             step_u = super().step(batch, u, rate)
-            self.evaluations += step_u.spent.gradients / step_u.samples
+            self.evaluations += step_u.evaluations
             return step_u
         before = self.snapshot(batch.indices)
         step_v = super().step(batch, v, rate)
@@ -75,8 +55,7 @@ class _Mixing(Driver):
         del before  # its memory is needed for the second step
         step_u = super().step(batch, u, rate)
         self.restore(self.state().at(batch.indices).towards(state_v, self.part))
-        n_u, n_v = (s.spent.gradients / s.samples for s in (step_u, step_v))
-        self.evaluations += (1 - self.part) * n_u + self.part * n_v
+        self.evaluations += (1 - self.part) * step_u.evaluations + self.part * step_v.evaluations
         return step_u
 
 
@@ -138,12 +117,14 @@ def relaxed(
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
-        phi = terminal.value(mixing)
+        outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
         tail = momentum_tail(recording, recording.last)
         if tail:
             momentum = mixing.momentum
             driver.restore(recording.end)
-            gradient = terminal.gradient(driver)[: len(driver.parameters)]
+            meter = Meter()
+            gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             triples = zip(gradient, momentum, driver.momentum, strict=True)
-            phi -= tail * sum(float((g * (m - recorded)).sum()) for g, m, recorded in triples)
-    return Outcome(phi, mixing.evaluations, mixing.meter.gradients)
+            phi = outcome.phi - tail * sum(float((g * (m - recorded)).sum()) for g, m, recorded in triples)
+            outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
+    return outcome

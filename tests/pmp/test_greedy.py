@@ -520,16 +520,18 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
 ) -> None:
     settings = SimpleNamespace(batch_size=size, probe=probe, augmentation=None)
     training = split(2048, (1, 2, 2))
+    unused: Any = None
     run = ScheduleRun(
         experiment=SimpleNamespace(training=training),  # type: ignore[arg-type]
         settings=settings,  # type: ignore[arg-type]
         text="",
-        controller=None,  # type: ignore[arg-type]
+        controller=unused,
         seed=0,
-        directory=None,  # type: ignore[arg-type]
-        grid=None,  # type: ignore[arg-type]
+        directory=unused,
+        grid=unused,
     )
-    assert [len(b.x) for b in run.probe(3)] == [probe // count] * count
+    found = run.probe(3)
+    assert [len(b.x) for b in found] == [probe // count] * count
 
 
 def test_a_terminal_cost_of_the_probe_itself_leaves_no_unbiased_number() -> None:
