@@ -179,7 +179,11 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     integers = {"steps"} if knobs is None else {k for k, knob in knobs.items() if knob.kind == "integer"}
     try:
         curves = family.build({k: v for k, v in parameters.items() if k not in free}, name)
-        curves |= {k: _free(parameters[k], "half_up" if k in integers else None) for k in free}
+        curves |= {
+            k: _free(value, "half_up" if k in integers else None)
+            for k, value in parameters.items()  # in the order of the text: a set has none
+            if k in free
+        }
         if dither:
             dithered = {k for k, curve in curves.items() if k in integers and curve.of is None}
             curves |= {k: replace(curves[k], rounding="dither") for k in dithered}
