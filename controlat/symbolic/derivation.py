@@ -80,6 +80,7 @@ class Derivation:
             self._inner(maxima)
             self._flow()
             self._series()
+            self._cost()
             self._note()
 
     # ---- numbers
@@ -249,8 +250,8 @@ class Derivation:
                     point["why"] = why
 
     def _flow(self) -> None:
-        """The robust flow theta' = -dL/dtheta, theta(t) if it can be inverted, K*(t) and J."""
-        t, start = np.linspace(0, self._end, 21), self.task.start
+        """The robust flow theta' = -dL/dtheta, theta(t) if it can be inverted, and K*(t)."""
+        t = np.linspace(0, self._end, 21)
         if (loss := self.formula("robust")) is not None:
             self.answers["speed"] = Answer(NAMES["speed"], self.budget.tidy(-sympy.diff(loss, THETA)))
         self._keep("theta", (T, t, self.theta(t)), self._path, "robust", "speed")
@@ -259,12 +260,6 @@ class Derivation:
             (T, t, self.K(t)),
             lambda step, path: self._forms(TAU / step.subs(THETA, path)),
             *("alpha", "theta"),
-        )
-        self._keep(
-            "J",
-            (HORIZON, np.array([self._end]), np.array([self.cost])),
-            lambda _, *known: self.budget.attempts("J", questions.cost, *known, start, self._at_start),
-            *("K", "robust", "alpha", "speed", "theta"),
         )
 
     def _path(self, _: sympy.Expr, speed: sympy.Expr) -> Iterator[Attempt]:
@@ -300,6 +295,17 @@ class Derivation:
                     self.answers["series"] = Answer(NAMES["series"], total, by, f"to t^{order}", "none")
                     return
         self.answers["series"] = Answer(NAMES["series"], None, "scipy", why)
+
+    def _cost(self) -> None:
+        """J, which takes sympy longest: last."""
+        self._keep(
+            "J",
+            (HORIZON, np.array([self._end]), np.array([self.cost])),
+            lambda _, *known: self.budget.attempts(
+                "J", questions.cost, *known, self.task.start, self._at_start
+            ),
+            *("K", "robust", "alpha", "speed", "theta"),
+        )
 
     def _still(self) -> bool:
         """Whether the data point is the inner maximum throughout."""
