@@ -27,13 +27,13 @@ _DIFFERENCE = 1e-7  # of alpha/alpha*, for slopes of J
 
 @dataclass(frozen=True)
 class Transcription:
-    """What direct minimisation found, beside q = 1 under the same discretisation.
+    """The best of direct minimisation, beside q = 1 under the same discretisation.
 
     Args:
         best: the smallest J.
         derived: J of q = 1.
         difference: derived - best; > 0 if something better was found.
-        deviation: max |q - 1| of the controls found.
+        deviation: max |q - 1| of the best controls.
         success: whether the minimiser met its tolerances from at least one start; says nothing about `best`.
         better: difference > tolerance, and so it is for the same controls on a mesh 4 times finer.
         t, theta, q, k: the best controls, one per interval, with state and K where it begins.
@@ -86,19 +86,14 @@ def transcribe(
     if problem.admissible != "product":
         raise ValueError(f"direct transcription is for the set 'product', got {problem.admissible!r}")
     whole(intervals, "intervals", 2), whole(starts, "starts", 1)
-    ones, rng = np.ones(intervals), np.random.default_rng(0)
-    derived = float(cost(problem, ones))
+    ones, rng, success = np.ones(intervals), np.random.default_rng(0), False
+    best = derived = float(cost(problem, q := ones))
     if not np.isfinite(derived):
         raise LandscapeError("the derived schedule leaves the range of the inner maximum")
-    best, q, success = derived, ones, False
-    settings: Any = {
-        "jac": True,
-        "method": "L-BFGS-B",
-        "bounds": [(Q_MIN, 1.0)] * intervals,
-        "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
-    }
+    options: Any = {"method": "L-BFGS-B", "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100}}
+    options["bounds"] = [(Q_MIN, 1.0)] * intervals
     for start in [ones, ones / 2, *(rng.uniform(0.2, 1, intervals) for _ in range(starts - 2))][:starts]:
-        end = minimize(_with_slope, start, args=(problem,), **settings)
+        end = minimize(_with_slope, start, args=(problem,), jac=True, **options)
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
             best, q = value, end.x
