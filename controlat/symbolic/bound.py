@@ -87,6 +87,12 @@ class _Seen(NamedTuple):
 class Bound:
     """Both sides of the bound for every sigma and every horizon T.
 
+    A row has T, sigma and reason (empty if the theorem applies; else all that follows is None); theta_range,
+    x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the largest |xhat - x*|
+    and first-order gap over x_range that were met; left and its standard_error; long_enough (T >= beta
+    Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds: True, False, or None where
+    the left side is within two standard errors of the bound.
+
     Args:
         formula: l(theta, x), with its parameters put in.
         theta0: where runs begin.
@@ -94,7 +100,7 @@ class Bound:
         inner: alpha and steps of the inner ascent, or delta.
         runs: how many, where there is noise.
         seed: of the noise; all rows share it.
-        rows: one a sigma and T, as plain data, with the keys that `to_json` lists.
+        rows: one a sigma and T.
         reason: why there are no rows at all; empty if there are.
     """
 
@@ -108,20 +114,13 @@ class Bound:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain data.
-
-        A row has T, sigma and reason (empty if the theorem applies; else all that follows is None);
-        theta_range, x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the
-        largest |xhat - x*| and first-order gap over x_range that were met; left and its standard_error;
-        long_enough (T >= beta Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds:
-        True, False, or None where the left side is within two standard errors of the bound.
-        """
+        """The fields as plain data."""
         return asdict(self) | {"rows": [dict(row) for row in self.rows]}
 
 
 def _peak(what: str, f: Callable[[Any, Any], Array], theta: Range, x: Range) -> tuple[float, float, float]:
     """The largest value of f on a rectangle, and where: a grid, then finer ones around its local maxima."""
-    ends = theta, x
+    ends, offsets = (theta, x), np.linspace(-1, 1, 9)
 
     def sound(t: Array, v: Array) -> Array:
         y = f(t, v)
@@ -132,17 +131,15 @@ def _peak(what: str, f: Callable[[Any, Any], Array], theta: Range, x: Range) -> 
             )
         return y
 
-    at = np.meshgrid(*(np.linspace(*e, _GRID if e[0] < e[1] else 1) for e in ends), indexing="ij")
-    y = sound(*at)
+    axes = np.meshgrid(*(np.linspace(*e, _GRID if e[0] < e[1] else 1) for e in ends), indexing="ij")
+    y = sound(*axes)
     scale, top = float(np.abs(y[np.isfinite(y)]).max(initial=0.0)), np.flatnonzero(y == maximum_filter(y, 3))
     top = top[np.argsort(-y.ravel()[top], kind="stable")[:_PEAKS]]
-    at, size = [axis.ravel()[top] for axis in at], [(e[1] - e[0]) / (_GRID - 1) for e in ends]
-    moves = [
-        m.ravel() for m in np.meshgrid(*(np.linspace(-1, 1, 9 if s else 1) for s in size), indexing="ij")
-    ]
+    at, size = [axis.ravel()[top] for axis in axes], [(e[1] - e[0]) / (_GRID - 1) for e in ends]
+    moves = [m.ravel() for m in np.meshgrid(*(offsets if s else [0.0] for s in size), indexing="ij")]
     for zoom in range(_ZOOMS):
         moved = zip(at, size, moves, ends, strict=True)
-        near = [np.clip(axis[:, None] + s * m / 2**zoom, *e) for axis, s, m, e in moved]
+        near = [np.clip(c[:, None] + s * m / 2**zoom, *e) for c, s, m, e in moved]
         fine = sound(*near)
         best = fine.argmax(axis=1)[:, None]
         at = [np.take_along_axis(axis, best, axis=1)[:, 0] for axis in near]
@@ -272,34 +269,26 @@ def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
 def _covering(old: Range, seen: Range, most: Range = _LINE) -> Range:
     """A range around both, with a margin where the old one was left, but within what is possible."""
     slack = 1e-9 * (old[1] - old[0]) + 1e-12 * max(map(abs, old))
-    low, high = old
-    if seen[0] < old[0] - slack:
-        low = max(seen[0] - _MARGIN * (old[0] - seen[0]), most[0])
-    if seen[1] > old[1] + slack:
-        high = min(seen[1] + _MARGIN * (seen[1] - old[1]), most[1])
-    return low, high
+    low, high = seen[0] - _MARGIN * (old[0] - seen[0]), seen[1] + _MARGIN * (seen[1] - old[1])
+    return (
+        max(low, most[0]) if seen[0] < old[0] - slack else old[0],
+        min(high, most[1]) if seen[1] > old[1] + slack else old[1],
+    )
 
 
 def _checked(k: Constants, seen: _Seen, eta: float, T: int, sigma: float) -> dict[str, Any]:
     """Both sides: the measured one with its standard error, and every bound with whether it holds."""
-    left = float(seen.left.mean())
+    left, drop = float(seen.left.mean()), k.beta * k.drop
     error = float(seen.left.std(ddof=1) / math.sqrt(len(seen.left))) if len(seen.left) > 1 else 0.0
-    noise, start = 4 * sigma * math.sqrt(k.beta * k.drop / T), 2 * k.beta * k.drop / T
-    wrong = (k.l_tx * seen.delta) ** 2
+    noise, wrong = 4 * sigma * math.sqrt(drop / T), (k.l_tx * seen.delta) ** 2
     descent = 2 * k.drop / (eta * T) + k.beta * eta * sigma**2 if eta > 0 else 0.0
-    bounds = {
-        "printed": noise + 5 * wrong,
-        "corrected": noise + start + 2 * wrong,
-        "sharper": descent + wrong,
-        "fosc_bound": noise + 5 * k.l_tx**2 * seen.fosc / k.mu,
-    }
-    row: dict[str, Any] = {"left": left, "standard_error": error}
-    row["long_enough"] = T * sigma**2 >= k.beta * k.drop
-    for name, value in bounds.items():
+    fosc = 5 * k.l_tx**2 * seen.fosc / k.mu
+    values = noise + 5 * wrong, noise + 2 * drop / T + 2 * wrong, descent + wrong, noise + fosc
+    row: dict[str, Any] = {"left": left, "standard_error": error, "long_enough": T * sigma**2 >= drop}
+    for name, value in zip(_BOUNDS, values, strict=True):
         if not math.isfinite(value):
-            raise LandscapeError(
-                f"the {name.replace('_', ' ')} is not finite: its constants are too large for floats"
-            )
+            told = name.replace("_", " ")
+            raise LandscapeError(f"the {told} is not finite: its constants are too large for floats")
         slack = 1e-9 * value + 2 * k.beta * k.rounding / T + 2 * error
         # the left side is a mean over runs: within two standard errors of the bound it decides nothing
         near = error > 0 and abs(left - value) <= slack

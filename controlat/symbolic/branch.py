@@ -56,11 +56,11 @@ class Branch:
         self.landscape, self.theta0 = landscape, theta0
         self.formula: Callable[..., Array] | None = None
         if formula is not None:
-            exact = formula.subs(landscape.values)
-            self.formula, self._turn = compiled(exact, THETA), compiled(sympy.diff(exact, THETA), THETA)
+            known = formula.subs(landscape.values)
+            self.formula, self._turn = compiled(known, THETA), compiled(sympy.diff(known, THETA), THETA)
             self.domain = self._maximal(theta_range)
-            left, right = ("" if e == r else _GONE for e, r in zip(self.domain, theta_range, strict=True))
-            self.ends = left, right
+            lost = [end != wanted for end, wanted in zip(self.domain, theta_range, strict=True)]
+            self.ends = _GONE * lost[0], _GONE * lost[1]
             return
         if not float(landscape("xx")(theta0, x)) < 0:
             raise LandscapeError(
@@ -101,7 +101,7 @@ class Branch:
         width = abs(end - self.theta0)
         options: Any = {"events": (fold, edge), "dense_output": True, "max_step": width / _NODES}
         options |= {"rtol": 1e-9, "atol": 1e-12 * (high - low)}
-        path = solve_ivp(lambda theta, y: self._drift(theta, y), (self.theta0, end), [x], **options)
+        path: Any = solve_ivp(lambda theta, y: self._drift(theta, y), (self.theta0, end), [x], **options)
         theta, x_star = path.t, path.y[0]
         if path.status == 0:
             return theta, x_star, ""

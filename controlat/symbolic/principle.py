@@ -82,7 +82,7 @@ class _Course(NamedTuple):
     def held(self, t: Any) -> Array:
         """The whole K that is held at times t."""
         ends, k = [end for _, end, _ in self.stretches], np.array([k for _, _, k in self.stretches])
-        return k[np.searchsorted(ends[:-1], t)]
+        return np.asarray(k[np.searchsorted(ends[:-1], t)])
 
 
 @np.errstate(all="ignore")
@@ -95,7 +95,7 @@ def _solve(slopes: Callable[..., Any], span: tuple[float, float], start: Any, k:
 def _joined(paths: list[Any]) -> Callable[[Any], Array]:
     """Solutions that follow each other, as one function of t."""
     times = [paths[0].sol.ts[:1], *(path.sol.ts[1:] for path in paths)]
-    return OdeSolution(np.concatenate(times), [each for path in paths for each in path.sol.interpolants])  # type: ignore[no-any-return]
+    return OdeSolution(np.concatenate(times), [each for path in paths for each in path.sol.interpolants])
 
 
 def _forward(problem: Bolza, control: Control) -> _Course:

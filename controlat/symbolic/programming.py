@@ -8,45 +8,15 @@ the same scheme, so the errors of the grid are in both and cancel in the differe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
-from controlat.symbolic.bolza import Bolza, candidates, no_whole_k
+from controlat.symbolic.bolza import Bolza, Search, candidates, no_whole_k
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
 
-__all__ = ["Programming", "programme", "reachable"]
-
-
-@dataclass(frozen=True)
-class Programming:
-    """Values at theta0 of the best candidate feedback on the grid and of the derived policy, by one scheme.
-
-    Args:
-        value: the smallest J.
-        policy: J of alpha = alpha*(theta) (K = ceil(K*), alpha = tau/K for "integer").
-        difference: policy - value: what the policy gives away on this grid.
-        tolerance: differences up to this are taken for errors of the grid.
-        better: difference > tolerance.
-        theta_range: the grid in theta; `clipped` where the domain of the inner maximum cut it.
-        t, theta, q, k: the best schedule rolled out from theta0, if better; theta has one more entry than q.
-    """
-
-    value: float
-    policy: float
-    difference: float
-    tolerance: float
-    better: bool
-    theta_range: tuple[float, float]
-    clipped: bool
-    nodes: int
-    steps: int
-    t: Array
-    theta: Array
-    q: Array
-    k: Array
+__all__ = ["programme", "reachable"]
 
 
 def _extremes(problem: Bolza, theta: Array) -> Array:
@@ -143,7 +113,7 @@ def programme(
     points: int = 48,
     tolerance: float = 1e-5,
     follow: bool = True,
-) -> Programming:
+) -> Search:
     """The dynamic programme of a problem and the derived policy under the same scheme.
 
     Args:
@@ -154,6 +124,10 @@ def programme(
         points: how finely alpha/alpha* is spaced.
         tolerance: relative to max(|J|, 1e-3).
         follow: also roll the best schedule out from theta0, if it is better than the policy.
+
+    Returns:
+        With theta rolled out from theta0 where it is better, one more than q; `about` has the tolerance, the
+        grid (theta_range, nodes, steps) and whether the domain of the inner maximum cut it (clipped).
 
     Raises:
         LandscapeError: no control keeps the state inside the range of the inner maximum.
@@ -166,27 +140,13 @@ def programme(
         raise no_whole_k(float(grid[lost][0]))
     pairs = zip(own, candidates(problem, grid, points, thin=True), strict=True)
     q, k = (np.column_stack(pair) for pair in pairs)  # the derived policy first
-    value, policy, choices = _recursion(
-        problem, grid, q, k, _fronts(problem, steps) if clipped else open_ends
-    )
-    allowed = tolerance * max(abs(policy), 1e-3)
-    better = policy - value > allowed
+    fronts = _fronts(problem, steps) if clipped else open_ends
+    value, policy, choices = _recursion(problem, grid, q, k, fronts)
+    better = policy - value > (allowed := tolerance * max(abs(policy), 1e-3))
     path = _roll_out(problem, grid, q, k, choices) if follow and better else [np.array([])] * 3
-    return Programming(
-        value=value,
-        policy=policy,
-        difference=policy - value,
-        tolerance=allowed,
-        better=better,
-        theta_range=(low, high),
-        clipped=clipped,
-        nodes=nodes,
-        steps=steps,
-        t=np.linspace(0, problem.horizon, steps + 1),
-        theta=path[0],
-        q=path[1],
-        k=path[2],
-    )
+    t = np.linspace(0, problem.horizon, steps + 1)
+    about = {"tolerance": allowed, "theta_range": (low, high), "clipped": clipped, "nodes": nodes}
+    return Search(value, policy, better, t, path[0], path[1], path[2], about | {"steps": steps})
 
 
 def _roll_out(problem: Bolza, grid: Array, q: Array, k: Array, choices: NDArray[np.int64]) -> list[Array]:

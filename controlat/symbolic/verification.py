@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, chosen_set
+from controlat.symbolic.bolza import SETS, Bolza, Search, candidates, chosen_set
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import LandscapeError
 from controlat.symbolic.limits import LATE, TimeLimit
@@ -31,8 +31,8 @@ from controlat.symbolic.principle import (
     multiplier,
     schedule_path,
 )
-from controlat.symbolic.programming import Programming, programme
-from controlat.symbolic.transcription import Transcription, transcribe
+from controlat.symbolic.programming import programme
+from controlat.symbolic.transcription import transcribe
 
 __all__ = ["Verification", "verify"]
 
@@ -169,7 +169,11 @@ def verify(
 
 def _statement(problem: Bolza) -> Row:
     land, names = problem.landscape, ("theta0", "tau", "horizon", "gamma", "admissible", "overshoot")
-    row = {"landscape": str(land.expression), "x0": land.point, "formula": SETS[problem.admissible].formula}
+    row: Row = {
+        "landscape": str(land.expression),
+        "x0": land.point,
+        "formula": SETS[problem.admissible].formula,
+    }
     row |= {"parameters": {str(k): float(v) for k, v in land.values.items()}, "quadratic": land.quadratic}
     return row | {name: getattr(problem, name) for name in names}
 
@@ -182,7 +186,7 @@ def _derived(problem: Bolza, path: Path, prices: Row | None) -> Row:
     if prices is not None:  # sharper: beside a limit on gamma the violation is tiny
         satisfies &= prices["low"] <= problem.gamma <= (math.inf if prices["unlimited"] else prices["high"])
     m = multiplier(problem, path) if problem.admissible == "product" else None
-    row = {"t": path.t, "theta": path.theta, "p": path.p, "K": k, "m": m, "J": path.cost}
+    row: Row = {"t": path.t, "theta": path.theta, "p": path.p, "K": k, "m": m, "J": path.cost}
     row |= {"alpha": path.q * problem.branch.exact_step(path.theta), "searched": gap.searched, "C": gap.c}
     row |= {"gap": gap.gap, "best_K": gap.k, "best_ratio": gap.q, "largest_violation": gap.largest}
     row["m_nonnegative"] = None if m is None else bool(np.all(m >= 0))
@@ -233,17 +237,14 @@ def _programmed(problem: Bolza, name: str) -> Row:
     """
     try:
         there = replace(problem, admissible=name)
-        grid: Programming = programme(there, follow=name == problem.admissible)
-        exact = derived_cost(there)
+        grid, exact = programme(there, follow=name == problem.admissible), derived_cost(there)
     except LandscapeError as error:
         return _set(name, str(error))
-    if abs(grid.policy - exact) > COARSE * max(abs(exact), 1e-2):
-        told = f"the derived schedule costs {grid.policy:.4g} on it, in fact {exact:.4g}"
+    if abs(grid.derived - exact) > COARSE * max(abs(exact), 1e-2):
+        told = f"the derived schedule costs {grid.derived:.4g} on it, in fact {exact:.4g}"
         return _set(name, f"the grid in theta does not resolve it: {told}")
-    names = ("value", "policy", "tolerance", "theta_range", "clipped", "nodes", "steps")
-    row = _set(name) | {key: getattr(grid, key) for key in names}
-    row |= {"given_away": grid.difference, "better_exists": grid.better, "derived_J": exact}
-    return row | (_schedule(grid, grid.value) if len(grid.q) else {})
+    row = {"value": grid.best, "policy": grid.derived, "given_away": grid.difference, "derived_J": exact}
+    return _set(name) | row | {"better_exists": grid.better} | grid.about | _schedule(grid)
 
 
 def _transcribed(problem: Bolza) -> Row:
@@ -251,16 +252,17 @@ def _transcribed(problem: Bolza) -> Row:
         direct = transcribe(problem)
     except LandscapeError as error:
         return {"error": str(error)}
-    names = ("derived", "difference", "deviation", "success", "better", "intervals", "starts")
-    row = {"found": direct.best} | {name: getattr(direct, name) for name in names}
-    return row | (_schedule(direct, direct.best) if direct.better else {})
+    row = {"found": direct.best, "derived": direct.derived, "difference": direct.difference}
+    return row | {"better": direct.better} | direct.about | _schedule(direct)
 
 
-def _schedule(search: Programming | Transcription, cost: float) -> Row:
-    """The schedule that a search found to be better."""
+def _schedule(search: Search) -> Row:
+    """The schedule of a search, if it is better and was followed."""
+    if not (search.better and len(search.q)):
+        return {}
     at = np.unique(np.linspace(0, len(search.q) - 1, POINTS).astype(int))
     states = {"t": search.t[at], "theta": search.theta[at], "ratio": search.q[at], "K": search.k[at]}
-    return {"schedule": {"J": cost, "gain": search.difference, **states}}
+    return {"schedule": {"J": search.best, "gain": search.difference, **states}}
 
 
 def _best(searches: Mapping[str, Row]) -> Row | None:
