@@ -30,7 +30,7 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.cost import Meter
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["BUDGET", "MEASURES", "SHARE", "InnerProblem", "check_inner_problem", "inner_problem"]
@@ -165,7 +165,7 @@ def inner_problem(
     """
     check_inner_problem(ball, steps)
     with FrozenModel(model, mode, channels_last=channels_last, meter=meter) as view:
-        probe = _Probe(view, owned(x.detach()), owned(y), loss, batch_size, seed)
+        probe = _Probe(view, normal_tensor(x.detach()), normal_tensor(y), loss, batch_size, seed)
         points = probe.path(ball, steps)
         first, gradient = next(points)
         assert gradient is not None

@@ -13,7 +13,7 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.space import Knob
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
@@ -183,7 +183,7 @@ def pgd(
     ball.check(x.shape[1:])
     if told := ball.far(values["alpha"]):
         warnings.warn(told, stacklevel=2)
-    x, y, top = owned(x.detach()), owned(y), int(y.max())
+    x, y, top = normal_tensor(x.detach()), normal_tensor(y), int(y.max())
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         check_labels(top, logits.shape[1])

@@ -1,4 +1,4 @@
-"""Street FrozenModel House Numbers, cropped digits, from its two MATLAB files."""
+"""Street View House Numbers (SVHN), cropped digits, from its two MATLAB files."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ from controlat.dynamics.sgd import SGDSettings
 from controlat.dynamics.state import State
 from controlat.methods import Batch, Context, Method, Rows, check_method
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.asking import check_model
-from controlat.models.frozen.borrowed import alone, in_mode
+from controlat.models.frozen.contexts import exclusive, in_mode
 from controlat.models.frozen.layout import is_convolutional
+from controlat.models.frozen.logits import check_model
 
 __all__ = ["Driver", "Field", "SGDSettings", "Step"]
 
@@ -102,7 +102,7 @@ class Driver:
         instance(self.autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         if self.notice is not None and not callable(self.notice):
             raise TypeError(f"notice must be a function of (what, name), got {brief(self.notice)}")
-        with alone(self.model), in_mode(self.model, True):  # some networks freeze parts of themselves there
+        with exclusive(self.model), in_mode(self.model, True):  # some networks freeze layers in `train`
             self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
             self.names = Names.of(self.model, self.parameters, self.statistics)
         if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):

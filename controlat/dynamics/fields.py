@@ -13,7 +13,7 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.requests import own_batch
 from controlat.methods import Batch, Prefixes
-from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode
+from controlat.models.frozen.contexts import exclusive, in_mode, preserved_buffers
 
 if TYPE_CHECKING:
     from controlat.dynamics.driver import Driver
@@ -38,10 +38,10 @@ class Field(NamedTuple):
 @contextmanager
 def put_back(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """The network in training mode inside the block; parameters, buffers and flags as before after it."""
-    with alone(model), in_mode(model, True):
+    with exclusive(model), in_mode(model, True):
         saved = [(p, p.detach().clone()) for p in parameters]
         try:
-            with buffers_kept(model):
+            with preserved_buffers(model):
                 yield
         finally:
             with torch.no_grad():

@@ -17,7 +17,7 @@ from controlat._util.kernels import SecondDerivatives
 from controlat.control.space import Control
 from controlat.methods import Batch, Context, Method, Update
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.borrowed import buffers_kept, owned, replaced
+from controlat.models.frozen.contexts import normal_tensor, preserved_buffers, swapped
 
 __all__ = ["Requests", "own_batch"]
 
@@ -110,7 +110,7 @@ class Requests:
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
             cast = torch.autocast(self.parameters[0].device.type, dtype=self.autocast)
-        looking = contextlib.nullcontext() if update.add else buffers_kept(self.model)
+        looking = contextlib.nullcontext() if update.add else preserved_buffers(self.model)
         shift = None if graph else update.shift
         if before is not None:  # new names for theta: what a method made of it is held fixed, with its graph
             moved = before.values() if update.shift is None else map(torch.add, before.values(), update.shift)
@@ -130,7 +130,7 @@ class Requests:
                     f"the loss of an Update must be one number, got shape {tuple(loss.shape)}: take the mean"
                 )
             inputs = [*parameters, *([] if update.also is None else update.also())]
-            with batchnorm.still(self.model) if self.normalises else contextlib.nullcontext():
+            with batchnorm.frozen_statistics(self.model) if self.normalises else contextlib.nullcontext():
                 given = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=graph)
         ctx.theta = before
         if not update.add:
@@ -176,7 +176,7 @@ class Requests:
         if SecondDerivatives.needed(self.model):
             second = SecondDerivatives()
         theta = dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))
-        with hooks, second, replaced(self.model, theta):
+        with hooks, second, swapped(self.model, theta):
             yield
 
     @contextlib.contextmanager
@@ -211,4 +211,4 @@ def _where(batch: Batch, u: Control) -> str:
 
 def own_batch(batch: Batch) -> Batch:
     """A batch that autograd can work with."""
-    return batch._replace(x=owned(batch.x), y=owned(batch.y))
+    return batch._replace(x=normal_tensor(batch.x), y=normal_tensor(batch.y))

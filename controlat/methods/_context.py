@@ -15,10 +15,10 @@ from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.data import Placement
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.asking import ask
-from controlat.models.frozen.borrowed import replaced
+from controlat.models.frozen.contexts import swapped
 from controlat.models.frozen.hook import LayerHook
-from controlat.models.frozen.layout import in_layout, is_convolutional
+from controlat.models.frozen.layout import is_convolutional, run_in_layout
+from controlat.models.frozen.logits import checked_logits
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Batch", "Context", "Epoch", "Rows"]
@@ -154,26 +154,26 @@ class Context:
     def layer(self, x: Tensor, layer: nn.Module) -> Tensor:
         """Differentiable output of one layer, as the model is trained; one first-layer pass per sample."""
         self.meter.layers += len(x)
-        with LayerHook(layer, stop=True) as tap:
+        with LayerHook(layer, stop=True) as hook:
             self._forward(x)
-        return tap.output
+        return hook.output
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.channels_last and is_convolutional(self.model):
-            return in_layout(self.model, x, lambda x, nhwc: self._run(x))
+            return run_in_layout(self.model, x, lambda x, nhwc: self._run(x))
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.theta is None:
-            return ask(self.model, x, self.model)
+            return checked_logits(self.model, x)
         # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
         buffers = dict(self.model.named_buffers())
         placed = {id(b): b.detach().clone() for b in buffers.values()}
         for name, p in self.model.named_parameters():
             placed[id(p)] = self.theta.get(name, p)
-        with replaced(self.model, placed), batchnorm.followed(self.model, self.statistics):
+        with swapped(self.model, placed), batchnorm.differentiable_statistics(self.model, self.statistics):
             try:
-                logits = ask(self.model, x, self.model)
+                logits = checked_logits(self.model, x)
             finally:
                 after = dict(self.model.named_buffers())
                 with torch.no_grad():

@@ -71,16 +71,16 @@ class Yopo:
         cut = self.first_layer_grad == "hamiltonian"
         for j in range(m):
             last = j == m - 1
-            tap = LayerHook(layer, cut=cut)
+            hook = LayerHook(layer, cut=cut)
 
-            def loss(eta: Tensor = eta, tap: LayerHook = tap) -> Tensor:
-                with tap:
+            def loss(eta: Tensor = eta, hook: LayerHook = hook) -> Tensor:
+                with hook:
                     logits = ctx.logits(x + eta)
                 return weight * F.cross_entropy(logits, y)
 
             (p,) = yield Update(
                 loss,
-                also=lambda tap=tap: (tap.output,),  # type: ignore[misc]
+                also=lambda hook=hook: (hook.output,),  # type: ignore[misc]
                 move=last and self.first_layer_grad == "direct",
                 dropped=(*smooth_steps(ctx, u), *(("the input of the later layers",) if cut else ())),
             )

@@ -39,8 +39,8 @@ from controlat.data import Augment
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import check_rows
 from controlat.methods import Batch, Method, build, check_method
-from controlat.models.frozen.asking import check_model
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
+from controlat.models.frozen.logits import check_model
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.maximise import MAXIMISERS, Scored, score_one, score_sweep, tpe
@@ -262,7 +262,7 @@ def criterion(
     (True, ['alpha', 'steps'], ())
     """
     check_batch(x, y)
-    x, y = owned(x), owned(y)
+    x, y = normal_tensor(x), normal_tensor(y)
     check_model(model)
     system = build(method) if isinstance(method, str) else check_method(method)
     trials, batches, seed = whole(trials, "trials", 1), whole(batches, "batches", 1), whole(seed, "seed")

@@ -12,7 +12,7 @@ from torch import Tensor
 from controlat._util.checks import brief, instance, whole
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 
 __all__ = ["Pair", "Source", "checked", "parts", "read_device", "spread"]
 
@@ -42,8 +42,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_batch(self.x, self.y)
-        object.__setattr__(self, "x", owned(self.x))
-        object.__setattr__(self, "y", owned(self.y))
+        object.__setattr__(self, "x", normal_tensor(self.x))
+        object.__setattr__(self, "y", normal_tensor(self.y))
         if self.device is not None:
             read_device(self.device)
 

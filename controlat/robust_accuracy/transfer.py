@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from controlat._util.rng import generator
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
-from controlat.models.frozen.asking import check_model
+from controlat.models.frozen.logits import check_model
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy.accuracy import Accuracy
 from controlat.robust_accuracy.attack import Attack, read_attacks

@@ -13,7 +13,7 @@ from torch import Tensor
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
-from controlat.models.frozen.batchnorm import followed
+from controlat.models.frozen.batchnorm import differentiable_statistics
 
 __all__ = [
     "Price",
@@ -77,7 +77,7 @@ def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
     """
     r = [t.detach().clone().requires_grad_() for t in driver.statistics]
     inputs = [*driver.parameters, *r]
-    with torch.enable_grad(), followed(driver.model, list(r)) as reached:
+    with torch.enable_grad(), differentiable_statistics(driver.model, list(r)) as reached:
         value = loss()
         if not value.requires_grad:  # all that is trained is merged, see `AdversarialLoss.dropped`
             return [torch.zeros_like(t) for t in inputs]

@@ -18,8 +18,14 @@ from controlat.attacks.losses import LOSSES
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
-from controlat.models.frozen.asking import ask
-from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode, merges, owned
+from controlat.models.frozen.contexts import (
+    exclusive,
+    in_mode,
+    merges_in_eval,
+    normal_tensor,
+    preserved_buffers,
+)
+from controlat.models.frozen.logits import checked_logits
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal._base import Price, differentiated, finite_gradient, finite_value
 
@@ -64,8 +70,8 @@ class AdversarialLoss:
     def __post_init__(self) -> None:
         choice(self.loss, "loss", LOSSES)
         check_batch(self.x, self.y)
-        object.__setattr__(self, "x", owned(self.x))
-        object.__setattr__(self, "y", owned(self.y))
+        object.__setattr__(self, "x", normal_tensor(self.x))
+        object.__setattr__(self, "y", normal_tensor(self.y))
         instance(self.ball, Ball, "ball")
         object.__setattr__(self, "seed", whole(self.seed, "seed"))
         steps = number(self.steps, "steps")
@@ -126,7 +132,7 @@ class AdversarialLoss:
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
         """Weights that are merged in eval mode have no path to what is trained; l_2 steps depend on theta."""
-        names = ["weights that the network merges in eval mode (Phi)"] if merges(driver.model) else []
+        names = ["weights that the network merges in eval mode (Phi)"] if merges_in_eval(driver.model) else []
         if self.ball.norm != "linf" and self.steps:
             names.append("the adversary's (l_2 steps of Phi)")
         return tuple(names)
@@ -145,12 +151,12 @@ class AdversarialLoss:
 
     def _sum(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What a batch adds to Phi."""
-        return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
+        return LOSSES[self.loss](checked_logits(model, x), y).sum() / len(self.x)
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
         """Eval mode; flags and buffers as they were, afterwards."""
-        with alone(driver.model), in_mode(driver.model, False), buffers_kept(driver.model):
+        with exclusive(driver.model), in_mode(driver.model, False), preserved_buffers(driver.model):
             yield
 
 
