@@ -143,7 +143,7 @@ class Requests:
 
     @staticmethod
     def _reduce(ctx: Context, loss: Tensor, gradients: list[Tensor], shared: list[int], where: str) -> float:
-        """All-reduce: returns the mean loss over all processes, and averages the gradients at `shared` in place.
+        """All-reduce: return the mean loss over all processes; average the gradients at `shared` in place.
 
         In one reduction with all norms, so that all processes see a loss or gradient that is not finite.
         """

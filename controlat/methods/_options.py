@@ -1,4 +1,4 @@
-"""Checks that the options of several methods share."""
+"""Checks of options, shared by several methods."""
 
 from __future__ import annotations
 
