@@ -29,7 +29,7 @@ from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.models.frozen.layout import channels_last
 from controlat.models.frozen.view import runs_channels_last
-from controlat.robust_accuracy.robust import measure
+from controlat.robust_accuracy.robust import run_attacks
 
 __all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log"]
 
@@ -76,7 +76,7 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
         "seed": driver.seed,
         "channels_last": driver.channels_last,
     }
-    accuracy = measure(driver.model, held_out, driver.ball, **how)
+    accuracy = run_attacks(driver.model, held_out, driver.ball, **how)
     return {
         "clean": accuracy.clean.value,
         "robust": accuracy.robust.value,

@@ -50,8 +50,7 @@ class Driver:
         optimizer: settings of SGD.
         seed: of all random numbers in a step.
         autocast: dtype of mixed precision in training; None for none.
-        channels_last: run convolutions in NHWC layout. Dropout masks are drawn in the order of memory, and
-            differ between layouts.
+        channels_last: run convolutions in NHWC layout; dropout masks differ between layouts.
         meter: counts the evaluations of all steps.
         memory: dense tensors that the method carries from step to step; part of the state.
         rows: memory per training sample, by name; part of the state.
