@@ -264,6 +264,6 @@ def joined(device: str = "auto") -> Iterator[World]:
         yield current()
     finally:
         # A thread of Gloo needs the interpreter's lock to release the tensors of the last operation; if
-        # Python ends before that, the process aborts (pytorch/pytorch#179291). The pause lets it have the lock.
+        # Python ends before that, the process aborts (pytorch/pytorch#179291). The pause gives it the lock.
         time.sleep(0.1)
         dist.destroy_process_group()
