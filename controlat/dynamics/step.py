@@ -34,3 +34,8 @@ class Step(NamedTuple):
     spent: Meter
     dropped: tuple[str, ...]
     moves: int
+
+    @property
+    def evaluations(self) -> float:
+        """n(u): gradient evaluations per sample."""
+        return self.spent.gradients / self.samples
