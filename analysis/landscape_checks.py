@@ -58,8 +58,8 @@ def case(theta0: float, tau: float, horizon: float, gamma: float) -> dict[str, A
         "tau": tau,
         "horizon": horizon,
         "gamma": gamma,
-        "derived": found.policy,
-        "best": found.value,
+        "derived": found.derived,
+        "best": found.best,
         "given_away": found.difference,
         "better": bool(found.better),
         "C": gap.c,
@@ -73,7 +73,7 @@ def sets() -> list[dict[str, Any]]:
     for name in SETS:
         problem = Bolza(branch(theta0), theta0, tau, horizon, gamma, name)
         found, exact = programme(problem, follow=False), derived_path(problem).cost
-        on_grid = {"grid": found.policy, "best": found.value, "better": bool(found.better)}
+        on_grid = {"grid": found.derived, "best": found.best, "better": bool(found.better)}
         rows.append({"set": name, "derived": exact} | on_grid)
     return rows
 

@@ -27,7 +27,7 @@ from controlat._util.checks import choice, number
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Array, Landscape, LandscapeError
 
-__all__ = ["SETS", "AdmissibleSet", "Bolza", "candidates", "chosen_set", "whole_cap"]
+__all__ = ["SETS", "AdmissibleSet", "Bolza", "Search", "candidates", "chosen_set", "whole_cap"]
 
 Q_MIN = 0.02  # the smallest alpha/alpha* looked at: K up to 50 K*(theta), where x_K hardly moves any more
 _SLACK = 1e-10  # of |x* - x0|: by so much rounding may carry a step beyond x*
@@ -42,21 +42,16 @@ class AdmissibleSet(NamedTuple):
     tied: bool
 
 
+_BOUND, _FREE = "alpha <= alpha*(theta)", "K = 1, 2, ..., not tied"
+_OUT = "no step out of x_range"
 SETS = {
-    "product": AdmissibleSet(
-        "alpha K = tau, 0 < alpha <= alpha*(theta), K real, no step beyond x*", False, True
-    ),
-    "integer": AdmissibleSet(
-        "alpha K = tau, alpha <= alpha*(theta), K = 1, 2, ..., no step beyond x*", True, True
-    ),
-    "free": AdmissibleSet(
-        "0 < alpha <= alpha*(theta), K = 1, 2, ..., not tied to each other, no step beyond x*", True, False
-    ),
-    "overshoot": AdmissibleSet(
-        "0 < alpha <= c alpha*(theta) with 1 < c < 2, K = 1, 2, ..., not tied, no step out of x_range",
-        True,
-        False,
-    ),
+    name: AdmissibleSet(formula, whole, tied)
+    for name, formula, whole, tied in (
+        ("product", f"alpha K = tau, 0 < {_BOUND}, K real, no step beyond x*", False, True),
+        ("integer", f"alpha K = tau, {_BOUND}, K = 1, 2, ..., no step beyond x*", True, True),
+        ("free", f"0 < {_BOUND}, {_FREE} to each other, no step beyond x*", True, False),
+        ("overshoot", f"0 < alpha <= c alpha*(theta) with 1 < c < 2, {_FREE}, {_OUT}", True, False),
+    )
 }
 
 
@@ -76,6 +71,33 @@ def chosen_set(landscape: Landscape, name: str | None = None) -> str:
             f"of part of a step is not defined; take one of {wholes}"
         )
     return name
+
+
+@dataclass(frozen=True)
+class Search:
+    """The best schedule that a search found, beside the derived one by the same scheme.
+
+    Args:
+        best: the smallest J.
+        derived: J of the derived schedule.
+        better: best is lower by more than the scheme's errors.
+        t, theta, q, k: the best schedule, one q and K per interval, with the state where it begins.
+        about: how it was looked for.
+    """
+
+    best: float
+    derived: float
+    better: bool
+    t: Array
+    theta: Array
+    q: Array
+    k: Array
+    about: dict[str, Any]
+
+    @property
+    def difference(self) -> float:
+        """What the derived schedule gives away."""
+        return self.derived - self.best
 
 
 class Ascent(NamedTuple):
@@ -118,10 +140,9 @@ class Bolza:
 
     def __post_init__(self) -> None:
         for name in ("tau", "horizon", "gamma", "theta0", "overshoot"):
-            number(getattr(self, name), name)
-        for name in ("tau", "horizon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name):g}")
+            value = number(getattr(self, name), name)
+            if value <= 0 and name in ("tau", "horizon"):
+                raise ValueError(f"{name} must be > 0, got {value:g}")
         if self.gamma < 0:
             raise ValueError(f"gamma is a price and must be >= 0, got {self.gamma:g}")
         chosen_set(self.landscape, self.admissible)
@@ -135,8 +156,7 @@ class Bolza:
                 f"theta0 = {self.theta0:g} is outside [{low:g}, {high:g}], where the inner maximum is known: "
                 "start inside, or follow the maximum further"
             )
-        step = float(self.branch.exact_step(self.theta0))
-        if not (math.isfinite(step) and step > 0):
+        if not 0 < (step := float(self.branch.exact_step(self.theta0))) < math.inf:
             raise LandscapeError(
                 f"the step from the data point to the inner maximum at theta = {self.theta0:g} is {step:g}; "
                 "it must be > 0: choose a maximum uphill of the data point"
@@ -232,17 +252,15 @@ class Bolza:
 
     def flow_slope(self, theta: Any, q: Any, k: Any) -> Array:
         """dF/dtheta with alpha and K held fixed."""
-        end = self.ascend(theta, q, k, tangent=True)
-        return self._total(theta, end.x, end.slope)
+        return self._total(theta, *self.ascend(theta, q, k, tangent=True)[:2])
 
     def robust_flow_slope(self, theta: Any) -> Array:
         """d/dtheta of F(theta, alpha*(theta)) = -L'(theta)."""
         return self._total(theta, self.branch(theta), self.branch.slope(theta))
 
+    @np.errstate(all="ignore")
     def _total(self, theta: Any, x: Array, slope: Array) -> Array:
-        with np.errstate(all="ignore"):
-            total = -(self.landscape("tt")(theta, x) + self.landscape("tx")(theta, x) * slope)
-        return np.asarray(total, dtype=float)
+        return np.asarray(-(self.landscape("tt")(theta, x) + self.landscape("tx")(theta, x) * slope))
 
     def admits(self, theta: Any, q: Any, k: Any) -> NDArray[np.bool_]:
         """Whether a control belongs to G(theta)."""
@@ -305,10 +323,10 @@ class Bolza:
                 break
             low, high = np.where(lost, high, low), np.where(lost, 2 * high, high)
         high = np.where(missing(high), np.nan, high)
-        while np.any(high - low > 1):
+        while (apart := high - low > 1).any():
             middle = np.floor((low + high) / 2)
-            lost = (high - low > 1) & missing(middle)
-            low, high = np.where(lost, middle, low), np.where(lost | (high - low <= 1), high, middle)
+            lost = missing(middle)
+            low, high = np.where(apart & lost, middle, low), np.where(apart & ~lost, middle, high)
         return high
 
 

@@ -21,16 +21,18 @@ printed form holds.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.ndimage import maximum_filter
 
 from controlat._util.checks import whole
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.landscape import Array, roots
+from controlat.symbolic.landscape import Array, LandscapeError, roots
 from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
@@ -38,19 +40,13 @@ __all__ = ["Bound", "Constants", "constants", "convergence"]
 _GRID, _PEAKS, _ZOOMS, _POLE = 301, 16, 20, 1e4
 _ENLARGEMENTS, _MARGIN = 60, 0.25
 Range = tuple[float, float]
+Inner = Callable[[Array, Array], Array]  # where the inner loop ends, from theta and x*(theta)
 Known = dict[tuple[Range, Range], "Constants"]
 _BOUNDS = ("printed", "corrected", "sharper", "fosc_bound")
-_KEYS = (
-    *("theta_range", "x_range", "enlarged", "L_tt", "L_tx", "mu", "beta", "Delta", "eta", "delta", "fosc"),
-    *("left", "standard_error", "long_enough"),
-    *(key for name in _BOUNDS for key in (name, f"{name}_holds")),
-)
+_KEYS = ["theta_range", "x_range", "enlarged", "L_tt", "L_tx", "mu", "beta", "Delta", "eta", "delta", "fosc"]
+_KEYS += ["left", "standard_error", "long_enough", *_BOUNDS, *(f"{name}_holds" for name in _BOUNDS)]
 _LINE: Range = (-math.inf, math.inf)
 _FLAT: Range = (0.0, 0.0)  # the range of x for functions of theta alone
-
-
-class _NoAnswer(Exception):
-    """Why the theorem says nothing here."""
 
 
 class Constants(NamedTuple):
@@ -67,11 +63,11 @@ class Constants(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """What all rows share; `inner` says where the inner loop ends, from theta and x*(theta)."""
+    """What all rows share."""
 
     branch: Branch
     theta0: float
-    inner: Callable[[Array, Array], Array]
+    inner: Inner
     runs: int
     seed: int
 
@@ -91,6 +87,12 @@ class _Seen(NamedTuple):
 class Bound:
     """Both sides of the bound for every sigma and every horizon T.
 
+    A row has T, sigma and reason (empty if the theorem applies; else all that follows is None); theta_range,
+    x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the largest |xhat - x*|
+    and first-order gap over x_range that were met; left and its standard_error; long_enough (T >= beta
+    Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds: True, False, or None where
+    the left side is within two standard errors of the bound.
+
     Args:
         formula: l(theta, x), with its parameters put in.
         theta0: where runs begin.
@@ -98,7 +100,7 @@ class Bound:
         inner: alpha and steps of the inner ascent, or delta.
         runs: how many, where there is noise.
         seed: of the noise; all rows share it.
-        rows: one a sigma and T, as plain data, with the keys that `to_json` lists.
+        rows: one a sigma and T.
         reason: why there are no rows at all; empty if there are.
     """
 
@@ -112,62 +114,44 @@ class Bound:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain data.
-
-        A row has T, sigma and reason (empty if the theorem applies; else all that follows is None);
-        theta_range, x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the
-        largest |xhat - x*| and first-order gap over x_range that were met; left and its standard_error;
-        long_enough (T >= beta Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds:
-        True, False, or None where the left side is within two standard errors of the bound.
-        """
+        """The fields as plain data."""
         return asdict(self) | {"rows": [dict(row) for row in self.rows]}
 
 
 def _peak(what: str, f: Callable[[Any, Any], Array], theta: Range, x: Range) -> tuple[float, float, float]:
     """The largest value of f on a rectangle, and where: a grid, then finer ones around its local maxima."""
-    axes = [np.linspace(low, high, _GRID if high > low else 1) for low, high in (theta, x)]
-    t, v = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
-    shape = (len(axes[0]), len(axes[1]))
-    y = _sound(what, f(t, v), t, v).reshape(shape)
-    padded = np.pad(y, 1, constant_values=-np.inf)
-    shifts = [(i, j) for i in range(3) for j in range(3)]
-    tops = np.logical_and.reduce([y >= padded[i : i + shape[0], j : j + shape[1]] for i, j in shifts])
-    found = np.flatnonzero(tops)
-    found = found[np.argsort(-y.ravel()[found], kind="stable")[:_PEAKS]]
-    t, v, scale = t[found], v[found], float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
-    offsets = [np.linspace(-1, 1, 9) if n > 1 else np.zeros(1) for n in shape]
-    dt, dv = (a.ravel() for a in np.meshgrid(*offsets, indexing="ij"))
-    size = [(b - a) / max(n - 1, 1) for (a, b), n in zip((theta, x), shape, strict=True)]
-    row = np.arange(len(t))
-    for _ in range(_ZOOMS):
-        near_t = np.clip(t[:, None] + size[0] * dt, *theta)
-        near_v = np.clip(v[:, None] + size[1] * dv, *x)
-        fine = _sound(what, f(near_t, near_v), near_t, near_v)
-        best = fine.argmax(axis=1)
-        t, v = near_t[row, best], near_v[row, best]
-        size = [s / 2 for s in size]
-    top = int(fine.max(axis=1).argmax())
-    value = max(float(y.max()), float(fine.max()))
+    ends, offsets = (theta, x), np.linspace(-1, 1, 9)
+
+    def sound(t: Array, v: Array) -> Array:
+        y = f(t, v)
+        if (bad := ~(y < np.inf)).any():
+            where = f"theta = {t[bad][0]:.6g}, x = {v[bad][0]:.6g}"
+            raise LandscapeError(
+                f"{what} is infinite or undefined at {where}: there is no finite constant on this range"
+            )
+        return y
+
+    axes = np.meshgrid(*(np.linspace(*e, _GRID if e[0] < e[1] else 1) for e in ends), indexing="ij")
+    y = sound(*axes)
+    scale, top = float(np.abs(y[np.isfinite(y)]).max(initial=0.0)), np.flatnonzero(y == maximum_filter(y, 3))
+    top = top[np.argsort(-y.ravel()[top], kind="stable")[:_PEAKS]]
+    at, size = [axis.ravel()[top] for axis in axes], [(e[1] - e[0]) / (_GRID - 1) for e in ends]
+    moves = [m.ravel() for m in np.meshgrid(*(offsets if s else [0.0] for s in size), indexing="ij")]
+    for zoom in range(_ZOOMS):
+        moved = zip(at, size, moves, ends, strict=True)
+        near = [np.clip(c[:, None] + s * m / 2**zoom, *e) for c, s, m, e in moved]
+        fine = sound(*near)
+        best = fine.argmax(axis=1)[:, None]
+        at = [np.take_along_axis(axis, best, axis=1)[:, 0] for axis in near]
+    first = int(fine.max(axis=1).argmax())
+    value, t, v = max(float(y.max()), float(fine.max())), float(at[0][first]), float(at[1][first])
     if value > _POLE * max(scale, 1e-10):  # it grew with every zoom: a pole between the points of the grid
-        raise _NoAnswer(
-            f"{what} is unbounded near theta = {t[top]:.6g}, x = {v[top]:.6g}: no finite constant"
-        )
-    return value, float(t[top]), float(v[top])
-
-
-def _sound(what: str, values: Array, theta: Array, x: Array) -> Array:
-    """Values that are below infinity; anything else has no maximum."""
-    bad = ~(values < np.inf)
-    if bad.any():
-        where = f"theta = {theta[bad][0]:.6g}, x = {x[bad][0]:.6g}"
-        raise _NoAnswer(
-            f"{what} is infinite or undefined at {where}: there is no finite constant on this range"
-        )
-    return values
+        raise LandscapeError(f"{what} is unbounded near theta = {t:.6g}, x = {v:.6g}: no finite constant")
+    return value, t, v
 
 
 def _constants(branch: Branch, theta0: float, theta: Range, x: Range) -> Constants:
-    """As `constants`; says why by _NoAnswer."""
+    """As `constants`, of a range that is known to be one."""
     l = branch.landscape  # noqa: E741
     l_tt = _peak("l_theta theta", lambda t, v: np.abs(l("tt")(t, v)), theta, x)[0]
     l_tx = _peak("l_theta x", lambda t, v: np.abs(l("tx")(t, v)), theta, x)[0]
@@ -176,18 +160,18 @@ def _constants(branch: Branch, theta0: float, theta: Range, x: Range) -> Constan
     lowest = -_peak("-L", lambda t, _: -branch.robust(t), theta, _FLAT)[0]
     # -l_xx that vanishes up to rounding is no strong concavity either
     if -flattest <= 1e-12 * abs(float(l("xx")(theta0, branch(theta0)))):
-        raise _NoAnswer(
+        raise LandscapeError(
             f"l_xx = {flattest:.6g} at theta = {at_theta:.6g}, x = {at_x:.6g}: l is not strongly concave in "
             f"x for theta in [{theta[0]:.6g}, {theta[1]:.6g}] and x in [{x[0]:.6g}, {x[1]:.6g}], "
             "so the theorem does not apply there"
         )
     beta = l_tx * l_tx / -flattest + l_tt
     if not 0 < beta < math.inf:
-        raise _NoAnswer(
+        raise LandscapeError(
             f"beta = {beta:g}: the step size 1/beta is not a positive number, the theorem says nothing"
         )
-    rounding = 8 * np.finfo(float).eps * max(abs(start), abs(lowest))
-    return Constants(theta, x, l_tt, l_tx, -flattest, beta, max(start - lowest, 0.0), float(rounding))
+    rounding = 8 * float(np.finfo(float).eps) * max(abs(start), abs(lowest))
+    return Constants(theta, x, l_tt, l_tx, -flattest, beta, max(start - lowest, 0.0), rounding)
 
 
 def constants(branch: Branch, theta0: float, theta_range: Range, x_range: Range) -> Constants:
@@ -201,11 +185,8 @@ def constants(branch: Branch, theta0: float, theta_range: Range, x_range: Range)
         theta_range: of theta, theta_0 in it.
         x_range: of x, x*(theta_0) in it.
 
-    Returns:
-        The constants on this range.
-
     Raises:
-        ValueError: a constant is infinite, or l is not strongly concave in x there.
+        ValueError: a range is without its point, a constant is infinite, or l is not strongly concave in x.
 
     Source: Ye et al. (2021), assumptions of Theorem 1.
 
@@ -216,11 +197,7 @@ def constants(branch: Branch, theta0: float, theta_range: Range, x_range: Range)
     (3.0, 1.0, 2.0, 3.5, 1.75)
     """
     theta = _within("theta_range", theta_range, theta0, branch.domain)
-    x = _within("x_range", x_range, float(branch(theta0)))
-    try:
-        return _constants(branch, theta0, theta, x)
-    except _NoAnswer as why:
-        raise ValueError(f"{why}; choose another range") from None
+    return _constants(branch, theta0, theta, _within("x_range", x_range, float(branch(theta0))))
 
 
 def _minimiser(branch: Branch, theta0: float) -> float:
@@ -229,21 +206,18 @@ def _minimiser(branch: Branch, theta0: float) -> float:
     if slope == 0:
         return theta0
     end = branch.domain[0 if slope > 0 else 1]
-    below = [
-        v for v, _, _ in roots(branch.robust_slope, np.linspace(min(theta0, end), max(theta0, end), 4001))
-    ]
+    grid = np.linspace(min(theta0, end), max(theta0, end), 4001)
+    below = [v for v, _, _ in roots(branch.robust_slope, grid)]
     below += [end] if branch.robust_slope(end) == 0 else []
     if not below:
-        raise _NoAnswer(
+        raise LandscapeError(
             f"the robust loss falls from theta_0 = {theta0:.6g} as far as the inner maximum is followed "
             f"(theta = {end:.6g}): no minimum, Delta is infinite or unknown; give a theta_range"
         )
     return min(below, key=lambda v: abs(v - theta0))
 
 
-def _inner(
-    branch: Branch, alpha: float | None, steps: int | None, delta: float
-) -> Callable[[Array, Array], Array]:
+def _inner(branch: Branch, alpha: float | None, steps: int | None, delta: float) -> Inner:
     """An inner loop of steps of size alpha from x0, or one that ends delta from x*, where it hinders most."""
     if (alpha is None) != (steps is None):
         raise ValueError(
@@ -255,10 +229,10 @@ def _inner(
         raise ValueError(
             f"delta must be at least 0, and 0 beside alpha and steps, got {delta}: leave one out"
         )
-    slope = branch.landscape("t")
     if steps is not None:
         count = whole(steps, "steps", 0)
         return lambda theta, _: branch.landscape.ascent(theta, alpha, count)
+    slope = branch.landscape("t")
 
     def away(theta: Array, best: Array) -> Array:
         exact, above, below = slope(theta, best), best + delta, best - delta
@@ -270,61 +244,51 @@ def _inner(
 def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
     """T steps of all runs at once; without noise they are all alike, so there is one."""
     l, rng = case.branch.landscape, np.random.default_rng(case.seed)  # noqa: E741
-    theta = np.full(case.runs if sigma > 0 else 1, case.theta0)
-    left, seen, delta, fosc = np.zeros_like(theta), [np.inf, -np.inf, np.inf, -np.inf], 0.0, 0.0
-    with np.errstate(all="ignore"):
-        for step in range(
-            T + 1
-        ):  # theta_T is in no sum, but L(theta_T) >= min L is used: it has to be in range
-            best = case.branch(theta)
-            point = case.inner(theta, best)
-            for i, values in ((0, theta), (2, np.concatenate([best, point]))):
-                fine = values[np.isfinite(values)]
-                seen[i] = min(seen[i], float(fine.min(initial=np.inf)))
-                seen[i + 1] = max(seen[i + 1], float(fine.max(initial=-np.inf)))
-            if step == T:
-                break
-            slope = l("x")(theta, point)
-            gap = np.maximum((k.x_range[1] - point) * slope, (k.x_range[0] - point) * slope)
-            delta, fosc = max(delta, float(np.abs(point - best).max())), max(fosc, float(gap.max()))
-            left += l("t")(theta, best) ** 2 / T
-            noise = sigma * rng.standard_normal(len(theta)) if sigma > 0 else 0.0
-            theta = theta - eta * (l("t")(theta, point) + noise)
-        finite = bool(np.isfinite(left).all() and np.isfinite(point).all() and np.isfinite(best).all())
-    return _Seen(left, delta, fosc, (seen[0], seen[1]), (seen[2], seen[3]), finite)
+    theta, delta, fosc = np.full(case.runs if sigma > 0 else 1, case.theta0), 0.0, 0.0
+    left, ends = np.zeros_like(theta), ([np.inf], [-np.inf], [np.inf], [-np.inf])
+    for step in range(T + 1):
+        best = case.branch(theta)
+        point = case.inner(theta, best)
+        for i, values in ((0, theta), (2, np.concatenate([best, point]))):
+            fine = values[np.isfinite(values)]
+            ends[i].append(float(fine.min(initial=np.inf)))
+            ends[i + 1].append(float(fine.max(initial=-np.inf)))
+        if step == T:  # theta_T is in no sum, but L(theta_T) >= min L is used: it has to be in range
+            break
+        slope = l("x")(theta, point)
+        gap = np.maximum((k.x_range[1] - point) * slope, (k.x_range[0] - point) * slope)
+        delta, fosc = max(delta, float(np.abs(point - best).max())), max(fosc, float(gap.max()))
+        left += l("t")(theta, best) ** 2 / T
+        noise = sigma * rng.standard_normal(len(theta)) if sigma > 0 else 0.0
+        theta = theta - eta * (l("t")(theta, point) + noise)
+    finite = bool(np.isfinite([left, point, best]).all())
+    low, high, bottom, top = min(ends[0]), max(ends[1]), min(ends[2]), max(ends[3])
+    return _Seen(left, delta, fosc, (low, high), (bottom, top), finite)
 
 
 def _covering(old: Range, seen: Range, most: Range = _LINE) -> Range:
     """A range around both, with a margin where the old one was left, but within what is possible."""
     slack = 1e-9 * (old[1] - old[0]) + 1e-12 * max(map(abs, old))
-    low, high = old
-    if seen[0] < old[0] - slack:
-        low = max(seen[0] - _MARGIN * (old[0] - seen[0]), most[0])
-    if seen[1] > old[1] + slack:
-        high = min(seen[1] + _MARGIN * (seen[1] - old[1]), most[1])
-    return low, high
+    low, high = seen[0] - _MARGIN * (old[0] - seen[0]), seen[1] + _MARGIN * (seen[1] - old[1])
+    return (
+        max(low, most[0]) if seen[0] < old[0] - slack else old[0],
+        min(high, most[1]) if seen[1] > old[1] + slack else old[1],
+    )
 
 
 def _checked(k: Constants, seen: _Seen, eta: float, T: int, sigma: float) -> dict[str, Any]:
     """Both sides: the measured one with its standard error, and every bound with whether it holds."""
-    left = float(seen.left.mean())
+    left, drop = float(seen.left.mean()), k.beta * k.drop
     error = float(seen.left.std(ddof=1) / math.sqrt(len(seen.left))) if len(seen.left) > 1 else 0.0
-    noise, start = 4 * sigma * math.sqrt(k.beta * k.drop / T), 2 * k.beta * k.drop / T
-    wrong = (k.l_tx * seen.delta) ** 2
+    noise, wrong = 4 * sigma * math.sqrt(drop / T), (k.l_tx * seen.delta) ** 2
     descent = 2 * k.drop / (eta * T) + k.beta * eta * sigma**2 if eta > 0 else 0.0
-    bounds = {
-        "printed": noise + 5 * wrong,
-        "corrected": noise + start + 2 * wrong,
-        "sharper": descent + wrong,
-        "fosc_bound": noise + 5 * k.l_tx**2 * seen.fosc / k.mu,
-    }
-    row: dict[str, Any] = {"left": left, "standard_error": error}
-    row["long_enough"] = T * sigma**2 >= k.beta * k.drop
-    for name, value in bounds.items():
+    fosc = 5 * k.l_tx**2 * seen.fosc / k.mu
+    values = noise + 5 * wrong, noise + 2 * drop / T + 2 * wrong, descent + wrong, noise + fosc
+    row: dict[str, Any] = {"left": left, "standard_error": error, "long_enough": T * sigma**2 >= drop}
+    for name, value in zip(_BOUNDS, values, strict=True):
         if not math.isfinite(value):
-            raise _NoAnswer(
-                f"the {name.replace('_', ' ')} is not finite: its constants are too large for floats"
-            )
+            told = name.replace("_", " ")
+            raise LandscapeError(f"the {told} is not finite: its constants are too large for floats")
         slack = 1e-9 * value + 2 * k.beta * k.rounding / T + 2 * error
         # the left side is a mean over runs: within two standard errors of the bound it decides nothing
         near = error > 0 and abs(left - value) <= slack
@@ -349,25 +313,16 @@ def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known
             break
         theta, x = wider
     else:
-        raise _NoAnswer(f"runs still leave theta in {theta}, x in {x} after {_ENLARGEMENTS} enlargements")
+        raise LandscapeError(
+            f"runs still leave theta in {theta}, x in {x} after {_ENLARGEMENTS} enlargements"
+        )
     if not seen.finite:
-        raise _NoAnswer(
+        raise LandscapeError(
             f"a run leaves theta in [{most[0]:.6g}, {most[1]:.6g}], where the inner maximum is followed, "
             "or its inner ascent diverges"
         )
-    found = {"L_tt": k.l_tt, "L_tx": k.l_tx, "mu": k.mu, "beta": k.beta, "Delta": k.drop, "eta": eta}
-    errors = {"delta": seen.delta, "fosc": seen.fosc}
-    ranges = {"theta_range": list(theta), "x_range": list(x), "enlarged": enlarged}
-    return ranges | found | errors | _checked(k, seen, eta, T, sigma)
-
-
-def _answer(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known) -> dict[str, Any]:
-    """A row with all its keys: filled, or with the reason why it is not."""
-    row: dict[str, Any] = {"T": T, "sigma": sigma, "reason": ""} | dict.fromkeys(_KEYS)
-    try:
-        return row | _row(case, T, sigma, theta, x, known)
-    except (_NoAnswer, TimeLimit) as why:
-        return row | {"reason": str(why)}
+    values = list(theta), list(x), enlarged, k.l_tt, k.l_tx, k.mu, k.beta, k.drop, eta, seen.delta, seen.fosc
+    return dict(zip(_KEYS, values, strict=False)) | _checked(k, seen, eta, T, sigma)
 
 
 def _within(name: str, given: Range, around: float, most: Range = _LINE) -> Range:
@@ -431,33 +386,27 @@ def convergence(
     """
     if not branch.domain[0] <= theta0 <= branch.domain[1]:
         raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
-    case = _Case(
-        branch,
-        float(theta0),
-        inner=_inner(branch, alpha, steps, delta),
-        runs=whole(runs, "runs", 2),
-        seed=whole(seed, "seed", 0),
-    )
+    end, count = _inner(branch, alpha, steps, delta), whole(runs, "runs", 2)
+    case = _Case(branch, float(theta0), inner=end, runs=count, seed=whole(seed, "seed", 0))
     sigmas = [float(s) for s in np.atleast_1d(np.asarray(sigma, dtype=float))]
     if not sigmas or not all(0 <= s < math.inf for s in sigmas):
         raise ValueError(f"sigma must be one or several finite numbers of at least 0, got {sigma}")
     if len(horizons) == 0:
-        raise ValueError(
-            "horizons must hold at least one number of outer steps, got none: give for example 100"
-        )
-    horizons, x0 = [whole(T, "horizons", 1) for T in horizons], float(branch.landscape.x0)
-    formula = str(branch.landscape.expression.subs(branch.landscape.values))
-    inner: dict[str, float | int | None] = {"alpha": alpha, "steps": steps, "delta": float(delta)}
+        raise ValueError("horizons must hold at least one number of outer steps, got none; 100 for example")
+    horizons, x0 = [whole(T, "horizons", 1) for T in horizons], branch.landscape.point
     x = (x0, x0) if x_range is None else _within("x_range", x_range, x0)
-    reason, rows = "", []
+    begin = None if theta_range is None else _within("theta_range", theta_range, theta0, branch.domain)
+    reason, rows, known = "", list[dict[str, Any]](), Known()
     try:
-        if theta_range is None:
-            low, high = sorted((case.theta0, _minimiser(branch, case.theta0)))
-            theta = low, high
-        else:
-            theta = _within("theta_range", theta_range, case.theta0, branch.domain)
-        known: Known = {}
-        rows = [_answer(case, T, s, theta, x, known) for s in sigmas for T in horizons]
-    except (_NoAnswer, TimeLimit) as why:
+        theta = begin or (min(ends := (case.theta0, _minimiser(branch, case.theta0))), max(ends))
+        for s, T in itertools.product(sigmas, horizons):
+            rows.append({"T": T, "sigma": s, "reason": ""} | dict.fromkeys(_KEYS))
+            try:
+                rows[-1] |= _row(case, T, s, theta, x, known)
+            except (LandscapeError, TimeLimit) as why:
+                rows[-1]["reason"] = str(why)
+    except (LandscapeError, TimeLimit) as why:
         reason = str(why)
+    inner: dict[str, float | int | None] = {"alpha": alpha, "steps": steps, "delta": float(delta)}
+    formula = str(branch.landscape.expression.subs(branch.landscape.values))
     return Bound(formula, case.theta0, x0, inner, case.runs, case.seed, tuple(rows), reason)

@@ -12,14 +12,7 @@ from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 
 from controlat.symbolic.formula import THETA
-from controlat.symbolic.landscape import (
-    Array,
-    Landscape,
-    LandscapeError,
-    Point,
-    compiled,
-    stretch,
-)
+from controlat.symbolic.landscape import Array, Landscape, LandscapeError, Point, compiled, stretch
 
 __all__ = ["Branch", "choose"]
 
@@ -63,9 +56,11 @@ class Branch:
         self.landscape, self.theta0 = landscape, theta0
         self.formula: Callable[..., Array] | None = None
         if formula is not None:
-            exact = formula.subs(landscape.values)
-            self.formula, self._turn = compiled(exact, THETA), compiled(sympy.diff(exact, THETA), THETA)
-            self._fit_formula(theta_range)
+            known = formula.subs(landscape.values)
+            self.formula, self._turn = compiled(known, THETA), compiled(sympy.diff(known, THETA), THETA)
+            self.domain = self._maximal(theta_range)
+            lost = [end != wanted for end, wanted in zip(self.domain, theta_range, strict=True)]
+            self.ends = _GONE * lost[0], _GONE * lost[1]
             return
         if not float(landscape("xx")(theta0, x)) < 0:
             raise LandscapeError(
@@ -79,16 +74,14 @@ class Branch:
         self.domain = float(theta[0]), float(theta[-1])
         self._spline = CubicHermiteSpline(theta, x_star, self._drift(theta, x_star))
 
-    def _fit_formula(self, theta_range: tuple[float, float]) -> None:
-        """How far a formula is a maximum."""
+    def _maximal(self, theta_range: tuple[float, float]) -> tuple[float, float]:
+        """How far the formula is a maximum."""
         assert self.formula is not None
         theta = np.unique(np.append(np.linspace(*theta_range, 2001), self.theta0))
         (low, high), x = self.landscape.ends, self.formula(theta)
         h = 1e-6 * (high - low)
         rising, falling = (self.landscape("x")(theta, x + s * h) for s in (-1, 1))
-        self.domain = stretch(theta, (rising > 0) & (falling < 0) & (low < x) & (x < high), self.theta0)
-        left, right = ("" if e == r else _GONE for e, r in zip(self.domain, theta_range, strict=True))
-        self.ends = left, right
+        return stretch(theta, (rising > 0) & (falling < 0) & (low < x) & (x < high), self.theta0)
 
     def _drift(self, theta: Any, x: Any) -> Array:
         with np.errstate(all="ignore"):
@@ -106,16 +99,9 @@ class Branch:
 
         fold.terminal = edge.terminal = True  # type: ignore[attr-defined]
         width = abs(end - self.theta0)
-        path: Any = solve_ivp(
-            lambda theta, y: self._drift(theta, y),
-            (self.theta0, end),
-            [x],
-            events=(fold, edge),
-            dense_output=True,
-            rtol=1e-9,
-            atol=1e-12 * (high - low),
-            max_step=width / _NODES,
-        )
+        options: Any = {"events": (fold, edge), "dense_output": True, "max_step": width / _NODES}
+        options |= {"rtol": 1e-9, "atol": 1e-12 * (high - low)}
+        path: Any = solve_ivp(lambda theta, y: self._drift(theta, y), (self.theta0, end), [x], **options)
         theta, x_star = path.t, path.y[0]
         if path.status == 0:
             return theta, x_star, ""
@@ -125,13 +111,9 @@ class Branch:
         last = theta[-1] - np.sign(end - self.theta0) * 1e-9 * width  # a little before it is over
         theta, x_star = np.append(theta[keep], last), np.append(x_star[keep], path.sol(last))
         near, size = np.abs(theta - theta[-1]) >= 1e-3 * width, np.abs(bend(theta, x_star))
-        if len(path.t_events[1]):
-            why = _OUT
-        elif near.any() and size[-1] > _STEEP * size[near][-1]:
-            why = _POLE
-        else:
-            why = _GONE if len(path.t_events[0]) else _UNDEFINED
-        return theta, x_star, why
+        pole = near.any() and size[-1] > _STEEP * size[near][-1]
+        rest = _POLE if pole else _GONE if len(path.t_events[0]) else _UNDEFINED
+        return theta, x_star, _OUT if len(path.t_events[1]) else rest
 
     def __call__(self, theta: Any) -> Array:
         """x*(theta)."""
@@ -213,22 +195,20 @@ def choose(
             raise ValueError(f"branch must be from 0 to {len(maxima) - 1} at theta = {theta:g}, got {index}")
         return index, maxima[index]
     reached, largest = _reached(landscape, theta, points), maxima[0]
-    above = higher(landscape, theta, largest.value)
-    if above is not None:
+    ascent = f"the ascent from the data point {landscape.point:g}"
+    if (above := higher(landscape, theta, largest.value)) is not None:
         raise LandscapeError(
             f"l({theta:g}, x) is larger at x = {above[0]:.4g} ({above[1]:.4g}) than at its largest inner "
             f"maximum x = {largest.x:.4g} ({largest.value:.4g}): there is no inner maximum in "
             f"[{low:g}, {high:g}]; give a narrower x_range, or branch 0 to follow the local one"
         )
     if reached not in maxima:
-        raise LandscapeError(
-            f"the ascent from the data point {landscape.point:g} comes to no inner maximum; give another x0"
-        )
+        raise LandscapeError(f"{ascent} comes to no inner maximum; give another x0")
     if largest.value > reached.value + rounding(landscape, theta, reached.value):
         raise LandscapeError(
-            f"the ascent from the data point {landscape.point:g} climbs to x = {reached.x:.4g} "
-            f"(l = {reached.value:.4g}), not to the largest inner maximum x = {largest.x:.4g} "
-            f"(l = {largest.value:.4g}); branch {maxima.index(reached)} follows the one that it reaches"
+            f"{ascent} climbs to x = {reached.x:.4g} (l = {reached.value:.4g}), not to the largest inner "
+            f"maximum x = {largest.x:.4g} (l = {largest.value:.4g}); branch {maxima.index(reached)} follows "
+            "the one that it reaches"
         )
     return maxima.index(reached), reached
 

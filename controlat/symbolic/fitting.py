@@ -102,9 +102,10 @@ def fit(
     model, y = _Model(task, float(t[-1] - t[0])), np.log(v)
     solved = _least_squares(model, t - t[0], y)
     sigma, log_scale, log_amplitude = solved.x
-    line = y - np.polyval(np.polyfit(t, y, 1), t)
-    sums = [float((each**2).sum()) for each in (solved.fun, y - y.mean(), line)]
-    rms, rms_constant, rms_line = (math.sqrt(total / len(t)) for total in sums)
+    line = np.polyval(np.polyfit(t, y, 1), t)
+    rms, rms_constant, rms_line = (
+        float(np.sqrt(np.mean(r**2))) for r in (solved.fun, y - y.mean(), y - line)
+    )
     return Fit(
         theta0=model.theta0(sigma),
         scale=float(np.exp(log_scale)),
@@ -114,7 +115,7 @@ def fit(
         fitted=tuple(np.exp(y - solved.fun).tolist()),
         residuals=tuple(solved.fun.tolist()),
         rms=rms,
-        explained=1 - sums[0] / max(sums[1], 1e-300),
+        explained=1 - rms**2 / max(rms_constant**2, 1e-300),
         rms_constant=rms_constant,
         rms_line=rms_line,
         errors=_errors(model, solved),
@@ -133,10 +134,9 @@ def _selected(
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"measurements must be > 0 and finite, got {value:.4g} at epoch {at:g}")
     lowest = min(known, key=lambda pair: pair[1], default=(0.0, 0.0))[0]
-    begin = lowest if since is None else since
+    begin, told = (lowest, "which is where it is lowest") if since is None else (since, "as asked for")
     kept = np.array([pair for pair in known if pair[0] >= begin], dtype=float)
     if len(kept) < _FEWEST:
-        told = "which is where it is lowest" if since is None else "as asked for"
         raise ValueError(
             f"there are {len(kept)} measurements from epoch {begin:g} on, {told}; a fit needs {_FEWEST}: "
             "take a longer run, or another since"
@@ -177,15 +177,10 @@ class _Model:
         return (high, low) if sign > 0 else (low, high)
 
     def _solve(self, begin: float, length: float, **options: Any) -> Any:
-        return solve_ivp(
-            lambda t, y: -self.branch.robust_slope(np.clip(y, *self.branch.domain)),
-            (0.0, length),
-            [begin],
-            method="DOP853",
-            rtol=1e-10,
-            atol=1e-12,
-            **options,
-        )
+        def slope(t: float, y: Array) -> Array:
+            return -self.branch.robust_slope(np.clip(y, *self.branch.domain))
+
+        return solve_ivp(slope, (0.0, length), [begin], "DOP853", rtol=1e-10, atol=1e-12, **options)
 
     def theta0(self, sigma: float) -> float:
         """theta_0 of a start at time sigma on the path."""
@@ -224,8 +219,8 @@ def _errors(model: _Model, solved: Any) -> tuple[float, float, float] | None:
     deviations = np.sqrt(variance * np.diag(np.linalg.inv(scaled.T @ scaled))) * (model.latest, 1.0, 1.0)
     speed = abs(float(model.branch.robust_slope(model.theta0(solved.x[0]))))
     sigma, log_scale, log_amplitude = map(float, deviations)
-    known = sigma * speed < model.width and log_scale < _WIDEST
-    return (sigma * speed, log_scale, log_amplitude) if known else None
+    unknown = sigma * speed >= model.width or log_scale >= _WIDEST
+    return None if unknown else (sigma * speed, log_scale, log_amplitude)
 
 
 def _remarks(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,16 +16,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from controlat.symbolic import AMATA
-from controlat.symbolic.formula import (
-    THETA,
-    X,
-    exact,
-    parameter_symbols,
-    parse,
-)
+from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
 from controlat.symbolic.limits import check
 
-__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "crossing", "roots", "stretch"]
+__all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "roots", "stretch"]
 
 WIDTH = 10.0  # the default range of x reaches this far to either side of the data point
 _GRID = 4001  # points in x where stationary points are looked for
@@ -68,6 +63,10 @@ class Landscape:
     x0: float | str | sympy.Rational = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     x_range: tuple[float, float] | None = None
+    # l(theta, x) with parameters as symbols, their values, and derivatives as functions
+    expression: sympy.Expr = field(init=False, repr=False, compare=False)
+    values: dict[sympy.Symbol, sympy.Rational] = field(init=False, repr=False, compare=False)
+    _compiled: dict[str, Callable[[Any, Any], Array]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         symbols, values = parameter_symbols(self.parameters)
@@ -82,26 +81,14 @@ class Landscape:
             raise ValueError(
                 f"x_range must be an interval around the data point {point}, got {low:g} {high:g}"
             )
-        object.__setattr__(self, "x0", point)
-        object.__setattr__(self, "x_range", (float(low), float(high)))
-        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
-        object.__setattr__(self, "_values", values)
-        object.__setattr__(self, "_expression", expression)
-        object.__setattr__(self, "_compiled", {})
+        settled = {"x0": point, "x_range": (float(low), float(high)), "expression": expression}
+        settled |= {"parameters": MappingProxyType(dict(self.parameters)), "values": values, "_compiled": {}}
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
         if sympy.diff(expression, X) == 0:
             raise LandscapeError(f"l = {expression} does not depend on x: every x is an inner maximum")
         if any(self.derivative(by).has(*_KINKS) for by in ("tt", "xt", "xx")):
             raise LandscapeError(f"l = {expression} has a kink, where second derivatives are no functions")
-
-    @property
-    def expression(self) -> sympy.Expr:
-        """l(theta, x), parameters as symbols."""
-        return self._expression  # type: ignore[attr-defined]
-
-    @property
-    def values(self) -> dict[sympy.Symbol, sympy.Rational]:
-        """The value of every parameter."""
-        return dict(self._values)  # type: ignore[attr-defined]
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -128,17 +115,13 @@ class Landscape:
 
     def derivative(self, by: str = "") -> sympy.Expr:
         """A partial derivative, such as ``"tx"`` for the mixed one (t is theta here)."""
-        found = self.expression
-        for name in by:
-            found = sympy.diff(found, {"t": THETA, "x": X}[name])
-        return found
+        return reduce(lambda f, name: sympy.diff(f, {"t": THETA, "x": X}[name]), by, self.expression)
 
     def __call__(self, by: str = "") -> Callable[[Any, Any], Array]:
         """A partial derivative as a function of numbers or arrays (theta, x); nan or inf where undefined."""
-        known: dict[str, Callable[[Any, Any], Array]] = self._compiled  # type: ignore[attr-defined]
-        if by not in known:
-            known[by] = compiled(self.derivative(by).subs(self.values), THETA, X)
-        return known[by]
+        if by not in self._compiled:
+            self._compiled[by] = compiled(self.derivative(by).subs(self.values), THETA, X)
+        return self._compiled[by]
 
     def stationary(self, theta: float) -> list[Point]:
         """All zeros of l_x(theta, .) in the range of x that 4001 points tell apart, in increasing order."""
@@ -162,39 +145,31 @@ class Landscape:
         return np.asarray(x, dtype=float)
 
 
-def crossing(f: Callable[[float], float], low: float, high: float) -> float | None:
-    """The zero of f between two points at which its signs differ; None where f has a pole or is undefined.
-
-    >>> crossing(lambda v: v - 1, 0, 4), crossing(lambda v: 1 / (v - 1 / 3), 0, 4)
-    (1.0, None)
-    """
-
-    def value(v: float) -> float:
-        y = f(v)
-        return y if not math.isnan(y) else f(v + 1e-9 * (high - low))  # 0/0 at a single point
-
-    try:
-        root = float(brentq(value, low, high, xtol=1e-15, maxiter=500, disp=False))
-    except ValueError:
-        return None
-    return root if abs(value(root)) <= 1e-3 * max(abs(f(low)), abs(f(high))) else None
-
-
 def roots(f: Callable[[Any], Array], grid: Array) -> list[tuple[float, float, float]]:
     """The zeros of f that a grid tells apart, each with f at the grid points before and after it.
 
-    A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages.
+    A zero on the grid counts where it stands alone: far tails of exponentials are 0 for pages. A change of
+    sign at a pole is none.
 
     >>> [(x, bool(a < 0 < b)) for x, a, b in roots(lambda v: v**2 - 1, np.linspace(-2, 2, 8))]
     [(-1.0, False), (1.0, True)]
+    >>> roots(lambda v: 1 / (v - 1 / 3), np.array([0.0, 4.0]))
+    []
     """
     y = f(grid)
     before, after = y[:-2], y[2:]
     alone = (y[1:-1] == 0) & (before != 0) & (after != 0) & np.isfinite(before) & np.isfinite(after)
     zeros = [(float(grid[i + 1]), float(before[i]), float(after[i])) for i in np.flatnonzero(alone)]
     for i in np.flatnonzero(np.sign(y[:-1]) * np.sign(y[1:]) < 0):  # a product of values overflows
-        root = crossing(lambda v: float(f(np.asarray(v))), float(grid[i]), float(grid[i + 1]))
-        zeros += [] if root is None else [(root, float(y[i]), float(y[i + 1]))]
+        low, high, ends = float(grid[i]), float(grid[i + 1]), (float(y[i]), float(y[i + 1]))
+
+        def value(v: float, beside: float = 1e-9 * (high - low)) -> float:
+            y = float(f(np.asarray(v)))
+            return y if not math.isnan(y) else float(f(np.asarray(v + beside)))  # 0/0 at a single point
+
+        with contextlib.suppress(ValueError):  # undefined in between
+            root = float(brentq(value, low, high, xtol=1e-15, maxiter=500, disp=False))
+            zeros += [(root, *ends)] if abs(value(root)) <= 1e-3 * max(map(abs, ends)) else []
     return sorted(zeros)
 
 

@@ -18,33 +18,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.integrate import solve_bvp, solve_ivp, trapezoid
+from scipy.integrate import OdeSolution, solve_bvp, solve_ivp, trapezoid
 
 from controlat.symbolic.bolza import Bolza, candidates, grid_of_q, no_whole_k, whole_cap
 from controlat.symbolic.landscape import Array, LandscapeError
 
-__all__ = [
-    "Criterion",
-    "Path",
-    "boundary_problem",
-    "comparisons",
-    "criterion",
-    "derived_cost",
-    "derived_path",
-    "gamma_limit",
-    "gamma_range",
-    "maximise",
-    "multiplier",
-    "schedule_path",
-]
+__all__ = ["Criterion", "Path", "boundary_problem", "comparisons", "criterion", "derived_cost"]
+__all__ += ["derived_path", "gamma_limit", "gamma_range", "maximise", "multiplier", "schedule_path"]
 
 POINTS = 101  # instants of [0, T] in results
 ALIKE = 1e-6  # relative differences of K up to this are none
 LARGEST_GAMMA = 1e4  # beyond it a limit on gamma is called infinite
 _EVALUATIONS = 6000  # of F along one path; some hundred are usual
-_TOLERANCES: dict[str, Any] = {"method": "DOP853", "rtol": 1e-10, "atol": 1e-12}
 # (t, theta, the whole K that is held) -> alpha/alpha*, K, whether alpha sits on the bound alpha*
-Control = Callable[[Any, Any, float], tuple[Any, Any, Any]]
+Control = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
 Count = Callable[[Any], Any]  # K(t)
 
 
@@ -85,28 +72,45 @@ class Criterion(NamedTuple):
     searched: str
 
 
-class _Piece(NamedTuple):
-    """A stretch of time: its end, (theta, integral of K) as a function of t, and the whole K that is held."""
+class _Course(NamedTuple):
+    """A state that was followed: J, (theta, integral of K) of t, and the stretches (begin, end, whole K)."""
 
-    end: float
+    cost: float
     states: Callable[[Any], Array]
-    k: float
+    stretches: list[tuple[float, float, float]]
+
+    def held(self, t: Any) -> Array:
+        """The whole K that is held at times t."""
+        ends, k = [end for _, end, _ in self.stretches], np.array([k for _, _, k in self.stretches])
+        return np.asarray(k[np.searchsorted(ends[:-1], t)])
 
 
-def _forward(problem: Bolza, control: Control) -> list[_Piece]:
-    """State and cost, in pieces on which a whole K is held; real K have one piece.
+@np.errstate(all="ignore")
+def _solve(slopes: Callable[..., Any], span: tuple[float, float], start: Any, k: float, event: Any) -> Any:
+    """`solve_ivp` with a K that is held, to small tolerances and with a dense output."""
+    options: dict[str, Any] = {"method": "DOP853", "rtol": 1e-10, "atol": 1e-12, "dense_output": True}
+    return solve_ivp(slopes, span, start, args=(k,), events=event, **options)
+
+
+def _joined(paths: list[Any]) -> Callable[[Any], Array]:
+    """Solutions that follow each other, as one function of t."""
+    times = [paths[0].sol.ts[:1], *(path.sol.ts[1:] for path in paths)]
+    return OdeSolution(np.concatenate(times), [each for path in paths for each in path.sol.interpolants])
+
+
+def _forward(problem: Bolza, control: Control) -> _Course:
+    """State and cost, in stretches on which a whole K is held; real K have one.
 
     Raises:
         LandscapeError: the flow leaves the range where the inner maximum exists.
     """
-    calls, pieces, horizon = itertools.count(), list[_Piece](), problem.horizon
-    t, y = 0.0, np.array([problem.theta0, 0.0])
+    horizon, calls, start = problem.horizon, itertools.count(), f"the flow from theta = {problem.theta0:g}"
+    t, y, paths, stretches = 0.0, np.array([problem.theta0, 0.0]), list[Any](), list[Any]()
 
     def slopes(s: float, y: Array, held: float) -> list[Any]:
         if next(calls) > _EVALUATIONS:
             raise LandscapeError(
-                f"the flow from theta = {problem.theta0:g} changes too fast to be followed beyond "
-                f"t = {s:.4g}, theta = {float(y[0]):.6g}"
+                f"{start} changes too fast to be followed beyond t = {s:.4g}, theta = {float(y[0]):.6g}"
             )
         q, k, _ = control(s, y[0], held)
         return [problem.flow(y[0], q, k), k]
@@ -115,89 +119,59 @@ def _forward(problem: Bolza, control: Control) -> list[_Piece]:
         return 1.0 if problem.policy(y[0])[1] == held else -1.0
 
     switch.terminal = True  # type: ignore[attr-defined]
-    events: Any = switch if problem.whole else None
     while t < horizon:
-        held = float(problem.policy(y[0])[1])
-        if pieces:  # the switch may be found a little early
-            ahead = y[0] + 1e-9 * horizon * slopes(t, y, held)[0]
-            held = float(problem.policy(ahead)[1])
+        ahead = y[0]
+        if paths:  # the switch may be found a little early
+            ahead = ahead + 1e-9 * horizon * slopes(t, y, float(problem.policy(ahead)[1]))[0]
+        held = float(problem.policy(ahead)[1])
         if problem.whole and math.isnan(held):
             raise no_whole_k(float(y[0]))
-        with np.errstate(all="ignore"):
-            solved: Any = solve_ivp(
-                slopes,
-                (t, horizon),
-                y,
-                args=(held,),
-                events=events,
-                dense_output=True,
-                **_TOLERANCES,
-            )
-        t, y = float(solved.t[-1]), solved.y[:, -1]
-        if solved.status < 0 or not np.isfinite(solved.y).all():
+        paths.append(_solve(slopes, (t, horizon), y, held, switch if problem.whole else None))
+        begin, t, y = t, float(paths[-1].t[-1]), paths[-1].y[:, -1]
+        stretches.append((begin, t, held))
+        if paths[-1].status < 0 or not np.isfinite(paths[-1].y).all():
             low, high = problem.branch.domain
             raise LandscapeError(
-                f"the flow from theta = {problem.theta0:g} cannot be followed beyond t = {t:.4g}, "
-                f"theta = {y[0]:.6g}: the inner maximum is known on [{low:g}, {high:g}]. "
-                "Shorten the horizon or follow the maximum further"
+                f"{start} cannot be followed beyond t = {t:.4g}, theta = {y[0]:.6g}: the inner maximum is "
+                f"known on [{low:g}, {high:g}]. Shorten the horizon or follow the maximum further"
             )
-        pieces.append(_Piece(t, solved.sol, held))
-    return pieces
+    cost = float(problem.branch.robust(y[0]) + problem.gamma * y[1])
+    return _Course(cost, _joined(paths), stretches)
 
 
 def _follow(problem: Bolza, name: str, control: Control) -> Path:
     """State and cost forward, costate backward: p' = -a p + gamma b, with b = dK*/dtheta on the bound alone.
 
     Raises:
-        LandscapeError: the flow leaves the range where the inner maximum exists.
+        LandscapeError: as of `_forward`, or a derivative of l is not finite.
     """
-    pieces, every = _forward(problem, control), np.linspace(0, problem.horizon, POINTS)
+    course, paths = _forward(problem, control), list[Any]()
 
-    def backward(s: float, y: Array, piece: _Piece) -> list[Any]:
-        theta = piece.states(s)[0]
-        q, k, bound = control(s, theta, piece.k)
+    def slopes(s: float, y: Array, held: float) -> list[Any]:
+        theta = course.states(s)[0]
+        q, k, bound = control(s, theta, held)
         a = problem.robust_flow_slope(theta) if bound else problem.flow_slope(theta, q, k)
         b = problem.count_slope(theta) if bound and problem.admissible == "product" else 0.0
         return [-a * y[0], b - a * y[1]]
 
-    end = pieces[-1].states(problem.horizon)[0]
-    p, columns = np.array([-float(problem.branch.robust_slope(end)), 0.0]), list[Array]()
-    for piece, begin in zip(pieces[::-1], [*(each.end for each in pieces[-2::-1]), 0.0], strict=True):
-        t = every[(every <= piece.end) & ((every > begin) | (begin == 0))]
-        with np.errstate(all="ignore"):
-            solved: Any = solve_ivp(
-                backward,
-                (piece.end, begin),
-                p,
-                args=(piece,),
-                dense_output=True,
-                **_TOLERANCES,
-            )
-            p = solved.y[:, -1]
-            if not solved.success or not np.isfinite(p).all():
-                raise LandscapeError(
-                    f"the costate of the schedule {name!r} is not finite: a derivative of l is not"
-                )
-            if not t.size:
-                continue
-            theta = piece.states(t)[0]
-            control_row = np.broadcast_arrays(theta, *control(t, theta, piece.k))
-            columns.insert(0, np.stack([t, *control_row, *solved.sol(t)]))
-    t, theta, q, k, bound, p0, p1 = np.concatenate(columns, axis=1)
-    raised = float(trapezoid(bound, t)) / problem.horizon
-    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=_cost(problem, pieces))
-
-
-def _cost(problem: Bolza, pieces: list[_Piece]) -> float:
-    end, spent = pieces[-1].states(problem.horizon)
-    return float(problem.branch.robust(end) + problem.gamma * spent)
+    p = np.array([-float(problem.branch.robust_slope(course.states(problem.horizon)[0])), 0.0])
+    for begin, end, held in reversed(course.stretches):
+        paths.append(_solve(slopes, (end, begin), p, held, None))
+        p = paths[-1].y[:, -1]
+        if paths[-1].status < 0 or not np.isfinite(p).all():
+            raise LandscapeError(f"the costate of the schedule {name!r} is not finite: a derivative is not")
+    t = np.linspace(0, problem.horizon, POINTS)
+    theta = course.states(t)[0]
+    theta, q, k, bound = np.broadcast_arrays(theta, *control(t, theta, course.held(t)))
+    p0, p1, raised = *_joined(paths)(t), float(trapezoid(bound, t)) / problem.horizon
+    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=course.cost)
 
 
 def _derived(problem: Bolza) -> Control:
     # "integer": alpha = tau/K moves with K; "overshoot": alpha* is inside the set, no bound
     limit = problem.admissible in ("product", "free")
 
-    def control(t: Any, theta: Any, held: float) -> tuple[Any, Any, Any]:
+    def control(_: Any, theta: Any, held: Any) -> tuple[Any, Any, Any]:
         k = held if problem.whole else problem.count(theta)
         return problem.ratio(theta, k) if problem.admissible == "integer" else 1.0, k, limit
 
@@ -211,7 +185,7 @@ def derived_path(problem: Bolza) -> Path:
 
 def derived_cost(problem: Bolza) -> float:
     """J of the derived schedule."""
-    return _cost(problem, _forward(problem, _derived(problem)))
+    return _forward(problem, _derived(problem)).cost
 
 
 def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
@@ -221,9 +195,9 @@ def schedule_path(problem: Bolza, name: str, count: Count) -> Path:
         LandscapeError: the flow leaves the range of the inner maximum.
     """
 
-    def control(t: Any, theta: Any, _: float) -> tuple[Any, Any, Any]:
+    def control(t: Any, theta: Any, _: Any) -> tuple[Any, Any, Any]:
         wanted, least = count(t), problem.count(theta)
-        return np.where(wanted <= least, 1.0, least / wanted), np.maximum(wanted, least), wanted <= least
+        return problem.ratio(theta, wanted), np.maximum(wanted, least), wanted <= least
 
     return _follow(problem, name, control)
 
@@ -260,27 +234,25 @@ def comparisons(problem: Bolza, derived: Path) -> dict[str, Count]:
 
 def maximise(problem: Bolza, theta: Array, p: Array) -> tuple[Array, Array, Array]:
     """max over G(theta) of H at each (theta, p): value, alpha/alpha*, K; candidates, then ever finer ones."""
-    rows, tied = np.arange(len(theta)), problem.tied
-    column, price = theta[:, None], p[:, None]
-    q, k = candidates(problem, theta)
-    values = problem.hamiltonian(column, price, q, k)
-    best = np.argmax(values, axis=1)
-    if problem.admissible == "integer":  # alpha = tau/K: nothing is left to refine
-        return values[rows, best], q[rows, best], k[rows, best]
+    at, (q, k) = (theta[:, None], p[:, None]), candidates(problem, theta)
+    values = problem.hamiltonian(*at, q, k)
+    best = values.argmax(axis=1)[:, None]
+
+    def chosen(table: Array, columns: Array) -> Array:
+        return np.take_along_axis(table, np.clip(columns, 0, table.shape[1] - 1), axis=1)
+
+    top, ratio, held = (chosen(table, best) for table in (values, q, k))
     stride = whole_cap(problem) if problem.whole else 1
-    low = q[rows, np.where(best >= stride, best - stride, best)]
-    high = q[rows, np.where(best + stride < q.shape[1], best + stride, best)]
-    top, q_best, fixed = values[rows, best], q[rows, best], k[rows, best]
-    for _ in range(8):
-        fine = np.linspace(low, high, 9, axis=1)
-        values = problem.hamiltonian(
-            column, price, fine, problem.count(column) / fine if tied else fixed[:, None]
-        )
-        best = np.argmax(values, axis=1)
-        better = values[rows, best] > top
-        top, q_best = np.where(better, values[rows, best], top), np.where(better, fine[rows, best], q_best)
-        low, high = fine[rows, np.maximum(best - 1, 0)], fine[rows, np.minimum(best + 1, 8)]
-    return top, q_best, problem.count(theta) / q_best if tied else fixed
+    low, high = (chosen(q, best + side * stride) for side in (-1, 1))
+    for _ in range(0 if problem.admissible == "integer" else 8):  # alpha = tau/K leaves nothing to refine
+        fine = np.linspace(low[:, 0], high[:, 0], 9, axis=1)
+        values = problem.hamiltonian(*at, fine, problem.count(at[0]) / fine if problem.tied else held)
+        best = values.argmax(axis=1)[:, None]
+        better = chosen(values, best) > top
+        top, ratio = np.where(better, [chosen(values, best), chosen(fine, best)], [top, ratio])
+        low, high = chosen(fine, best - 1), chosen(fine, best + 1)
+    own = problem.count(at[0]) / ratio if problem.admissible == "product" else held
+    return top[:, 0], ratio[:, 0], own[:, 0]
 
 
 def criterion(problem: Bolza, path: Path) -> Criterion:
@@ -291,9 +263,10 @@ def criterion(problem: Bolza, path: Path) -> Criterion:
     best, q, k = maximise(problem, path.theta, path.p)
     better = best > own
     gap = np.where(better, best - own, 0.0)
-    c = float(trapezoid(gap, path.t)) / problem.horizon
     q, k = np.where(better, q, path.q), np.where(better, k, path.k)
-    return Criterion(c, gap, float(gap.max()), q, k, _searched(problem, path, np.maximum(best, own)))
+    searched = _searched(problem, path, np.maximum(best, own))
+    c = float(trapezoid(gap, path.t)) / problem.horizon
+    return Criterion(c, gap, float(gap.max()), q, k, searched)
 
 
 def _searched(problem: Bolza, path: Path, best: Array) -> str:
@@ -343,18 +316,14 @@ def boundary_problem(problem: Bolza, derived: Path) -> dict[str, Any]:
     def ends(a: Array, b: Array) -> Array:
         return np.array([a[0] - problem.theta0, b[1] + float(problem.branch.robust_slope(b[0]))])
 
-    t = np.linspace(0, problem.horizon, 31)
-    guess = np.array([np.interp(t, derived.t[[0, -1]], v[[0, -1]]) for v in (derived.theta, derived.p)])
+    t, wanted = np.linspace(0, problem.horizon, 31), np.array([derived.theta, derived.p])
+    guess = np.linspace(wanted[:, 0], wanted[:, -1], len(t), axis=1)
     with np.errstate(all="ignore"):
         solved = solve_bvp(slopes, ends, t, guess, tol=1e-8, max_nodes=4000)
-        theta, p = solved.sol(derived.t)
-    differences = float(np.abs(theta - derived.theta).max()), float(np.abs(p - derived.p).max())
-    fine = bool(solved.success and np.isfinite(differences).all())
-    return {
-        "success": fine,
-        "theta_difference": differences[0] if fine else None,
-        "p_difference": differences[1] if fine else None,
-    }
+        differences = np.abs(solved.sol(derived.t) - wanted).max(axis=1)
+    success = bool(solved.success and np.isfinite(differences).all())
+    theta, p = differences.tolist() if success else (None, None)
+    return {"success": success, "theta_difference": theta, "p_difference": p}
 
 
 def gamma_range(problem: Bolza, path: Path | None = None) -> tuple[float, float]:
@@ -379,13 +348,12 @@ def gamma_range(problem: Bolza, path: Path | None = None) -> tuple[float, float]
     path, land = path or derived_path(problem), problem.landscape
     theta, own, q = path.theta[:, None], path.k[:, None], grid_of_q(1.0, 400)[:-1]
     moved = problem.flow(theta, q, own / q) + problem.branch.robust_slope(theta)
-    x = problem.branch(theta)
-    edge = np.where(own < 1, np.sign(-land("tx")(theta, x) * (land.point - x)), 0.0)
-    a = path.p0[:, None] * np.hstack([moved, edge])
-    b = path.p1[:, None] * np.hstack([moved, edge]) - np.hstack([own / q - own, 0 * own])
+    edge = np.where(own < 1, np.sign(-land("tx")(theta, x := problem.branch(theta)) * (land.point - x)), 0.0)
+    moved, price = np.hstack([moved, edge]), np.hstack([own / q - own, 0 * own])
+    a, b = path.p0[:, None] * moved, path.p1[:, None] * moved - price
     good = np.isfinite(a) & np.isfinite(b)
-    a[~good | (np.abs(a) <= 1e-12 * max(1.0, float(np.abs(path.p0).max())))] = 0.0
-    b[~good] = 0.0
+    a = np.where(good & (np.abs(a) > 1e-12 * max(1.0, float(np.abs(path.p0).max()))), a, 0.0)
+    b = np.where(good, b, 0.0)
     low = float(np.max(-a[b < 0] / b[b < 0], initial=0.0))
     high = float(np.min(-a[b > 0] / b[b > 0], initial=math.inf))
     if np.any((a > 0) & (b >= 0)) or low > high:

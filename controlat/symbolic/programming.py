@@ -8,74 +8,31 @@ the same scheme, so the errors of the grid are in both and cancel in the differe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
-from controlat.symbolic.bolza import Bolza, candidates, no_whole_k
+from controlat.symbolic.bolza import Bolza, Search, candidates, no_whole_k
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
 
-__all__ = ["Programming", "programme", "reachable"]
+__all__ = ["programme", "reachable"]
 
 
-@dataclass(frozen=True)
-class Programming:
-    """Values at theta0 of the best candidate feedback on the grid and of the derived policy, by one scheme.
-
-    Args:
-        value: the smallest J found.
-        policy: J of alpha = alpha*(theta) (K = ceil(K*), alpha = tau/K for "integer").
-        difference: policy - value: what the policy gives away on this grid.
-        tolerance: differences up to this are taken for errors of the grid.
-        better: difference > tolerance.
-        theta_range: the grid in theta; `clipped` where the domain of the inner maximum cut it.
-        t, theta, q, k: the best schedule rolled out from theta0, if better; theta has one more entry than q.
-    """
-
-    value: float
-    policy: float
-    difference: float
-    tolerance: float
-    better: bool
-    theta_range: tuple[float, float]
-    clipped: bool
-    nodes: int
-    steps: int
-    t: Array
-    theta: Array
-    q: Array
-    k: Array
-
-
-def _extremes(problem: Bolza, theta: Array) -> tuple[Array, Array]:
-    """min and max over u in G(theta) of F(theta, u), both 0 where no control has one."""
+def _extremes(problem: Bolza, theta: Array) -> Array:
+    """min and max over u in G(theta) of F(theta, u), as two rows; 0 where no control has one."""
     q, k = candidates(problem, theta, points=16, thin=True)
     end = problem.ascend(theta[:, None], q, k)
     flow = -problem.landscape("t")(theta[:, None], end.x)
     good = end.admitted & np.isfinite(flow)
-    least, most = np.where(good, flow, np.inf).min(axis=1), np.where(good, flow, -np.inf).max(axis=1)
-    return np.where(good.any(axis=1), least, 0.0), np.where(good.any(axis=1), most, 0.0)
+    ends = np.array([np.where(good, flow, np.inf).min(axis=1), np.where(good, flow, -np.inf).max(axis=1)])
+    return np.where(good.any(axis=1), ends, 0.0)
 
 
 def _domain(problem: Bolza) -> tuple[float, float]:
     """The stretch around theta0 on which x* is known and a positive step from x0 lands on it."""
     theta = np.unique(np.append(np.linspace(*problem.branch.domain, 2001), problem.theta0))
     return stretch(theta, problem.branch.exact_step(theta) > 0, problem.theta0)
-
-
-def _spread(problem: Bolza, margin: float, steps: int) -> tuple[float, float, bool]:
-    """The hull of all states that controls reach from within margin of theta0, cut to the domain."""
-    low, high = _domain(problem)
-    ends = np.clip(problem.theta0 + np.array([-margin, margin]), low, high)
-    h, clipped = problem.horizon / steps, False
-    for _ in range(steps):
-        least, most = _extremes(problem, ends)
-        ends = ends + h * np.array([min(0.0, least[0]), max(0.0, most[1])])
-        clipped |= bool(ends[0] < low or ends[1] > high)
-        ends = np.clip(ends, low, high)
-    return float(ends[0]), float(ends[1]), clipped
 
 
 def reachable(problem: Bolza) -> tuple[float, float, bool]:
@@ -85,40 +42,38 @@ def reachable(problem: Bolza) -> tuple[float, float, bool]:
     little beside theta0, so that what lies beyond the grid does not reach theta0 by interpolation. By 60
     steps, or 20 where every inner step has to be computed.
     """
-    steps = 60 if problem.landscape.quadratic else 20
-    low, high, _ = _spread(problem, 0.0, steps)
-    margin = 0.05 * (high - low) + 1e-3 * max(1.0, abs(problem.theta0))
-    low, high, clipped = _spread(problem, margin, steps)
-    bottom, top = _domain(problem)
-    return max(bottom, low - margin), min(top, high + margin), clipped
+    steps, domain = 60 if problem.landscape.quadratic else 20, _domain(problem)
+
+    def spread(margin: float) -> tuple[Array, bool]:
+        ends, clipped = np.clip(problem.theta0 + np.array([-margin, margin]), *domain), False
+        for _ in range(steps):
+            least, most = _extremes(problem, ends)
+            ahead = ends + problem.horizon / steps * np.array([min(0.0, least[0]), max(0.0, most[1])])
+            ends = np.clip(ahead, *domain)
+            clipped |= bool((ends != ahead).any())
+        return ends, clipped
+
+    margin = 0.05 * float(np.ptp(spread(0.0)[0])) + 1e-3 * max(1.0, abs(problem.theta0))
+    ends, clipped = spread(margin)
+    low, high = np.clip(ends + np.array([-margin, margin]), *domain)
+    return float(low), float(high), clipped
 
 
-def _fronts(problem: Bolza, ends: tuple[float, float], steps: int) -> Array:
-    """For each instant the lowest and the highest state from which some control stays within the ends.
+def _fronts(problem: Bolza, steps: int) -> Array:
+    """For each instant the lowest and the highest state from which some control stays in the domain.
 
-    Traced backward from them: upward flow that no control holds back moves the upper front down.
+    Traced backward from its ends: upward flow that no control holds back moves the upper front down.
     """
-    fronts, h = np.tile(ends, (steps + 1, 1)), problem.horizon / steps
+    ends = _domain(problem)
+    fronts = np.tile(ends, (steps + 1, 1))
     for n in range(steps - 1, -1, -1):
         least, most = _extremes(problem, fronts[n + 1])
-        fronts[n] = (
-            max(ends[0], fronts[n + 1, 0] - h * most[0]),
-            min(ends[1], fronts[n + 1, 1] - h * least[1]),
-        )
+        fronts[n] = np.clip(fronts[n + 1] - problem.horizon / steps * np.array([most[0], least[1]]), *ends)
         if not fronts[n, 0] <= problem.theta0 <= fronts[n, 1]:
             raise LandscapeError(
                 f"every flow from theta0 = {problem.theta0:g} leaves [{ends[0]:g}, {ends[1]:g}]"
             )
     return fronts
-
-
-def _controls(problem: Bolza, grid: Array, points: int) -> tuple[Array, Array]:
-    """Candidates at every node, the derived policy first."""
-    q, k = candidates(problem, grid, points, thin=True)
-    q_own, k_own = problem.policy(grid)
-    if not np.isfinite(k_own).all():
-        raise no_whole_k(float(grid[int(np.argmin(np.isfinite(k_own)))]))
-    return np.column_stack([q_own, q]), np.column_stack([k_own, k])
 
 
 def _recursion(
@@ -146,9 +101,9 @@ def _recursion(
         total = np.where(np.isfinite(kept).any(axis=1, keepdims=True), kept, total)
         choices[n] = np.argmin(total, axis=1)
         best = np.where(np.isfinite(total).any(axis=1), total[rows, choices[n]], best)
-        own = price[:, 0] + spline(grid, policy)(at[:, 0])
-        policy = np.where(good[:, 0], own, policy)
-    return *(float(spline(grid, v)(problem.theta0)) for v in (best, policy)), choices  # type: ignore[return-value]
+        policy = np.where(good[:, 0], price[:, 0] + spline(grid, policy)(at[:, 0]), policy)
+    value, own = (float(spline(grid, v)(problem.theta0)) for v in (best, policy))
+    return value, own, choices
 
 
 def programme(
@@ -158,7 +113,7 @@ def programme(
     points: int = 48,
     tolerance: float = 1e-5,
     follow: bool = True,
-) -> Programming:
+) -> Search:
     """The dynamic programme of a problem and the derived policy under the same scheme.
 
     Args:
@@ -170,37 +125,28 @@ def programme(
         tolerance: relative to max(|J|, 1e-3).
         follow: also roll the best schedule out from theta0, if it is better than the policy.
 
+    Returns:
+        With theta rolled out from theta0 where it is better, one more than q; `about` has the tolerance, the
+        grid (theta_range, nodes, steps) and whether the domain of the inner maximum cut it (clipped).
+
     Raises:
         LandscapeError: no control keeps the state inside the range of the inner maximum.
     """
     low, high, clipped = reachable(problem)
     steps = steps or (240 if problem.whole else 80)
-    grid = np.linspace(low, high, nodes)
-    q, k = _controls(problem, grid, points)
-    fronts = (
-        _fronts(problem, _domain(problem), steps)
-        if clipped
-        else np.tile([-math.inf, math.inf], (steps + 1, 1))
-    )
+    grid, open_ends = np.linspace(low, high, nodes), np.tile([-math.inf, math.inf], (steps + 1, 1))
+    own = problem.policy(grid)
+    if (lost := ~np.isfinite(own[1])).any():
+        raise no_whole_k(float(grid[lost][0]))
+    pairs = zip(own, candidates(problem, grid, points, thin=True), strict=True)
+    q, k = (np.column_stack(pair) for pair in pairs)  # the derived policy first
+    fronts = _fronts(problem, steps) if clipped else open_ends
     value, policy, choices = _recursion(problem, grid, q, k, fronts)
-    allowed = tolerance * max(abs(policy), 1e-3)
-    better = policy - value > allowed
+    better = policy - value > (allowed := tolerance * max(abs(policy), 1e-3))
     path = _roll_out(problem, grid, q, k, choices) if follow and better else [np.array([])] * 3
-    return Programming(
-        value=value,
-        policy=policy,
-        difference=policy - value,
-        tolerance=allowed,
-        better=better,
-        theta_range=(low, high),
-        clipped=clipped,
-        nodes=nodes,
-        steps=steps,
-        t=np.linspace(0, problem.horizon, steps + 1),
-        theta=path[0],
-        q=path[1],
-        k=path[2],
-    )
+    t = np.linspace(0, problem.horizon, steps + 1)
+    about = {"tolerance": allowed, "theta_range": (low, high), "clipped": clipped, "nodes": nodes}
+    return Search(value, policy, better, t, path[0], path[1], path[2], about | {"steps": steps})
 
 
 def _roll_out(problem: Bolza, grid: Array, q: Array, k: Array, choices: NDArray[np.int64]) -> list[Array]:
@@ -208,14 +154,14 @@ def _roll_out(problem: Bolza, grid: Array, q: Array, k: Array, choices: NDArray[
     theta, used, h = [np.asarray(problem.theta0)], [], problem.horizon / len(choices)
     for chosen in choices:
         i, now = int(np.argmin(np.abs(grid - theta[-1]))), theta[-1]
-        held = q[i, chosen[i]], k[i, chosen[i]]
+        ratio, count = q[i, chosen[i]], k[i, chosen[i]]
         if problem.admissible == "product":
-            held = held[0], problem.count(now) / held[0]
+            count = problem.count(now) / ratio
         elif problem.tied:  # the node's K may be too small here
-            counted = np.maximum(held[1], problem.policy(now)[1])
-            held = problem.ratio(now, counted), counted
-        if not problem.admits(now, *held):  # although the node's control is
-            held = problem.policy(now)
-        used.append((float(held[0]), float(held[1])))
-        theta.append(problem.advance(now, *held, h)[0])
+            count = np.maximum(count, problem.policy(now)[1])
+            ratio = problem.ratio(now, count)
+        if not problem.admits(now, ratio, count):  # although the node's control is
+            ratio, count = problem.policy(now)
+        used.append((float(ratio), float(count)))
+        theta.append(problem.advance(now, ratio, count, h)[0])
     return [np.array(theta), *np.array(used).T]

@@ -9,48 +9,19 @@ dynamic programming.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 
 from controlat._util.checks import whole
-from controlat.symbolic.bolza import Q_MIN, Bolza
+from controlat.symbolic.bolza import Q_MIN, Bolza, Search
 from controlat.symbolic.landscape import Array, LandscapeError
 
-__all__ = ["Transcription", "cost", "transcribe"]
+__all__ = ["cost", "transcribe"]
 
 _LOST = 1e30  # J where the states leave the range of the inner maximum
 _DIFFERENCE = 1e-7  # of alpha/alpha*, for slopes of J
-
-
-@dataclass(frozen=True)
-class Transcription:
-    """What direct minimisation found, beside q = 1 under the same discretisation.
-
-    Args:
-        best: the smallest J.
-        derived: J of q = 1.
-        difference: derived - best; > 0 if something better was found.
-        deviation: max |q - 1| of the controls found.
-        success: whether the minimiser met its tolerances from at least one start; says nothing about `best`.
-        better: difference > tolerance, and so it is for the same controls on a mesh 4 times finer.
-        t, theta, q, k: the best controls, one per interval, with state and K where it begins.
-    """
-
-    best: float
-    derived: float
-    difference: float
-    deviation: float
-    success: bool
-    better: bool
-    intervals: int
-    starts: int
-    t: Array
-    theta: Array
-    q: Array
-    k: Array
 
 
 def _states(problem: Bolza, q: Array) -> tuple[Array, Array]:
@@ -68,16 +39,18 @@ def cost(problem: Bolza, q: Array) -> Array:
     return problem.branch.robust(theta[..., -1]) + problem.gamma * spent
 
 
-def transcribe(
-    problem: Bolza, intervals: int = 40, starts: int = 3, tolerance: float = 1e-6
-) -> Transcription:
+def transcribe(problem: Bolza, intervals: int = 40, starts: int = 3, tolerance: float = 1e-6) -> Search:
     """Minimise J over all controls, from several starts.
 
     Args:
         problem: with the set "product".
         intervals: how many pieces the control has.
         starts: how many starts: q = 1, q = 0.5, random ones from a fixed seed.
-        tolerance: relative decrease of J from which "better" is said.
+        tolerance: relative decrease of J from which "better" is said, if a finer mesh bears it out.
+
+    Returns:
+        `about` has max |q - 1| (deviation), and whether the minimiser met its tolerances from at least one
+        start (success), which says nothing about `best`.
 
     Raises:
         ValueError: another set, or fewer than 2 intervals or 1 start.
@@ -86,39 +59,23 @@ def transcribe(
     if problem.admissible != "product":
         raise ValueError(f"direct transcription is for the set 'product', got {problem.admissible!r}")
     whole(intervals, "intervals", 2), whole(starts, "starts", 1)
-    ones, rng = np.ones(intervals), np.random.default_rng(0)
-    derived = float(cost(problem, ones))
+    ones, rng, success = np.ones(intervals), np.random.default_rng(0), False
+    best = derived = float(cost(problem, q := ones))
     if not np.isfinite(derived):
         raise LandscapeError("the derived schedule leaves the range of the inner maximum")
-    best, q, success = derived, ones, False
-    settings: Any = {
-        "jac": True,
-        "method": "L-BFGS-B",
-        "bounds": [(Q_MIN, 1.0)] * intervals,
-        "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100},
-    }
+    options: Any = {"method": "L-BFGS-B", "options": {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 100}}
+    options["bounds"] = [(Q_MIN, 1.0)] * intervals
     for start in [ones, ones / 2, *(rng.uniform(0.2, 1, intervals) for _ in range(starts - 2))][:starts]:
-        end = minimize(_with_slope, start, args=(problem,), **settings)
+        end = minimize(_with_slope, start, args=(problem,), jac=True, **options)
         success |= bool(end.success)
         if (value := float(cost(problem, end.x))) < best:
             best, q = value, end.x
-    difference, allowed = derived - best, tolerance * max(abs(derived), 1e-3)
-    finer = cost(problem, np.repeat([ones, q], 4, axis=1))
-    theta = _states(problem, q)[0][:-1]
-    return Transcription(
-        best=best,
-        derived=derived,
-        difference=difference,
-        deviation=float(np.max(np.abs(q - 1))),
-        success=success,
-        better=bool(difference > allowed and finer[0] - finer[1] > allowed),
-        intervals=intervals,
-        starts=starts,
-        t=problem.horizon / intervals * np.arange(intervals, dtype=np.float64),
-        theta=theta,
-        q=q,
-        k=problem.count(theta) / q,
-    )
+    allowed, finer = tolerance * max(abs(derived), 1e-3), cost(problem, np.repeat([ones, q], 4, axis=1))
+    better, theta = min(derived - best, finer[0] - finer[1]) > allowed, _states(problem, q)[0][:-1]
+    about: dict[str, Any] = {"deviation": float(np.max(np.abs(q - 1))), "success": success}
+    about |= {"intervals": intervals, "starts": starts}
+    t = np.linspace(0, problem.horizon, intervals, endpoint=False)
+    return Search(best, derived, bool(better), t, theta, q, problem.count(theta) / q, about)
 
 
 def _with_slope(q: Array, problem: Bolza) -> tuple[float, Array]:

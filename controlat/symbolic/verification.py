@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, chosen_set
+from controlat.symbolic.bolza import SETS, Bolza, Search, candidates, chosen_set
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import LandscapeError
 from controlat.symbolic.limits import LATE, TimeLimit
@@ -31,7 +31,7 @@ from controlat.symbolic.principle import (
     multiplier,
     schedule_path,
 )
-from controlat.symbolic.programming import Programming, programme
+from controlat.symbolic.programming import programme
 from controlat.symbolic.transcription import transcribe
 
 __all__ = ["Verification", "verify"]
@@ -125,29 +125,25 @@ def verify(
 
     def part(what: str, otherwise: Any, function: Callable[..., Any], *given: Any) -> Any:
         try:
-            return function(*given)
+            return function(problem, *given)
         except TimeLimit:
             late.append(what)
             return otherwise
 
     def programmed(name: str) -> Row:
-        nothing = _set(name) | {"error": LATE}
-        return part(f"dynamic programming for the set '{name}'", nothing, _programmed, problem, name)  # type: ignore[no-any-return]
+        return part(f"dynamic programming for the set '{name}'", _set(name, LATE), _programmed, name)  # type: ignore[no-any-return]
 
     curves = _curves(problem, path)
-    prices = part("the range of gamma", None, _gamma, problem, path) if product else None
+    prices = part("the range of gamma", None, _gamma, path) if product else None
     derived = _derived(problem, path, prices)
-    rows = {admissible: programmed(admissible)}
-    direct = part("direct transcription", {"error": LATE}, _transcribed, problem) if transcription else None
-    boundary = part("the boundary problem", None, boundary_problem, problem, path) if product else None
-    compared = part("other schedules", [], _compared, problem, path) if product else []
-    rows |= {name: programmed(name) for name in SETS if name != admissible}
-    searches = {"dynamic programming": rows[admissible]}
-    searches |= {} if direct is None else {"direct transcription": direct}
-    schedules = [row.pop("schedule") | {"by": by} for by, row in searches.items() if row.get("schedule")]
-    better = max(schedules, key=lambda row: float(row["gain"])) if schedules else None
-    searched = any("error" not in row for row in searches.values())
-    sets = [rows[name] for name in SETS]
+    searches = {"dynamic programming": programmed(admissible)}
+    if transcription:
+        searches["direct transcription"] = part("direct transcription", {"error": LATE}, _transcribed)
+    boundary = part("the boundary problem", None, boundary_problem, path) if product else None
+    compared = part("other schedules", [], _compared, path) if product else []
+    own = searches["dynamic programming"]
+    sets = [own if name == admissible else programmed(name) for name in SETS]
+    better = _best(searches)
     statement = _statement(problem)
     told = _verdict(statement, derived, better) + _search_words(derived, better, searches)
     return Verification(
@@ -156,12 +152,14 @@ def verify(
         comparisons=compared,
         hamiltonian=curves,
         boundary=boundary,
-        transcription=direct,
+        transcription=searches.get("direct transcription"),
         gamma=prices,
         sets=sets,
         better=better,
         conclusion=told + _gamma_words(prices, statement) + _set_words(sets, admissible),
-        holds=bool(derived["satisfies"] and better is None and searched),
+        holds=derived["satisfies"]
+        and better is None
+        and any("error" not in row for row in searches.values()),
         left_out=late,
     )
 
@@ -171,42 +169,28 @@ def verify(
 
 def _statement(problem: Bolza) -> Row:
     land, names = problem.landscape, ("theta0", "tau", "horizon", "gamma", "admissible", "overshoot")
-    return {
+    row: Row = {
         "landscape": str(land.expression),
-        "parameters": {str(k): float(v) for k, v in land.values.items()},
         "x0": land.point,
-        **{name: getattr(problem, name) for name in names},
         "formula": SETS[problem.admissible].formula,
-        "quadratic": land.quadratic,
     }
+    row |= {"parameters": {str(k): float(v) for k, v in land.values.items()}, "quadratic": land.quadratic}
+    return row | {name: getattr(problem, name) for name in names}
 
 
 def _derived(problem: Bolza, path: Path, prices: Row | None) -> Row:
     """The derived schedule with costate, multiplier and gap."""
-    gap = criterion(problem, path)
-    own = path.p * problem.flow(path.theta, path.q, path.k) - problem.gamma * path.k
+    gap, k = criterion(problem, path), path.k
+    own = path.p * problem.flow(path.theta, path.q, k) - problem.gamma * k
     satisfies = gap.largest <= TOLERANCE * max(1.0, float(np.abs(own).max()))
     if prices is not None:  # sharper: beside a limit on gamma the violation is tiny
         satisfies &= prices["low"] <= problem.gamma <= (math.inf if prices["unlimited"] else prices["high"])
     m = multiplier(problem, path) if problem.admissible == "product" else None
-    return {
-        "t": path.t,
-        "theta": path.theta,
-        "p": path.p,
-        "m": m,
-        "m_nonnegative": None if m is None else bool(np.all(m >= 0)),
-        "constant": bool(path.k.max() - path.k.min() <= ALIKE * path.k.max()),
-        "K": path.k,
-        "alpha": path.q * problem.branch.exact_step(path.theta),
-        "gap": gap.gap,
-        "best_K": gap.k,
-        "best_ratio": gap.q,
-        "J": path.cost,
-        "C": gap.c,
-        "largest_violation": gap.largest,
-        "searched": gap.searched,
-        "satisfies": bool(satisfies),
-    }
+    row: Row = {"t": path.t, "theta": path.theta, "p": path.p, "K": k, "m": m, "J": path.cost}
+    row |= {"alpha": path.q * problem.branch.exact_step(path.theta), "searched": gap.searched, "C": gap.c}
+    row |= {"gap": gap.gap, "best_K": gap.k, "best_ratio": gap.q, "largest_violation": gap.largest}
+    row["m_nonnegative"] = None if m is None else bool(np.all(m >= 0))
+    return row | {"constant": bool(k.max() - k.min() <= ALIKE * k.max()), "satisfies": bool(satisfies)}
 
 
 def _compared(problem: Bolza, derived: Path) -> list[Row]:
@@ -242,8 +226,8 @@ def _gamma(problem: Bolza, path: Path) -> Row:
     return {"low": low, "high": high, "none": math.isnan(low), "unlimited": math.isinf(high)}
 
 
-def _set(name: str) -> Row:
-    return {"admissible": name, "formula": SETS[name].formula}
+def _set(name: str, error: str = "") -> Row:
+    return {"admissible": name, "formula": SETS[name].formula} | ({"error": error} if error else {})
 
 
 def _programmed(problem: Bolza, name: str) -> Row:
@@ -251,23 +235,16 @@ def _programmed(problem: Bolza, name: str) -> Row:
 
     With "schedule", if the set is the problem's own and something better was found.
     """
-    row = _set(name)
     try:
         there = replace(problem, admissible=name)
-        grid: Programming = programme(there, follow=name == problem.admissible)
-        exact = derived_cost(there)
+        grid, exact = programme(there, follow=name == problem.admissible), derived_cost(there)
     except LandscapeError as error:
-        return row | {"error": str(error)}
-    if abs(grid.policy - exact) > COARSE * max(abs(exact), 1e-2):
-        told = f"the derived schedule costs {grid.policy:.4g} on it, in fact {exact:.4g}"
-        return row | {"error": f"the grid in theta does not resolve it: {told}"}
-    if grid.better and len(grid.q):
-        at = np.unique(np.linspace(0, grid.steps - 1, POINTS).astype(int))
-        states = {"t": grid.t[at], "theta": grid.theta[at], "ratio": grid.q[at], "K": grid.k[at]}
-        row["schedule"] = {"J": grid.value, "gain": grid.difference, **states}
-    names = ("value", "policy", "tolerance", "theta_range", "clipped", "nodes", "steps")
-    row |= {key: getattr(grid, key) for key in names}
-    return row | {"given_away": grid.difference, "better_exists": grid.better, "derived_J": exact}
+        return _set(name, str(error))
+    if abs(grid.derived - exact) > COARSE * max(abs(exact), 1e-2):
+        told = f"the derived schedule costs {grid.derived:.4g} on it, in fact {exact:.4g}"
+        return _set(name, f"the grid in theta does not resolve it: {told}")
+    row = {"value": grid.best, "policy": grid.derived, "given_away": grid.difference, "derived_J": exact}
+    return _set(name) | row | {"better_exists": grid.better} | grid.about | _schedule(grid)
 
 
 def _transcribed(problem: Bolza) -> Row:
@@ -275,12 +252,23 @@ def _transcribed(problem: Bolza) -> Row:
         direct = transcribe(problem)
     except LandscapeError as error:
         return {"error": str(error)}
-    names = ("derived", "difference", "deviation", "success", "better", "intervals", "starts")
-    row = {"found": direct.best} | {name: getattr(direct, name) for name in names}
-    if direct.better:
-        states = {"t": direct.t, "theta": direct.theta, "ratio": direct.q, "K": direct.k}
-        row["schedule"] = {"J": direct.best, "gain": direct.difference, **states}
-    return row
+    row = {"found": direct.best, "derived": direct.derived, "difference": direct.difference}
+    return row | {"better": direct.better} | direct.about | _schedule(direct)
+
+
+def _schedule(search: Search) -> Row:
+    """The schedule of a search, if it is better and was followed."""
+    if not (search.better and len(search.q)):
+        return {}
+    at = np.unique(np.linspace(0, len(search.q) - 1, POINTS).astype(int))
+    states = {"t": search.t[at], "theta": search.theta[at], "ratio": search.q[at], "K": search.k[at]}
+    return {"schedule": {"J": search.best, "gain": search.difference, **states}}
+
+
+def _best(searches: Mapping[str, Row]) -> Row | None:
+    """The best schedule that a search found, if any; it is taken out of the rows."""
+    found = [row.pop("schedule") | {"by": by} for by, row in searches.items() if "schedule" in row]
+    return max(found, key=lambda row: float(row["gain"]), default=None)
 
 
 # ---- words: given which set, at which price, by which checks
@@ -303,17 +291,13 @@ def _verdict(problem: Row, derived: Row, better: Row | None) -> list[str]:
 
 def _search_words(derived: Row, better: Row | None, searches: Mapping[str, Row]) -> list[str]:
     """Which searches were made, and what finding nothing means."""
-    lines = []
-    if better is None:
-        lost = [f"{by} gives no answer ({row['error']})" for by, row in searches.items() if "error" in row]
-        if len(lost) == len(searches):
-            told = f"Whether another schedule of this set is better was not found out: {'; '.join(lost)}."
-        else:
-            told = f"Given this set and gamma, the search ({', '.join(searches)}) found no better schedule"
-            if not derived["satisfies"]:
-                told += " beyond its tolerance: the loss, if any, is small"
-            told = "; ".join([told, *lost]) + ". This is a check of these numbers, not a proof."
-        lines.append(told)
+    lost = [f"{by} gives no answer ({row['error']})" for by, row in searches.items() if "error" in row]
+    small = "" if derived["satisfies"] else " beyond its tolerance: the loss, if any, is small"
+    nothing = f"Given this set and gamma, the search ({', '.join(searches)}) found no better schedule{small}"
+    told = f"{'; '.join([nothing, *lost])}. This is a check of these numbers, not a proof."
+    if len(lost) == len(searches):
+        told = f"Whether another schedule of this set is better was not found out: {'; '.join(lost)}."
+    lines = [told] if better is None else []
     if derived["m"] is not None and derived["constant"]:
         lines.append(
             "K* is constant along the derived path: the constant and linear schedules are the derived one, "
@@ -336,9 +320,7 @@ def _gamma_words(gamma: Row | None, problem: Row) -> list[str]:
 def _set_words(rows: list[Row], own: str) -> list[str]:
     """What the derived (rounded) schedule gives away given each other set."""
     lines = []
-    for row in rows:
-        if row["admissible"] == own:
-            continue
+    for row in (row for row in rows if row["admissible"] != own):
         if "error" in row:
             told = f"there is no answer: {row['error']}"
         elif row["better_exists"]:

@@ -15,7 +15,8 @@ import torch
 import controlat
 from controlat import report
 from controlat.app.checkpoints import load_checkpoint
-from controlat.app.settings import EvaluateSettings
+from controlat.app.runs import claimed
+from controlat.app.settings import DeriveSettings, EvaluateSettings, settings_from
 from controlat.app.trainer import read_log
 from controlat.records import Evaluation, Full, read_record
 
@@ -88,3 +89,15 @@ def test_schedules_are_loaded_and_trained_under(files: Path) -> None:
     few: dict[str, Any] = {"epochs": 1, "train_points": 64, "progress": False, "model": "tiny:build"}
     found = controlat.train(files / "new", schedule=str(derived), **few)
     assert found["epochs"][0]["control"] == dict(controlat.load_schedule(derived)(0.0))
+
+
+def test_a_derivation_goes_on_in_its_directory(files: Path) -> None:
+    """The setting `transcription` is newer than the file; switched on, it is another setting."""
+    plain, other = (
+        {"command": "derive"} | settings_from(DeriveSettings, options, "derive").to_json()
+        for options in ({}, {"transcription": True})
+    )
+    with claimed(files / "derived", plain) as known:
+        assert known
+    with pytest.raises(ValueError, match="transcription"), claimed(files / "derived", other):
+        pass
