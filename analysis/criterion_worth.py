@@ -51,7 +51,7 @@ from controlat.pmp import (
     trust,
 )
 from controlat.pmp.hamiltonian import Gains
-from controlat.robust_accuracy.robust import measure as attacked
+from controlat.robust_accuracy.robust import run_attacks
 
 HERE = Path(__file__).resolve().parent
 
@@ -155,7 +155,7 @@ def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, An
         surface = score(driver, batches, visit.control, grid, terminal=terminal, scale=weight)
         surfaces.append({"control": dict(visit.control), "surface": surface.to_json()})
     driver.restore(recording.end)
-    test = attacked(driver.model, experiment.test, ball, attacks=part["test"], seed=seed)
+    test = run_attacks(driver.model, experiment.test, ball, attacks=part["test"], seed=seed)
     return {
         "schedule": text,
         "seed": seed,

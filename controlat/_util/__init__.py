@@ -1,1 +1,1 @@
-"""What every part uses and none is about: files, randomness, checks, registries, texts."""
+"""Utilities of all parts: files, random numbers, checks, registries, texts, processes."""

@@ -1,4 +1,4 @@
-"""Checks of what users give: numbers, choices and kinds; each error has the value and the cure."""
+"""Checks of user input: numbers, choices and types; each error names the value and the cure."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ __all__ = ["brief", "choice", "flag", "instance", "number", "whole"]
 T = TypeVar("T")
 
 
-_MANY = 1e9  # no count of steps, samples or epochs is larger
-
-
-_HUGE = re.compile(r"[eE][+-]?\d{4,}")  # Fraction would compute 10 to that power
+_MANY = 1e9  # limit for counts of steps, samples or epochs
+_HUGE = re.compile(r"[eE][+-]?\d{4,}")  # exponents for which Fraction would compute a huge power of 10
 
 
 def number(value: object, name: str = "number") -> float:
-    """Read a finite number; text may be a fraction, and is exact until the last rounding.
+    """Read a finite number; a text may be a fraction, and is rounded only once.
 
     Args:
         value: an int, a float, or a text such as ``"8/255"``, ``"0.3"``, ``"1e-3"``.
-        name: what the number is, for the error.
+        name: name of the number in the error message.
 
     Returns:
         The nearest float.
@@ -51,7 +49,7 @@ def number(value: object, name: str = "number") -> float:
 
 
 def whole(value: object, name: str, low: float = -math.inf) -> int:
-    """Read a whole number: a count from `low` to 1e9, or any, such as a seed.
+    """Read a whole number: a count from `low` to 1e9, or without `low` any whole number, such as a seed.
 
     Raises:
         ValueError: it is not one.
@@ -59,17 +57,17 @@ def whole(value: object, name: str, low: float = -math.inf) -> int:
     >>> whole(3.0, "steps", 0)
     3
     """
-    found: int | None = None
+    result: int | None = None
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             real = isinstance(value, float) and value.is_integer()
-            found = int(value) if real else operator.index(value)  # type: ignore[arg-type,call-overload]
+            result = int(value) if real else operator.index(value)  # type: ignore[arg-type,call-overload]
     most = _MANY if low > -math.inf else math.inf
-    if found is None or not low <= found <= most:
-        beyond = found is not None and found > most
+    if result is None or not low <= result <= most:
+        beyond = result is not None and result > most
         allowed = f" in [{low:g}, {most:g}]" if beyond else f" >= {low:g}" * (low > -math.inf)
         raise ValueError(f"{name} must be a whole number{allowed}, got {brief(value)}")
-    return found
+    return result
 
 
 def flag(value: object, name: str) -> bool:
@@ -84,7 +82,7 @@ def flag(value: object, name: str) -> bool:
 
 
 def choice(value: object, name: str, choices: Iterable[str]) -> str:
-    """Read one of some texts.
+    """Read one of the given choices.
 
     Raises:
         ValueError: it is none of them.
@@ -95,20 +93,20 @@ def choice(value: object, name: str, choices: Iterable[str]) -> str:
 
 
 def instance(value: T, kind: type | tuple[type, ...], name: str, cure: str = "") -> T:
-    """Return an object of some kind.
+    """Return an object if it is an instance of the given type or types.
 
     Raises:
-        TypeError: it is of another kind.
+        TypeError: it is of another type.
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise TypeError(f"{name} must be a {wanted}, got {brief(value)}" + f": {cure}" * bool(cure))
+        expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name} must be a {expected}, got {brief(value)}" + f": {cure}" * bool(cure))
     return value
 
 
 def brief(value: object) -> str:
-    """A value for an error: a tensor by its type and shape, everything else in one short line."""
+    """A value in an error message: a tensor by its type and shape, other values in one short line."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shape = getattr(value, "shape", None)

@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels in a row, and files that are complete or absent."""
+"""Common parts of all figures: colours, panels, and PNG files that are written atomically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def panels(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure of some panels in a row, or in several rows; width and height in inches."""
+    """A figure with panels in one or several rows, and its axes; width and height in inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel():

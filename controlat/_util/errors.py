@@ -1,4 +1,4 @@
-"""What goes wrong in numbers."""
+"""Errors of numerical computations."""
 
 from __future__ import annotations
 

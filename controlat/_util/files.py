@@ -1,4 +1,4 @@
-"""Files: written under a temporary name and renamed, read with an error that names them."""
+"""Files: written atomically by a temporary file and a rename; errors of reading name the file."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ JSON_LIMIT = 128 << 20  # bytes
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose ~ is the home folder, as a shell has it at the beginning of a word.
+    """A path in which a leading ~ or ~user is the home folder, as in a shell.
 
     Raises:
-        ValueError: ~user of a user that there is not.
+        ValueError: there is no such user.
     """
     try:
         return Path(path).expanduser()
@@ -44,7 +44,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that at any moment either the old or the complete new one is there.
+    """Write a file atomically: at any moment there is either the old or the complete new one.
 
     Args:
         path: its final name; the folder is created.
@@ -67,7 +67,7 @@ def write(path: str | Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power, where the file system can."""
+    """Flush a folder to the disk (fsync), so that new names in it survive a loss of power."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -77,7 +77,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def left_over(folder: Path, name: str = "*") -> list[Path]:
-    """Temporary files in a folder that a process left which was killed in `write`; of one name, or of any."""
+    """Temporary files that processes left when they were killed in `write`: of one file name, or of all."""
     return [p for p in folder.glob(f".{name}.????????.tmp") if p.is_file() and not p.is_symlink()]
 
 
@@ -93,10 +93,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def open_file(path: str | Path, limit: float = math.inf) -> BufferedReader:
-    """Open a regular file for reading; anything else is refused at once.
+    """Open a regular file for reading; anything else is refused without opening it.
 
-    A plain `open` of a named pipe waits for a writer, a device may have no end, and a folder gives an error
-    of its own.
+    A plain `open` of a named pipe waits for a writer, and a device may have no end.
 
     Args:
         path: the file; links are followed.
@@ -110,10 +109,10 @@ def open_file(path: str | Path, limit: float = math.inf) -> BufferedReader:
     Traceback (most recent call last):
     ValueError: /dev/zero: is a device, not a regular file; give the path of a file
     """
-    _check(path, os.stat(path), limit)  # before it is opened: a device may act on that
+    _check(path, os.stat(path), limit)  # before opening, which may have an effect on a device
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     try:
-        _check(path, os.fstat(file.fileno()), limit)  # what is there now
+        _check(path, os.fstat(file.fileno()), limit)  # the file may have been replaced meanwhile
     except BaseException:
         file.close()
         raise
@@ -124,13 +123,13 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # no effect on regular files
 
 
-def _check(path: str | Path, found: os.stat_result, limit: float) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check(path: str | Path, status: os.stat_result, limit: float) -> None:
+    if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe (FIFO)", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
         raise ValueError(f"{path}: is {kind}, not a regular file; give the path of a file")
-    if found.st_size > limit:
-        raise ValueError(f"{path}: has {found.st_size:,} bytes, but at most {limit:,} are read here")
+    if status.st_size > limit:
+        raise ValueError(f"{path}: has {status.st_size:,} bytes, but at most {limit:,} are read here")
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -149,7 +148,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Numbers that are not finite become the strings 'nan', 'inf', '-inf': JSON has no such numbers."""
+    """A value for JSON, which has no such numbers: NaN and infinities become 'nan', 'inf' and '-inf'."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -179,7 +178,7 @@ def read_json(path: str | Path) -> Any:
 def _parsed(text: bytes, where: str) -> Any:
     try:
         return _DECODER.decode(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # also whole numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
@@ -191,21 +190,20 @@ def _number(text: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {name!r} comes twice")
-    return found
+    return content
 
 
 _DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number, object_pairs_hook=_object)
 
 
 def append_json_line(path: str | Path, value: object) -> None:
-    """Append one line of JSON: a crash can cut the last line short, never an earlier one.
+    """Append one line of JSON, and flush it to the disk: a crash can truncate the last line only.
 
-    A last line that a crash cut short is dropped first, or the new one would be glued to it. The line is on
-    the disk before the call returns.
+    A last line that is truncated already is removed first.
     """
     line = json.dumps(plain(value), allow_nan=False) + "\n"
     path = Path(path)
@@ -226,7 +224,7 @@ def _complete(text: bytes) -> bytes:
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
-    """The complete lines of a JSONL file, none if it is missing; a last line cut short is left out.
+    """The complete lines of a JSONL file, none if it is missing; a truncated last line is left out.
 
     Raises:
         ValueError: it is too large, no regular file, or a complete line is malformed; the message names the

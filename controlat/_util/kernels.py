@@ -1,8 +1,8 @@
-"""Derivatives in place of torch's own: a faster one, and one that is right.
+"""Replacements of derivatives in torch: a faster one, and a correct one.
 
-`OneChannelWeight` is a faster input gradient for convolutions of one-channel images, which attacks need and
-training does not. On CPU torch's kernel takes three to four times as long for it as one matrix product and a
-fold, a third of an attack on LeNet. With more channels torch's own is as good, and it is used.
+`OneChannelWeight` computes the input gradient of convolutions of one-channel images, which attacks need and
+training does not, by a matrix product and a fold. On CPU torch's kernel takes three to four times as long, a
+third of the time of an attack on LeNet. With more channels torch's kernel is as fast, and is used.
 
 `SecondDerivatives` is for weight normalisation, whose fused kernel has a wrong second derivative in torch
 2.13 (``torch.autograd.gradgradcheck`` fails).
@@ -22,7 +22,7 @@ __all__ = ["OneChannelWeight", "SecondDerivatives", "one_channel_weights"]
 
 
 def one_channel_weights(model: nn.Module) -> set[int]:
-    """The weights that this is for, by id."""
+    """The ids of the weights of convolutions with one input channel."""
     return {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 1}
 
 
@@ -64,10 +64,10 @@ def _convolve(
 
 
 class OneChannelWeight(Tensor):
-    """A frozen weight with which conv2d of one-channel CPU inputs has the faster gradient.
+    """A frozen weight with which conv2d of one-channel CPU inputs has the faster input gradient.
 
-    The weight carries it, and no context: what a backward pass computes again (activation checkpointing)
-    must save the same tensors.
+    A tensor subclass, not a context manager, so that layers which activation checkpointing runs again in the
+    backward pass, outside the context, save the same tensors.
 
     >>> x = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     >>> w = torch.rand(3, 1, 3, 3, dtype=torch.float64)
@@ -80,13 +80,13 @@ class OneChannelWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Send conv2d elsewhere, everything else on; results are plain tensors."""
+        """Replace conv2d, and leave all other functions; results are plain tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             return (_convolve if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 
 class SecondDerivatives(TorchFunctionMode):
-    """A context in which weight normalisation is composed of operations that can be differentiated twice.
+    """A context in which weight normalisation consists of operations with correct second derivatives.
 
     >>> v, g = torch.rand(4, 3, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
     >>> with SecondDerivatives():
@@ -101,7 +101,7 @@ class SecondDerivatives(TorchFunctionMode):
         return any(type(part).__name__ in ("_WeightNorm", "WeightNorm") for part in parts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute a normalised weight by its formula, everything else as it is."""
+        """Replace the fused kernel of weight normalisation by its formula, and leave all other functions."""
         return (_normalised if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 

@@ -1,9 +1,9 @@
-"""Several processes on one run: each works on its rows of every batch, and gradients are averaged.
+"""Data-parallel runs: each process works on its rows of every batch, and gradients are averaged.
 
-`torchrun` starts them; nothing else changes. The network is not wrapped: attacks run on the bare module
-without communication, and the driver reduces one flat gradient per request. After every step all processes
-hold the same state z, and what is random is drawn as for the whole batch: they take the steps of one process
-on whole batches, up to the order of sums (BatchNorm sees the rows of its process; dropout has other masks).
+`torchrun` starts the processes. The network is not wrapped: attacks run on the plain module without
+communication, and the driver all-reduces one flat gradient per request. After every step all processes hold
+the same state z. Random numbers are drawn for the whole batch, so that the steps are those of one process
+up to the order of sums, but for BatchNorm, which sees the rows of its process, and for dropout masks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 __all__ = ["PeerLost", "Share", "World", "current", "joined", "started"]
 
-_PATIENCE = timedelta(days=2)  # others wait while the first process validates, attacks or scores
+_TIMEOUT = timedelta(days=2)  # other processes wait while the first one validates, attacks or scores
 
 
 class PeerLost(RuntimeError):
@@ -31,10 +31,10 @@ class PeerLost(RuntimeError):
 
 
 def _exchange(operation: Callable[..., object], *arguments: Any) -> None:
-    """Speak to the other processes.
+    """Run a collective operation of torch.distributed.
 
     Raises:
-        PeerLost: one of them does not answer; Gloo and NCCL say so at length.
+        PeerLost: another process does not answer; the message is that of Gloo or NCCL in short.
     """
     try:
         operation(*arguments)
@@ -47,20 +47,20 @@ def _exchange(operation: Callable[..., object], *arguments: Any) -> None:
 
 
 def started() -> int:
-    """How many processes torchrun started; 1 without it.
+    """Number of processes that torchrun has started; 1 without it.
 
     Raises:
         ValueError: WORLD_SIZE, RANK or LOCAL_RANK is no whole number of the range that torchrun sets.
     """
-    size = _set("WORLD_SIZE", 1, 1)
+    size = _environment("WORLD_SIZE", 1, 1)
     for name in ("RANK", "LOCAL_RANK"):
-        if size > 1 and _set(name, 0, 0) >= size:
+        if size > 1 and _environment(name, 0, 0) >= size:
             raise ValueError(f"{name} must be below WORLD_SIZE = {size}, got {os.environ[name]}")
     return size
 
 
-def _set(name: str, usual: int, least: int) -> int:
-    """A whole number of the environment, as torchrun sets it."""
+def _environment(name: str, usual: int, least: int) -> int:
+    """An environment variable of torchrun, a whole number."""
     text = os.environ.get(name, str(usual))
     if not (text.isdecimal() and len(text) < 7 and int(text) >= least):
         raise ValueError(
@@ -84,16 +84,16 @@ class Share:
 
     @property
     def rows(self) -> slice:
-        """Where they are in the whole batch."""
+        """Their positions in the whole batch."""
         return slice(self.rank * self.total // self.size, (self.rank + 1) * self.total // self.size)
 
     @property
     def alone(self) -> bool:
-        """Whether the batch is whole here."""
+        """Whether there is only one process, which has the whole batch."""
         return self.size == 1
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Means over the samples of the whole batch, of tensors that are means over each process's rows."""
+        """All-reduce: means over the whole batch, from means over the rows of each process."""
         if self.alone:
             return list(tensors)
         weight = (self.rows.stop - self.rows.start) / self.total
@@ -104,26 +104,26 @@ class Share:
         return _fused(tensors, reduce)
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum over the processes."""
-        found = t.clone()
+        """All-reduce: the sum over the processes."""
+        total = t.clone()
         if not self.alone:
-            _exchange(dist.all_reduce, found)
-        return found
+            _exchange(dist.all_reduce, total)
+        return total
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of the whole batch."""
+        """All-gather: the rows of all processes, in the order of the whole batch."""
         if self.alone:
             return rows
         shares = [Share(rank, self.size, self.total).rows for rank in range(self.size)]
         sizes = [s.stop - s.start for s in shares]
-        sent = rows.new_zeros(max(sizes), *rows.shape[1:], dtype=_sendable(rows.dtype))
-        sent[: len(rows)] = rows
-        found = [torch.empty_like(sent) for _ in sizes]
-        _exchange(dist.all_gather, found, sent)
-        return torch.cat([part[:n] for part, n in zip(found, sizes, strict=True)]).to(rows.dtype)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:], dtype=_sendable(rows.dtype))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        _exchange(dist.all_gather, gathered, padded)
+        return torch.cat([part[:n] for part, n in zip(gathered, sizes, strict=True)]).to(rows.dtype)
 
     def sync_buffers(self, model: nn.Module) -> None:
-        """Give all processes one set of buffers: the mean of BatchNorm's statistics, else the first's."""
+        """Make buffers equal in all processes: means of floating-point ones, others by broadcast."""
         if self.alone:
             return
         buffers = list(model.buffers())
@@ -143,21 +143,21 @@ def _sendable(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fused(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
-    """The tensors after an exchange in place of one flat copy for each dtype."""
-    found = list(tensors)
+    """The tensors after `exchange`, which is called with one flat copy of all tensors of a dtype."""
+    results = list(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):
-        where = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in where]).to(_sendable(dtype))
+        indices = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices]).to(_sendable(dtype))
         exchange(flat)
-        parts = flat.to(dtype).split([tensors[i].numel() for i in where])
-        for i, part in zip(where, parts, strict=True):
-            found[i] = part.view_as(tensors[i])
-    return found
+        parts = flat.to(dtype).split([tensors[i].numel() for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            results[i] = part.view_as(tensors[i])
+    return results
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, and which of them this one is.
 
     Args:
         rank: 0, ..., size - 1. The first one writes files, validates and scores.
@@ -169,7 +169,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files."""
+        """Whether this is the first process, which writes files."""
         return self.rank == 0
 
     def share(self, total: int) -> Share:
@@ -177,27 +177,27 @@ class World:
         return Share(self.rank, self.size, total)
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process gives, plain data, in all processes."""
+        """Broadcast plain data from the first process."""
         if self.size == 1:
             return value
-        found: Any = json.loads(self.broadcast_bytes(json.dumps(value).encode()))
-        return found
+        received: Any = json.loads(self.broadcast_bytes(json.dumps(value).encode()))
+        return received
 
-    def once(self, find: Callable[[], Any]) -> Any:
-        """What the first process finds, plain data, in all processes, and so a ValueError of its."""
-        found, trouble = None, None
+    def once(self, compute: Callable[[], Any]) -> Any:
+        """Call a function in the first process, and broadcast its result, plain data, or its ValueError."""
+        result, message = None, None
         if self.first:
             try:
-                found = find()
+                result = compute()
             except ValueError as error:
-                trouble = str(error)
-        found, trouble = self.broadcast([found, trouble])
-        if trouble is not None:
-            raise ValueError(trouble)
-        return found
+                message = str(error)
+        result, message = self.broadcast([result, message])
+        if message is not None:
+            raise ValueError(message)
+        return result
 
     def broadcast_bytes(self, value: bytes) -> bytes:
-        """What the first process gives, in all processes."""
+        """Broadcast bytes from the first process."""
         if self.size == 1:
             return value
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -205,20 +205,20 @@ class World:
         _exchange(dist.broadcast, length, 0)
         if not int(length):
             return b""
-        sent = torch.empty(int(length), dtype=torch.uint8, device=device)
+        content = torch.empty(int(length), dtype=torch.uint8, device=device)
         if self.first:
-            sent.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
-        _exchange(dist.broadcast, sent, 0)
-        return sent.cpu().numpy().tobytes()
+            content.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
+        _exchange(dist.broadcast, content, 0)
+        return content.cpu().numpy().tobytes()
 
     def check(self, fingerprint: Sequence[Tensor]) -> None:
         """Raise RuntimeError unless the numbers are the same in all processes."""
         if self.size == 1:
             return
-        mine = torch.stack([t.detach().double() for t in fingerprint])
-        both = torch.cat([mine, -mine])
-        _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
-        if not torch.equal(both[: len(mine)], -both[len(mine) :]):
+        local = torch.stack([t.detach().double() for t in fingerprint])
+        extremes = torch.cat([local, -local])  # after the reduction: maxima, and minima times -1
+        _exchange(dist.all_reduce, extremes, dist.ReduceOp.MAX)
+        if not torch.equal(extremes[: len(local)], -extremes[len(local) :]):
             raise RuntimeError(
                 "the processes no longer hold the same network; do they run on hardware of one kind, and "
                 "does the method draw random numbers through its context only?"
@@ -226,7 +226,7 @@ class World:
 
 
 def current() -> World:
-    """The processes that work together now; alone outside `joined`."""
+    """The processes of the present process group; one process outside `joined`."""
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return World()
@@ -234,10 +234,10 @@ def current() -> World:
 
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started, inside the block; alone without torchrun.
+    """A process group of the processes that torchrun started, inside the block; one process without torchrun.
 
-    They speak through NCCL on GPUs, each on its own, and through Gloo on CPUs. A process group that is there
-    already is used, and left.
+    The backend is NCCL on GPUs, one per process, and Gloo on CPUs. A process group that exists already is
+    used, and not destroyed.
 
     Args:
         device: ``"auto"``, ``"cuda"`` or ``"cpu"``.
@@ -250,20 +250,20 @@ def joined(device: str = "auto") -> Iterator[World]:
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
-        local, there = _set("LOCAL_RANK", 0, 0), torch.cuda.device_count()
+        local, count = _environment("LOCAL_RANK", 0, 0), torch.cuda.device_count()
         if ":" in device:
             raise ValueError(
                 f"with several processes give --device cuda, not {device}: each takes its own GPU"
             )
-        if local >= there:
-            cure = f"give torchrun --nproc-per-node {there}" if there else "give --device cpu"
-            raise ValueError(f"process {local} finds {there} GPUs; {cure}")
+        if local >= count:
+            cure = f"give torchrun --nproc-per-node {count}" if count else "give --device cpu"
+            raise ValueError(f"process {local} finds {count} GPUs; {cure}")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=_TIMEOUT)
     try:
         yield current()
     finally:
-        # A thread of Gloo's needs the interpreter's lock to let go of the last exchange's tensors; where
-        # Python ends before it got that, the process aborts (pytorch/pytorch#179291). A pause gives it.
+        # A thread of Gloo needs the interpreter's lock to release the tensors of the last operation; if
+        # Python ends before that, the process aborts (pytorch/pytorch#179291). The pause gives it the lock.
         time.sleep(0.1)
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The folder is the registry: a new method, network or data set is one new file, listed nowhere.
+"""Folders as registries: a new method, network or data set is one new file, without any list of them.
 
 `names` and `member` serve the files of the package; `import_path` and `call_factory` serve the user's
 own code, named as "package.module:attribute".
@@ -22,7 +22,7 @@ __all__ = ["call_factory", "import_path", "meant", "member", "names", "variant"]
 
 
 def meant(name: object, choices: Iterable[str]) -> str:
-    """The beginning of a cure for a name that there is not: what it resembles, or nothing.
+    """The beginning of a cure for an unknown name: the choice that resembles it, or an empty text.
 
     >>> meant("amatta", ["pgd", "amata"]), meant("x", ["pgd", "amata"])
     ("did you mean 'amata'? ", '')
@@ -33,7 +33,7 @@ def meant(name: object, choices: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without what is easily mistaken: capitals, dashes and underscores."""
+    """A name in lower case without dashes and underscores, for comparison."""
     return name.lower().replace("-", "").replace("_", "")
 
 
@@ -59,9 +59,9 @@ def names(package: str) -> tuple[str, ...]:
         spec = None
     if spec is None or spec.submodule_search_locations is None:
         raise ValueError(f"there is no package {package!r}; give the dotted name of a folder of modules")
-    found = pkgutil.iter_modules(spec.submodule_search_locations)
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
     return tuple(
-        sorted(module.name for module in found if not module.name.startswith("_") and not module.ispkg)
+        sorted(module.name for module in modules if not module.name.startswith("_") and not module.ispkg)
     )
 
 
@@ -95,7 +95,7 @@ def variant(package: str, name: str) -> tuple[ModuleType, str]:
 
     Args:
         package: dotted name of a package.
-        name: a name of `names(package)`, alone or followed by a dash and what the module makes of it.
+        name: a name of `names(package)`, alone or followed by a dash and the name of a variant.
 
     Returns:
         The imported module and the text behind the first dash, empty if there is none.

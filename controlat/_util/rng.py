@@ -1,7 +1,7 @@
-"""Randomness as a function: of (seed, epoch, batch, purpose), never of what ran before.
+"""Random numbers as a function of (seed, epoch, batch, purpose), independent of what ran before.
 
-Resume is then trivial, two candidates scored at one step share their random numbers, and torch's global
-generator stays as the caller left it.
+A resumed run then has the same numbers, candidates scored at one step have common random numbers, and torch's
+global generator is left unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def derive(seed: int, *key: int | str) -> int:
 
 
 def generator(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh torch generator for one purpose, on `device`."""
+    """A new torch.Generator for one purpose, on `device`."""
     return torch.Generator(device=device).manual_seed(derive(seed, *key))
 
 

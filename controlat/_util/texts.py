@@ -1,4 +1,4 @@
-"""Short texts: ``family:name=value,...`` for schedules, rates and attacks; numbers and tables for people."""
+"""Texts of the form ``family:name=value,...``, as for schedules, and the formatting of numbers and tables."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ def split(text: str) -> tuple[str, dict[str, str]]:
     ('pgd', {'steps': '10', 'alpha': '2/255'})
     """
     family, _, rest = text.strip().partition(":")
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for item in rest.split(",") if rest else ():
         name, sign, value = (part.strip() for part in item.partition("="))
         if not (name and sign and value):
             raise ValueError(f"expected name=value, got {item!r} in {text!r}")
-        if name in found:
+        if name in parameters:
             raise ValueError(f"{name} is given twice in {text!r}")
-        found[name] = value
-    return family.strip(), found
+        parameters[name] = value
+    return family.strip(), parameters
 
 
-def only(found: Mapping[str, object], required: Iterable[str], optional: Iterable[str], what: str) -> None:
-    """Raise ValueError unless the names found are the required ones and at most the optional ones beside."""
+def only(given: Mapping[str, object], required: Iterable[str], optional: Iterable[str], what: str) -> None:
+    """Raise ValueError unless the given names are all the required ones, and optional ones."""
     required, optional = set(required), set(optional)
-    if unknown := sorted(set(found) - required - optional):  # first: a misspelt name is missing, too
+    if unknown := sorted(set(given) - required - optional):  # first: a misspelt name is missing, too
         allowed = ", ".join(sorted(required | optional)) or "nothing"
         near = meant(unknown[0], required | optional)
         raise ValueError(f"{what} does not take {', '.join(unknown)}; {near}it takes {allowed}")
-    if missing := sorted(required - set(found)):
+    if missing := sorted(required - set(given)):
         raise ValueError(f"{what} lacks {', '.join(missing)}")
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:
-    """A list of numbers separated by colons (commas separate parameters, bars and semicolons mean something
-    to the shell).
+    """A list of numbers separated by colons.
+
+    Not by commas, which separate parameters, nor by bars or semicolons, which the shell interprets.
 
     >>> numbers("0:1:5/2", "steps")
     (0.0, 1.0, 2.5)
@@ -54,7 +55,7 @@ def numbers(text: str, name: str) -> tuple[float, ...]:
 
 
 def short(value: object, length: int = 100) -> str:
-    """A text, or anything else as a text, cut in the middle: a schedule may list a million numbers.
+    """A value as a text, with the middle left out if it is long: a schedule may list a million numbers.
 
     >>> short("table:steps=0:1:2:3:4:5,tau=0.3", length=20)
     'table:steps...au=0.3'
@@ -77,7 +78,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that one would use.
+    """A time in seconds, minutes or hours.
 
     >>> duration(30), duration(600), duration(7200)
     ('30 seconds', '10 minutes', '2.0 hours')
@@ -88,7 +89,7 @@ def duration(seconds: float) -> str:
 
 
 def speaker() -> str:
-    """Which process speaks, if it is not the first or only one: for messages."""
+    """A prefix for messages: the number of this process, empty for the first or only one."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"[process {rank}]"
 

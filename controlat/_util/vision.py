@@ -1,4 +1,4 @@
-"""Importing torchvision: optional, and possible beside a build of torch that its wheel was not made for."""
+"""The import of torchvision, which is optional and may be built for another build of torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_kept: list[torch.library.Library] = []  # operators vanish together with the object that defined them
+_libraries: list[torch.library.Library] = []  # keeps the operators defined
 
 
 def torchvision() -> ModuleType:
     """Import torchvision, with `models`, `datasets` and `transforms`.
 
-    The wheel of torchvision on PyPI is made for CUDA: its compiled part does not load beside a CPU build
-    of torch, and then the import of its Python part fails too, because it decorates two operators that
-    nobody has defined. Only in that case they are declared here, without an implementation, and the
-    import is tried again. Networks and data sets do not call them.
+    The wheel of torchvision on PyPI is built for CUDA: with a CPU build of torch its compiled part does not
+    load, and then the import of its Python part fails too, as it registers implementations of two operators
+    that are not defined. Only in that case this function declares them, without an implementation, and
+    imports again. Networks and data sets do not call them.
 
     Returns:
         The module.
@@ -56,10 +56,10 @@ def _import() -> ModuleType:
 
 
 def _declare() -> None:
-    """Declare the missing operators and forget the modules of the import that failed."""
-    library = torch.library.Library("torchvision", "FRAGMENT")  # leaves room for definitions of others
+    """Declare the missing operators, and remove the modules of the failed import."""
+    library = torch.library.Library("torchvision", "FRAGMENT")  # FRAGMENT allows other definitions
     for operator in _OPERATORS:
         library.define(operator)
-    _kept.append(library)
+    _libraries.append(library)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]

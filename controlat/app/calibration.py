@@ -48,7 +48,7 @@ from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
-from controlat.models.frozen.borrowed import MODES
+from controlat.models.frozen.contexts import MODES
 from controlat.records import Calibrated, read_record
 
 __all__ = ["calibrate", "calibration"]

@@ -25,7 +25,7 @@ from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.robust_accuracy import parse_attack
-from controlat.robust_accuracy.robust import measure
+from controlat.robust_accuracy.robust import run_attacks
 
 __all__ = ["Tally", "fit", "load_checkpoint", "read_log", "validation_cost"]
 
@@ -43,7 +43,7 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
         "seed": driver.seed,
         "channels_last": driver.channels_last,
     }
-    accuracy = measure(driver.model, held_out, driver.ball, **how)
+    accuracy = run_attacks(driver.model, held_out, driver.ball, **how)
     return {
         "clean": accuracy.clean.value,
         "robust": accuracy.robust.value,

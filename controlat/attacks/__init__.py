@@ -1,4 +1,4 @@
-"""Inner solvers A_{theta,u} and evaluation attacks: they take a loss, a ball and a view of a network."""
+"""Inner solvers and evaluation attacks: functions of a loss, a ball and a frozen network."""
 
 from controlat.attacks.pgd import ascend, fgsm, path, pgd
 

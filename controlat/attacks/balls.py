@@ -1,6 +1,6 @@
 """Perturbation sets X = {x : ||x - x0||_p <= eps} within the pixel box [0, 1].
 
-A norm is a value: four functions of a batch. Everything else is the same for all norms.
+A `Norm` is a value: five functions of a batch. Everything else is the same for all norms.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from controlat._util.checks import choice, number
 
 __all__ = ["NORMS", "Ball", "Norm", "unit"]
 
-# The diameter of [0, 1]^d, in l_2 for d = 10^6 numbers where d is not known (`Ball.check` knows it).
+# The diameter of [0, 1]^d; for l_2 that of d = 10^6, an upper bound until `Ball.check` is given the shape.
 _DIAMETER = {"linf": 1.0, "l2": 1000.0}
-_FAR = 4.0  # a step of more than so many eps is twice as long as the ball is wide
+_FAR = 4.0  # in units of eps: longer steps than twice the diameter 2 eps of the ball give a warning
 
 
 def _per_sample(v: Tensor, like: Tensor) -> Tensor:
@@ -27,25 +27,26 @@ def _per_sample(v: Tensor, like: Tensor) -> Tensor:
 
 
 def _polar(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(v / ||v||, ||v||) per sample, in l_2; the direction of 0 is 0, and what is not finite gives NaN.
+    """(v / ||v||, ||v||) per sample, in l_2; the direction of 0 is 0, and non-finite entries give NaN.
 
-    v is scaled by its largest entry first: squares of entries below 1e-23 underflow in float32. Derivatives
-    are those of the quotient, but 0 at 0, and where 1 / ||v|| itself is near the end of the range.
+    v is first scaled by its largest entry, as squares of entries below 1e-23 underflow in float32. The
+    derivative of the direction is that of the quotient, and 0 where v is 0 or so small that 1 / ||v|| would
+    nearly overflow.
     """
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    largest = wide.detach().flatten(1).abs().amax(1)
+    v_float = v.to(torch.promote_types(v.dtype, torch.float32))
+    largest = v_float.detach().flatten(1).abs().amax(1)
     scale = _per_sample(torch.where(largest == 0, 1.0, largest), v)
-    scaled = wide / scale
+    scaled = v_float / scale
     length = _per_sample(torch.linalg.vector_norm(scaled.flatten(1), dim=1), v)
     direction = scaled / torch.where(length == 0, 1.0, length)
-    limits = torch.finfo(wide.dtype)
+    limits = torch.finfo(v_float.dtype)
     smooth = _per_sample(largest >= limits.tiny / limits.eps, v)
     direction = torch.where(smooth, direction, direction.detach())
     return direction.to(v.dtype), (length * scale).flatten().to(v.dtype)
 
 
 def unit(v: Tensor) -> Tensor:
-    """v / ||v||_2 per sample, however small v is; 0 where v is 0.
+    """v / ||v||_2 per sample, accurate for tiny v too; 0 for v = 0.
 
     >>> unit(torch.tensor([[3e-30, -4e-30], [0.0, 0.0]]))
     tensor([[ 0.6000, -0.8000],
@@ -56,7 +57,7 @@ def unit(v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """One norm: how to draw in its ball, ascend, project on it, and measure a gradient.
+    """The functions of one norm that a perturbation set needs.
 
     Args:
         draw: (like, eps, generator) -> a random perturbation of norm at most eps.
@@ -78,7 +79,7 @@ def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> T
 
 
 def _sign(g: Tensor) -> Tensor:
-    """sign(g), NaN where g is not finite: torch has sign(nan) = 0, which would pass for a flat network."""
+    """sign(g), and NaN where g is not finite: torch has sign(nan) = 0, which looks like a zero gradient."""
     return g.sign() + 0 * g
 
 
@@ -90,7 +91,7 @@ def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Ten
 
 def _shrink_l2(delta: Tensor, eps: float) -> Tensor:
     direction, length = _polar(delta)
-    inside = _per_sample(length <= eps, delta)  # not where it is NaN
+    inside = _per_sample(length <= eps, delta)  # false for NaN
     return torch.where(inside, delta, eps * direction)
 
 
@@ -118,8 +119,9 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
 class Ball:
     """The set of admissible inputs around x0: ||x - x0|| <= eps and 0 <= x <= 1.
 
-    Projection shrinks the perturbation, then clamps to [0, 1]. As x0 lies in the box, clamping never
-    lengthens a perturbation, so the result lies in both sets (for l_inf it is the exact projection).
+    `project` first shrinks the perturbation to the ball, then clamps to [0, 1]. As x0 lies in the box,
+    clamping does not lengthen a perturbation, so that the result lies in both sets; for l_inf it is the exact
+    projection.
 
     Args:
         eps: radius, in pixel units of [0, 1]; a number or a text such as ``"8/255"``. At most the diameter of
@@ -144,9 +146,9 @@ class Ball:
         choice(self.norm, "norm", NORMS)
         if self.eps < 0:
             raise ValueError(f"eps must be >= 0, got {self.eps:g}")
-        self._within(_DIAMETER[self.norm])
+        self._check_diameter(_DIAMETER[self.norm])
 
-    def _within(self, diameter: float) -> None:
+    def _check_diameter(self, diameter: float) -> None:
         if self.eps > diameter * (1 + 1e-6):
             meant = f": was {self.eps:g}/255 meant?" if self.eps <= 255 else ""
             raise ValueError(
@@ -155,11 +157,11 @@ class Ball:
             )
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError where eps is larger than the pixel box of one input of this shape."""
-        self._within(1.0 if self.norm == "linf" else math.sqrt(math.prod(shape)))
+        """Raise ValueError if eps is larger than the pixel box of one input of this shape."""
+        self._check_diameter(1.0 if self.norm == "linf" else math.sqrt(math.prod(shape)))
 
     def far(self, alpha: float) -> str:
-        """A sentence where a step size is far above the width 2 eps of the ball, else an empty text."""
+        """A warning if a step size is more than 4 eps, twice the diameter of the ball; otherwise empty."""
         if not 0 < _FAR * self.eps < alpha:
             return ""
         meant = f"; was {alpha:g}/255 meant?" if alpha >= 1 else ""
@@ -183,11 +185,11 @@ class Ball:
         return self._norm.direction(gradient)
 
     def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
-        """The nearest perturbation with ||delta|| <= radius * eps, whatever the pixel box."""
+        """The nearest perturbation with ||delta|| <= radius * eps, regardless of the pixel box."""
         return self._norm.shrink(delta, radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
-        """A random perturbation of norm at most radius * eps, whatever the pixel box."""
+        """A random perturbation of norm at most radius * eps, regardless of the pixel box."""
         return self._norm.draw(like, radius * self.eps, generator)
 
     def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
@@ -195,12 +197,12 @@ class Ball:
         return self.project(x + alpha * self.direction(gradient), x0)
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The admissible point for x (see the class)."""
+        """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
         self.check(x0.shape[1:])
         return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
-        """Smallest and largest perturbation of a pixel: +-eps for l_inf, and around x0 what [0, 1] allows."""
+        """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""
         eps = self.eps if self.norm == "linf" else math.inf
         return (-eps, eps) if x0 is None else ((-x0).clamp_min(-eps), (1 - x0).clamp_max(eps))
 

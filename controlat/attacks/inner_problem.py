@@ -1,4 +1,4 @@
-"""The inner problem of a network at one theta, in the numbers of a one-dimensional landscape.
+"""Numbers that describe the inner problem of a network at one theta, to fit a landscape to them.
 
 In the landscape (Ye et al. 2021, equation 11) the inner ascent is x <- x + alpha l_x, its exact step alpha*
 is 1/|l_xx|, and K* = tau/alpha* of them use up a budget tau = alpha K. The network's counterparts, on fixed
@@ -30,15 +30,15 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.cost import Meter
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["BUDGET", "MEASURES", "SHARE", "InnerProblem", "check_inner_problem", "inner_problem"]
 
 BUDGET = 2.0  # tau in units of eps
 SHARE = 0.95  # of the gain, at which an ascent counts as converged
-_ROUNDING = 1e-6  # of float32: what the loss rises less than this, relatively, is no gain
-_LEAST = 10  # steps of the finest ascent: with fewer it is no yardstick
+_ROUNDING = 1e-6  # smaller relative increases of the loss are rounding of float32
+_LEAST = 10  # the finest ascent needs so many steps to serve as reference
 
 MEASURES = {
     "convergence": f"steps K of size {BUDGET:g} eps/K to {SHARE:.0%} of the gain",
@@ -52,7 +52,9 @@ _ONE, _NEVER, _BEYOND, _FLAT = "one step is enough", "not reached", "beyond the 
 
 @dataclass(frozen=True)
 class InnerProblem:
-    """The inner problem at one theta, on the probe; None where the loss does not rise beyond rounding.
+    """The inner problem at one theta, on fixed samples (the probe).
+
+    A number is None where the loss does not increase by more than rounding.
 
     Args:
         losses: mean loss after k = 0, ..., steps steps of the finest ascent.
@@ -62,7 +64,7 @@ class InnerProblem:
         secant: second difference along the first direction, in loss per pixel squared.
         slope: directional derivative at x0, in loss per pixel.
         after_one: share of the gain after one step of size eps.
-        marks: by measure, why its value is a bound only.
+        marks: {name in `MEASURES`: why its value is only a bound}.
     """
 
     losses: tuple[float, ...]
@@ -78,7 +80,7 @@ class InnerProblem:
 class _Probe:
     """Mean loss of a network over fixed samples, and its gradient, as a function of the inputs alone.
 
-    Dropout, in mode "train", has one mask for all evaluations: else noise would pass for curvature.
+    In mode "train" dropout has the same masks in all evaluations, as noise would look like curvature.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class _Probe:
     ) -> None:
         self.view, self.x, self.y, self.loss, self.seed = view, x, y, loss, seed
         self.parts = list(view.chunks(x))
-        if view.mode == "train":  # a part is a batch of training: BatchNorm looks at all of it
+        if view.mode == "train":  # BatchNorm takes its statistics over a part, as over a training batch
             count = max(1, len(x) // batch_size)
             cuts = [len(x) * i // count for i in range(count + 1)]
             self.parts = [*map(slice, cuts[:-1], cuts[1:])]
@@ -99,26 +101,26 @@ class _Probe:
                 total += float(self.loss(self.view(x[part]), self.y[part]).double().sum())
         return _finite(total / len(x), "mean loss of the probe")
 
-    def both(self, x: Tensor) -> tuple[float, Tensor]:
-        """The mean loss, checked to be finite, and each sample's gradient, from one evaluation."""
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """The mean loss, checked to be finite, and the input gradient of each sample, from one evaluation."""
         gradient, total = torch.empty_like(x), 0.0
         for i, part in enumerate(self.parts):
-            found: list[Tensor] = []
+            losses: list[Tensor] = []
 
-            def objective(logits: Tensor, part: slice = part, found: list[Tensor] = found) -> Tensor:
-                found.append(self.loss(logits, self.y[part]))
-                return found[0]
+            def objective(logits: Tensor, part: slice = part, losses: list[Tensor] = losses) -> Tensor:
+                losses.append(self.loss(logits, self.y[part]))
+                return losses[0]
 
             with rng.scoped(self.seed, "calibration", i, device=x.device):
                 gradient[part] = self.view.gradient(self.view.prepare(x[part]), objective)
-            total += float(found[0].detach().double().sum())
+            total += float(losses[0].detach().double().sum())
         return _finite(total / len(x), "mean loss of the probe"), gradient
 
     def path(self, ball: Ball, steps: int) -> Iterator[tuple[float, Tensor | None]]:
-        """(f, x's gradient) at every point of the ascent with K = steps, the last without its gradient."""
+        """(mean loss, input gradient) at each point of the ascent with K = steps; no gradient at the last."""
         x = self.x
         for _ in range(steps):
-            value, gradient = self.both(x)
+            value, gradient = self.value_and_gradient(x)
             yield value, gradient
             x = ball.step(x, gradient, BUDGET * ball.eps / steps, self.x)
         yield self(x), None
@@ -138,7 +140,7 @@ def inner_problem(
     seed: int = 0,
     meter: Meter | None = None,
 ) -> InnerProblem:
-    """Measure the inner problem of a network (see the module), which stays as it is.
+    """Compute the numbers of the module for a network, which is left unchanged.
 
     Args:
         model: from (N, ...) inputs in [0, 1] to logits.
@@ -151,7 +153,7 @@ def inner_problem(
         batch_size: samples that go through the network together in mode ``"train"``.
         channels_last: run convolutions in NHWC layout.
         seed: of dropout in mode ``"train"``.
-        meter: where evaluations are counted.
+        meter: counts the evaluations.
 
     Raises:
         ValueError: eps is 0, or fewer than 10 steps.
@@ -165,7 +167,8 @@ def inner_problem(
     """
     check_inner_problem(ball, steps)
     with FrozenModel(model, mode, channels_last=channels_last, meter=meter) as view:
-        probe = _Probe(view, owned(x.detach()), owned(y), loss, batch_size, seed)
+        x, y = normal_tensor(x.detach()), normal_tensor(y)
+        probe = _Probe(view=view, x=x, y=y, loss=loss, batch_size=batch_size, seed=seed)
         points = probe.path(ball, steps)
         first, gradient = next(points)
         assert gradient is not None
@@ -174,53 +177,69 @@ def inner_problem(
         gain = max(losses) - first
         if gain <= _ROUNDING * abs(max(losses, key=abs)):
             marks = dict.fromkeys(("convergence", "curvature", "after_one"), _FLAT)
-            return InnerProblem(losses, {}, None, None, secant, slope, None, marks)
+            return InnerProblem(
+                losses=losses,
+                shares={},
+                convergence=None,
+                curvature=None,
+                secant=secant,
+                slope=slope,
+                after_one=None,
+                marks=marks,
+            )
         shares = _shares(probe, ball, gradient, losses)
-    return _read_off(losses, shares, slope, secant, ball)
+    return _from_shares(losses, shares, slope, secant, ball)
 
 
 def _line(probe: _Probe, ball: Ball, gradient: Tensor) -> tuple[float, float]:
-    """Slope at x0 and second difference over eps along the direction d there."""
+    """Slope at x0 and second difference over eps, along the direction d of steepest ascent at x0."""
     direction = ball.direction(gradient)
 
     def slope(g: Tensor) -> float:
         return _finite(float((g * direction).double().sum()) / len(g), "slope of the loss")
 
-    there = probe.both(probe.x + ball.eps * direction)[1]
-    here = slope(gradient)
-    return here, (here - slope(there)) / ball.eps
+    gradient_at_eps = probe.value_and_gradient(probe.x + ball.eps * direction)[1]
+    slope_at_0 = slope(gradient)
+    return slope_at_0, (slope_at_0 - slope(gradient_at_eps)) / ball.eps
 
 
 def _shares(probe: _Probe, ball: Ball, gradient: Tensor, losses: tuple[float, ...]) -> dict[int, float]:
-    """Share of the gain by K, up to the first K that converged; the gradient at x0 is there already."""
+    """Share of the gain by K, up to the first K that converged.
+
+    Args:
+        probe: the mean loss.
+        ball: the perturbation set.
+        gradient: input gradient at x0.
+        losses: mean loss along the finest ascent.
+    """
     steps, first, gain = len(losses) - 1, losses[0], max(losses) - losses[0]
-    found = {0: 0.0}
-    for k in (*_rungs(steps), steps):
+    shares = {0: 0.0}
+    for k in (*_step_numbers(steps), steps):
         if k == steps:
             value = losses[-1]
         elif k == 1:
             value = probe(ball.step(probe.x, gradient, BUDGET * ball.eps, probe.x))
         else:
             *_, (value, _) = probe.path(ball, k)
-        found[k] = (value - first) / gain
-        if found[k] >= SHARE:
+        shares[k] = (value - first) / gain
+        if shares[k] >= SHARE:
             break
-    return found
+    return shares
 
 
-def _rungs(steps: int) -> list[int]:
-    """Powers of 2, and 3 times such, below `steps`.
+def _step_numbers(steps: int) -> list[int]:
+    """The numbers 2^i and 3 * 2^i below `steps`.
 
-    >>> _rungs(20)
+    >>> _step_numbers(20)
     [1, 2, 3, 4, 6, 8, 12, 16]
     """
     return sorted(k for i in range(steps.bit_length()) for k in (2**i, 3 * 2**i) if k < steps)
 
 
-def _read_off(
+def _from_shares(
     losses: tuple[float, ...], shares: dict[int, float], slope: float, secant: float, ball: Ball
 ) -> InnerProblem:
-    """The measures that are read off the shares of the gain."""
+    """The result, with the numbers that follow from the shares of the gain."""
     marks: dict[str, str] = {}
     (*_, before, k), one = shares, shares[1]
     needed = float(k)
@@ -233,11 +252,20 @@ def _read_off(
     if one >= 1:
         marks["curvature"] = _BEYOND
     curvature = (1 + math.sqrt(max(0.0, 1 - one))) / ball.eps
-    return InnerProblem(losses, shares, needed, curvature, secant, slope, one, marks)
+    return InnerProblem(
+        losses=losses,
+        shares=shares,
+        convergence=needed,
+        curvature=curvature,
+        secant=secant,
+        slope=slope,
+        after_one=one,
+        marks=marks,
+    )
 
 
 def check_inner_problem(ball: Ball, steps: int) -> None:
-    """Raise ValueError unless there is an inner problem, and the finest ascent has enough steps."""
+    """Raise ValueError if eps is 0, or if the finest ascent has too few steps."""
     if ball.eps == 0:
         raise ValueError("eps is 0: there is no inner problem to measure; give a run with eps > 0")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < _LEAST:

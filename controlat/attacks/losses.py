@@ -1,4 +1,4 @@
-"""Per-sample losses of logits: what attacks ascend and evaluations compare. Values are of shape (N,)."""
+"""Per-sample losses of logits, for attacks and evaluations; values have shape (N,)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
     """-max(z_y - max_{j != y} z_j + kappa, 0), per sample: the loss of the C&W attack.
 
-    It is 0, with no gradient, once another class leads by `kappa`.
+    It is 0, with gradient 0, once the logit of another class exceeds that of y by `kappa`.
 
     Args:
         logits: (N, C).
         y: (N,) labels.
-        kappa: lead at which a sample stops moving, in logits.
+        kappa: lead of another class at which the attack on a sample stops, in units of logits.
 
     Source:
         Carlini and Wagner (2017), objective f6, as used with l_inf PGD since Madry et al. (2018).
@@ -56,7 +56,7 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: (N, C).
-        target: (N, C) logits of the reference, with a graph or without.
+        target: (N, C) logits of the reference; the loss is differentiable in both.
 
     Source:
         Zhang et al. (2019), equation 5.

@@ -1,4 +1,4 @@
-"""Projected ascent with a stop per sample: the inner solver of FAT and of Dynamic adversarial training."""
+"""Projected ascent with a stopping rule per sample: the inner solver of FAT and of Dynamic training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Rule", "fosc", "stopped"]
 
-# (step, rows that are still moving, their points, their logits, their gradients) -> which of them go on.
+# (step, rows that have not stopped, their points, logits and gradients) -> mask of those that take the step.
 Rule = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,9 +33,10 @@ def stopped(
 ) -> Tensor:
     """At most `steps` steps of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k)) + noise), per sample.
 
-    A rule looks at each point, its logits and its gradient, which one pass gives, and says who goes on.
-    A sample that stopped rests. In mode ``"train"``, where samples meet in BatchNorm, the whole batch is
-    evaluated as long as one of them moves; else those that move, as the gradients of others do not change.
+    Before each step the rule gets the points, their logits and input gradients, which one pass computes, and
+    decides which samples take the step; the others stop for good. In mode ``"train"``, where BatchNorm
+    couples the samples, the whole batch is evaluated as long as one sample moves; in mode ``"eval"`` only
+    those that move.
 
     Args:
         view: the network.
@@ -45,9 +46,9 @@ def stopped(
         ball: the perturbation set.
         alpha: step size.
         steps: K.
-        goes_on: the rule; returns a mask.
-        loss: what is ascended.
-        noise: called with the rows that move, what is added to their step before the projection.
+        goes_on: the stopping rule.
+        loss: per-sample loss to ascend.
+        noise: rows that move -> noise that is added to their points before the projection.
 
     Returns:
         The last point of every sample.
@@ -55,15 +56,15 @@ def stopped(
     x0, x = view.prepare(x0), view.prepare(start).clone()
     rows = torch.arange(len(x), device=x.device)
     for k in range(steps):
-        seen: list[Tensor] = []
-        asked = torch.arange(len(x), device=x.device) if view.mode == "train" else rows
+        outputs: list[Tensor] = []
+        evaluated = torch.arange(len(x), device=x.device) if view.mode == "train" else rows
 
-        def objective(logits: Tensor, seen: list[Tensor] = seen, asked: Tensor = asked) -> Tensor:
-            seen.append(logits.detach())
-            return loss(logits, y[asked])
+        def objective(logits: Tensor, outputs: list[Tensor] = outputs, rows: Tensor = evaluated) -> Tensor:
+            outputs.append(logits.detach())
+            return loss(logits, y[rows])
 
-        gradient, logits = view.gradient(x[asked], objective), seen[0]
-        if len(asked) > len(rows):
+        gradient, logits = view.gradient(x[evaluated], objective), outputs[0]
+        if len(evaluated) > len(rows):
             gradient, logits = gradient[rows], logits[rows]
         mask = goes_on(k, rows, x[rows], logits, gradient)
         rows, gradient = rows[mask], gradient[mask]
@@ -79,18 +80,18 @@ def stopped(
 
 
 def fosc(x: Tensor, x0: Tensor, gradient: Tensor, ball: Ball, box: bool = False) -> Tensor:
-    """First-order stationary condition of the inner maximum, per sample: 0 where it is reached.
+    """First-order stationary condition of the inner maximum, per sample; 0 at a stationary point.
 
-    c = max over ||x' - x0|| <= eps of <x' - x, g> = eps ||g||_dual - <x - x0, g>, with g of the loss of the
-    sample alone. With `box` the maximum is over the pixels in [0, 1] as well (l_inf): then it is at most as
-    large, and 0 can be reached where pixels are black or white.
+    c = max over ||x' - x0|| <= eps of <x' - x, g> = eps ||g||_dual - <x - x0, g>, g the input gradient of the
+    sample's own loss. With `box` the maximum is over x' in [0, 1] as well (l_inf): then c is at most as
+    large, and can reach 0 for black and white pixels too.
 
     Args:
         x: (N, ...) points.
         x0: (N, ...) centres.
         gradient: (N, ...) input gradients.
         ball: the perturbation set.
-        box: whether the pixel range counts.
+        box: whether x' is restricted to [0, 1].
 
     Raises:
         ValueError: box with another norm than l_inf.

@@ -1,4 +1,4 @@
-"""Projected gradient ascent: the inner solver whose knobs (alpha, K) are Amata's control."""
+"""Projected gradient ascent (PGD), the inner solver with the control (alpha, K)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.space import Knob
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
@@ -21,7 +21,7 @@ __all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
 ALPHA = Knob("real", 0.0, meaning="step size of the inner ascent, in pixel units")
 STEPS = Knob("integer", 0, meaning="number K of inner ascent steps")
 
-_OUTSIDE = 1e-6  # rounding of a float32 pipeline may leave [0, 1] by this much
+_OUTSIDE = 1e-6  # tolerance for inputs outside [0, 1]: rounding in float32
 
 
 def path(
@@ -56,10 +56,22 @@ def ascend(
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The last point of `path`. With ``steps=0`` there is no attack: x0 itself, without a random start.
+    """The last point of `path`, or x0 itself for ``steps=0``.
 
-    A `start` that is given takes the place of the random one. `y` is whatever `loss` compares logits with,
-    one row per sample.
+    Args:
+        view: the frozen network.
+        x0: (N, ...) clean inputs.
+        y: what `loss` compares the logits with, one row per sample; labels (N,) for the cross-entropy.
+        ball: the perturbation set.
+        alpha: step size.
+        steps: number of steps K.
+        random_start: start at a random point of the ball instead of x0.
+        loss: per-sample loss to ascend.
+        generator: draws the random start.
+        start: (N, ...) start that replaces the random one.
+
+    Raises:
+        NonFiniteError: the input gradient is not finite.
     """
     if steps == 0:
         return x0
@@ -95,10 +107,10 @@ def check_batch(x: Tensor, y: Tensor) -> None:
             f"y must hold one integer label per sample, shape ({len(x)},) and torch.int64 (y.long()), "
             f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
-    if int(y.min()) < 0:  # -100 would be ignored without a word by torch's cross_entropy
+    if int(y.min()) < 0:  # torch's cross_entropy would silently ignore -100
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
     low, high = (float(v) for v in torch.aminmax(x.detach()))
-    if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also true where they are NaN
+    if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also for NaN
         raise ValueError(
             f"x must lie in [0, 1], got values in [{low:g}, {high:g}]: normalisation belongs inside the model"
         )
@@ -110,7 +122,7 @@ def check_labels(top: int, classes: int) -> None:
         raise ValueError(f"labels must be in [0, {classes - 1}], the model's logits; got {top}")
 
 
-def _given(value: object, name: str) -> float:
+def _required(value: object, name: str) -> float:
     if value is None:
         raise ValueError(f"{name} is missing: give a number such as 8/255")
     return number(value, name)
@@ -173,35 +185,46 @@ def pgd(
     True
     """
     check_batch(x, y)
-    ball = Ball(_given(eps, "eps"), norm)
-    values = {"alpha": _given(alpha, "alpha"), "steps": _given(steps, "steps")}
-    for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
-        knob.check(name, values[name])
-    for name, value in (("random_start", random_start), ("channels_last", channels_last)):
-        flag(value, name)
+    ball = Ball(_required(eps, "eps"), norm)
+    size, count = _step_control(alpha, steps)
+    flag(random_start, "random_start")
+    flag(channels_last, "channels_last")
     instance(generator, (torch.Generator, type(None)), "generator")
     ball.check(x.shape[1:])
-    if told := ball.far(values["alpha"]):
-        warnings.warn(told, stacklevel=2)
-    x, y, top = owned(x.detach()), owned(y), int(y.max())
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        check_labels(top, logits.shape[1])
-        return cross_entropy(logits, labels)
-
+    if warning := ball.far(size):
+        warnings.warn(warning, stacklevel=2)
+    x, y = normal_tensor(x.detach()), normal_tensor(y)
     with FrozenModel(model, mode, channels_last=channels_last) as view:
         result = ascend(
             view,
             x,
             y,
             ball=ball,
-            alpha=values["alpha"],
-            steps=whole(values["steps"], "steps", 0),
+            alpha=size,
+            steps=count,
             random_start=random_start,
-            loss=loss,
+            loss=_checked_cross_entropy(int(y.max())),
             generator=generator,
         )
     return result.clone() if result is x else result
+
+
+def _checked_cross_entropy(top: int) -> Loss:
+    """The cross-entropy for labels up to `top`, which raises ValueError if the model has too few logits."""
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        check_labels(top, logits.shape[1])
+        return cross_entropy(logits, y)
+
+    return loss
+
+
+def _step_control(alpha: float | str | None, steps: int | None) -> tuple[float, int]:
+    """alpha and K as numbers within the bounds of the knobs."""
+    values = {"alpha": _required(alpha, "alpha"), "steps": _required(steps, "steps")}
+    for name, knob in (("alpha", ALPHA), ("steps", STEPS)):
+        knob.check(name, values[name])
+    return values["alpha"], whole(values["steps"], "steps", 0)
 
 
 def fgsm(
@@ -221,5 +244,5 @@ def fgsm(
     Source:
         Goodfellow et al. (2015).
     """
-    once = {"eps": eps, "alpha": eps, "steps": 1, "random_start": False}
-    return pgd(model, x, y, norm=norm, mode=mode, channels_last=channels_last, **once)  # type: ignore[arg-type]
+    step = {"eps": eps, "alpha": eps, "steps": 1, "random_start": False}
+    return pgd(model, x, y, norm=norm, mode=mode, channels_last=channels_last, **step)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A black-box attack: random search with squares, which sees logits only and no gradient."""
+"""Square, a black-box attack: random search that uses logits only, and no gradient."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ _HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 def square(
     view: FrozenModel, x0: Tensor, y: Tensor, *, ball: Ball, queries: int, generator: torch.Generator
 ) -> Tensor:
-    """Push a random square of every image to the edge of the ball, and keep what lowers the margin.
+    """Set random squares of each image to x0 +- eps, and keep those changes that lower the margin.
 
-    The start has vertical stripes of x0 +- eps; each query sets one square to x0 +- eps with a random sign
-    per sample and channel (l_2: adds that, and the projection shortens the whole perturbation). Squares cover
-    0.8 of the image at first, half of that after 10, 50, 200, 500, 1000, ... queries. Broken samples rest.
+    The start has vertical stripes of x0 +- eps. Each query sets one square to x0 +- eps, with a random sign
+    per sample and channel (l_2: adds +- eps, and projects the whole perturbation). Squares cover 0.8 of the
+    image at first, and half as much after 10, 50, 200, 500, 1000, ... queries each. Misclassified samples are
+    not queried further.
 
     Args:
         view: the network.
-        x0: (N, C, H, W) clean inputs; inputs of another form are taken as one row of pixels.
+        x0: (N, C, H, W) clean inputs; other inputs (N, ...) are flattened to one row of pixels.
         y: (N,) labels.
         ball: the perturbation set.
         queries: forward passes per sample, at most.
         generator: of the signs and places, on the device of x0.
 
     Returns:
-        The inputs with the lowest margin z_y - max_{j != y} z_j found.
+        For each sample the queried input with the lowest margin z_y - max_{j != y} z_j.
 
     Source:
         Andriushchenko et al. (2020), algorithms 1 and 2, in its l_inf form for every norm.
@@ -46,14 +47,14 @@ def square(
         coin = torch.randint(2, (n, x0.shape[1], *size), generator=generator, device=x0.device)
         return ball.eps * (2.0 * coin.to(x0.dtype) - 1)
 
-    def lead(x: Tensor, labels: Tensor) -> Tensor:
+    def label_margin(x: Tensor, labels: Tensor) -> Tensor:
         return -margin(view(x.reshape(len(x), *shape[1:])), labels)
 
     best = ball.project(x0 + signs(len(x0), 1, width), x0)
-    value = lead(best, y)
+    value = label_margin(best, y)
     for query in range(1, queries):
-        left = (value > 0).nonzero().squeeze(1)
-        if len(left) == 0:
+        active = (value > 0).nonzero().squeeze(1)
+        if len(active) == 0:
             break
         area = _AREA / 2 ** sum(query > at for at in _HALVED_AT) * height * width
         rows, columns = (min(max(round(area**0.5), 1), side) for side in (height, width))
@@ -62,11 +63,11 @@ def square(
             for side, extent in ((height, rows), (width, columns))
         )
         window = (..., slice(top, top + rows), slice(first, first + columns))
-        tried, origin = best[left], x0[left]
-        base = origin if ball.norm == "linf" else tried
-        tried[window] = base[window] + signs(len(left), 1, 1)
-        tried = ball.project(tried, origin)
-        found = lead(tried, y[left])
-        better = found < value[left]
-        best[left[better]], value[left[better]] = tried[better], found[better]
+        candidate, origin = best[active], x0[active]
+        base = origin if ball.norm == "linf" else candidate
+        candidate[window] = base[window] + signs(len(active), 1, 1)
+        candidate = ball.project(candidate, origin)
+        margins = label_margin(candidate, y[active])
+        better = margins < value[active]
+        best[active[better]], value[active[better]] = candidate[better], margins[better]
     return best.reshape(shape)

@@ -1,9 +1,9 @@
 """Data sets: one file each, with a function `load(root: Path | None, **options) -> Dataset`.
 
-Images are kept as they are stored, in memory (`Split`) or in files (`Streamed`), and handed out as floats
-in [0, 1]. Normalisation is no business of the data: it is the first layer of a model (`controlat.models`),
-so that eps stays in pixel units. A file may say with AUGMENT how its training images are usually augmented.
-Nothing is downloaded unless asked for (`controlat data NAME`).
+Images are kept in their stored type, in memory (`Split`) or in files (`Streamed`), and returned as floats in
+[0, 1]. Normalisation is not part of the data, but the first layer of a model (`controlat.models`), so that
+eps stays in pixel units. A file may define AUGMENT, the usual augmentation of its training images. Nothing
+is downloaded except by `controlat data NAME`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
         name: a module of this folder ("torchvision-NAME" for the sets of torchvision), or the user's own
             "package.module:factory"; the factory returns a `Dataset` and may take the keyword `root`.
         root: folder of the files, for data sets that do not come with the package.
-        **options: what the data set takes beyond that, such as size=64 for image folders.
+        **options: further options of the data set, such as size=64 for image folders.
 
     Returns:
         The data set.
 
     Raises:
         ValueError: an unknown name or option, missing or damaged files, a factory that returns something
-            else or that has no use for the given root or options.
+            else, or does not accept the given root or options.
 
     Example:
         >>> data = load("digits")
@@ -52,36 +52,36 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> Dataset:
         (1297, 500, (1, 8, 8), 10)
     """
     folder = None if root is None else Path(root).expanduser()
-    made: object
+    dataset: object
     if ":" in name:
-        given = {"root": folder} | options
-        made = registry.call_factory(name, given, needed=[*options, *([] if folder is None else ["root"])])
+        needed = [*options, *([] if folder is None else ["root"])]
+        dataset = registry.call_factory(name, {"root": folder} | options, needed=needed)
     else:
         module, variant = registry.variant(__name__, name)
-        made = module.load(folder, **_accepted(module.load, name, variant, options))
-    if not isinstance(made, Dataset):
+        dataset = module.load(folder, **_accepted(module.load, name, variant, options))
+    if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"data set {name!r} gave a {type(made).__name__}; it must be a controlat.data.Dataset"
+            f"data set {name!r} gave a {type(dataset).__name__}; it must be a controlat.data.Dataset"
         )
-    return made
+    return dataset
 
 
 def _accepted(load: Any, name: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments for a file's `load`."""
-    known = inspect.signature(load).parameters
-    if variant and "variant" not in known:
+    """The keyword arguments for the `load` of a data set; raises ValueError for unknown options."""
+    parameters = inspect.signature(load).parameters
+    if variant and "variant" not in parameters:
         raise ValueError(f"data set {name!r} is unknown: {name.partition('-')[0]} has no variants")
-    allowed = [key for key in known if key not in ("root", "variant", "arguments")]
-    if (unknown := sorted(set(options) - set(allowed))) and "arguments" not in known:
+    allowed = [key for key in parameters if key not in ("root", "variant", "arguments")]
+    if (unknown := sorted(set(options) - set(allowed))) and "arguments" not in parameters:
         takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
         raise ValueError(
             f"data set {name!r} has no option {unknown[0]!r}; {registry.meant(unknown[0], allowed)}{takes}"
         )
-    return options | ({"variant": variant} if "variant" in known else {})
+    return options | ({"variant": variant} if "variant" in parameters else {})
 
 
 def augmentation(name: str) -> str:
-    """How the training images of a data set are usually augmented, as `parse_augment` reads it.
+    """The usual augmentation of the training images of a data set, as a text for `parse_augment`.
 
     >>> augmentation("cifar10"), augmentation("digits")
     ('crop-flip:pad=4', 'none')
@@ -92,7 +92,7 @@ def augmentation(name: str) -> str:
 
 
 def download(name: str, folder: str | Path | None = None) -> Path:
-    """Fetch the files of a data set, checked against their SHA-256; what is there already is kept.
+    """Download the files of a data set and check their SHA-256; files that exist are kept.
 
     Args:
         name: a data set with files to fetch: mnist, cifar10, cifar100, svhn.
@@ -102,8 +102,8 @@ def download(name: str, folder: str | Path | None = None) -> Path:
         The folder.
 
     Raises:
-        ValueError: nothing to fetch for that name, another file of the same name, a server that does not
-            answer (what has come is kept, and the next call goes on from there), a wrong checksum.
+        ValueError: a data set without files to download, another file of the same name, a server that does
+            not answer (the part that was received is kept, and the next call continues it), a wrong checksum.
     """
     from controlat.data._cache import folder as home
     from controlat.data._download import fetch
@@ -121,7 +121,7 @@ def download(name: str, folder: str | Path | None = None) -> Path:
 
 
 def overview() -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of a table of all data sets: what they are, whether their files are in the cache."""
+    """Header and cells of a table of all data sets: description, files in the cache, usual augmentation."""
     from controlat.data._cache import folder as home
 
     cells = []
@@ -132,8 +132,8 @@ def overview() -> tuple[list[str], list[list[str]]]:
         if not remotes:
             files = "comes with the package" if name == "digits" else "your own (--data-dir)"
         else:
-            there = all((home(name, None) / remote.name).exists() for remote in remotes)
+            cached = all((home(name, None) / remote.name).exists() for remote in remotes)
             size = f"{sum(remote.size for remote in remotes) / 1e6:.0f} MB"
-            files = f"in {home(name, None)}" if there else f"not in the cache ({size})"
+            files = f"in {home(name, None)}" if cached else f"not in the cache ({size})"
         cells.append([name if name != "torchvision" else "torchvision-NAME", what, files, augmentation(name)])
     return ["data set", "what", "files", "usual augmentation"], cells

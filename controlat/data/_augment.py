@@ -1,7 +1,7 @@
 """Augmentation on the device, seeded, and invertible sample by sample: random crops of a padded image, flips.
 
-A store of adversarial images keeps padded frames (N, C, H + 2 pad, W + 2 pad). `Placement.apply` looks at one
-window of each, `Placement.invert` puts a window back where it was taken from (ATTA: Zheng et al., 2020).
+A store of perturbations has padded images, "frames" (N, C, H + 2 pad, W + 2 pad). `Placement.apply` cuts a
+window out of each, `Placement.invert` writes a window back to its position (ATTA: Zheng et al., 2020).
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ class Placement:
 
     def apply(self, frame: Tensor) -> Tensor:
         """The windows (N, C, H, W) of padded frames."""
-        return frame[self._where(frame)]
+        return frame[self._index(frame)]
 
     def invert(self, x: Tensor, frame: Tensor) -> Tensor:
-        """The frames, as they are, but with windows x (N, C, H, W) put back where `apply` takes them from.
+        """The frames with windows x (N, C, H, W) written to the positions from which `apply` takes them.
 
         >>> placement = Augment(pad=2, flip=True).draw(3, torch.Generator().manual_seed(0))
         >>> frame = torch.rand(3, 1, 12, 12)
         >>> torch.equal(placement.invert(placement.apply(frame), frame), frame)
         True
         """
-        found = frame.clone()
-        found[self._where(frame)] = x
-        return found
+        result = frame.clone()
+        result[self._index(frame)] = x
+        return result
 
     def __call__(self, x: Tensor) -> Tensor:
         """Augmented images: the windows of the padded x."""
         return self.apply(self.frame(x))
 
-    def _where(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _index(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Index of every pixel of the windows: sample, channel, row, column."""
         n, channels, height, width = frame.shape
         device = frame.device
@@ -111,13 +111,19 @@ class Augment:
     def centre(self, n: int) -> Placement:
         """The placement of n images that are not moved, in frames of this width."""
         middle = torch.full((n,), int(self.pad))
-        return Placement(middle, middle, torch.zeros(n, dtype=torch.bool), int(self.pad), self.fill)
+        return Placement(
+            top=middle,
+            left=middle,
+            flip=torch.zeros(n, dtype=torch.bool),
+            pad=int(self.pad),
+            fill=self.fill,
+        )
 
     def draw(self, n: int, generator: torch.Generator) -> Placement:
         """A placement for n images, from a CPU generator: the same on every device."""
         top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
         coin = torch.rand(n, generator=generator) < 0.5
-        return Placement(top, left, coin & self.flip, int(self.pad), self.fill)
+        return Placement(top=top, left=left, flip=coin & self.flip, pad=int(self.pad), fill=self.fill)
 
 
 def parse_augment(text: str) -> Augment | None:
@@ -129,17 +135,17 @@ def parse_augment(text: str) -> Augment | None:
     >>> parse_augment("crop-flip:pad=4")
     Augment(pad=4, flip=True, fill=0.0)
     """
-    family, found = split(text)
+    family, parameters = split(text)
     if family in ("none", "flip"):
-        only(found, (), (), f"augmentation {family}")
+        only(parameters, (), (), f"augmentation {family}")
         return Augment(flip=True) if family == "flip" else None
     if family not in ("crop", "crop-flip"):
         near = meant(family, ("none", "flip", "crop", "crop-flip"))
         raise ValueError(
             f"unknown augmentation {text!r}; {near}write none, flip, crop:pad=4 or crop-flip:pad=4"
         )
-    only(found, ("pad",), ("fill",), f"augmentation {family}")
-    pad = number(found["pad"], "pad")
+    only(parameters, ("pad",), ("fill",), f"augmentation {family}")
+    pad = number(parameters["pad"], "pad")
     if pad != int(pad):
         raise ValueError(f"augmentation {family}: pad must be a whole number, got {pad:g}")
-    return Augment(int(pad), family == "crop-flip", number(found.get("fill", 0.0), "fill"))
+    return Augment(int(pad), family == "crop-flip", number(parameters.get("fill", 0.0), "fill"))

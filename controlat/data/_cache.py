@@ -1,4 +1,4 @@
-"""Where the files of a data set lie when nobody says where."""
+"""The default folders of the files of data sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["cache", "cure", "folder"]
 
 
 def cache() -> Path:
-    """The folder that holds one folder per data set; asking does not create it.
+    """The folder that has one folder per data set; it is not created.
 
     Returns:
         The environment variable CONTROLAT_DATA, else `controlat` in XDG_CACHE_HOME, else
@@ -47,7 +47,7 @@ def folder(name: str, root: Path | None) -> Path:
 
 
 def cure(name: str) -> str:
-    """What to do about missing files, for error messages.
+    """The cure for missing files, for error messages.
 
     Args:
         name: the data set.

@@ -24,8 +24,8 @@ __all__ = ["Layout", "load"]
 
 SHAPE = (3, 32, 32)  # red, green, blue plane, each row by row
 PIXELS = 3072
-LARGEST = 256 << 20  # bytes of a file, or of all in an archive; the archives of both sets hold 0.19 GB
-MOST = 100  # files and folders in an archive; there are 9
+LARGEST = 256 << 20  # limit in bytes for a file, or all files of an archive; both archives have 0.19 GB
+MOST = 100  # limit for the number of files and folders in an archive; both have 9
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Layout:
     """How one of the two data sets is stored.
 
     Args:
-        name: what results call it.
+        name: the data set's name.
         folder: the folder inside the archive.
-        archive: the archive as it is handed round, a gzipped tar file.
+        archive: the archive as it is distributed, a gzipped tar file.
         train: the training files, in order.
         test: the test file.
         label_bytes: label bytes in front of each image; the last one is used.
         num_classes: number of classes.
-        pickled: files and folders that give away the python version.
+        pickled: files and folders of the python version, to recognise it.
 
     Example:
         >>> Layout("toy", "toy-bin", "toy.tar.gz", ("a.bin",), "b.bin", 1, 10, ()).record
@@ -68,10 +68,10 @@ class Layout:
 
 
 def load(layout: Layout, root: Path | None) -> Dataset:
-    """Load either data set from its files, or straight from the archive.
+    """Load one of the two data sets from its files, or directly from the archive.
 
     Args:
-        layout: which one.
+        layout: of the data set.
         root: folder of the files, of their folder, or of the archive; None is the folder of the cache.
 
     Returns:
@@ -98,44 +98,44 @@ def _parts(layout: Layout, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Images and labels of each file, from the first place that has them all."""
     folders, archive = (root, root / layout.folder), root / layout.archive
     for place in folders:
-        if all(_there(place / name) for name in layout.files):
+        if all(_readable(place / name) for name in layout.files):
             files = ((name, place / name) for name in layout.files)
             return {name: _decode(layout, str(path), read_bytes(path, LARGEST)) for name, path in files}
-    if _there(archive):
+    if _readable(archive):
         members = _members(layout, archive)
         parts = {name: _decode(layout, f"{archive}, {name}", data) for name, data in members}
         if lost := [name for name in layout.files if name not in parts]:
-            raise ValueError(f"{archive}: has no file {', '.join(lost)}; {_again(layout)}")
+            raise ValueError(f"{archive}: has no file {', '.join(lost)}; {_cure(layout)}")
         return parts
     if pickled := next((path for name in layout.pickled if (path := root / name).exists()), None):
         version = (
             f"{pickled} is of the pickled python version, which is never read (pickles can run any code)"
         )
         raise ValueError(f"{layout.name}: {version}; take the binary version: {_cache.cure(layout.name)}")
-    nearest = max(folders, key=lambda place: sum(_there(place / name) for name in layout.files))
-    missing = ", ".join(name for name in layout.files if not _there(nearest / name))
+    nearest = max(folders, key=lambda place: sum(_readable(place / name) for name in layout.files))
+    missing = ", ".join(name for name in layout.files if not _readable(nearest / name))
     places = ", ".join(map(str, (*folders, archive)))
     raise ValueError(f"{layout.name}: no file {missing} in any of {places}; {_cache.cure(layout.name)}")
 
 
-def _there(path: Path) -> bool:
-    """Whether there is something to read; a pipe or a device is refused when it is opened."""
+def _readable(path: Path) -> bool:
+    """Whether a path exists and is no folder; pipes and devices are refused by `open_file`."""
     return path.exists() and not path.is_dir()
 
 
 @dataclass
 class _Bounded:
-    """A stream of which no more than `left` bytes can be read."""
+    """A stream from which at most `left` bytes can be read."""
 
     stream: gzip.GzipFile
     left: int
 
     def read(self, size: int) -> bytes:
-        found = self.stream.read(min(size, self.left + 1))
-        self.left -= len(found)
+        content = self.stream.read(min(size, self.left + 1))
+        self.left -= len(content)
         if self.left < 0:
             raise tarfile.TarError(f"it unpacks to more than {LARGEST:,} bytes")
-        return found
+        return content
 
 
 def _members(layout: Layout, archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -151,26 +151,26 @@ def _members(layout: Layout, archive: Path) -> Iterator[tuple[str, bytes]]:
                         name = PurePosixPath(member.name).name
                         if name in layout.files and member.isreg() and (content := tar.extractfile(member)):
                             yield name, content.read()
-                while unpacked.read(1 << 20):  # up to the checksum at the end
+                while unpacked.read(1 << 20):  # read to the end, where gzip verifies the checksum
                     pass
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{archive}: damaged or cut short ({error}); {_again(layout)}") from error
+            raise ValueError(f"{archive}: damaged or cut short ({error}); {_cure(layout)}") from error
 
 
 def _decode(layout: Layout, where: str, data: bytes) -> tuple[Tensor, Tensor]:
     if not data or len(data) % layout.record:
         form = f"{layout.label_bytes} for the label and {PIXELS} for the pixels of each image"
         expected = f"expected a positive multiple of {layout.record} bytes ({form})"
-        raise ValueError(f"{where}: {expected}, found {len(data)}; {_again(layout)}")
+        raise ValueError(f"{where}: {expected}, found {len(data)}; {_cure(layout)}")
     records = np.frombuffer(data, np.uint8).reshape(-1, layout.record)
     labels, highest = records[:, layout.label_bytes - 1], layout.num_classes - 1
     if (wrong := labels > highest).any():
         position = int(wrong.argmax())
         fault = f"label {labels[position]} at position {position}; labels must be 0..{highest}"
-        raise ValueError(f"{where}: {fault}; {_again(layout)}")
+        raise ValueError(f"{where}: {fault}; {_cure(layout)}")
     images = records[:, layout.label_bytes :].reshape(-1, *SHAPE)
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def _again(layout: Layout) -> str:
+def _cure(layout: Layout) -> str:
     return f"move it away and fetch it again: controlat data {layout.name}"

@@ -1,4 +1,4 @@
-"""From pictures of any kind to images (C, H, W) of one shape, and from one set of samples to two splits."""
+"""Conversion of pictures to images (C, H, W) of one shape, and division of samples into two splits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Shape", "boolean", "halves", "whole"]
 
-PIXELS = (
-    1 << 28
-) // 3  # of one picture, 256 MiB in colour: where Pillow begins to warn of decompression bombs
+# Limit for one picture, 256 MiB in colour: where Pillow begins to warn of decompression bombs.
+PIXELS = (1 << 28) // 3
 
 
 def whole(value: object, name: str) -> int:
@@ -30,7 +29,7 @@ def whole(value: object, name: str) -> int:
 
 
 def boolean(value: object, name: str) -> bool:
-    """True or false, or a ValueError that names it: the text "false" would count as true."""
+    """True or false, or a ValueError that names it; a text such as "false" is an error."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
@@ -38,12 +37,12 @@ def boolean(value: object, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Shape:
-    """What every picture is made into.
+    """The form that all pictures are converted to.
 
     Args:
         channels: 3 (RGB) or 1 (grey).
-        size: side of the square that is cut out of the middle; None takes pictures as they are.
-        resize: length of the shorter side before that; `size` by default.
+        size: side of the square that is cropped from the centre; None for no cropping.
+        resize: length of the shorter side before cropping; `size` by default.
 
     Raises:
         ValueError: a number that is not allowed, resize without size or below it.
@@ -62,28 +61,28 @@ class Shape:
             raise ValueError(f"resize must be at least size, got resize {self.resize}, size {self.size}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """The image (C, H, W), uint8, turned and mirrored as the EXIF orientation of the picture says.
+        """The image (C, H, W), uint8, rotated and mirrored according to the EXIF orientation of the picture.
 
         Raises:
-            ValueError: more than 89 million pixels, or a grey picture of 32 bits, whose white is not known.
+            ValueError: more than 89 million pixels, or a grey picture of 32 bits, whose range is not known.
         """
         from PIL import ImageOps
 
         _check_pixels(*picture.size, "")
-        picture.load()  # turns a TIFF itself
-        with contextlib.suppress(SyntaxError):  # what is no EXIF at all, as every viewer passes over
+        picture.load()  # for TIFF this applies the orientation
+        with contextlib.suppress(SyntaxError):  # malformed EXIF data is ignored, as image viewers do
             ImageOps.exif_transpose(picture, in_place=True)
         picture = _eight_bits(picture)
-        if "transparency" in picture.info:  # Pillow wants it to be dropped in two steps
+        if "transparency" in picture.info:  # Pillow warns if it is converted to RGB directly
             picture = picture.convert("RGBA")
         picture = picture.convert("RGB" if self.channels == 3 else "L")
         if self.size is not None:
-            picture = self._cut(picture, self.size)
+            picture = self._crop(picture, self.size)
         pixels = torch.from_numpy(np.array(picture))
         return pixels.permute(2, 0, 1).contiguous() if self.channels == 3 else pixels.unsqueeze(0)
 
-    def _cut(self, picture: Image.Image, size: int) -> Image.Image:
-        """Shorter side to `resize` (bilinear, with antialiasing), then the square in the middle."""
+    def _crop(self, picture: Image.Image, size: int) -> Image.Image:
+        """Resize the shorter side to `resize` (bilinear, with antialiasing), then crop the central square."""
         from PIL import Image
 
         width, height = picture.size
@@ -114,7 +113,7 @@ def _check_pixels(width: int, height: int, when: str) -> None:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits with 8; Pillow would cut off all above 255 instead of scaling."""
+    """Grey pictures of 16 bits scaled to 8; Pillow would clip values above 255 instead of scaling."""
     from PIL import Image
 
     if picture.mode != "F" and not picture.mode.startswith("I"):
@@ -126,7 +125,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def halves(y: Tensor, test_share: float) -> tuple[Tensor, Tensor]:
-    """Positions of training and test samples where there is no split: always the same, classes in proportion.
+    """Positions of training and test samples for data without a split; fixed, with the class proportions.
 
     Raises:
         ValueError: the share is not in (0, 1) or leaves a part empty.

@@ -1,4 +1,4 @@
-"""Labelled images that are decoded when they are needed, by threads, some batches ahead of training."""
+"""Labelled images that threads decode when they are needed, some batches ahead of training."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from controlat.data._types import Split
 __all__ = ["Streamed", "default_workers"]
 
 _AHEAD = 2  # batches that are decoded while one is trained on
-_LOOKED_AT = 64  # images that a fingerprint without stamps decodes
+_FINGERPRINTED = 64  # number of images that a fingerprint without stamps decodes
 
 
 def default_workers() -> int:
-    """Decoding threads where none are asked for: the cores that this process may use, 16 at most."""
+    """Default number of decoding threads: the cores that this process may use, 16 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores)
 
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """Labelled images behind a function that reads one of them; never more than a few batches in memory.
+    """Labelled images that a function reads one by one, with at most a few batches in memory.
 
-    Pillow decodes and resizes without the interpreter's lock, so threads work side by side. What is read, and
-    in which order, does not depend on their number.
+    Pillow releases the interpreter's lock while it decodes and resizes, so that threads run in parallel. The
+    result does not depend on their number.
 
     Args:
         read: position in the source -> image (C, H, W), uint8; raises ValueError naming the file.
@@ -39,9 +39,9 @@ class Streamed:
         in_shape: (C, H, W), the shape of every image.
         positions: (N,) positions in the source.
         workers: decoding threads.
-        device: where batches go.
-        stamp: position in the source -> text that changes with the image there, such as the name, size and
-            time of change of its file; for `fingerprint`.
+        device: device of the batches.
+        stamp: position in the source -> text that changes with the image, such as the name, size and time of
+            change of its file; for `fingerprint`.
 
     Raises:
         ValueError: no images, a negative label, or fewer than one worker.
@@ -68,27 +68,27 @@ class Streamed:
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """As `Split.take`: pixels (B, C, H, W) in [0, 1], float32, and labels (B,), on the device."""
-        (found,) = self.stream([index])
-        return found
+        (batch,) = self.stream([index])
+        return batch
 
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """`take` of every chunk of positions in turn, decoded some chunks ahead."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        waiting: collections.deque[tuple[Tensor, list[Future[Tensor]]]] = collections.deque()
+        pending: collections.deque[tuple[Tensor, list[Future[Tensor]]]] = collections.deque()
         try:
             for chunk in chunks:
                 index = chunk.cpu()
-                waiting.append((index, [pool.submit(self.read, i) for i in self.positions[index].tolist()]))
-                if len(waiting) > _AHEAD:
-                    yield self._batch(*waiting.popleft())
-            while waiting:
-                yield self._batch(*waiting.popleft())
+                pending.append((index, [pool.submit(self.read, i) for i in self.positions[index].tolist()]))
+                if len(pending) > _AHEAD:
+                    yield self._batch(*pending.popleft())
+            while pending:
+                yield self._batch(*pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _batch(self, index: Tensor, images: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
-        found = [image.result() for image in images]
-        pixels = torch.stack(found) if found else torch.empty(0, *self.in_shape, dtype=torch.uint8)
+        decoded = [image.result() for image in images]
+        pixels = torch.stack(decoded) if decoded else torch.empty(0, *self.in_shape, dtype=torch.uint8)
         return pixels.to(self.device).float() / 255, self.y[index].to(self.device)
 
     def subset(self, index: Tensor) -> Streamed:
@@ -101,16 +101,16 @@ class Streamed:
         return replace(self, device=device)
 
     def fingerprint(self) -> str:
-        """SHA-256 of shape, labels and `stamp` of every image, in their order; pixels are not decoded.
+        """SHA-256 of the shape, and of labels and stamps of all images in order; pixels are not decoded.
 
-        Without stamps it covers the pixels of 64 images, evenly spread, and no others.
+        Without `stamp`, it covers the pixels of 64 evenly spaced images in place of the stamps.
         """
         digest = hashlib.sha256(repr((self.in_shape, self.y.tolist())).encode())
         if self.stamp is not None:
             for position in self.positions.tolist():
                 digest.update(f"{self.stamp(position)}\n".encode(errors="surrogateescape"))
         else:
-            n = min(_LOOKED_AT, len(self))
+            n = min(_FINGERPRINTED, len(self))
             for position in self.positions[torch.arange(n) * len(self) // n].tolist():
                 digest.update(self.read(position).numpy().tobytes())
         return digest.hexdigest()

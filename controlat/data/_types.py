@@ -1,4 +1,4 @@
-"""What a data set is: two labelled splits, checked once when they are made."""
+"""Data sets: two labelled splits, checked once when they are constructed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from controlat._util.checks import brief, instance, number
 
-TOLERANCE = 1e-6  # by how much a pixel may leave [0, 1]
+TOLERANCE = 1e-6  # for pixels outside [0, 1]
 
 
 class Samples(Protocol):
@@ -42,7 +42,7 @@ class Samples(Protocol):
         """The same split on another device."""
 
     def fingerprint(self) -> str:
-        """A checksum that tells these samples from others, the same on every device."""
+        """A checksum of the samples, the same on every device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Split:
         return channels, height, width
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and labels at some positions, ready for a model.
+        """The images, as inputs of a model, and labels at some positions.
 
         Args:
             index: positions (B,), int64.
@@ -101,7 +101,7 @@ class Split:
         return map(self.take, chunks)
 
     def subset(self, index: Tensor) -> Split:
-        """The split of the samples at some positions (B,), in that order, still as stored."""
+        """The split of the samples at some positions (B,), in that order."""
         index = index.to(self.x.device)
         return replace(self, x=self.x[index], y=self.y[index])
 
@@ -110,7 +110,7 @@ class Split:
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything: shape, dtype, scale, labels and pixels as they are stored, in their order.
+        """SHA-256 of shape, dtype, scale, labels and stored pixels, in order.
 
         Reads every byte, about a second per gigabyte; the same on every device.
         """
@@ -159,7 +159,7 @@ class Dataset:
     """A training and a test split of one classification problem.
 
     Args:
-        name: what results call it.
+        name: the data set's name in results.
         train: the training split.
         test: the test split; its images have the shape of the training images.
         num_classes: number of classes; labels are 0 .. num_classes - 1.
@@ -183,13 +183,13 @@ class Dataset:
         num_classes = number(self.num_classes, "num_classes")
         if num_classes < 2 or not num_classes.is_integer():
             raise ValueError(f"data set {self.name!r}: num_classes must be >= 2, got {self.num_classes}")
-        for kind, split in (("train", self.train), ("test", self.test)):
+        for part, split in (("train", self.train), ("test", self.test)):
             if not hasattr(split, "stream"):
-                raise TypeError(f"{kind} must be samples such as a Split, got {brief(split)}")
+                raise TypeError(f"{part} must be samples such as a Split, got {brief(split)}")
             if (highest := split.y.max().item()) >= self.num_classes:
                 where = f"label {highest} at position {split.y.argmax().item()}"
                 allowed = f"labels must be 0..{self.num_classes - 1}; raise num_classes or mend the label"
-                raise ValueError(f"data set {self.name!r}, {kind} split: {where}, but {allowed}")
+                raise ValueError(f"data set {self.name!r}, {part} split: {where}, but {allowed}")
         if self.train.in_shape != self.test.in_shape:
             shapes = f"train split has images {self.train.in_shape}, test split {self.test.in_shape}"
             raise ValueError(f"data set {self.name!r}: {shapes}; they must have one shape (C, H, W)")
@@ -205,7 +205,7 @@ class Dataset:
         Args:
             train: number of training samples to keep; None keeps all.
             test: number of test samples to keep; None keeps all.
-            seed: which subset; the same seed gives the same samples, in the order of the data set.
+            seed: selects the subset; its samples are in the order of the data set.
 
         Returns:
             The data set of the subsets; each class has its proportional share, rounded up or down.
@@ -228,7 +228,7 @@ class Dataset:
         return split.subset(stratified(split.y, n, seed))
 
     def hold_out(self, n: int) -> tuple[Samples, Samples]:
-        """Split the training set into (train, held-out), always in the same way.
+        """Split the training set into (train, held-out); the split is fixed.
 
         Args:
             n: number of samples to hold out, with the class proportions of the training set.
@@ -254,7 +254,7 @@ class Dataset:
 
 
 def stratified(y: Tensor, n: int, seed: int) -> Tensor:
-    """Sorted positions of n random samples; class shares by largest remainder, in whole numbers."""
+    """Sorted positions of n random samples, with class counts by the method of largest remainders."""
     y = y.cpu()
     share = torch.bincount(y) * n
     quota, remainder = share // len(y), share % len(y)

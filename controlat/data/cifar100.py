@@ -1,4 +1,4 @@
-"""CIFAR-100 from its binary version: the files, or the archive as it is handed round."""
+"""CIFAR-100 from its binary version: the files, or the archive as it is distributed."""
 
 from __future__ import annotations
 

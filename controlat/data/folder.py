@@ -1,10 +1,10 @@
-"""Any folder of pictures by class, as users have Caltech-256 or ImageNet.
+"""Any folder of pictures by class, such as Caltech-256 or ImageNet.
 
     ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg (or val, valid, validation), or
     ROOT/CLASS/*.jpg, of which a fixed share of every class becomes the test set.
 
-Classes are numbered in the order of their names. Pictures are decoded as they are needed, by threads, and
-are never all in memory unless asked for. They are turned as their EXIF orientation says.
+Classes are numbered in the order of their names. Pictures are decoded by threads when they are needed, and
+are not all in memory unless `in_memory` is set. Their EXIF orientation is applied.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def load(
 
     Args:
         root: the folder (see the module).
-        size: side of the square cut out of the middle of each picture; None takes pictures as they are, and
-            then all must have the size of the first.
-        resize: length of the shorter side before cutting; `size` by default.
+        size: side of the square that is cropped from the centre of each picture; None for no cropping, and
+            then all pictures must have the size of the first.
+        resize: length of the shorter side before cropping; `size` by default.
         channels: 3 (RGB) or 1 (grey).
         test_share: share of every class that becomes the test set where the folder has no split.
         in_memory: decode all pictures once and keep them; for small sets.
@@ -58,8 +58,8 @@ def load(
 
     Raises:
         ValueError: no folder, a class without pictures, classes that differ between the splits, a picture
-            that cannot be read or has another size; the message names the folder or file. A picture is looked
-            at when it is first needed.
+            that cannot be read or has another size; the message names the folder or file. Pictures are
+            checked when they are first needed.
 
     Example:
         >>> import tempfile
@@ -78,7 +78,7 @@ def load(
         raise ValueError(f"{root}: no such folder of pictures")
     shape = Shape(channels, size, resize)
     threads = default_workers() if workers is None else whole(workers, "workers")
-    keep = boolean(in_memory, "in_memory")
+    decode_once = boolean(in_memory, "in_memory")
     listing, train, test = _splits(root, test_share)
     channels, height, width = _read(listing.files, shape, None, 0).shape
     in_shape = (channels, height, width)
@@ -87,8 +87,15 @@ def load(
     y = torch.tensor(listing.labels)
 
     def split(positions: Tensor) -> Samples:
-        found = Streamed(read, y[positions], in_shape, positions, threads, stamp=stamp)
-        return found.in_memory() if keep else found
+        streamed = Streamed(
+            read=read,
+            y=y[positions],
+            in_shape=in_shape,
+            positions=positions,
+            workers=threads,
+            stamp=stamp,
+        )
+        return streamed.in_memory() if decode_once else streamed
 
     return Dataset(root.resolve().name or "folder", split(train), split(test), len(listing.classes))
 
@@ -111,15 +118,15 @@ def _splits(root: Path, test_share: float) -> tuple[Listing, Tensor, Tensor]:
         raise ValueError(f"{root} has a folder train but none of {', '.join(TESTS)}; add the test pictures")
     train, test = _list(root / "train"), _list(folder)
     if different := sorted({*train.classes} ^ {*test.classes}):
-        there = "train" if different[0] in train.classes else folder.name
-        raise ValueError(f"{root}: class {different[0]!r} is in {there} only; both splits need the same")
+        only = "train" if different[0] in train.classes else folder.name
+        raise ValueError(f"{root}: class {different[0]!r} is in {only} only; both splits need the same")
     n = len(train.files)
     both = Listing(train.files + test.files, train.labels + test.labels, train.classes)
     return both, torch.arange(n), torch.arange(n, len(both.files))
 
 
 def _list(folder: Path) -> Listing:
-    """The pictures of every class folder, in the order of their names; hidden files are passed over."""
+    """The pictures of every class folder, in the order of their names; hidden files are ignored."""
     with os.scandir(folder) as entries:
         classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if len(classes) < 2:
@@ -128,13 +135,13 @@ def _list(folder: Path) -> Listing:
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(folder / name) as entries:
-            found = sorted(
+            pictures = sorted(
                 e.path for e in entries if e.name.lower().endswith(ENDINGS) and not e.name.startswith(".")
             )
-        if not found:
+        if not pictures:
             raise ValueError(f"{folder / name}: no pictures in this class folder ({', '.join(ENDINGS)})")
-        files += found
-        labels += [label] * len(found)
+        files += pictures
+        labels += [label] * len(pictures)
     return Listing(files, labels, classes)
 
 
@@ -146,13 +153,13 @@ def _read(files: list[str], shape: Shape, expected: tuple[int, int, int] | None,
         with open_file(name, LARGEST) as file, Image.open(file, formats=FORMATS) as picture:
             image = shape(picture)
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        told = str(error).removeprefix(f"{name}: ")
-        raise ValueError(f"{name}: cannot be read as a picture ({told}); mend or remove it") from None
+        reason = str(error).removeprefix(f"{name}: ")
+        raise ValueError(f"{name}: cannot be read as a picture ({reason}); mend or remove it") from None
     return image if expected is None else shape.check(image, expected, name)
 
 
 def _stamp(files: list[str], root: Path, position: int) -> str:
-    """Name in the folder, size and time of change of a picture."""
+    """Name in the folder, size and time of change of a picture's file."""
     name = files[position]
-    found = os.stat(name)
-    return f"{os.path.relpath(name, root)} {found.st_size} {found.st_mtime_ns}"
+    status = os.stat(name)
+    return f"{os.path.relpath(name, root)} {status.st_size} {status.st_mtime_ns}"

@@ -1,4 +1,4 @@
-"""MNIST from its four idx files, raw or gzipped, as they are usually handed round.
+"""MNIST from its four idx files, raw or gzipped, as they are usually distributed.
 
 Source: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits, 1998. Data sets with
 the same four files (Fashion-MNIST, KMNIST) load from their folder in the same way.
@@ -57,7 +57,7 @@ REMOTES = tuple(
 )
 
 IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: uint8 of rank 3, uint8 of rank 1
-LARGEST = 2 << 30  # bytes of a file, packed or not; MNIST's images have 47 million
+LARGEST = 2 << 30  # limit in bytes for a file, gzipped or not; MNIST's images have 47 million
 LONGEST_HEADER = 4 + 4 * 255
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -116,7 +116,7 @@ def _find(root: Path, stem: str, kind: str) -> Path:
 
 
 def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
-    """Read an array from an idx file, raw or gzipped (told apart by content, not by name).
+    """Read an array from an idx file, raw or gzipped (recognised by its content, not its name).
 
     The file is the magic 0, 0, type code, rank; the sizes as uint32; the values; all big-endian.
 
@@ -129,8 +129,8 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
         A new array in the byte order of this machine.
 
     Raises:
-        ValueError: wrong magic, file cut short, bytes left over, damaged gzip, more than 2 GiB, no regular
-            file; names file and numbers. A gzipped file is unpacked as far as its header says, no further.
+        ValueError: wrong magic, file cut short, trailing bytes, damaged gzip, more than 2 GiB, no regular
+            file; the message names the file. At most the length that the header gives is unpacked.
 
     Example:
         >>> import tempfile
@@ -152,12 +152,12 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
     size = header + math.prod(shape) * dtype.itemsize
     if size > LARGEST:
         raise ValueError(f"{path}: sizes {shape[:8]} are {size:,} bytes, at most {LARGEST:,} are read here")
-    data, complete = _contents(path, stored, size + 1)  # 1: to see what is too much
+    data, complete = _contents(path, stored, size + 1)  # + 1 to detect trailing bytes
     if not complete or len(data) != size:
         fault = "truncated" if complete else "gzip stream cut short"
-        found = f"{len(data)}" if complete or len(data) <= size else f"more than {size}"
+        length = f"{len(data)}" if complete or len(data) <= size else f"more than {size}"
         fault = "trailing bytes" if len(data) > size else fault
-        raise ValueError(f"{path}: {fault}: expected {size} bytes, found {found}; fetch it again")
+        raise ValueError(f"{path}: {fault}: expected {size} bytes, found {length}; fetch it again")
     try:
         values = np.frombuffer(data, dtype, offset=header) if size > header else np.empty(0, dtype)
         return values.reshape(shape).astype(dtype.newbyteorder("="))
@@ -165,25 +165,25 @@ def read_idx(path: str | Path, magic: int | None = None) -> NDArray[Any]:
         raise ValueError(f"{path}: rank {len(shape)}, sizes {shape[:8]}...: {error}") from error
 
 
-def _layout(path: str | Path, found: int, magic: int | None) -> tuple[np.dtype[Any], int]:
+def _layout(path: str | Path, actual: int, magic: int | None) -> tuple[np.dtype[Any], int]:
     """The type of the values and the length of the header, from the magic number."""
-    code, rank = found >> 8, found & 0xFF
-    if code not in DTYPES or magic not in (None, found):
+    code, rank = actual >> 8, actual & 0xFF
+    if code not in DTYPES or magic not in (None, actual):
         codes = " ".join(f"{code:02x}" for code in DTYPES)
         expected = (
             f"0x{magic:08x}" if magic is not None else f"0x0000TTRR with type TT in {codes} and rank RR"
         )
         raise ValueError(
-            f"{path}: wrong magic number 0x{found:08x}, expected {expected}; is it the right file?"
+            f"{path}: wrong magic number 0x{actual:08x}, expected {expected}; is it the right file?"
         )
     return np.dtype(DTYPES[code]), 4 + 4 * rank
 
 
 def _contents(path: str | Path, stored: bytes, limit: int) -> tuple[bytes, bool]:
-    """The bytes of a file, at most `limit` if it is gzipped, and whether its gzip stream came to its end."""
+    """The unpacked bytes, at most `limit` if the file is gzipped, and whether the gzip stream is complete."""
     if not stored.startswith(b"\x1f\x8b"):
         return stored, True
-    stream = zlib.decompressobj(wbits=31)  # 31: gzip; unlike the gzip module it keeps what it got
+    stream = zlib.decompressobj(wbits=31)  # 31: gzip; unlike the gzip module it returns what it could unpack
     try:
         unpacked = stream.decompress(stored, limit)
     except zlib.error as error:

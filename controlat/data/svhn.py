@@ -1,4 +1,4 @@
-"""Street FrozenModel House Numbers, cropped digits, from its two MATLAB files."""
+"""Street View House Numbers (SVHN), cropped digits, from its two MATLAB files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REMOTES = tuple(
         ("test_32x32.mat", 64275384, "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
     )
 )
-FLAGS, MATRIX, COMPRESSED = 6, 14, 15  # types of data elements
+FLAGS, MATRIX, COMPRESSED = 6, 14, 15  # types of data elements (miUINT32, miMATRIX, miCOMPRESSED)
 STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 NUMERIC = range(6, 16)  # classes of variables: double, single, eight kinds of whole numbers
-LARGEST = 1 << 30  # bytes of a file, and of all its variables unpacked; those of SVHN have 0.23 GB
+LARGEST = 1 << 30  # limit in bytes for a file, and for all its variables unpacked; SVHN's have 0.23 GB
 OPAQUE, COMPLEX = 17, 0x0800
 AGAIN = "move it away and fetch it again: controlat data svhn"
 
@@ -65,10 +65,10 @@ def load(root: Path | None = None) -> Dataset:
 
 
 def _split(path: Path) -> Split:
-    found = read_mat(path, ("X", "y"))
-    if missing := [name for name in ("X", "y") if name not in found]:
+    variables = read_mat(path, ("X", "y"))
+    if missing := [name for name in ("X", "y") if name not in variables]:
         raise ValueError(f"{path}: has no variable {', '.join(missing)}; {AGAIN}")
-    images, labels = found["X"], found["y"]
+    images, labels = variables["X"], variables["y"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3) or not images.size:
         got = f"{images.dtype} {images.shape}"
         raise ValueError(f"{path}: X must be uint8 of shape (32, 32, 3, N), N > 0, got {got}; {AGAIN}")
@@ -94,12 +94,12 @@ def read_mat(path: str | Path, names: Collection[str]) -> dict[str, NDArray[Any]
         names: the variables to read.
 
     Returns:
-        Those of them that the file holds, in the type in which they are stored (MATLAB keeps a double
-        that is always a small whole number as uint8); everything else in the file is passed over.
+        The variables that the file has, in their stored type (MATLAB stores doubles that are small whole
+        numbers as uint8); everything else in the file is ignored.
 
     Raises:
         ValueError: another format, a damaged file, more than 1 GiB packed or unpacked, no regular file, a
-            variable that is no full array of real numbers.
+            variable that is not a dense array of real numbers.
 
     Example:
         >>> import tempfile
@@ -115,10 +115,10 @@ def read_mat(path: str | Path, names: Collection[str]) -> dict[str, NDArray[Any]
     order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(bytes(data[124:128]))
     if order is None:
         raise ValueError(f"{path}: is no MATLAB file of level 5; {AGAIN}")
-    found: dict[str, NDArray[Any]] = {}
+    variables: dict[str, NDArray[Any]] = {}
     rest, left = data[128:], LARGEST
     try:
-        while rest and len(found) < len(names):
+        while rest and len(variables) < len(names):
             kind, body, rest = _element(rest, order)
             if kind == COMPRESSED:
                 content = _unpacked(body, order, left)
@@ -127,12 +127,12 @@ def read_mat(path: str | Path, names: Collection[str]) -> dict[str, NDArray[Any]
             if kind != MATRIX:
                 raise ValueError(f"an element of unknown type {kind}")
             variable = _variable(body, order, names)
-            if twice := set(found) & set(variable):
+            if twice := set(variables) & set(variable):
                 raise ValueError(f"variable {twice.pop()!r} comes twice")
-            found |= variable
+            variables |= variable
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
-    return found
+    return variables
 
 
 def _element(data: memoryview, order: str) -> tuple[int, memoryview, memoryview]:
@@ -155,19 +155,19 @@ def _unpacked(body: memoryview, order: str, limit: int) -> memoryview:
     if 8 + size > limit:
         raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
     stream = zlib.decompressobj()
-    content = stream.decompress(body, 8 + size + 1)  # 1: to see what is too much
+    content = stream.decompress(body, 8 + size + 1)  # + 1 to detect trailing bytes
     if not stream.eof or len(content) != 8 + size:
         raise ValueError(f"{len(content)} unpacked bytes instead of {8 + size}")
     return memoryview(content)
 
 
 def _variable(body: memoryview, order: str, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """A variable by its name; nothing if it is none of those wanted."""
+    """{name: array} of a variable; empty if its name is not in `names`."""
     kind, flags, body = _element(body, order)
     if kind != FLAGS or len(flags) != 8:
         raise ValueError("a variable without flags")
     word = struct.unpack(f"{order}I4x", flags)[0]
-    if (group := word & 0xFF) == OPAQUE:  # has no sizes
+    if (group := word & 0xFF) == OPAQUE:  # MATLAB objects have no sizes
         return {}
     _, sizes, body = _element(body, order)
     _, text, body = _element(body, order)

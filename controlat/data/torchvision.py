@@ -19,7 +19,7 @@ from torch import Tensor
 from controlat._util.vision import torchvision
 from controlat.data._images import Shape, boolean, halves, whole
 from controlat.data._stream import Streamed, default_workers
-from controlat.data._types import Dataset, Samples
+from controlat.data._types import Dataset
 
 __all__ = ["load"]
 
@@ -69,46 +69,42 @@ def load(
     kind = _kind(variant)
     shape = Shape(channels, size, resize)
     threads = default_workers() if workers is None else whole(workers, "workers")
-    keep = boolean(in_memory, "in_memory")
+    decode_once = boolean(in_memory, "in_memory")
     arguments = {key.removesuffix("_"): value for key, value in arguments.items()}
-    parts = [_Source(kind, variant, given | arguments, root) for given in _given(kind, arguments)]
-    if len(parts) == 1:
-        ranges = list(halves(parts[0].y, test_share))
-        parts *= 2
+    sources = [_Source(kind, variant, part | arguments, root) for part in _part_arguments(kind, arguments)]
+    if len(sources) == 1:
+        positions = list(halves(sources[0].y, test_share))
+        sources *= 2
     else:
-        ranges = [torch.arange(len(part.y)) for part in parts]
-    bands, height, width = parts[0].image(shape, None, int(ranges[0][0])).shape
+        positions = [torch.arange(len(source.y)) for source in sources]
+    bands, height, width = sources[0].image(shape, None, int(positions[0][0])).shape
     in_shape = (bands, height, width)
-
-    def split(part: _Source, positions: Tensor) -> Samples:
-        def read(i: int) -> Tensor:
-            return part.image(shape, in_shape, i)
-
-        found = Streamed(read, part.y[positions], in_shape, positions, threads)
-        return found.in_memory() if keep else found
-
-    classes = max(int(part.y.max()) for part in parts) + 1
-    train, test = (split(part, positions) for part, positions in zip(parts, ranges, strict=True))
+    splits = [s.split(shape, in_shape, i, threads) for s, i in zip(sources, positions, strict=True)]
+    train, test = (split.in_memory() if decode_once else split for split in splits)
+    classes = max(int(source.y.max()) for source in sources) + 1
     return Dataset(f"torchvision-{variant}", train, test, classes)
 
 
 def _kind(variant: str) -> type:
     datasets = torchvision().datasets
-    found = getattr(datasets, variant, None) if variant in datasets.__all__ else None
-    if not isinstance(found, type):
+    kind = getattr(datasets, variant, None) if variant in datasets.__all__ else None
+    if not isinstance(kind, type):
         raise ValueError(
             f"torchvision has no data set {variant!r}; write torchvision-NAME with a class of "
             "torchvision.datasets, such as torchvision-Flowers102"
         )
-    return found
+    return kind
 
 
-def _given(kind: type, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arguments of the training and the test part; one entry where there are no parts or one is given."""
-    known = _parameters(kind)
-    if "train" in known:
+def _part_arguments(kind: type, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arguments that select the training and the test part.
+
+    One empty entry if the class has no such parts, or if the user has selected one.
+    """
+    parameters = _parameters(kind)
+    if "train" in parameters:
         return [{}] if "train" in arguments else [{"train": True}, {"train": False}]
-    if "split" not in known or "split" in arguments:
+    if "split" not in parameters or "split" in arguments:
         return [{}]
     names = _split_names(kind)
     train, test = (next((n for n in usual if n in names), usual[0]) for usual in (_TRAINS, _TESTS))
@@ -116,18 +112,18 @@ def _given(kind: type, arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parameters(kind: type) -> set[str]:
-    """Names of the arguments of a class, with those that it hands on to its bases as **kwargs."""
-    found: set[str] = set()
+    """Names of the arguments of a class, including those of its bases that it passes on as **kwargs."""
+    names: set[str] = set()
     for base in kind.__mro__:
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        found |= set(parameters)
+        names |= set(parameters)
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             break
-    return found
+    return names
 
 
 def _split_names(kind: type) -> list[str]:
-    """The splits that a class knows: it tells them only when it refuses another name."""
+    """The splits of a class, from the error message for an unknown one: there is no other way to get them."""
     try:
         kind(root="", split="?")
     except Exception as error:
@@ -136,34 +132,34 @@ def _split_names(kind: type) -> list[str]:
 
 
 class _Source:
-    """One part of a set as torchvision gives it: pictures by position, and all labels."""
+    """One part of a data set of torchvision: pictures by position, and all labels."""
 
     def __init__(self, kind: type, name: str, arguments: dict[str, Any], root: Path | None) -> None:
         self.name, self.lock = f"torchvision-{name}", threading.Lock()
-        given = dict(arguments)
+        arguments = dict(arguments)
         if "root" in inspect.signature(kind).parameters:
             if root is None:
                 raise ValueError(f"{self.name}: give the folder of its files, --data-dir FOLDER")
-            given["root"] = str(root)
+            arguments["root"] = str(root)
         try:
-            self.set = kind(**given)
-        except Exception as error:  # each class has its own ways to say that a file or an argument is wrong
+            self.set = kind(**arguments)
+        except Exception as error:  # each class raises its own kinds for missing files or wrong arguments
             how = f"torchvision.datasets.{name}(root, download=True) fetches it where that is offered"
             raise ValueError(f"{self.name}: {' '.join(str(error).split())}; {how}") from None
         self.y = self._labels()
 
     def _labels(self) -> Tensor:
-        """All labels, from a list of the set if it has one: else every picture would be decoded for them."""
+        """All labels: from a list, if the set has one; otherwise every picture is decoded."""
         lists = [getattr(self.set, attribute, None) for attribute in _LABELS]
         if isinstance(pairs := getattr(self.set, "_samples", None), list):
             lists.append([pair[1] for pair in pairs])
         if getattr(self.set, "target_transform", None) is not None:
-            lists = []  # they are not transformed
+            lists = []  # the lists hold labels before the transform
         for values in lists:
             if values is not None and len(values) == len(self.set):
-                found = np.asarray(values)
-                if found.ndim == 1 and np.issubdtype(found.dtype, np.integer):
-                    return torch.from_numpy(found.astype(np.int64))
+                labels = np.asarray(values)
+                if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+                    return torch.from_numpy(labels.astype(np.int64))
         return torch.tensor([self._label(i) for i in range(len(self.set))])
 
     def _label(self, position: int) -> int:
@@ -178,7 +174,7 @@ class _Source:
         return int(label)
 
     def image(self, shape: Shape, expected: tuple[int, int, int] | None, position: int) -> Tensor:
-        """The image at a position, as `Shape` makes it."""
+        """The image at a position, converted by `shape`."""
         from PIL import Image
 
         where = f"{self.name}, picture {position}"
@@ -191,3 +187,15 @@ class _Source:
         except Exception as error:
             raise ValueError(f"{where}: cannot be read ({error})") from None
         return image if expected is None else shape.check(image, expected, where)
+
+    def split(
+        self, shape: Shape, in_shape: tuple[int, int, int], positions: Tensor, threads: int
+    ) -> Streamed:
+        """The images at some positions, which must have one shape, decoded by threads when needed."""
+        return Streamed(
+            read=lambda i: self.image(shape, in_shape, i),
+            y=self.y[positions],
+            in_shape=in_shape,
+            positions=positions,
+            workers=threads,
+        )

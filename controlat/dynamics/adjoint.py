@@ -1,8 +1,8 @@
-"""The outer step as a differentiable map: the vector-Jacobian product of z' = S(z, u).
+"""The adjoint of the outer step z' = S(z, u): its vector-Jacobian product.
 
-Whatever the method froze stays frozen: exact for signs, stopping rules and indices, which are piecewise
-constant in the state; smooth quantities that it detached are named in `Update.dropped`.
-`controlat.dynamics.verify` compares the product with finite differences of the step itself, for any method.
+Quantities that the method detached count as constants. That is exact for signs, stopping rules and indices,
+which are piecewise constant in the state; smooth quantities that were detached are named in `Update.dropped`.
+`controlat.dynamics.verify` compares the product with finite differences of the step, for any method.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Pulled", "pullback", "pullbacks"]
 
 
 class Pulled(NamedTuple):
-    """What `pullback` returns: the costate before the step, and what it leaves out."""
+    """What `pullback` returns: the costate before the step, and the names of dropped dependences."""
 
     costate: State
     dropped: tuple[str, ...]
@@ -33,22 +33,23 @@ class Pulled(NamedTuple):
 def pullback(
     driver: Driver, batch: Batch, u: Control, rate: float, costate: State, meter: Meter | None = None
 ) -> Pulled:
-    """p_t = (dS/dz)^T p_{t+1} for one outer step under u at the driver's present state, which stays.
+    """p_t = (dS/dz)^T p_{t+1} for one outer step under u at the driver's present state, which is kept.
 
-    The step runs again with a graph through torch.optim.SGD's recursion (momentum, Nesterov, weight decay)
-    and through all of the method's updates. Buffers of other layers that a forward pass writes to are not
-    followed, and named.
+    The step is run again with a graph through torch.optim.SGD (momentum, Nesterov, weight decay) and through
+    all updates of the method. Buffers other than running statistics that a forward pass writes to are
+    treated as constants, and named in `dropped`.
 
     Args:
         driver: at the state before the step.
         batch: of the step.
         u: its control.
         rate: its learning rate.
-        costate: p_{t+1}, its rows those of the batch. Names of memory or rows that it lacks count as 0.
-        meter: where evaluations are counted.
+        costate: p_{t+1}, with the rows of the batch. Missing memory or rows count as 0.
+        meter: counts the evaluations.
 
     Returns:
-        The costate before the step, as far as the step acts on it, and the names of what was dropped.
+        The costate before the step, in the components that the step acts on, and the names of the
+        dependences that were dropped.
 
     Source:
         The discrete costate equation; for SGD with momentum as in Maclaurin et al. (2015), algorithm 2.
@@ -77,10 +78,10 @@ def pullbacks(
     meter: Meter | None = None,
     kinks: Kinks | None = None,
 ) -> tuple[list[State], tuple[str, ...]]:
-    """`pullback` of several costates at once: the step runs once, and each takes one pass backward.
+    """`pullback` of several costates: the step is run once, with one backward pass per costate.
 
-    Beside the step itself, each costate is counted as two gradient evaluations for every sample that the loss
-    was taken of: it differentiates a forward and a backward pass. Where kinks are found, one more is.
+    In addition to the step, each costate counts as two gradient evaluations per sample of the loss, since it
+    differentiates a forward and a backward pass. If a perturbation lies on a kink, it counts one more.
     """
     meter, kinks = Meter() if meter is None else meter, Kinks() if kinks is None else kinks
     present = driver.point(batch.indices)
@@ -95,18 +96,18 @@ def pullbacks(
             meter.gradients += 2 * ctx.passes
             return z.like(_gradients(after, costate, z, keep))
 
-        with driver.requests.placed(ctx, once=True):  # for layers that are computed again
+        with driver.requests.placed(ctx, once=True):  # activation checkpointing runs layers again
             last = len(costates) - 1
             before = [pull(p, keep=kinks.met or i < last) for i, p in enumerate(costates)]
             kinks.compare(before[0], lambda: pull(costates[0]))
-    for p in before:  # samples that carried nothing have no state there
+    for p in before:  # samples that carried nothing have no state
         for values, seen in p.rows.values():
             values[~seen] = 0
     return before, dropped
 
 
 def _context(driver: Driver, batch: Batch, rate: float, z: State, meter: Meter) -> Context:
-    """The context of a step whose state, as far as it has a derivative, is z."""
+    """The context of a step whose differentiable state is z."""
     memory = {name: z.memory[name] if name in z.memory else t.clone() for name, t in driver.memory.items()}
     ctx = driver.context(batch, rate, meter, memory)
     ctx.rows = dict(z.rows)
@@ -117,14 +118,14 @@ def _context(driver: Driver, batch: Batch, rate: float, z: State, meter: Meter) 
 
 
 def _step(driver: Driver, ctx: Context, batch: Batch, u: Control, z: State) -> tuple[State, tuple[str, ...]]:
-    """S(z, u) with a graph to z, and the names of what it does not follow; moves the driver's parameters."""
+    """S(z, u) with a graph to z, and the names of dropped dependences; changes the driver's parameters."""
     theta, momentum, names = z.parameters, z.momentum, list(ctx.theta or {})
     others, dropped = _other_buffers(driver), set[str]()
     for update, _, gradients in driver.requests.updates(ctx, batch, u):
         theta, momentum = driver.optimizer.step(theta, momentum, gradients, update.shift, ctx.rate)
         ctx.theta = dict(zip(names, theta, strict=True))
         dropped.update(update.dropped)
-        with torch.no_grad():  # views of the network run at the present parameters
+        with torch.no_grad():  # attacks use the driver's own parameters
             torch._foreach_copy_(driver.parameters, [t.detach() for t in theta])
     written = [name for name, b in _other_buffers(driver).items() if not torch.equal(b, others[name])]
     dropped.update(f"the buffer {name}, which forward passes write to" for name in written)
@@ -143,19 +144,19 @@ def _step(driver: Driver, ctx: Context, batch: Batch, u: Control, z: State) -> t
 
 
 def _other_buffers(driver: Driver) -> dict[str, Tensor]:
-    """Copies of the floating-point buffers that are no running statistics."""
-    known = {id(r) for r in driver.statistics}
+    """Copies of the floating-point buffers that are not running statistics."""
+    statistics = {id(r) for r in driver.statistics}
     named = driver.model.named_buffers()
-    return {name: b.clone() for name, b in named if b.is_floating_point() and id(b) not in known}
+    return {name: b.clone() for name, b in named if b.is_floating_point() and id(b) not in statistics}
 
 
 def _gradients(after: State, costate: State, z: State, keep: bool) -> list[Tensor]:
-    """Gradients of <costate, after> in the tensors of z; `keep` keeps the graph for another costate."""
+    """Gradients of <costate, after> in the tensors of z; `keep` retains the graph."""
     pairs = [
-        (value, theirs[name])
-        for mine, theirs in zip(after.parts(), costate.parts(), strict=True)
-        for name, value in mine.items()
-        if name in theirs and value.requires_grad
+        (value, weights[name])
+        for values, weights in zip(after.parts(), costate.parts(), strict=True)
+        for name, value in values.items()
+        if name in weights and value.requires_grad
     ]
     outputs, weights = zip(*pairs, strict=True)
     inputs = z.tensors()

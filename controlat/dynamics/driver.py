@@ -10,12 +10,11 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from controlat._util import rng
 from controlat._util.checks import brief, flag, instance, whole
 from controlat._util.parallel import Share, World
 from controlat.attacks.balls import Ball
@@ -23,62 +22,45 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics import fields
 from controlat.dynamics.fields import Field
-from controlat.dynamics.hooks import between_epochs
-from controlat.dynamics.names import Names
+from controlat.dynamics.hooks import call_hook
 from controlat.dynamics.requests import Requests
-from controlat.dynamics.rows import gather, put
+from controlat.dynamics.rows import gather, scatter
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.sgd import SGDSettings
 from controlat.dynamics.state import State
+from controlat.dynamics.state_dict import Names
+from controlat.dynamics.step import Step
 from controlat.methods import Batch, Context, Method, Rows, check_method
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.asking import check_model
-from controlat.models.frozen.borrowed import alone, in_mode
+from controlat.models.frozen.contexts import exclusive, in_mode
 from controlat.models.frozen.layout import is_convolutional
+from controlat.models.frozen.logits import check_model
 
 __all__ = ["Driver", "Field", "SGDSettings", "Step"]
 
 
-class Step(NamedTuple):
-    """What happened in one outer step: where, under which control, its cost, how often theta moved."""
-
-    epoch: int
-    batch: int
-    control: Control
-    rate: float
-    samples: int
-    loss: float
-    spent: Meter
-    dropped: tuple[str, ...]
-    moves: int
-
-    @property
-    def evaluations(self) -> float:
-        """n(u): gradient evaluations per sample."""
-        return self.spent.gradients / self.samples
-
-
 @dataclass
 class Driver:
-    """Runs outer steps of a method on a model. It alone takes gradients, moves theta, counts and snapshots.
+    """Runs outer steps of a method on a model: computes gradients, updates theta, counts, copies the state.
 
     Args:
         model: the network, on its device.
         method: the training system.
         ball: the perturbation set.
-        optimizer: SGD's settings.
-        seed: of everything random in a step.
-        autocast: dtype of mixed precision in training, None for none.
-        channels_last: run convolutions in NHWC layout; dropout, which draws in the order of memory, then has
-            another mask.
-        memory: dense tensors that the method carries; part of the state.
-        rows: what training samples carry, by name, a row for each; part of the state.
-        kept: networks that the method put aside, with their optimiser; part of the state.
-        stopped: why the method ended training; empty while it goes on.
+        optimizer: settings of SGD.
+        seed: of all random numbers in a step.
+        autocast: dtype of mixed precision in training; None for none.
+        channels_last: run convolutions in NHWC layout; dropout masks differ between layouts.
+        meter: counts the evaluations of all steps.
+        memory: dense tensors that the method carries from step to step; part of the state.
+        rows: memory per training sample, by name; part of the state.
+        kept: copies of the network and its optimiser that the method saved, by name; part of the state.
+        stopped: why the method ended training; empty while training goes on.
         controller_memory: plain data that the controller carries; part of the state.
         margin: as in `Context`.
-        notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and a name,
-            ``"set"`` and the name of memory that is new, ``"moved"`` and what it wrote to in place.
+        notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and the name of the
+            copy, ``"set"`` and the name of the memory that it assigned, ``"moved"`` and the name of what it
+            wrote to in place.
     """
 
     model: nn.Module
@@ -107,7 +89,7 @@ class Driver:
         instance(self.autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         if self.notice is not None and not callable(self.notice):
             raise TypeError(f"notice must be a function of (what, name), got {brief(self.notice)}")
-        with alone(self.model), in_mode(self.model, True):  # some networks freeze parts of themselves there
+        with exclusive(self.model), in_mode(self.model, True):  # some networks freeze layers in `train`
             self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
             self.names = Names.of(self.model, self.parameters, self.statistics)
         if any(t.is_inference() for t in (*self.model.parameters(), *self.model.buffers())):
@@ -115,11 +97,9 @@ class Driver:
                 "the model was made under torch.inference_mode(), and its tensors cannot be trained: make it "
                 "outside"
             )
-        # Looked up once: to go through the modules of a small network takes as long as to run it.
-        self._normalises, self._nhwc = (
-            bool(self.statistics),
-            self.channels_last and is_convolutional(self.model),
-        )
+        # Found once, as walking through the modules of a small network takes as long as running it.
+        self._normalises = bool(self.statistics)
+        self._nhwc = self.channels_last and is_convolutional(self.model)
         if not self.parameters:
             raise ValueError("the model has no parameters that require gradients: there is nothing to train")
         if hasattr(self.method, "check_ball"):
@@ -133,12 +113,12 @@ class Driver:
 
     @property
     def statistics(self) -> list[Tensor]:
-        """Running mean and variance of every normalisation layer that has them; part of the state."""
+        """Running means and variances of all normalisation layers; part of the state."""
         return batchnorm.statistics(self.model)
 
     @property
     def momentum(self) -> list[Tensor]:
-        """The optimiser's buffers v, one per parameter: 0 before the first step; none without momentum."""
+        """The optimiser's momentum buffers v, one per parameter; 0 before the first step, none for mu = 0."""
         if self.optimizer.momentum == 0:
             return []
         buffers = [self.sgd.state.get(p, {}).get("momentum_buffer") for p in self.parameters]
@@ -148,7 +128,7 @@ class Driver:
 
     @property
     def requests(self) -> Requests:
-        """What takes the gradients that the method asks for."""
+        """The object that computes the gradients that the method requests."""
         return Requests(
             model=self.model,
             parameters=self.parameters,
@@ -161,8 +141,8 @@ class Driver:
     def step(self, batch: Batch, u: Control, rate: float) -> Step:
         """One outer step z <- S(z, u).
 
-        Where processes share the batch, each takes its rows, and all end in the same state; what was spent is
-        the sum over them.
+        With several processes each works on its rows of the batch, and all reach the same state; `Step.spent`
+        is the sum over the processes.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the message names epoch, batch and control.
@@ -182,12 +162,12 @@ class Driver:
             losses.append(loss)
             dropped.update(update.dropped)
         self.memory.update({name: t.detach() for name, t in self.memory.items()})
-        self._scatter(batch, ctx)
+        scatter(self.rows, batch.indices, ctx.rows, ctx.share)
         ctx.share.sync_buffers(self.model)
         mean = sum(losses) / len(losses)
-        mine = self.meter.since(before)
-        spent = self._summed(mine, ctx.share)
-        self.meter.add(spent.since(mine))
+        local = self.meter.since(before)
+        spent = self._summed(local, ctx.share)
+        self.meter.add(spent.since(local))
         return Step(
             epoch=batch.epoch,
             batch=batch.number,
@@ -201,14 +181,14 @@ class Driver:
         )
 
     def _summed(self, spent: Meter, share: Share) -> Meter:
-        """What all processes spent."""
+        """The sum over all processes (all-reduce)."""
         if share.alone:
             return spent
         counts = share.sum(torch.tensor([spent.gradients, spent.forwards, spent.layers], device=self.device))
         return Meter(*map(int, counts))
 
     def field(self, batch: Batch, v: Control, rate: float = 0.0, meter: Meter | None = None) -> Field:
-        """What one outer step under v would do; nothing of the state changes: `fields.field`."""
+        """The field of one outer step under v, without taking it: see `fields.field`."""
         return fields.field(self, batch, v, rate, Meter() if meter is None else meter)
 
     def fields(
@@ -231,9 +211,9 @@ class Driver:
         )
 
     def point(self, index: Tensor) -> State:
-        """The part of the state with a derivative that a step on some samples acts on: a vector.
+        """The differentiable part of the state that a step on some samples acts on: a vector.
 
-        Tensors are the driver's own, but for rows, which are gathered, and the optimiser's buffers before the
+        Tensors are the driver's own, except rows, which are gathered, and the momentum buffers before the
         first step, which are 0.
 
         Args:
@@ -252,8 +232,8 @@ class Driver:
         """A copy of the state z.
 
         Args:
-            touched: positions (N,) of the only samples whose rows are copied, where others will not change;
-                all by default.
+            touched: (N,) positions of the samples whose rows are copied, if others will not change; by
+                default all.
         """
         z = self.state()
         if touched is None:
@@ -262,9 +242,9 @@ class Driver:
         return replace(replace(part, rows={}).copy(), rows=part.rows)
 
     def restore(self, z: State) -> None:
-        """Put the state back to what a snapshot, a checkpoint or a sum of states says; z stays usable.
+        """Set the state to z: a snapshot, a state from a checkpoint, or a sum of states; z is copied.
 
-        Rows of samples that z is not of stay as they are.
+        Rows of samples that z does not contain stay as they are.
         """
         self.restore_network(z)
         self.memory = {name: t.clone() for name, t in z.memory.items()}
@@ -273,19 +253,19 @@ class Driver:
         self.controller_memory = copy.deepcopy(z.controller)
 
     def restore_network(self, z: State) -> None:
-        """Put back the network and the optimiser alone."""
+        """Set the network and the optimiser to those of z, and nothing else."""
         self.model.load_state_dict(z.model)
-        copies = replace(z, momentum=[v.clone() for v in z.momentum])  # torch keeps the very tensors
+        copies = replace(z, momentum=[v.clone() for v in z.momentum])  # load_state_dict does not copy them
         self.sgd.load_state_dict(copies.optimizer)
 
     def context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
-        """What the method may use in a step on a batch.
+        """The context of a method in the step on a batch.
 
         Args:
             batch: of the step.
             rate: its learning rate.
-            meter: where evaluations are counted.
-            memory: what the method carries, which it may replace.
+            meter: counts the evaluations.
+            memory: tensors that the method carries; it may assign new ones.
         """
         return Context(
             model=self.model,
@@ -303,31 +283,18 @@ class Driver:
             margin=self.margin,
         )
 
-    def _scatter(self, batch: Batch, ctx: Context) -> None:
-        """Keep what the samples of a batch carry now."""
-        for name, rows in ctx.rows.items():
-            values, seen = map(ctx.share.all_gather, rows)
-            index = ctx.share.all_gather(batch.indices.to(values.device))
-            self.rows[name] = put(self.rows.get(name), index, Rows(values, seen))
-
     def start_epoch(self, spec: RunSpec, epoch: int) -> None:
-        """Let the method do what it does before the first step of an epoch."""
-        if hasattr(self.method, "start_epoch"):
-            random = rng.scoped(self.seed, epoch, -1, "start", device=self.device)
-            with random, between_epochs(self, spec, epoch) as ctx:
-                self.method.start_epoch(ctx, spec.control_at(epoch, 0, self))
+        """Call the method's hook before the first step of an epoch, if it has one."""
+        call_hook(self, spec, epoch, "start")
 
     def end_epoch(self, spec: RunSpec, epoch: int) -> None:
-        """Let the method do what it does after the last step of an epoch."""
-        if hasattr(self.method, "end_epoch"):
-            random = rng.scoped(self.seed, epoch, -1, "end", device=self.device)
-            with random, between_epochs(self, spec, epoch) as ctx:
-                self.method.end_epoch(ctx, spec.control_at(epoch, 0, self))
+        """Call the method's hook after the last step of an epoch, if it has one."""
+        call_hook(self, spec, epoch, "end")
 
     def fingerprint(self) -> list[Tensor]:
-        """Numbers that differ where two states z do: for processes to compare."""
+        """Sums over the state z: processes compare them to check that they hold the same state."""
         return self.state().fingerprint()
 
     def scoring(self) -> contextlib.AbstractContextManager[None]:
-        """Parameters, buffers and training flags are put back after the block, as scoring moves them."""
-        return fields.put_back(self.model, self.parameters)
+        """Parameters, buffers and training flags are restored after the block: for scoring controls."""
+        return fields.restored(self.model, self.parameters)

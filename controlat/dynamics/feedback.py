@@ -1,4 +1,4 @@
-"""Closed loops: the controller is asked for u_t at the state z, which carries what it remembers."""
+"""Closed loops: u_t = pi(t, z) from the state z, which includes the controller's memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from controlat.control.space import Control
 
 __all__ = ["ahead", "decide", "forget_epoch", "observe"]
 
-_EPOCH = "_epoch"  # in a controller's memory: the epoch and the control of its first step
+_EPOCH = "_epoch"  # key in the controller's memory for the epoch and the control of its first step
 
 
 def decide(controller: Controller, now: Moment, z: Any, world: World) -> Control:
-    """u_t: the first process asks a closed loop, and all take the control and what it remembers.
+    """u_t; a closed loop is evaluated by the first process, which broadcasts the control and its memory.
 
-    The first step of an epoch is decided before the method's hook at its beginning, and only once: its
-    control is remembered to the end of the epoch, for the hook there.
+    The control of an epoch's first step is computed once, before the method's `start_epoch` hook, and kept
+    until the end of the epoch for the `end_epoch` hook.
 
     Args:
         controller: an open or a closed loop.
@@ -31,7 +31,7 @@ def decide(controller: Controller, now: Moment, z: Any, world: World) -> Control
         world: the processes.
 
     Raises:
-        ValueError: a closed loop gives no admissible control, or remembers what is no plain data.
+        ValueError: the control of a closed loop is not admissible, or its memory is not plain data.
     """
     if is_open(controller):
         return controller.control(now)
@@ -40,59 +40,59 @@ def decide(controller: Controller, now: Moment, z: Any, world: World) -> Control
     if known and now.batch == 0:
         return Control(**opening["control"])
 
-    def ask() -> list[Any]:
-        u = dict(_asked(controller, now, z))  # the memory is read after it
+    def evaluate() -> list[Any]:
+        u = dict(_closed_loop_control(controller, now, z))  # first, as it updates the memory
         return [u, z.controller_memory]
 
-    knobs, z.controller_memory = world.once(ask)
+    knobs, z.controller_memory = world.once(evaluate)
     z.controller_memory[_EPOCH] = opening if known else {"epoch": now.epoch, "control": knobs}
     return Control(**knobs)
 
 
 def observe(controller: Controller, step: Any, z: Any, world: World) -> None:
-    """Show a closed loop what happened in a step: the first process looks, and all remember the same.
+    """Call a closed loop's `observe` after a step in the first process, and broadcast its memory.
 
     Args:
-        controller: nothing happens where it has no method `observe`.
+        controller: nothing is done if it has no method `observe`.
         step: a `controlat.dynamics.driver.Step`.
         z: the driver at the state after it.
         world: the processes.
 
     Raises:
-        ValueError: what the controller remembers is no plain data.
+        ValueError: the controller's memory is not plain data.
     """
     if is_open(controller) or not hasattr(controller, "observe"):
         return
 
-    def look() -> dict[str, Any]:
+    def updated_memory() -> dict[str, Any]:
         controller.observe(step, z)
         _check_memory(z)
-        remembered: dict[str, Any] = z.controller_memory
-        return remembered
+        memory: dict[str, Any] = z.controller_memory
+        return memory
 
     opening = z.controller_memory[_EPOCH]
-    z.controller_memory = world.once(look) | {_EPOCH: opening}
+    z.controller_memory = world.once(updated_memory) | {_EPOCH: opening}
 
 
 def ahead(controller: Controller, now: Moment, z: Any) -> Control:
-    """u_t as `decide` would give it to this process, without a trace: memory and meter stay as they are."""
+    """u_t as `decide` would compute it in this process; memory and meter are left unchanged."""
     if is_open(controller):
         return controller.control(now)
     memory, meter = copy.deepcopy(z.controller_memory), z.meter
     z.meter = Meter()
     try:
-        return _asked(controller, now, z)
+        return _closed_loop_control(controller, now, z)
     finally:
         z.controller_memory, z.meter = memory, meter
 
 
 def forget_epoch(z: Any) -> None:
-    """Forget the control with which an epoch of that number began in another roll-out of the driver."""
+    """Drop the control of an epoch's first step that an earlier roll-out of the driver has left."""
     z.controller_memory.pop(_EPOCH, None)
 
 
-def _asked(controller: Controller, now: Moment, z: Any) -> Control:
-    """u_t of a closed loop, checked against the controls of the method."""
+def _closed_loop_control(controller: Controller, now: Moment, z: Any) -> Control:
+    """u_t of a closed loop, checked to be admissible for the method."""
     try:
         with rng.scoped(z.seed, now.epoch, now.batch, "control", device=z.device):
             u = controller.control(now, z)
@@ -104,7 +104,7 @@ def _asked(controller: Controller, now: Moment, z: Any) -> Control:
 
 
 def _check_memory(z: Any) -> None:
-    """Raise ValueError unless what the controller remembers is the same after it was written as JSON."""
+    """Raise ValueError unless the controller's memory is equal to itself after a round trip through JSON."""
     try:
         plain = json.loads(json.dumps(z.controller_memory, allow_nan=False)) == z.controller_memory
     except (TypeError, ValueError):

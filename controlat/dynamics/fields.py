@@ -1,4 +1,4 @@
-"""What one outer step would do under other controls: the field F(theta, v) that candidates are scored by."""
+"""The field F(theta, v), minus the summed gradients of one outer step under a control v that is not taken."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.requests import own_batch
 from controlat.methods import Batch, Prefixes
-from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode
+from controlat.models.frozen.contexts import exclusive, in_mode, preserved_buffers
 
 if TYPE_CHECKING:
     from controlat.dynamics.driver import Driver
 
-__all__ = ["Field", "field", "prefix_fields", "put_back"]
+__all__ = ["Field", "field", "prefix_fields", "restored"]
 
 
 class Field(NamedTuple):
-    """What one outer step would do under a control.
+    """The field of one outer step under a control.
 
     Args:
         control: v.
         gradients: -F(theta, v), the sum of the gradients of the step, one tensor per parameter.
-        statistics: running statistics after it, as `Driver.statistics`.
+        statistics: running statistics after the step, as in `Driver.statistics`.
     """
 
     control: Control
@@ -36,29 +36,29 @@ class Field(NamedTuple):
 
 
 @contextmanager
-def put_back(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """The network in training mode inside the block; parameters, buffers and flags as before after it."""
-    with alone(model), in_mode(model, True):
+def restored(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The network in training mode inside the block; parameters, buffers and flags are restored after it."""
+    with exclusive(model), in_mode(model, True):
         saved = [(p, p.detach().clone()) for p in parameters]
         try:
-            with buffers_kept(model):
+            with preserved_buffers(model):
                 yield
         finally:
             with torch.no_grad():
                 for p, before in saved:
-                    if not torch.equal(p, before):  # a graph of the caller's may need the very values
+                    if not torch.equal(p, before):  # a write would invalidate a graph that saved p
                         p.copy_(before)
 
 
 def field(driver: Driver, batch: Batch, v: Control, rate: float, meter: Meter) -> Field:
-    """What one outer step under v would do; nothing of the state changes.
+    """The field of one outer step under v; the state stays as it is.
 
     Args:
         driver: at the state before the step.
         batch: of the step.
         v: the control.
-        rate: a method with several updates moves by plain gradient steps of this size in between.
-        meter: where evaluations are counted.
+        rate: learning rate of the plain gradient steps between the updates of a method that has several.
+        meter: counts the evaluations.
     """
     with driver.scoring():
         total = [torch.zeros_like(p) for p in driver.parameters]
@@ -76,7 +76,7 @@ def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: 
     """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
 
     Raises:
-        ValueError: the method cannot do this.
+        ValueError: the method has no `prefixes`.
     """
     if not isinstance(driver.method, Prefixes):
         raise ValueError(

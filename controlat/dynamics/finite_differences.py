@@ -1,4 +1,4 @@
-"""The adjoint of the outer step against central differences of the step itself, for any method."""
+"""Comparison of the adjoint of the outer step with central differences of the step, for any method."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Verified(NamedTuple):
     """What `verify` returns.
 
     Args:
-        pairs: (central difference, product) for every direction that was compared.
+        pairs: (central difference, product) for each direction that was compared.
         skipped: number of directions in which a sign changed between the two ends.
-        dropped: the names of what the product leaves out, as the method gives them.
+        dropped: names of the dependences that the adjoint leaves out.
     """
 
     pairs: tuple[tuple[float, float], ...]
@@ -36,9 +36,9 @@ class Verified(NamedTuple):
 
     @property
     def share(self) -> float:
-        """|d - p| / |d|, with d the differences and p the products of all directions; NaN without any.
+        """||d - p|| / ||d||, d the differences and p the products of all directions; NaN without directions.
 
-        The relative error where nothing is dropped, otherwise the share of what is.
+        The relative error if nothing is dropped, otherwise the share of the dropped dependences.
         """
         d, p = torch.tensor(self.pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
         return float((d - p).norm() / d.norm())
@@ -56,29 +56,29 @@ def verify(
 ) -> Verified:
     """Compare `pullback` with central differences of one outer step, at the driver's present state z.
 
-    For a random costate w and random directions e of length 1 in the whole state (parameters, momentum,
-    memory, rows of the samples that carry something):
+    For a random costate w and random unit vectors e in the whole state (parameters, momentum, memory, rows of
+    the samples that carry something):
 
-        <w, S(z + h e, u) - S(z - h e, u)> / 2h      beside      <(dS/dz)^T w, e>
+        <w, S(z + h e, u) - S(z - h e, u)> / 2h      compared with      <(dS/dz)^T w, e>
 
-    A direction is skipped where the sign pattern of the gradients that the method ascended differs between
-    the two ends, as S jumps there. They are those that it gave to ``ctx.ball``; of l_2 steps, which are
-    smooth, the number of samples is compared. Where a method drops nothing, `Verified.share` is about 1e-9; a
-    large one without a name is a dependence that was detached unawares. The driver is left as it was, its
-    meter too. The cost is that of 2 * directions + 2 steps.
+    A direction is skipped if the signs of the input gradients that the method passed to ``ctx.ball`` differ
+    between the two ends, since S jumps there; for l_2 steps, which are smooth, only the numbers of samples
+    are compared. If a method drops nothing, `Verified.share` is about 1e-9; a large share without a name
+    means that a dependence was detached by mistake. Driver and meter are left unchanged. The cost is that of
+    2 * directions + 2 steps.
 
-    Other kinks are not seen: a network with ReLU or max-pooling agrees to all digits only if no unit
-    switches between the ends, so take a smooth one (Softplus, Tanh, average pooling) to judge a method.
-    Carried perturbations that lie where they are clipped are moved inside by 4 h. One that comes to lie
-    exactly on a clip, as happens when steps of one size go back and forth, is a kink, and named.
+    Other kinks are not detected: with ReLU or max-pooling the two agree only if no unit switches between the
+    ends, so use a smooth network (Softplus, Tanh, average pooling) to check a method. Carried perturbations
+    on the edge of their set are moved inside by 4 h. A perturbation that reaches a clip exactly, as when
+    steps of one size go back and forth, is a kink, and named in `dropped`.
 
     Args:
-        driver: at the state before the step, in float64. Its method may be anybody's.
+        driver: at the state before the step, in float64; with any method.
         batch: of the step, inputs in float64.
         u: its control.
-        rate: its learning rate. The derivative of S has the identity in it, what a method drops mostly comes
-            with the factor `rate`: the share grows with it.
-        directions: how many.
+        rate: its learning rate. dS/dz is the identity plus terms with the factor `rate`, to which most
+            dropped dependences belong: their share grows with it.
+        directions: number of directions.
         h: half the distance between the two ends.
         seed: of w and of the directions.
 
@@ -110,8 +110,8 @@ def verify(
         driver.step(batch, u, rate)
         return driver.point(batch.indices).copy()
 
-    with inward(driver, 4 * h):  # far enough from the edge for both ends of a difference
-        with _put_back(driver):
+    with inward(driver, 4 * h):  # so that both ends are inside
+        with _restored(driver):
             weight = _random(after(), seed, "weight")
         costate, dropped = pullback(driver, batch, u, rate, weight)
         pairs = []
@@ -125,14 +125,14 @@ def verify(
 
 def _check_float64(driver: Driver, batch: Batch) -> None:
     z = driver.point(batch.indices)
-    given: dict[str, list[Tensor]] = {
+    groups: dict[str, list[Tensor]] = {
         "parameters": [*driver.model.parameters()],
         "buffers": [b for b in driver.model.buffers() if b.is_floating_point()],
         "optimiser's buffers": z.momentum,
         "memory": [*z.memory.values(), *(rows.values for rows in z.rows.values())],
         "inputs": [batch.x],
     }
-    for name, tensors in given.items():
+    for name, tensors in groups.items():
         for t in tensors:
             if t.dtype != torch.float64:
                 raise ValueError(
@@ -144,13 +144,13 @@ def _check_float64(driver: Driver, batch: Batch) -> None:
 
 
 def _random(z: State, seed: int, *key: str | int) -> State:
-    """Standard normal numbers in the structure of z."""
+    """A vector in the structure of z with standard normal entries."""
     generator = rng.generator(seed, *key)
     return z.like(torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for t in z.tensors())
 
 
 def _direction(z: State, seed: int, i: int) -> State:
-    """A random direction of length 1; rows of samples that carry nothing yet are no part of the state."""
+    """A random unit vector; 0 in the rows of samples that carry nothing, which are not part of the state."""
     e = _random(z, seed, "direction", i)
     for values, seen in e.rows.values():
         values[~seen] = 0
@@ -159,19 +159,19 @@ def _direction(z: State, seed: int, i: int) -> State:
 
 
 def _central(driver: Driver, after: Callable[[], State], weight: State, e: State, h: float) -> float | None:
-    """Central difference of <weight, after()> along e; None where the signs of the ends differ.
+    """Central difference of <weight, after()> along e; None if the signs at the two ends differ.
 
     Args:
-        driver: whose state is moved before `after` is called, and put back.
-        after: takes steps, and returns the state, or a part of it.
-        weight: in the structure of what `after` returns.
-        e: direction, its rows those of some samples.
-        h: half the distance.
+        driver: its state is set to z + h e and z - h e before `after` is called, and restored.
+        after: takes steps, and returns the state or a part of it.
+        weight: in the structure of the value of `after`.
+        e: direction, with the rows of some samples.
+        h: half the distance between the ends.
     """
     ends: list[State] = []
     signs: list[list[Tensor]] = []
     for step in (h, -h):
-        with _put_back(driver), _signs(driver) as ascended:
+        with _restored(driver), _signs(driver) as ascended:
             driver.restore(driver.state().at(e.index).plus(e, step))
             ends.append(after())
         signs.append(ascended)
@@ -181,13 +181,13 @@ def _central(driver: Driver, after: Callable[[], State], weight: State, e: State
 
 
 @contextlib.contextmanager
-def _put_back(driver: Driver) -> Iterator[None]:
-    """Put the driver back, to the bit, after the block."""
+def _restored(driver: Driver) -> Iterator[None]:
+    """Restore the driver's state, meter and ``.grad``, bit for bit, after the block."""
     saved, meter = driver.snapshot(), driver.meter
     gradients = [p.grad for p in driver.parameters]
     driver.meter = Meter()
     try:
-        with driver.scoring():  # flags, and buffers that a state dict leaves out
+        with driver.scoring():  # training flags, and buffers that are not in the state dict
             yield
     finally:
         driver.restore(saved)
@@ -198,19 +198,19 @@ def _put_back(driver: Driver) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signs(driver: Driver) -> Iterator[list[Tensor]]:
-    """Signs of the gradients that perturbations ascend in the block, in the order of time; 0 for l_2."""
+    """A list of the signs of all input gradients passed to ``ball.direction`` in the block; 0 for l_2."""
     signs: list[Tensor] = []
     plain = driver.ball
     kind: Any = type(plain)
 
-    class Noting(kind):  # type: ignore[misc]
+    class Recording(kind):  # type: ignore[misc]
         def direction(self, gradient: Tensor) -> Tensor:
             sign = gradient.detach().sign()
-            # l_2 steps are smooth, but as many samples must move at both ends
+            # l_2 steps are smooth, but the number of samples that move must be the same at both ends
             signs.append(sign if self.norm == "linf" else torch.zeros_like(sign))
             return super().direction(gradient)  # type: ignore[no-any-return]
 
-    driver.ball = Noting(plain.eps, plain.norm)
+    driver.ball = Recording(plain.eps, plain.norm)
     try:
         yield signs
     finally:

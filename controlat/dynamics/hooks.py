@@ -1,4 +1,4 @@
-"""What a method may do before the first and after the last step of an epoch, and who is told of it."""
+"""The hooks of a method before the first and after the last step of an epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from controlat._util import rng
 from controlat._util.parallel import World
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Epoch
@@ -14,14 +15,30 @@ from controlat.methods import Epoch
 if TYPE_CHECKING:
     from controlat.dynamics.driver import Driver
 
-__all__ = ["between_epochs"]
+__all__ = ["call_hook"]
+
+
+def call_hook(driver: Driver, spec: RunSpec, epoch: int, when: str) -> None:
+    """Call `start_epoch` or `end_epoch` of the driver's method, if it has that hook.
+
+    Args:
+        driver: at the state before the first or after the last step of the epoch.
+        spec: data and controller.
+        epoch: epoch, from 0.
+        when: ``"start"`` or ``"end"``.
+    """
+    hook = getattr(driver.method, f"{when}_epoch", None)
+    if hook is not None:
+        random = rng.scoped(driver.seed, epoch, -1, when, device=driver.device)
+        with random, _noticed(driver, spec, epoch) as ctx:
+            hook(ctx, spec.control_at(epoch, 0, driver))
 
 
 @contextmanager
-def between_epochs(driver: Driver, spec: RunSpec, epoch: int) -> Iterator[Epoch]:
-    """What a hook of the method may use, inside the block; ``driver.notice`` is told what it did.
+def _noticed(driver: Driver, spec: RunSpec, epoch: int) -> Iterator[Epoch]:
+    """The context of a hook; after the block ``driver.notice`` is called with its changes to the state.
 
-    That is what memory it set anew or removed, and what it wrote to in place.
+    These are the memory that it assigned or removed, and the tensors that it wrote to in place.
     """
     memory = dict(driver.memory)
     network = {"theta": driver.parameters, "running statistics": driver.statistics}
@@ -42,7 +59,7 @@ def between_epochs(driver: Driver, spec: RunSpec, epoch: int) -> Iterator[Epoch]
 
 
 def _epoch(driver: Driver, spec: RunSpec, epoch: int, reloaded: list[str]) -> Epoch:
-    """The context of a hook; names of networks that it puts back are added to `reloaded`."""
+    """The context of a hook; the names of copies that it reloads are appended to `reloaded`."""
 
     def notice(what: str, name: str) -> None:
         if driver.notice is not None:

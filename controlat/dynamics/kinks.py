@@ -1,4 +1,4 @@
-"""Clips on which a carried perturbation lies exactly: kinks of the outer step, where slopes are one-sided."""
+"""Kinks of the outer step: carried perturbations exactly on a clip, where derivatives are one-sided."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from controlat.dynamics.state import State
 
 __all__ = ["Kinks", "inward"]
 
-_ULPS = 16  # of 1: how far inside carried perturbations are kept, beyond the rounding of pixels
+_ULPS = 16  # distance of carried perturbations from the edge, in units of eps of the dtype: beyond rounding
 
 
 @contextlib.contextmanager
 def inward(driver: Driver, margin: float | None = None) -> Iterator[None]:
-    """Carried perturbations off the edge of their set in the block, by a hair where no margin is given."""
+    """Inside the block carried perturbations are kept off the edge of their set, by `margin` or 16 ulp."""
     before = driver.margin
     driver.margin = before or margin or _ULPS * torch.finfo(driver.parameters[0].dtype).eps
     try:
@@ -31,16 +31,16 @@ def inward(driver: Driver, margin: float | None = None) -> Iterator[None]:
 
 @dataclass
 class Kinks:
-    """Where a perturbation that depends on the state lies on a clip: slope 1 on one side, 0 on the other.
+    """Perturbations that depend on the state and lie on a clip: slope 1 on one side, 0 on the other.
 
-    Products take 1. Where the perturbation may move to either side, no linear product describes both: the
-    difference that slope 0 makes to the costates of what is carried is added up.
+    Vector-Jacobian products take slope 1. If the perturbation may move to either side, no linear product
+    describes both; `compare` sums the difference that slope 0 makes to the costates of carried perturbations.
 
     Args:
-        missing: sum of squares of the difference between costates with either slope.
+        missing: sum of squares of the difference between the costates with slope 1 and slope 0.
         whole: sum of squares of the costates.
-        met: whether anything lay on a clip in the last block of `watched`.
-        closed: whether the slope there is 0, not 1.
+        met: whether a perturbation lay on a clip in the last block of `watched`.
+        closed: whether to take slope 0 in place of 1.
     """
 
     missing: float = 0.0
@@ -49,26 +49,26 @@ class Kinks:
     closed: bool = field(default=False, init=False)
 
     def names(self) -> tuple[str, ...]:
-        """What is dropped, with its share."""
+        """The name of the dropped dependence, with its share of the costate; empty if nothing is dropped."""
         share = (self.missing / self.whole) ** 0.5 if self.missing else 0.0
-        told = f"the other slope where carried perturbations lie on a clip ({share:.1%} of their costate)"
-        return (told,) if share > 1e-9 else ()
+        name = f"the other slope where carried perturbations lie on a clip ({share:.1%} of their costate)"
+        return (name,) if share > 1e-9 else ()
 
     @contextlib.contextmanager
     def watched(self, driver: Driver) -> Iterator[None]:
-        """Notice clips in the block; `closed` sets the slope of those on which something lies, 1 or 0."""
-        plain, kinks, near = driver.ball, self, driver.margin / 4
+        """Detect perturbations on a clip in the block; in backward passes `closed` selects their slope."""
+        plain, kinks, tolerance = driver.ball, self, driver.margin / 4
         kind: Any = type(plain)
 
         class Watching(kind):  # type: ignore[misc]
             def project(self, x: Tensor, x0: Tensor) -> Tensor:
-                return plain.project(kinks._noted(x, x - x0, self.bounds(x0), near), x0)
+                return plain.project(kinks._with_slope(x, x - x0, self.bounds(x0), tolerance), x0)
 
             def shrink(self, delta: Tensor, *radius: float) -> Tensor:
-                return plain.shrink(kinks._noted(delta, delta, self.bounds(), near), *radius)
+                return plain.shrink(kinks._with_slope(delta, delta, self.bounds(), tolerance), *radius)
 
             def box(self, x: Tensor) -> Tensor:
-                return plain.box(kinks._noted(x, x, (0.0, 1.0), near))
+                return plain.box(kinks._with_slope(x, x, (0.0, 1.0), tolerance))
 
         self.met, driver.ball = False, Watching(plain.eps, plain.norm)
         try:
@@ -76,21 +76,21 @@ class Kinks:
         finally:
             driver.ball = plain
 
-    def _noted(
-        self, t: Tensor, place: Tensor, bounds: tuple[Tensor | float, Tensor | float], near: float
+    def _with_slope(
+        self, t: Tensor, value: Tensor, bounds: tuple[Tensor | float, Tensor | float], tolerance: float
     ) -> Tensor:
-        """t, whose gradient is 0 while `closed` where its place lies on a bound."""
+        """t, with gradient 0 where `value` lies on a bound if `closed` is set during the backward pass."""
         if not t.requires_grad:
             return t
         low, high = bounds
-        on = ((place - low).abs() <= near) | ((place - high).abs() <= near)
+        on = ((value - low).abs() <= tolerance) | ((value - high).abs() <= tolerance)
         if bool(on.any()):
             self.met, t = True, t.view_as(t)
             t.register_hook(lambda g: g.masked_fill(on, 0) if self.closed else g)
         return t
 
     def compare(self, costate: State, pull: Callable[[], State]) -> None:
-        """Add what a step would make of the same costate with slope 0, which `pull` finds."""
+        """Add the difference between the costate with slope 1 and that with slope 0, from `pull`."""
         if not self.met:
             return
         self.closed = True
@@ -100,6 +100,6 @@ class Kinks:
             self.closed = False
         *_, memory, rows = costate.parts()
         *_, other_memory, other_rows = other.parts()
-        for mine, theirs in ((memory, other_memory), (rows, other_rows)):
-            self.missing += sum(float((q - theirs[name]).square().sum()) for name, q in mine.items())
-            self.whole += sum(float(q.square().sum()) for q in mine.values())
+        for part, other_part in ((memory, other_memory), (rows, other_rows)):
+            self.missing += sum(float((q - other_part[name]).square().sum()) for name, q in part.items())
+            self.whole += sum(float(q.square().sum()) for q in part.values())

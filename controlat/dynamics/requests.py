@@ -1,4 +1,4 @@
-"""What a method asks for in one outer step: losses, which are differentiated here, and moves of theta."""
+"""Computes the gradients of the losses that a method yields in one outer step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from controlat._util.kernels import SecondDerivatives
 from controlat.control.space import Control
 from controlat.methods import Batch, Context, Method, Update
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.borrowed import buffers_kept, owned, replaced
+from controlat.models.frozen.contexts import normal_tensor, preserved_buffers, swapped
 
 __all__ = ["Requests", "own_batch"]
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Takes the gradients that a method asks for, at the network's present parameters.
+    """Differentiates the losses of a method's `Update` requests at the network's present parameters.
 
     Args:
         model: the network.
-        parameters: those that are trained.
+        parameters: its trained parameters.
         method: the training system.
-        seed: of everything random in a step.
-        autocast: dtype of mixed precision, None for none.
+        seed: of all random numbers in a step.
+        autocast: dtype of mixed precision; None for none.
         normalises: whether the network has running statistics.
     """
 
@@ -43,9 +43,9 @@ class Requests:
     normalises: bool
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Update, float, list[Tensor]]]:
-        """(the update that moves theta, summed loss, summed gradient) for every move of one outer step.
+        """Yield (update, summed loss, summed gradient) for each update of theta in one outer step.
 
-        What other requests drop counts for the move that follows.
+        `update.dropped` also has the names that the other requests since the last update of theta dropped.
         """
         self.model.train()
         batch = own_batch(batch)
@@ -53,15 +53,15 @@ class Requests:
         losses: list[float] = []
         dropped: set[str] = set()
         moved = False
-        reply: Sequence[Tensor] | None = None
+        answer: Sequence[Tensor] | None = None
         try:
             updates = self.method.updates(ctx, batch, u)
             for i in itertools.count():
                 with self.random(batch, "inner", i):
-                    update = self._next(updates, reply)
+                    update = self._next(updates, answer)
                 if update is None:
                     break
-                loss, gradients, reply = self.differentiate(ctx, batch, u, update, i)
+                loss, gradients, answer = self.differentiate(ctx, batch, u, update, i)
                 dropped.update(update.dropped)
                 if update.add:
                     total = gradients if total is None else [*map(torch.add, total, gradients)]
@@ -79,17 +79,17 @@ class Requests:
             raise ValueError(f"{type(self.method).__name__} ends a step {what}")
 
     @staticmethod
-    def _next(updates: Any, reply: Sequence[Tensor] | None) -> Update | None:
-        """The next request of a method: a generator takes the reply to the last one."""
+    def _next(updates: Any, answer: Sequence[Tensor] | None) -> Update | None:
+        """The next request of a method; the generator is sent `answer`, the gradients of the last one."""
         if not hasattr(updates, "__next__"):
             raise TypeError(
                 f"`updates` of a method must be a generator: yield each Update; got {type(updates).__name__}"
             )
-        if reply is None or not hasattr(updates, "send"):
+        if answer is None or not hasattr(updates, "send"):
             request = next(updates, None)
         else:
             try:
-                request = updates.send(reply)
+                request = updates.send(answer)
             except StopIteration:
                 return None
         if request is not None and not isinstance(request, Update):
@@ -99,9 +99,9 @@ class Requests:
     def differentiate(
         self, ctx: Context, batch: Batch, u: Control, update: Update, i: int
     ) -> tuple[float, list[Tensor], list[Tensor]]:
-        """Loss of request i, its gradient in the parameters, and its gradients in the tensors of `also`.
+        """Loss of request i, its gradients in the parameters, and its gradients in the tensors of `also`.
 
-        Where the step itself is being differentiated (``ctx.theta``), the gradients keep their graph.
+        If the step itself is being differentiated (``ctx.theta`` is set), the gradients have a graph.
 
         Raises:
             NonFiniteError: loss or gradient; the message names epoch, batch and control.
@@ -110,16 +110,16 @@ class Requests:
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
             cast = torch.autocast(self.parameters[0].device.type, dtype=self.autocast)
-        looking = contextlib.nullcontext() if update.add else buffers_kept(self.model)
+        buffers = contextlib.nullcontext() if update.add else preserved_buffers(self.model)
         shift = None if graph else update.shift
-        if before is not None:  # new names for theta: what a method made of it is held fixed, with its graph
+        if before is not None:  # views: what a method computed from theta earlier counts as a constant
             moved = before.values() if update.shift is None else map(torch.add, before.values(), update.shift)
             ctx.theta = {name: t.view_as(t) for name, t in zip(before, moved, strict=True)}
         parameters = self.parameters if ctx.theta is None else list(ctx.theta.values())
         with (
             self.random(batch, "update", i),
             torch.enable_grad(),
-            looking,
+            buffers,
             self.shifted(shift),
             self.placed(ctx, once=i == 0 and update.shift is None),
         ):
@@ -130,22 +130,22 @@ class Requests:
                     f"the loss of an Update must be one number, got shape {tuple(loss.shape)}: take the mean"
                 )
             inputs = [*parameters, *([] if update.also is None else update.also())]
-            with batchnorm.still(self.model) if self.normalises else contextlib.nullcontext():
-                given = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=graph)
+            with batchnorm.frozen_statistics(self.model) if self.normalises else contextlib.nullcontext():
+                partials = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=graph)
         ctx.theta = before
         if not update.add:
             ctx.statistics = statistics
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, given, strict=True)]
-        ours = {id(p) for p in parameters}
-        shared = [j for j, t in enumerate(inputs) if j < len(parameters) or id(t) in ours]
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, partials, strict=True)]
+        trained = {id(p) for p in parameters}
+        shared = [j for j, t in enumerate(inputs) if j < len(parameters) or id(t) in trained]
         value = self._reduce(ctx, loss, gradients, shared, _where(batch, u))
         return value, gradients[: len(parameters)], gradients[len(parameters) :]
 
     @staticmethod
     def _reduce(ctx: Context, loss: Tensor, gradients: list[Tensor], shared: list[int], where: str) -> float:
-        """The mean loss over all processes; the gradients at the positions `shared` become means, too.
+        """All-reduce: return the mean loss over all processes; average the gradients at `shared` in place.
 
-        One reduction of all: then a number that is not finite is so in every process.
+        In one reduction with all norms, so that all processes see a loss or gradient that is not finite.
         """
         norms = torch.stack([loss.detach(), *torch._foreach_norm([g.detach() for g in gradients])])
         *means, norms = ctx.share.mean([*(gradients[j] for j in shared), norms])
@@ -158,10 +158,11 @@ class Requests:
 
     @contextlib.contextmanager
     def placed(self, ctx: Context, once: bool) -> Iterator[None]:
-        """``ctx.theta`` in place of the parameters, for layers that the backward pass computes again.
+        """Inside the block ``ctx.theta`` replaces the parameters, for layers that a backward pass runs again.
 
-        A second derivative computes such layers once more, with the parameters before the step: allowed where
-        the step asks for one gradient, there (`once`).
+        With activation checkpointing the backward pass of the whole step runs such layers once more, with the
+        parameters before the step. This is right only if the step has one gradient, taken there (`once`);
+        otherwise checkpointing is refused.
         """
         if ctx.theta is None:
             yield
@@ -176,12 +177,12 @@ class Requests:
         if SecondDerivatives.needed(self.model):
             second = SecondDerivatives()
         theta = dict(zip(map(id, self.parameters), ctx.theta.values(), strict=True))
-        with hooks, second, replaced(self.model, theta):
+        with hooks, second, swapped(self.model, theta):
             yield
 
     @contextlib.contextmanager
     def shifted(self, shift: Sequence[Tensor] | None, moves: bool = False) -> Iterator[None]:
-        """The parameters with something added, inside the block; their own bits after it, unless it moves."""
+        """`shift` added to the parameters inside the block; after it subtracted if they move, else undone."""
         if shift is None:
             yield
             return
@@ -198,9 +199,9 @@ class Requests:
                     torch._foreach_copy_(self.parameters, before)
 
     def random(self, batch: Batch, purpose: str, i: int) -> contextlib.AbstractContextManager[None]:
-        """The random numbers of request i of a step, inside the block."""
+        """A block with torch's global generators seeded for request i of a step."""
         key: list[int | str] = [batch.epoch, batch.number, purpose, i]
-        if batch.share is not None:  # masks of dropout are drawn for the rows of one process
+        if batch.share is not None:  # dropout masks are drawn for the rows of this process only
             key.append(batch.share.rank)
         return rng.scoped(self.seed, *key, device=self.parameters[0].device)
 
@@ -210,5 +211,5 @@ def _where(batch: Batch, u: Control) -> str:
 
 
 def own_batch(batch: Batch) -> Batch:
-    """A batch that autograd can work with."""
-    return batch._replace(x=owned(batch.x), y=owned(batch.y))
+    """The batch, with tensors that autograd can use."""
+    return batch._replace(x=normal_tensor(batch.x), y=normal_tensor(batch.y))

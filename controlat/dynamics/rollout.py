@@ -1,4 +1,4 @@
-"""Roll-outs of the controlled system: one outer step after the other, under the control of each."""
+"""Roll-outs of the controlled system z_{t+1} = S(z_t, u_t)."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def rollout(
     stride: int = 1,
     begun: bool = False,
 ) -> Iterator[Step]:
-    """Run the system under the plan's controller, one `Step` at a time.
+    """Run the system under the controller of `spec`, and yield the record of each step.
 
     Args:
-        driver: holds the state, which moves as the iterator is consumed.
+        driver: holds the state, which changes as the iterator is consumed.
         spec: data, controller, rates.
-        epoch: where to start.
-        batch: where to start in that epoch.
-        until: epoch to stop before; the plan's end by default.
-        record: called with (step number, snapshot of the state BEFORE that step) at every `stride`-th step
-            from the first on; a snapshot has the rows that the steps up to the next one touch.
+        epoch: epoch of the first step.
+        batch: position of the first step in its epoch.
+        until: epoch before which to end; by default the end of the run.
+        record: called with (step number, snapshot of the state BEFORE that step) at every `stride`-th step,
+            starting with the first; a snapshot has the rows that the steps up to the next snapshot use.
         stride: see `record`.
-        begun: the first epoch has begun already: its hook is not called again, as at a recorded state.
+        begun: the `start_epoch` hook of the first epoch has been called already, as at a recorded state.
     """
     first = epoch * spec.batches_per_epoch + batch
-    driver.model.train()  # what is recorded are the weights of training mode
+    driver.model.train()  # recorded states have the parameters of training mode
     for number, b in arrivals(driver, spec, epoch, batch, until=until, begun=begun):
         if record is not None and (number - first) % stride == 0:
             touched = spec.indices(number, number + stride) if driver.rows else None
@@ -55,10 +55,10 @@ def rollout(
 
 
 def check_parameters(driver: Driver, step: Step) -> None:
-    """Refuse parameters that a step made infinite, whose loss was still finite: the next one would show it.
+    """Check the parameters after a step: its loss, computed before the update, may still be finite.
 
     Raises:
-        NonFiniteError: one is not finite; the message names epoch, batch and control.
+        NonFiniteError: a parameter is not finite; the message names epoch, batch and control.
     """
     if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
         where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
@@ -66,10 +66,9 @@ def check_parameters(driver: Driver, step: Step) -> None:
 
 
 def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> None:
-    """Raise ValueError where BatchNorm cannot be trained on so few rows, as one forward pass shows.
+    """Raise ValueError if BatchNorm cannot be trained on so few rows, which one forward pass shows.
 
-    Over images of more than one pixel BatchNorm can take the statistics of one sample, over features it
-    cannot.
+    With one row, BatchNorm has statistics over the pixels of feature maps, but none over single features.
     """
     norms = nn.modules.batchnorm._NormBase
     if rows > 1 or not any(isinstance(m, norms) for m in driver.model.modules()):
@@ -87,7 +86,7 @@ def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> No
 
 
 def _check_smallest(driver: Driver, spec: RunSpec) -> None:
-    """Refuse a plan whose smallest batch, or share of one, BatchNorm cannot be trained on."""
+    """Raise ValueError if BatchNorm cannot be trained on a process's rows of the smallest batch."""
     n, size, processes = len(spec.data), spec.batch_size, spec.world.size
     last = (n - 1) % size + 1
     if last >= 2 * processes:
@@ -101,17 +100,18 @@ def _check_smallest(driver: Driver, spec: RunSpec) -> None:
 def arrivals(
     driver: Driver, spec: RunSpec, epoch: int, batch: int, *, until: int | None = None, begun: bool = False
 ) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) of every step from one on, with the driver at the state before it.
+    """Yield (number, batch) of each step, with the driver at the state before it.
 
-    The consumer takes the step; hooks between epochs are called here.
+    The consumer takes the step; this function calls the hooks between epochs.
 
     Args:
         driver: holds the state.
         spec: data and number of epochs.
-        epoch: where to start.
-        batch: where to start in that epoch; the number of its batches where only its last hook is to come.
-        until: epoch to stop before; the plan's end by default.
-        begun: the first epoch has begun already.
+        epoch: epoch of the first step.
+        batch: position of the first step in its epoch; the number of batches per epoch if only the
+            `end_epoch` hook of that epoch is left to call.
+        until: epoch before which to end; by default the end of the run.
+        begun: the `start_epoch` hook of the first epoch has been called already.
     """
     _check_smallest(driver, spec)
     for e in range(epoch, spec.epochs if until is None else until):

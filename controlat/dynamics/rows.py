@@ -1,17 +1,20 @@
-"""What training samples carry: a store with a row for every one of them, and the rows of some."""
+"""Memory per training sample: a store with one row for each, and the rows of some samples."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from controlat._util.parallel import Share
 from controlat.methods import Rows
 
-__all__ = ["gather", "put"]
+__all__ = ["gather", "put", "scatter"]
 
 
 def gather(store: Rows, index: Tensor) -> Rows:
-    """What some samples carry; samples beyond the store carry nothing."""
+    """The rows of the samples at some positions; positions beyond the store have no row yet."""
     index = index.to(store.seen.device)
     inside = index < len(store.seen)
     safe = torch.where(inside, index, 0)
@@ -21,10 +24,10 @@ def gather(store: Rows, index: Tensor) -> Rows:
 
 
 def put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
-    """A store, grown where it must, in which some samples carry what `rows` say."""
+    """Write rows at some positions of a store, in place; a store that is too short is replaced."""
     values = rows.values.detach()
     size = int(index.max()) + 1
-    if store is None or len(store.seen) < size:  # seldom: the largest of many positions comes early
+    if store is None or len(store.seen) < size:  # seldom: positions are shuffled
         fresh = Rows(values.new_zeros(size, *values.shape[1:]), rows.seen.new_zeros(size))
         if store is not None:
             fresh.values[: len(store.seen)], fresh.seen[: len(store.seen)] = store
@@ -32,3 +35,18 @@ def put(store: Rows | None, index: Tensor, rows: Rows) -> Rows:
     index = index.to(values.device)
     store.values[index], store.seen[index] = values, rows.seen
     return store
+
+
+def scatter(stores: dict[str, Rows], index: Tensor, rows: Mapping[str, Rows], share: Share) -> None:
+    """Write the rows of a batch, gathered from all processes, into the stores.
+
+    Args:
+        stores: by name; changed in place.
+        index: (N,) positions of this process's samples.
+        rows: this process's rows, by name.
+        share: all-gathers the rows of the batch.
+    """
+    for name, part in rows.items():
+        values, seen = map(share.all_gather, part)
+        positions = share.all_gather(index.to(values.device))
+        stores[name] = put(stores.get(name), positions, Rows(values, seen))

@@ -1,4 +1,4 @@
-"""What a roll-out is run on: data in batches, controller, learning rate, seed."""
+"""The specification of a run: data in batches, controller, learning rate, seed."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = ["RunSpec"]
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a roll-out is run on: data in batches, learning rate, controller, seed.
+    """The specification of a run: data in batches, controller, learning rate, seed.
 
     Args:
-        data: training samples; the order of an epoch is a function of (seed, epoch).
+        data: training samples; their order in an epoch is a function of (seed, epoch).
         batch_size: samples per outer step; the last batch of an epoch may be smaller.
         epochs: number of epochs T.
-        controller: decides u_t: a schedule, a function t -> u, or a closed loop
+        controller: gives u_t: a schedule, a function t -> u, or a closed loop
             (`controlat.control.controller`).
-        rate: t -> learning rate.
-        seed: of everything random.
+        rate: (t, T) -> learning rate.
+        seed: of all random numbers.
         augment: random crops and flips, a function of (seed, epoch, batch); None for none.
-        held_out: samples never trained on, for methods that look at them between epochs.
+        held_out: samples that are never trained on, for methods that evaluate between epochs.
         world: the processes that share every batch.
 
     Raises:
@@ -83,20 +83,20 @@ class RunSpec:
         return _order(len(self.data), self.batch_size, self.seed, epoch)
 
     def indices(self, start: int, stop: int) -> Tensor:
-        """Positions of all samples that the steps start, ..., stop - 1 of the run use, each once."""
+        """Positions of the samples that the steps start, ..., stop - 1 of the run use, without repetition."""
         steps = range(start, min(stop, self.epochs * self.batches_per_epoch))
         used = [self.order(epoch)[i] for epoch, i in (divmod(n, self.batches_per_epoch) for n in steps)]
         positions: Tensor = torch.cat(used).unique()
         return positions
 
     def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
-        """The batches first, ..., last - 1 of one epoch, by default all: this process's rows of them.
+        """This process's rows of the batches first, ..., last - 1 of one epoch, by default of all.
 
-        Data that is decoded as it is needed is decoded some batches ahead, but none from `last` on.
+        Streamed data is decoded some batches ahead, but not beyond `last`.
         """
-        wholes = self.order(epoch)[first:last]
-        shares = [self.world.share(len(index)) for index in wholes]
-        chunks = [index[share.rows] for index, share in zip(wholes, shares, strict=True)]
+        batches = self.order(epoch)[first:last]
+        shares = [self.world.share(len(index)) for index in batches]
+        chunks = [index[share.rows] for index, share in zip(batches, shares, strict=True)]
         parts = zip(chunks, shares, self.data.stream(chunks), strict=True)
         for number, (index, share, (x, y)) in enumerate(parts, first):
             placement = None
@@ -116,20 +116,21 @@ class RunSpec:
 
     @property
     def open_loop(self) -> bool:
-        """Whether every control is known ahead."""
+        """Whether the controller is open loop: all controls are known before the run."""
         return is_open(self.controller)
 
     def moment(self, number: int) -> Moment:
-        """When a step is taken, by its number."""
+        """The time t of a step, from its number."""
         return Moment(*divmod(number, self.batches_per_epoch), self.batches_per_epoch)
 
     def plan(self, first: int = 0, last: int | None = None) -> list[Control]:
-        """The controls of the steps first, ..., last - 1, by default all, before they are taken.
+        """The controls of the steps first, ..., last - 1, by default of all, for planning the cost.
 
-        Of a closed loop they are not known: its dearest control stands for each, an upper bound of the cost.
+        For a closed loop, whose controls are not known before the run, each is its attribute `dearest`, the
+        most expensive control that it takes: an upper bound of the cost.
 
         Raises:
-            ValueError: a closed loop that names no dearest control.
+            ValueError: a closed loop without the attribute `dearest`.
         """
         numbers = range(first, self.epochs * self.batches_per_epoch if last is None else last)
         if is_open(self.controller):
@@ -144,22 +145,23 @@ class RunSpec:
         return [Control(**dearest)] * len(numbers)
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
-        """The block of every step first, ..., last - 1: epochs, cut where u(t) changes in one.
+        """The number of the block of each step first, ..., last - 1.
 
-        A closed loop may change it in every step; where it was recorded, what counts is where it did.
+        A block is an interval of one epoch in which u(t) is constant. Every step of a closed loop is a block
+        of its own; a recorded closed loop is cut where its control did change.
         """
         if not is_open(self.controller):
             return tuple(range(last - first))
         blocks: list[int] = []
         before = None
         for now in map(self.moment, range(first, last)):
-            here = now.epoch, nominal(self.controller, now)
-            blocks.append(blocks[-1] + (here != before) if blocks else 0)
-            before = here
+            piece = now.epoch, nominal(self.controller, now)
+            blocks.append(blocks[-1] + (piece != before) if blocks else 0)
+            before = piece
         return tuple(blocks)
 
     def control(self, batch: Batch, z: Any = None) -> Control:
-        """u_t of a batch's step.
+        """u_t of the step on a batch.
 
         Args:
             batch: the batch.
@@ -171,19 +173,19 @@ class RunSpec:
         return self.control_at(batch.epoch, batch.number, z)
 
     def control_at(self, epoch: int, number: int, z: Any = None) -> Control:
-        """u_t of one step, by its epoch and its position there; else as `control`.
+        """u_t of a step, from its epoch and its position in the epoch; otherwise as `control`.
 
-        The control of an epoch's first step, number 0, is known until the epoch ends.
+        For the first step of an epoch (number 0) it can be called until the epoch ends.
         """
         now = Moment(epoch, number, self.batches_per_epoch)
         return feedback.decide(self.controller, now, z, self.world)
 
     def observe(self, step: Any, z: Any) -> None:
-        """Show a closed loop what happened in a step, with the driver z at the state after it."""
+        """Call a closed loop's `observe` after a step, with the driver z at the state after it."""
         feedback.observe(self.controller, step, z, self.world)
 
     def learning_rate(self, epoch: int, number: int) -> float:
-        """eta of one step, taken at its middle."""
+        """Learning rate eta of a step, evaluated at the middle of its time interval."""
         return self.rate(epoch + (number + 0.5) / self.batches_per_epoch, self.epochs)
 
     def price(self, gamma: float) -> float:
@@ -197,8 +199,8 @@ class RunSpec:
         return sum(rates) / len(rates)
 
 
-@lru_cache(maxsize=2)  # consecutive steps are looked at one by one, also around the end of an epoch
+@lru_cache(maxsize=2)  # steps are visited one by one, also across the end of an epoch
 def _order(samples: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Positions of the samples of every batch of an epoch; shared, hence never to be changed."""
+    """Positions of the samples of every batch of an epoch; cached, hence not to be written to."""
     order = torch.randperm(samples, generator=rng.generator(seed, epoch, "order"))
     return torch.split(order, batch_size)

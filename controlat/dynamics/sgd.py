@@ -1,4 +1,4 @@
-"""The optimiser's recursion, torch.optim.SGD's: its settings, and the same step with a graph."""
+"""The optimiser torch.optim.SGD: its settings, and its step as a differentiable function."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SGDSettings:
             raise ValueError("nesterov needs momentum > 0, got momentum 0")
 
     def build(self, parameters: Sequence[Tensor]) -> torch.optim.SGD:
-        """torch's optimiser with these settings; its rate is set before every step."""
+        """A torch.optim.SGD with these settings; the driver sets its learning rate before every step."""
         return torch.optim.SGD(
             parameters,
             lr=0.0,
@@ -59,23 +59,24 @@ class SGDSettings:
         shift: Sequence[Tensor] | None,
         rate: float,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(theta', v') of one step as torch takes it, with a graph.
+        """(theta', v') of one step of torch.optim.SGD, differentiable in all its tensors.
 
         Args:
             theta: the parameters.
-            momentum: v, one tensor per parameter; not looked at without momentum.
-            gradients: g, alike.
-            shift: what is added to the parameters while they move: weight decay sees it.
-            rate: eta.
+            momentum: v, one tensor per parameter; unused if mu = 0.
+            gradients: g, one tensor per parameter.
+            shift: added to the parameters for the step and subtracted after it (AWP), so that weight decay
+                acts on the shifted parameters.
+            rate: learning rate eta.
 
         >>> SGDSettings(0.5).step([torch.tensor(1.0)], [torch.tensor(2.0)], [torch.tensor(3.0)], None, 0.1)
         ([tensor(0.6000)], [tensor(4.)])
         """
-        at = list(theta) if shift is None else [t + d for t, d in zip(theta, shift, strict=True)]
-        moved = [g + self.weight_decay * t for g, t in zip(gradients, at, strict=True)]
+        shifted = list(theta) if shift is None else [t + d for t, d in zip(theta, shift, strict=True)]
+        direction = [g + self.weight_decay * t for g, t in zip(gradients, shifted, strict=True)]
         after = list(momentum)
         if self.momentum > 0:
-            after = [self.momentum * v + g for v, g in zip(momentum, moved, strict=True)]
-            ahead = [g + self.momentum * v for g, v in zip(moved, after, strict=True)]
-            moved = ahead if self.nesterov else after
-        return [t - rate * g for t, g in zip(theta, moved, strict=True)], after
+            after = [self.momentum * v + g for v, g in zip(momentum, direction, strict=True)]
+            nesterov = [g + self.momentum * v for g, v in zip(direction, after, strict=True)]
+            direction = nesterov if self.nesterov else after
+        return [t - rate * g for t, g in zip(theta, direction, strict=True)], after

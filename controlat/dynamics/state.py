@@ -2,9 +2,9 @@
 
     z = (theta, v, r, memory, rows; kept, the rest)
 
-The driver takes a copy of z and puts it back bit for bit; a checkpoint holds one. What stands before the
-semicolon has a derivative: as far as that goes, a `State` is a point of a vector space. A costate, which has
-its shape, and the difference of two states are a `State` with nothing else in it.
+The driver copies z and restores it bit for bit; a checkpoint contains it. The components before the semicolon
+have a derivative, and form a vector space. A costate, and the difference of two states, are a `State` with
+these components alone.
 """
 
 from __future__ import annotations
@@ -19,42 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlat.dynamics.names import Names
 from controlat.dynamics.rows import gather, put
+from controlat.dynamics.state_dict import Names, Rest, copied
 from controlat.methods import Rows
 
 __all__ = ["Rest", "State", "same_bits"]
 
 
-@dataclass(frozen=True)
-class Rest:
-    """What a network and its optimiser hold that has no derivative.
-
-    Args:
-        names: of everything else in the network's state dict.
-        entries: the other entries of it: frozen parameters, buffers, a module's extra state.
-        groups: the optimiser's parameter groups, as its state dict has them.
-    """
-
-    names: Names
-    entries: dict[str, Any]
-    groups: list[dict[str, Any]]
-
-
 @dataclass(frozen=True, eq=False)
 class State:
-    """The state z, or a costate or another vector, which has no `rest`.
+    """The state z; or a costate or another vector, whose `rest` is None.
 
     Args:
-        parameters: theta, one tensor per parameter that is trained.
-        momentum: the optimiser's buffers v, alike; none without momentum and before the first step.
-        statistics: running means and variances of normalisation layers, as `Driver.statistics`.
-        memory: what the method carries; whole numbers have no derivative.
-        rows: what training samples carry, by name, 0 where nothing is carried.
-        index: (N,) positions of the samples that `rows` is of; None where it is all of them.
-        kept: networks that the method put aside, with their optimiser; they never change, and are not copied.
-        rest: of the network and its optimiser.
-        stopped: why the method ended training; empty while it goes on.
+        parameters: theta, one tensor per trained parameter.
+        momentum: the optimiser's momentum buffers v, one per parameter; empty without momentum, and before
+            the first step.
+        statistics: running means and variances of normalisation layers, as in `Driver.statistics`.
+        memory: tensors that the method carries, by name; those of integers have no derivative.
+        rows: memory per training sample, by name; 0 for samples that carry nothing.
+        index: (N,) positions of the samples in `rows`; None for all training samples.
+        kept: copies of the network and its optimiser that the method saved; they never change, and are
+            shared, not copied.
+        rest: entries of the network's and the optimiser's state dicts that have no derivative.
+        stopped: why the method ended training; empty while training goes on.
         controller: plain data that the controller carries.
 
     >>> z = State(parameters=[torch.tensor([3.0, 4.0])], memory={"calls": torch.tensor(1)})
@@ -76,25 +63,25 @@ class State:
     # ------------------------------------------------------------------------------------ as a vector
 
     def parts(self) -> tuple[dict[Any, Tensor], ...]:
-        """theta, v, r, memory and rows, each by position or name: what has a derivative."""
+        """The components with a derivative: theta, v, r, memory and rows, each by position or name."""
         lists = self.parameters, self.momentum, self.statistics
         memory = {name: t for name, t in self.memory.items() if t.is_floating_point()}
         rows = {name: store.values for name, store in self.rows.items()}
         return *(dict(enumerate(part)) for part in lists), memory, rows
 
     def tensors(self) -> list[Tensor]:
-        """All that has a derivative, in order; networks that are kept are not among it."""
+        """All tensors with a derivative, in order, without those of kept networks."""
         return [t for part in self.parts() for t in part.values()]
 
     def like(self, tensors: Iterable[Tensor]) -> State:
-        """The vector with the same structure and other tensors, in the order of `tensors`."""
-        left = iter(tensors)
+        """The vector with the structure of this one and other tensors, in the order of `self.tensors()`."""
+        values = iter(tensors)
         return State(
-            parameters=[next(left) for _ in self.parameters],
-            momentum=[next(left) for _ in self.momentum],
-            statistics=[next(left) for _ in self.statistics],
-            memory={name: next(left) for name, t in self.memory.items() if t.is_floating_point()},
-            rows={name: Rows(next(left), store.seen) for name, store in self.rows.items()},
+            parameters=[next(values) for _ in self.parameters],
+            momentum=[next(values) for _ in self.momentum],
+            statistics=[next(values) for _ in self.statistics],
+            memory={name: next(values) for name, t in self.memory.items() if t.is_floating_point()},
+            rows={name: Rows(next(values), store.seen) for name, store in self.rows.items()},
             index=self.index,
         )
 
@@ -103,12 +90,12 @@ class State:
         return self.like(map(torch.zeros_like, self.tensors()))
 
     def plus(self, other: State, factor: float = 1.0) -> State:
-        """self + factor * other; what one of them lacks counts as 0. What has no derivative is self's."""
+        """self + factor * other; a missing component counts as 0. Parts without derivative are self's."""
         self._check_samples(other)
         sums = []
-        for mine, theirs in zip(self.parts(), other.parts(), strict=True):
-            both = {i: torch.add(t, theirs[i], alpha=factor) if i in theirs else t for i, t in mine.items()}
-            sums.append(both | {i: factor * t for i, t in theirs.items() if i not in mine})
+        for a, b in zip(self.parts(), other.parts(), strict=True):
+            both = {i: torch.add(t, b[i], alpha=factor) if i in b else t for i, t in a.items()}
+            sums.append(both | {i: factor * t for i, t in b.items() if i not in a})
         parameters, momentum, statistics = (list(part.values()) for part in sums[:3])
         masks = {name: store.seen for name, store in (other.rows | self.rows).items()}
         return replace(
@@ -122,18 +109,18 @@ class State:
         )
 
     def dot(self, other: State) -> float:
-        """The inner product; what one of them lacks counts as 0."""
+        """The inner product; a missing component counts as 0."""
         self._check_samples(other)
         total = 0.0
-        for mine, theirs in zip(self.parts(), other.parts(), strict=True):
-            products = [(t * theirs[i]).sum() for i, t in mine.items() if i in theirs]
+        for a, b in zip(self.parts(), other.parts(), strict=True):
+            products = [(t * b[i]).sum() for i, t in a.items() if i in b]
             total += float(torch.stack(products).double().sum()) if products else 0.0  # one transfer
         return total
 
     def norm(self) -> float:
-        """||z|| over everything that has a derivative, networks that are kept included."""
-        every = [*self.tensors(), *(t for network in self.kept.values() for t in network.tensors())]
-        return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in every]).norm())
+        """The l_2 norm of all components with a derivative, those of kept networks included."""
+        tensors = [*self.tensors(), *(t for network in self.kept.values() for t in network.tensors())]
+        return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).norm())
 
     def _check_samples(self, other: State) -> None:
         if not (self.rows and other.rows):
@@ -145,15 +132,15 @@ class State:
     # ------------------------------------------------------------------------------------ of samples
 
     def at(self, index: Tensor | None) -> State:
-        """The part that concerns some samples, of `rows` theirs alone, gathered; the whole for None."""
+        """The same state with the rows of some samples only, gathered; the state itself for None."""
         if index is None:
             return self
         return replace(self, rows={name: gather(s, index) for name, s in self.rows.items()}, index=index)
 
     def with_rows(self, stores: Mapping[str, Rows]) -> dict[str, Rows]:
-        """Stores of all samples in which those of this state carry what it says; written in place.
+        """Stores of all samples with the rows of this state written into them, in place.
 
-        Names that it does not have are gone. Where it is a state of all samples, its rows are copied.
+        Stores of names that this state lacks are left out. A state of all samples gives copies of its rows.
         """
         if self.index is None:
             return {name: Rows(*map(torch.clone, rows)) for name, rows in self.rows.items()}
@@ -162,18 +149,18 @@ class State:
     # ------------------------------------------------------------------------------------ as a whole
 
     def copy(self) -> State:
-        """The same with tensors of its own; networks that are kept are shared."""
+        """A copy of all tensors and plain data; kept networks are shared."""
         rest = self.rest
         if rest is not None:
-            entries = {name: _copied(t) for name, t in rest.entries.items()}
+            entries = {name: copied(t) for name, t in rest.entries.items()}
             rest = Rest(rest.names, entries, rest.groups)
         return replace(
             self,
-            parameters=list(map(_copied, self.parameters)),
-            momentum=list(map(_copied, self.momentum)),
-            statistics=list(map(_copied, self.statistics)),
-            memory={name: _copied(t) for name, t in self.memory.items()},
-            rows={name: Rows(*map(_copied, rows)) for name, rows in self.rows.items()},
+            parameters=list(map(copied, self.parameters)),
+            momentum=list(map(copied, self.momentum)),
+            statistics=list(map(copied, self.statistics)),
+            memory={name: copied(t) for name, t in self.memory.items()},
+            rows={name: Rows(*map(copied, rows)) for name, rows in self.rows.items()},
             index=None if self.index is None else self.index.clone(),
             kept=dict(self.kept),
             rest=rest,
@@ -181,21 +168,21 @@ class State:
         )
 
     def network(self) -> State:
-        """The part that is put aside with a network: its own state and that of its optimiser."""
+        """The state of the network and its optimiser alone: what a method saves."""
         return State(self.parameters, self.momentum, self.statistics, rest=self.rest)
 
     def towards(self, other: State, part: float) -> State:
-        """(1 - part) self + part other in all floating-point numbers; what else there is is self's."""
+        """Linear interpolation (1 - part) self + part other; what is not floating point is self's."""
         self._check_samples(other)
 
         def mixed(a: Any, b: Any) -> Any:
             real = isinstance(a, Tensor) and a.is_floating_point()
-            return a if not real or torch.equal(a, b) else a.lerp(b, part)  # -inf stays where it is in both
+            return a if not real or torch.equal(a, b) else a.lerp(b, part)  # equal tensors may hold -inf
 
         rest = self.rest
         if rest is not None and other.rest is not None:
-            theirs = other.rest.entries
-            rest = replace(rest, entries={name: mixed(t, theirs[name]) for name, t in rest.entries.items()})
+            entries = {name: mixed(t, other.rest.entries[name]) for name, t in rest.entries.items()}
+            rest = replace(rest, entries=entries)
         pairs = {name: (rows, other.rows[name]) for name, rows in self.rows.items()}
         return replace(
             self,
@@ -208,7 +195,7 @@ class State:
         )
 
     def fingerprint(self) -> list[Tensor]:
-        """Numbers that differ where two states do: for processes to compare."""
+        """Sums over all tensors and a hash of the plain data, for processes to compare."""
         device = self.parameters[0].device
         carried = [*self.memory.values(), *(t for rows in self.rows.values() for t in rows)]
         entries = [] if self.rest is None else self.rest.entries.values()
@@ -222,31 +209,31 @@ class State:
 
     @classmethod
     def of(cls, model: Mapping[str, Any], optimizer: Mapping[str, Any], names: Names, **more: Any) -> State:
-        """The state whose network and optimiser have these state dicts; nothing is copied.
+        """The state of a network and an optimiser with these state dicts; nothing is copied.
 
-        Some networks have other weights in evaluation mode: a state dict of that mode, which lacks one of the
-        names, can be put back, but is no vector.
+        Some networks have other parameters in evaluation mode. A state dict of that mode, which lacks one of
+        the names, gives a state that can be restored, but without components that have a derivative.
 
         Args:
-            model: of the network.
-            optimizer: of torch.optim.SGD, whose parameters are those of `names`, in order.
-            names: of what has a derivative.
-            **more: fields other than parameters, momentum, statistics and rest.
+            model: state dict of the network.
+            optimizer: state dict of torch.optim.SGD, whose parameters are those of `names`, in order.
+            names: names of the entries that have a derivative.
+            **more: the other fields of the state, without `rest`.
         """
         if not model.keys() >= {*names.parameters, *names.statistics}:
             names = Names((), (), {})
-        ours = {*names.parameters, *names.statistics, *names.tied}
+        differentiable = {*names.parameters, *names.statistics, *names.tied}
         parameters = [model[name] for name in names.parameters]
         buffers = {i: s.get("momentum_buffer") for i, s in optimizer["state"].items()}
-        given = {i: v for i, v in buffers.items() if v is not None}
-        count = (len(parameters) or len(given)) if given else 0
+        present = {i: v for i, v in buffers.items() if v is not None}
+        count = (len(parameters) or len(present)) if present else 0
         return cls(
             parameters=parameters,
-            momentum=[given[i] if i in given else torch.zeros_like(parameters[i]) for i in range(count)],
+            momentum=[present[i] if i in present else torch.zeros_like(parameters[i]) for i in range(count)],
             statistics=[model[name] for name in names.statistics],
             rest=Rest(
                 names=names,
-                entries={name: value for name, value in model.items() if name not in ours},
+                entries={name: value for name, value in model.items() if name not in differentiable},
                 groups=optimizer["param_groups"],
             ),
             **more,
@@ -267,7 +254,7 @@ class State:
         return {"state": buffers, "param_groups": self._whole().groups}
 
     def to_dict(self) -> dict[str, Any]:
-        """As checkpoints hold it: state dicts, tensors by name and plain data, nothing copied."""
+        """The form in which checkpoints store it: state dicts, tensors by name and plain data; not copied."""
         stored = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -280,7 +267,7 @@ class State:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], names: Names) -> State:
-        """The state that `to_dict` described; checkpoints of before may lack all but the first three."""
+        """The inverse of `to_dict`; old checkpoints may have nothing but model, optimizer and memory."""
         kept = stored.get("kept", {})
         return cls.of(
             stored["model"],
@@ -296,11 +283,6 @@ class State:
     def _whole(self) -> Rest:
         assert self.rest is not None, "a vector has no state dicts"
         return self.rest
-
-
-def _copied(value: Any) -> Any:
-    """A copy of a tensor, or of a module's extra state."""
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def same_bits(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

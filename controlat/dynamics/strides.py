@@ -1,8 +1,8 @@
-"""How often a recorded roll-out stores its state, so that states fit into memory: nested strides.
+"""Checkpointing of a roll-out with nested strides, so that the stored states fit into memory.
 
-With one stride of s between stored states, and all states of one stretch held while it is visited, T steps
-need T/s + s states; with m strides nested, about m T^(1/m) (Griewank & Walther 2008, Evaluating Derivatives,
-chapter 12).
+With a state stored every s steps, and all states of a stretch of s steps held while it is visited, T steps
+need T/s + s states; with m nested strides they need about m T^(1/m) (Griewank & Walther 2008, Evaluating
+Derivatives, chapter 12).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GIBI = 2**30
 
 
 def fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
-    """The strides with which all states that are held at once fit.
+    """The fewest nested strides with which the states held at the same time fit into a limit.
 
     Args:
         size: bytes of one state.
@@ -23,7 +23,7 @@ def fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
         limit: bytes that states may take.
 
     Raises:
-        ValueError: they do not, however they are nested.
+        ValueError: no nested strides fit.
 
     >>> fitting(size=100, steps=1000, limit=100 * 100)
     (12, 1)
@@ -39,15 +39,15 @@ def fitting(size: int, steps: int, limit: float) -> tuple[int, ...]:
 
 
 def strides(steps: int, states: int) -> tuple[int, ...]:
-    """The fewest strides with which `states` are enough, the first of them as small as it may be, and so on.
+    """The fewest nested strides for which `states` states are enough; each as small as possible, in order.
 
-    None where no number of strides is enough.
+    Empty if there are none.
 
     >>> strides(100, 101), strides(100, 22), strides(100, 8)
     ((1,), (8, 1), ())
     """
     for levels in range(1, steps.bit_length() + 1):
-        free = states - (1 if levels == 1 else 2)  # the end; and a visitor's own where steps are taken again
+        free = states - (1 if levels == 1 else 2)  # the end; the driver's, if steps are taken again
         if _reach(free, levels) >= steps:
             break
     else:
@@ -56,15 +56,15 @@ def strides(steps: int, states: int) -> tuple[int, ...]:
     for below in range(levels - 1, 0, -1):
         most = range(min(free, steps), 0, -1)
         held = next(n for n in most if -(-steps // n) <= _reach(free - n + 1, below))
-        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is there already
+        steps, free = -(-steps // held), free - held + 1  # the first state of a stretch is stored already
         nested.append(steps)
     return *nested, 1
 
 
 def _reach(states: int, levels: int) -> int:
-    """The most steps that so many states serve: the product of the numbers held at each level.
+    """The largest number of steps for so many states: the product of the numbers of states at each level.
 
-    As the first state of a stretch is there already, these numbers add up to states + levels - 1.
+    These numbers add up to states + levels - 1, as the first state of a stretch is stored already.
     """
     if states < 1:
         return 0

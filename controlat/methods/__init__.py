@@ -1,7 +1,7 @@
-"""Adversarial-training systems. The folder is the registry: a file here is a method by its name.
+"""Adversarial-training systems, one file each; the folder is the registry, and file names are method names.
 
-Each file defines one class in the form of `Method` and names it `METHOD`; its constructor's arguments are
-its options.
+Each file defines a class with the protocol `Method` and assigns it to `METHOD`; the arguments of its
+constructor are the options of the method.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
         unknown = [option for option in options or {} if option not in inspect.signature(kind).parameters]
         near = registry.meant(unknown[0], inspect.signature(kind).parameters) if unknown else ""
         raise ValueError(
-            f"method {name!r}: {error}; {near}its options: {takes}{_meant(kind, options)}"
+            f"method {name!r}: {error}; {near}its options: {takes}{_misplaced(kind, options)}"
         ) from None
     return check_method(kind(**(options or {})), repr(name))
 
 
 def check_method(method: Any, name: str = "") -> Method:
-    """Return an object that has the form of a `Method`.
+    """Return an object if it has the protocol `Method`.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it lacks `updates` or `controls`.
     """
     if not hasattr(method, "updates") or not isinstance(getattr(method, "controls", None), ControlSpace):
         raise ValueError(
@@ -93,11 +93,11 @@ def check_method(method: Any, name: str = "") -> Method:
     return method  # type: ignore[no-any-return]
 
 
-def _meant(kind: Any, options: Mapping[str, Any] | None) -> str:
-    """Where an option that there is not is a control: how it is given."""
+def _misplaced(kind: Any, options: Mapping[str, Any] | None) -> str:
+    """A cure for options that are controls of the method: they belong in the schedule."""
     try:
         controls = kind().controls
-    except Exception:  # anybody's class
+    except Exception:  # a user's class may raise anything
         return ""
     misplaced = [name for name in options or {} if name in controls]
     return "".join(
@@ -106,7 +106,7 @@ def _meant(kind: Any, options: Mapping[str, Any] | None) -> str:
 
 
 def manual(name: str) -> str:
-    """What a method does, its options, and its controls with their bounds and defaults.
+    """The manual of a method: its docstring, and its controls with their bounds and defaults.
 
     >>> print(manual("fast").splitlines()[-2])
       start: size of the start, in units of eps (>= 0; default 1)
@@ -121,10 +121,9 @@ def manual(name: str) -> str:
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every method of this folder: its name, what it does, its controls, what it costs, and its source.
+    """The table of the methods: name, first line of the docstring, controls, cost, and source.
 
-    All of it is read from the file: the first line and the source of the class's docstring, its controls with
-    their defaults, and the docstring of `controls`.
+    Cost and source are read from the docstrings of `controls` and of the class.
 
     >>> [entry["controls"] for entry in describe() if entry["name"] == "pgd_at"]
     ['alpha, steps']

@@ -1,4 +1,4 @@
-"""The form of a method: a generator of parameter updates, run by the driver (`controlat.dynamics`)."""
+"""The protocol of a method: a generator of parameter updates, run by the driver (`controlat.dynamics`)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["Batch", "Context", "Epoch", "Hooks", "Method", "Prefixes", "Rows", "
 
 
 class Update(NamedTuple):
-    """A request to the driver: differentiate `loss`, and move theta unless told otherwise.
+    """A request to the driver: differentiate `loss`, and update theta unless `move` is false.
 
-    The driver sends the gradients of the tensors in `also` back to the generator that yielded the request:
+    The driver sends the gradients in the tensors of `also` to the generator that yielded the request:
 
         (gradient,) = yield Update(loss, also=lambda: (delta,))
 
     Args:
-        loss: a scalar, a mean over the samples of the batch, differentiable in the parameters, with
-            everything piecewise constant frozen; built from ``Context.logits``.
-        dropped: smooth dependences on the state that were detached, by name; results print them.
-        also: called after `loss`; further tensors that the loss is differentiated in, by the same backward
-            pass. With several processes gradients in parameters are those of the whole batch, gradients in
-            other tensors those of the loss on this process's rows.
-        add: whether the gradient in theta counts for the next move; if not, the request only looks, and
-            BatchNorm's running statistics stay as they were.
-        move: whether theta moves now, by the sum of the gradients added since it last moved.
-        shift: what is added to each parameter while `loss` is evaluated and, where it moves, while it moves
-            (weight decay sees the shifted parameters); None for nothing.
+        loss: computes a scalar, the mean over the samples of the batch, from ``Context.logits``;
+            differentiable in the parameters, with all piecewise constant quantities detached.
+        dropped: names of smooth dependences on the state that were detached; results print them.
+        also: called after `loss`; returns further tensors in which the loss is differentiated, by the same
+            backward pass. With several processes gradients in parameters are those of the whole batch,
+            gradients in other tensors those of the loss on this process's rows.
+        add: whether the gradient in theta is added to the next update; if not, the request only returns
+            gradients, and BatchNorm's running statistics are not changed.
+        move: whether to update theta now, by the sum of the gradients added since its last update.
+        shift: one tensor per parameter, added to it for the evaluation of `loss` and for the update, and
+            subtracted afterwards (weight decay acts on the shifted parameters); None for none.
     """
 
     loss: Callable[[], Tensor]
@@ -48,18 +48,15 @@ Updates: TypeAlias = Generator[Update, Sequence[Tensor], None]
 
 @runtime_checkable
 class Hooks(Protocol):
-    """A method with something to do before training, or at the beginning or end of an epoch.
-
-    Each may be left out.
-    """
+    """The optional hooks of a method; each may be left out."""
 
     def check_ball(self, ball: Ball) -> None:
-        """Called before anything is run; raises ValueError where the method is none for this ball."""
+        """Called before training; raises ValueError if the method does not support this perturbation set."""
 
     def start_epoch(self, ctx: Epoch, u: Control) -> None:
         """Called before the first step of an epoch, with the control of that step.
 
-        A closed loop decides that control at the state before this call.
+        A closed-loop controller computes that control from the state before this call.
         """
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
@@ -74,20 +71,20 @@ class Method(Protocol):
         """The admissible set G of u."""
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One outer step S(z, u): after each yield the driver has done what the `Update` asks for.
+        """One outer step S(z, u), as a generator of requests; the driver executes each one at its yield.
 
-        The last request moves theta. No view may be open and no gradient graph be shared across a yield;
-        methods never call backward. What is carried to the next step is assigned to ``ctx.memory``, never
-        written into its tensors.
+        The last request updates theta. No view may be open and no autograd graph be shared across a yield,
+        and methods do not call backward. Tensors for the next step are assigned to ``ctx.memory``; tensors in
+        it are not written to in place.
         """
 
 
 @runtime_checkable
 class Prefixes(Protocol):
-    """A method whose run at K_max passes through the step of every smaller K: offers the exact sweep."""
+    """A method whose ascent with K_max steps begins with that of every smaller K: scores all K at once."""
 
     def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
-        """Yield (control, its only update) for steps = 1, ..., u["steps"], from one trajectory.
+        """Yield (control, its only update) for steps = 1, ..., u["steps"], from one inner trajectory.
 
-        Each equals the update of `updates` under that control. theta does not move in between.
+        Each is equal to the update of `updates` under that control. theta is not updated in between.
         """

@@ -1,4 +1,4 @@
-"""What a method is given: a batch, and what it may use in a step and between epochs."""
+"""The arguments of a method: the batch, the context of a step, and the context of an epoch's hooks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.data import Placement
 from controlat.models.frozen import batchnorm
-from controlat.models.frozen.asking import ask
-from controlat.models.frozen.borrowed import replaced
+from controlat.models.frozen.contexts import swapped
 from controlat.models.frozen.hook import LayerHook
-from controlat.models.frozen.layout import in_layout, is_convolutional
+from controlat.models.frozen.layout import is_convolutional, run_in_layout
+from controlat.models.frozen.logits import checked_logits
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Batch", "Context", "Epoch", "Rows"]
 
 
 class Batch(NamedTuple):
-    """What one outer step is given.
+    """The batch of one outer step.
 
     Args:
         x: (N, ...) clean inputs in [0, 1].
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
         epoch: epoch, from 0.
         number: position of the batch in its epoch, from 0.
         placement: the augmentation that made x from the stored images, with its inverse; None for none.
-        share: which rows of a larger batch these are, where several processes share it; None if it is whole.
+        share: with several processes, which rows of the whole batch these are; None if they are all.
     """
 
     x: Tensor
@@ -47,11 +47,11 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the samples of a batch carry.
+    """Memory per training sample: one row for each sample of a batch, or of the training set.
 
     Args:
-        values: (N, ...), 0 where nothing is carried.
-        seen: (N,) mask of samples that carry something.
+        values: (N, ...) rows; 0 for samples that have none yet.
+        seen: (N,) mask of the samples that have a row.
     """
 
     values: Tensor
@@ -65,22 +65,22 @@ class Context:
     Args:
         model: the network, in training mode.
         ball: the perturbation set.
-        meter: where evaluations are counted; `logits` and `view` do it.
-        seed: of the run; draw through `generator` only.
+        meter: counts the evaluations of `logits` and `view`.
+        seed: seed of the run; random numbers are drawn through `generator` only.
         epoch: epoch, from 0.
         batch: position of the batch in its epoch, from 0.
         rate: learning rate of this step.
         memory: dense tensors that the method carries from step to step; part of the state z.
-        rows: memory per training sample, by name: for the samples of this batch, what they carry, and a mask
-            of those that carry anything. What is assigned here is kept for them; part of the state z.
-        autocast: dtype of mixed precision, None for none.
+        rows: memory per training sample, by name: the rows of the samples of this batch. Rows assigned here
+            are stored for these samples; part of the state z.
+        autocast: dtype of mixed precision; None for none.
         channels_last: run convolutions in NHWC layout.
         share: the rows of the whole batch that this process works on.
-        theta: parameters with a graph to the state before the step, while the step itself is differentiated
-            (`controlat.dynamics.adjoint`); None otherwise.
-        statistics: running statistics of the network's normalisation layers, alike.
-        margin: how far inside the perturbation set `carried` puts what lies on its edge; 0 in training.
-        passes: samples that `logits` has been asked about.
+        theta: while the step itself is differentiated (`controlat.dynamics.adjoint`), the parameters with a
+            graph to the state before the step; None otherwise.
+        statistics: likewise the running statistics of the network's normalisation layers.
+        margin: distance by which `carried` moves perturbations off the edge of their set; 0 in training.
+        passes: number of samples that `logits` has been evaluated on.
     """
 
     model: nn.Module
@@ -101,79 +101,80 @@ class Context:
     passes: int = 0
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """Random numbers of this step for one purpose: the same whichever control is tried."""
+        """A generator for one purpose in this step; its numbers do not depend on the control."""
         return rng.generator(self.seed, self.epoch, self.batch, purpose, device=device)
 
     def draw(self, like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
-        """Random numbers for the rows of `like`, one per sample here: `fill` draws those of the whole batch.
+        """Random numbers for the rows of this process, out of those that `fill` draws for the whole batch.
 
-        Several processes then use the numbers that one process would.
+        With several processes each sample then has the same numbers as with one process.
         """
         if self.share.alone:
             return fill(like)
         return fill(like.new_empty(self.share.total, *like.shape[1:]))[self.share.rows]
 
     def noise(self, like: Tensor, radius: float = 1.0, purpose: str = "start") -> Tensor:
-        """A random perturbation of norm at most radius * eps for every row, whatever the pixel box."""
+        """A random perturbation of norm at most radius * eps for each row; x + noise may leave [0, 1]."""
         generator = self.generator(purpose, like.device)
         return self.draw(like, lambda whole: self.ball.noise(whole, generator, radius))
 
     def normal(self, like: Tensor, purpose: str = "start") -> Tensor:
-        """Standard normal numbers for every row."""
+        """Standard normal numbers for each row."""
         generator = self.generator(purpose, like.device)
         return self.draw(like, lambda whole: torch.empty_like(whole).normal_(generator=generator))
 
     def start(self, x: Tensor) -> Tensor:
-        """A random point of the perturbation set of every row: that of `Ball.start`."""
+        """A random point of the perturbation set of each row, as `Ball.start` draws it."""
         return (x + self.noise(x)).clamp_(0, 1)
 
     def here(self, carried: Tensor) -> Tensor:
-        """The rows of this process, of a tensor with a row for every place of the whole batch."""
+        """The rows of this process out of a tensor with one row per position in the whole batch."""
         return carried[self.share.rows]
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of the whole batch."""
+        """All-gather: the rows of all processes, in the order of the whole batch."""
         return self.share.all_gather(rows)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes, of what each has on its rows."""
+        """All-reduce: the sum of `value` over the processes."""
         return self.share.sum(value)
 
     def view(self, mode: str = "eval") -> FrozenModel:
-        """The network for an inner solver. Leave it before the next yield: theta may move there."""
+        """The frozen network for an inner solver; close it before the next yield, which may update theta."""
         return FrozenModel(
             self.model, mode, channels_last=self.channels_last, meter=self.meter, autocast=self.autocast
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        """Differentiable logits of the model as it is trained; one gradient evaluation per sample."""
+        """Differentiable logits of the model in training mode; counts one gradient evaluation per sample."""
         self.meter.gradients += len(x)
         self.passes += len(x)
         return self._forward(x)
 
     def layer(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """Differentiable output of one layer, as the model is trained; one first-layer pass per sample."""
+        """Differentiable output of one layer in training mode; counts one first-layer pass per sample."""
         self.meter.layers += len(x)
-        with LayerHook(layer, stop=True) as tap:
+        with LayerHook(layer, stop=True) as hook:
             self._forward(x)
-        return tap.output
+        return hook.output
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.channels_last and is_convolutional(self.model):
-            return in_layout(self.model, x, lambda x, nhwc: self._run(x))
+            return run_in_layout(self.model, x, lambda x, nhwc: self._run(x))
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.theta is None:
-            return ask(self.model, x, self.model)
-        # BatchNorm writes into its statistics, and the graph keeps those that it has seen.
+            return checked_logits(self.model, x)
+        # BatchNorm writes to its buffers in place, which would invalidate graphs that saved them: it is given
+        # copies, which are written back after the pass.
         buffers = dict(self.model.named_buffers())
-        placed = {id(b): b.detach().clone() for b in buffers.values()}
+        tensors = {id(b): b.detach().clone() for b in buffers.values()}
         for name, p in self.model.named_parameters():
-            placed[id(p)] = self.theta.get(name, p)
-        with replaced(self.model, placed), batchnorm.followed(self.model, self.statistics):
+            tensors[id(p)] = self.theta.get(name, p)
+        with swapped(self.model, tensors), batchnorm.differentiable_statistics(self.model, self.statistics):
             try:
-                logits = ask(self.model, x, self.model)
+                logits = checked_logits(self.model, x)
             finally:
                 after = dict(self.model.named_buffers())
                 with torch.no_grad():
@@ -182,20 +183,21 @@ class Context:
         return logits
 
     def weights(self) -> list[tuple[str, Tensor]]:
-        """The parameters that are trained, by name, at their present values."""
+        """The trained parameters, with their names, at their present values."""
         if self.theta is not None:
             return list(self.theta.items())
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def carried(self, delta: Tensor, x: Tensor | None = None) -> Tensor:
-        """A perturbation of an earlier step; where a step is differentiated, off the edge of its set.
+        """Perturbations of an earlier step, moved off the edge of their set by `margin` (0 in training).
 
-        A pixel on the edge can only move inwards. A hair inside, the derivative of the clips to come is that
-        of such a move; on the edge torch's is that of a move to either side.
+        When a step is differentiated, a pixel on the edge can only move inwards. At a small distance inside,
+        the derivative of the following clip is that of such a move; exactly on the edge torch's derivative of
+        clamp is 1 for moves in both directions.
 
         Args:
             delta: (N, ...) perturbations within the ball.
-            x: (N, ...) inputs, if x + delta was kept within the pixel box too.
+            x: (N, ...) inputs, if x + delta was kept within [0, 1] too.
         """
         if not self.margin:
             return delta
@@ -204,31 +206,31 @@ class Context:
         return delta + self.margin * ((delta < low + near).to(delta) - (delta > high - near).to(delta))
 
     def leaf(self, t: Tensor) -> Tensor:
-        """A carried tensor that a loss can be differentiated in.
+        """A carried tensor in which a loss can be differentiated: detached, and requiring gradients.
 
-        Cut off from what made it; but where the step itself is differentiated, it keeps that.
+        While the step itself is differentiated, its graph is kept.
         """
         return t if self.theta is not None and t.requires_grad else t.detach().requires_grad_()
 
 
 @dataclass
 class Epoch:
-    """What a method may use at the beginning and at the end of an epoch.
+    """The context of a method's hooks at the beginning and at the end of an epoch.
 
     Args:
         model: the network.
         ball: the perturbation set.
-        meter: where evaluations are counted.
-        seed: of the run; draw through `generator` only.
+        meter: counts evaluations.
+        seed: seed of the run; random numbers are drawn through `generator` only.
         epoch: epoch, from 0.
         memory: as in `Context`.
-        held_out: samples that are never trained on, if there are any.
+        held_out: samples that are never trained on; None if there are none.
         channels_last: run convolutions in NHWC layout.
-        forget: called with a name: no sample carries that any more.
-        save: called with a name: keep a copy of the network and of the optimiser's state.
-        reload: called with a name: put that copy back.
-        stop: called with a reason: end training after this epoch.
-        first: the first batch of the epoch.
+        forget: forget(name) removes the rows of that name of all training samples.
+        save: save(name) keeps a copy of the network and of the optimiser's state.
+        reload: reload(name) restores that copy.
+        stop: stop(reason) ends training after this epoch.
+        first: first() returns the first batch of the epoch.
     """
 
     model: nn.Module
@@ -237,7 +239,7 @@ class Epoch:
     seed: int
     epoch: int
     memory: dict[str, Tensor]
-    held_out: Held | None
+    held_out: HeldOut | None
     channels_last: bool
     forget: Callable[[str], None]
     save: Callable[[str], None]
@@ -246,16 +248,16 @@ class Epoch:
     first: Callable[[], Batch]
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """Random numbers of this epoch for one purpose."""
+        """A generator for one purpose in this epoch."""
         return rng.generator(self.seed, self.epoch, -1, purpose, device=device)
 
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out samples in batches; none if there are none."""
+        """The held-out samples in batches; no batch if there are no held-out samples."""
         if self.held_out is not None:
             yield from self.held_out.stream(torch.arange(len(self.held_out)).split(size))
 
 
-class Held(Protocol):
+class HeldOut(Protocol):
     """Held-out samples: a split of `controlat.data`."""
 
     def __len__(self) -> int: ...

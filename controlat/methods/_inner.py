@@ -1,4 +1,4 @@
-"""The inner solver as several methods call it, and what freezing its result drops."""
+"""The inner solver as several methods call it, and the dependence that detaching its result drops."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def attacked(ctx: Context, batch: Batch, u: Control, *, mode: str, random_start:
 
 
 def smooth_steps(ctx: Context, u: Control) -> tuple[str, ...]:
-    """What freezing the adversary drops: signs are piecewise constant in theta, l_2 steps are smooth."""
+    """Dependences dropped by detaching the adversary: signs are piecewise constant, l_2 steps are smooth."""
     return ("the adversary's (l_2 steps)",) if ctx.ball.norm != "linf" and u.get("steps", 1) > 0 else ()

@@ -1,4 +1,4 @@
-"""Checks that the options of several methods share."""
+"""Checks of options, shared by several methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from controlat._util.checks import choice, flag, number, whole
-from controlat.models.frozen.borrowed import MODES
+from controlat.models.frozen.contexts import MODES
 
 __all__ = ["check_choice", "check_flag", "check_mode", "check_number", "check_whole"]
 

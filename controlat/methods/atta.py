@@ -1,4 +1,4 @@
-"""ATTA: each sample's attack goes on where it stopped in the last epoch."""
+"""ATTA: each sample's attack continues from its perturbation of the last epoch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RESET = Knob("integer", 1, default=10, meaning="epochs after which the carried p
 
 @dataclass(frozen=True)
 class Atta:
-    """ATTA-k: k steps of PGD from the perturbation that the sample carries, and the result is carried on.
+    """ATTA-k: k steps of PGD from the perturbation stored for the sample, which the result replaces.
 
-    Perturbations are kept in the padded frame of the image: the window of this epoch's crop and flip is taken
-    out, moved, and put back, so that what was learnt about a pixel stays with it. The start is not clamped to
-    the pixels, the first step is, as released.
+    Perturbations are stored for the padded image: the window of this epoch's crop and flip is cut out,
+    updated by the attack and written back, so that each pixel keeps its perturbation. As in the released
+    code, the start is not clamped to [0, 1], the steps are.
 
     Args:
-        init: what a sample carries at first: ``"gaussian"``, 0.001 N(0, 1), or ``"uniform"`` in the ball
-            (around the padded frame: shorter within the window for l_2).
+        init: first perturbation of a sample: ``"gaussian"``, 0.001 N(0, 1), or ``"uniform"`` in the ball
+            (of the padded image: for l_2 its window is shorter).
         attack_mode: BatchNorm and dropout during the ascent.
         loss_scale: factor of the loss (the released CIFAR script divides it by the batch size once more).
 
@@ -62,15 +62,15 @@ class Atta:
         return ControlSpace({"alpha": ALPHA, "steps": STEPS, "reset": RESET}, cost=lambda u: u["steps"] + 1)
 
     def start_epoch(self, ctx: Epoch, u: Control) -> None:
-        """Forget what samples carry, in epochs reset, 2 reset, ... counted from 1."""
+        """Forget the stored perturbations in epochs reset, 2 reset, ..., counted from 1."""
         if (ctx.epoch + 1) % int(u["reset"]) == 0:
             ctx.forget("delta")
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on the batch that k more steps produced."""
+        """One update on the batch after k more steps of its attack."""
         x, y, placement = batch.x, batch.y, batch.placement
-        clean = torch.zeros_like(x)
-        frame = self._carried(ctx, clean if placement is None else placement.frame(clean))
+        zero = torch.zeros_like(x)
+        frame = self._stored(ctx, zero if placement is None else placement.frame(zero))
         x_adv = x
         if u["steps"]:
             with ctx.view(self.attack_mode) as view:
@@ -83,18 +83,18 @@ class Atta:
                     steps=int(u["steps"]),
                     start=x + ctx.carried(frame if placement is None else placement.apply(frame), x),
                 )
-            moved = x_adv - x
-            frame = moved if placement is None else placement.invert(moved, frame)
+            delta = x_adv - x
+            frame = delta if placement is None else placement.invert(delta, frame)
         ctx.rows["delta"] = Rows(frame, torch.ones(len(x), dtype=torch.bool, device=x.device))
         yield Update(lambda: self.loss_scale * F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
-    def _carried(self, ctx: Context, like: Tensor) -> Tensor:
-        """What the samples carry, drawn for those that carry nothing yet."""
+    def _stored(self, ctx: Context, like: Tensor) -> Tensor:
+        """The stored perturbations; samples without one are given a random one."""
         fresh = ctx.noise(like) if self.init == "uniform" else 0.001 * ctx.normal(like)
         if "delta" not in ctx.rows:
             return fresh
-        kept = ctx.rows["delta"]
-        return torch.where(kept.seen.view(-1, *[1] * (like.dim() - 1)), kept.values, fresh)
+        values, seen = ctx.rows["delta"]
+        return torch.where(seen.view(-1, *[1] * (like.dim() - 1)), values, fresh)
 
 
 METHOD = Atta

@@ -1,4 +1,4 @@
-"""AWP, adversarial weight perturbation: descend from weights that were moved uphill."""
+"""AWP, adversarial weight perturbation: gradients are taken at weights perturbed to raise the loss."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RADIUS = Knob("real", 0.0, default=0.01, meaning="size of the weight perturbatio
 class Awp:
     """min over theta of E l(h_{theta + Delta}(x_K), y), with Delta = radius ||w|| g / ||g|| in every layer.
 
-    x_K is PGD's, g the gradient of the same loss in the weights; Delta is for parameters of two dimensions
-    and more whose name says weight, as released (no biases, no BatchNorm). The gradient is taken, and the
-    optimiser steps, at theta + Delta, then Delta is taken off. The look at g leaves BatchNorm's statistics
-    alone.
+    x_K is the adversary of PGD, g the gradient of the same loss in the weights. As in the released code,
+    Delta perturbs parameters with two or more dimensions and "weight" in their name (no biases, no
+    BatchNorm). The gradient and the optimiser's step are taken at theta + Delta, then Delta is subtracted.
+    The pass for g leaves BatchNorm's running statistics unchanged.
 
     Args:
         random_start: start the ascent at a random point of the ball.
@@ -59,7 +59,7 @@ class Awp:
         )
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """A look at the gradient, and one update at the perturbed weights."""
+        """A request for the gradient g, and one update at the perturbed weights."""
         x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
 
         def loss() -> Tensor:
@@ -70,12 +70,13 @@ class Awp:
             weights = ctx.weights()
             gradients = yield Update(loss, also=lambda: [w for _, w in weights], add=False, move=False)
             shift = [
-                self._uphill(*named, g, u["radius"]) for named, g in zip(weights, gradients, strict=True)
+                self._perturbation(*named, g, u["radius"])
+                for named, g in zip(weights, gradients, strict=True)
             ]
         yield Update(loss, smooth_steps(ctx, u), shift=shift)
 
     @staticmethod
-    def _uphill(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
+    def _perturbation(name: str, w: Tensor, g: Tensor, radius: float) -> Tensor:
         if w.dim() < 2 or "weight" not in name:
             return torch.zeros_like(w)
         shift: Tensor = radius * w.norm() * unit(g[None])[0]

@@ -1,4 +1,4 @@
-"""CAT, curriculum adversarial training: attacks grow stronger when the network has learnt to resist them."""
+"""CAT, curriculum adversarial training: the attack gets stronger when the network resists the present one."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ STRENGTH = Knob("integer", 0, meaning="strength k that the curriculum may reach,
 class Cat:
     """The batch in k + 1 parts, part j attacked by PGD-j; k grows by one when validation stops improving.
 
-    Step sizes are (2 eps / j) r with r drawn between 1 and 10/j for every part of every batch; a batch of
-    less than k + 1 samples goes to PGD-k. After each epoch the accuracy on held-out samples under PGD-k of
-    step size 2 eps / k is looked at (with mixing, inputs rounded to 16 levels); if it has not improved for
-    `patience` epochs and training accuracy is above `ready`, the best network at this strength is put back
-    and k grows. At the largest k training goes on. Without held-out samples, k grows when training accuracy
-    is above `expected`.
+    Step sizes are (2 eps / j) r with r drawn between 1 and 10/j for each part of each batch; in a batch of
+    less than k + 1 samples all are attacked by PGD-k. After each epoch the accuracy on held-out samples under
+    PGD-k with step size 2 eps / k is evaluated (with mixing, on inputs rounded to 16 levels). If it has not
+    improved for `patience` epochs and the training accuracy is above `ready`, the best network at this
+    strength is restored and k grows; at the largest k training continues. Without held-out samples k grows
+    when the training accuracy is above `expected`.
 
     Args:
-        mixing: attack parts of the batch with all strengths up to k, or all of it with k.
+        mixing: attack the parts of a batch with all strengths up to k; if false, all of it with k.
         curriculum: grow k from 0; if false, k is the control itself (a schedule can then be given).
         patience: epochs without a better validation accuracy.
-        ready: training accuracy that is needed to move on (in the released code).
-        expected: training accuracy that is enough without held-out samples.
-        levels: to how many levels validation inputs are rounded after the attack; 0 for no rounding.
-        attack_mode: ``"auto"``: train with mixing, eval without, as released; or one of the two. A single
-            sample is always attacked in mode eval.
+        ready: training accuracy above which k may grow (from the released code).
+        expected: training accuracy above which k grows if there are no held-out samples.
+        levels: number of levels that validation inputs are rounded to after the attack; 0 for no rounding.
+        attack_mode: mode of BatchNorm and dropout in attacks: ``"train"``, ``"eval"``, or ``"auto"``: train
+            with mixing, eval without, as in the released code. A single sample is attacked in mode eval.
 
     Raises:
         ValueError: an option is not allowed.
@@ -79,8 +79,8 @@ class Cat:
     def controls(self) -> ControlSpace:
         """k, at k/2 + 1 gradient evaluations with mixing, k + 1 without.
 
-        While the curriculum is below k it costs less; where k + 1 does not divide the batch, mixing costs
-        more, as the last and strongest part is the largest: up to k + 1.
+        Less while the curriculum is below k. If k + 1 does not divide the batch size, mixing costs more, up
+        to k + 1, as the last part, with the strongest attack, is the largest.
         """
         return ControlSpace(
             {"steps": STRENGTH}, cost=lambda u: 1 + (u["steps"] / 2 if self.mixing else u["steps"])
@@ -97,9 +97,9 @@ class Cat:
 
         def loss() -> Tensor:
             logits = ctx.logits(x_adv)
-            right = ctx.sum((logits.detach().argmax(1) == y).sum())
-            ctx.memory["right"] = ctx.memory.get("right", torch.zeros_like(right)) + right
-            ctx.memory["count"] = ctx.memory.get("count", torch.zeros_like(right)) + ctx.share.total
+            correct = ctx.sum((logits.detach().argmax(1) == y).sum())
+            ctx.memory["right"] = ctx.memory.get("right", torch.zeros_like(correct)) + correct
+            ctx.memory["count"] = ctx.memory.get("count", torch.zeros_like(correct)) + ctx.share.total
             return F.cross_entropy(logits, y)
 
         yield Update(loss, smooth_steps(ctx, Control(steps=k)))
@@ -108,14 +108,14 @@ class Cat:
         return min(int(memory.get("strength", 0)), int(u["steps"])) if self.curriculum else int(u["steps"])
 
     def _parts(self, share: Share, k: int) -> list[tuple[int, slice]]:
-        """(strength, which rows here) of each part of the whole batch; the last one takes the remainder."""
-        here = share.rows
+        """(strength, rows of this process) of each part of the whole batch; the last has the remainder."""
+        local = share.rows
         if not self.mixing:
-            return [(k, slice(0, here.stop - here.start))]
+            return [(k, slice(0, local.stop - local.start))]
         size = share.total // (k + 1)
         edges = [*(j * size for j in range(k + 1)), share.total]
-        inside = [min(max(e, here.start), here.stop) - here.start for e in edges]
-        return [(j, slice(*ends)) for j, ends in enumerate(pairwise(inside))]
+        local_edges = [min(max(e, local.start), local.stop) - local.start for e in edges]
+        return [(j, slice(*ends)) for j, ends in enumerate(pairwise(local_edges))]
 
     def _attack(
         self, ctx: Context, mode: str, x: Tensor, start: Tensor, y: Tensor, k: int, draw: torch.Generator
@@ -128,7 +128,7 @@ class Cat:
             return ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, start=start)
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
-        """Look at validation accuracy, and grow k where the network is ready."""
+        """Evaluate the validation accuracy, and increase k if the conditions of the class are met."""
         memory = ctx.memory
         accuracy = float(memory["right"] / memory["count"])
         memory["right"], memory["count"] = (
@@ -141,10 +141,10 @@ class Cat:
         if ctx.held_out is None:
             grow = accuracy > self.expected
         else:
-            right, best = self._validate(ctx, k), int(memory.get("best", torch.tensor(-1)))
+            correct, best = self._validate(ctx, k), int(memory.get("best", torch.tensor(-1)))
             waited = int(memory.get("waited", torch.tensor(0))) + 1
-            if right > best:
-                waited, best = 0, right
+            if correct > best:
+                waited, best = 0, correct
                 ctx.save("best")
             grow = waited >= self.patience and accuracy > self.ready
             if grow and k < int(u["steps"]):
@@ -156,8 +156,8 @@ class Cat:
             memory["strength"] = torch.tensor(k + 1)
 
     def _validate(self, ctx: Epoch, k: int) -> int:
-        """How many held-out samples are right at strength k, inputs rounded."""
-        right = 0
+        """Number of held-out samples classified correctly under the attack of strength k."""
+        correct = 0
         with FrozenModel(ctx.model, "eval", meter=ctx.meter, channels_last=ctx.channels_last) as view:
             for i, (x, y) in enumerate(ctx.batches()):
                 if k > 0:
@@ -165,8 +165,8 @@ class Cat:
                     x = ascend(view, x, y, ball=ctx.ball, alpha=alpha, steps=k, generator=start)
                 if k > 0 and self.levels and self.mixing:
                     x = (x * (self.levels - 1)).round() / (self.levels - 1)
-                right += int((view(x).argmax(1) == y).sum())
-        return right
+                correct += int((view(x).argmax(1) == y).sum())
+        return correct
 
 
 METHOD = Cat

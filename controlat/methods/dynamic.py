@@ -1,4 +1,4 @@
-"""Dynamic adversarial training: attack each sample until its inner problem is solved well enough (FOSC)."""
+"""Dynamic adversarial training: attack each sample until its inner maximum is solved to a given FOSC."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FOSC = Knob("real", 0.0, meaning="level of the first-order stationary condition 
 class Dynamic:
     """min over theta of E l(h(x_k), y), k the first step >= 1 with FOSC(x_k) <= c, and K at most.
 
-    c falls over training: ``pgd:steps=10,alpha=0.075,fosc=0.5..0@40`` are the paper's MNIST settings. c = 0
-    is PGD-K (measured from the start, where the condition can be negative, it is not).
+    c decreases during training; the paper's values for MNIST are ``pgd:steps=10,alpha=0.075,fosc=0.5..0@40``.
+    c = 0 is PGD-K, except with displacement ``"start"``, where the condition can be negative.
 
     Args:
         gap: ``"paper"``, eps ||g||_1 - <x - x0, g>, or ``"box"`` (l_inf), the Frank-Wolfe gap of the true
@@ -65,7 +65,7 @@ class Dynamic:
         check_mode(self.attack_mode)
 
     def check_ball(self, ball: Ball) -> None:
-        """The gap over the box is known for l_inf only."""
+        """The gap over the box is implemented for l_inf only."""
         if self.gap == "box" and ball.norm != "linf":
             raise ValueError(f"gap 'box' is for the norm linf, got {ball.norm}: take gap 'paper'")
 
@@ -75,7 +75,7 @@ class Dynamic:
         return ControlSpace({"alpha": ALPHA, "steps": STEPS, "fosc": FOSC}, cost=lambda u: u["steps"] + 1)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on adversaries of one quality."""
+        """One update on adversaries with FOSC <= c, or after K steps."""
         x, y = batch.x, batch.y
         start = x
         if self.random_start and u["steps"]:

@@ -24,7 +24,7 @@ from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["METHOD", "Fast"]
 
-_FALL = 0.2
+_FALL = 0.2  # of the PGD-5 accuracy, that counts as catastrophic overfitting
 
 ONE = Knob("integer", 1, 1, default=1, meaning="number of steps: one")
 START = Knob("real", 0.0, default=1.0, meaning="size of the start, in units of eps")
@@ -39,17 +39,17 @@ class Fast:
     settings are ``fgsm:alpha=10/255`` at eps 8/255; from a start at 0 any alpha >= eps is the same.
 
     delta_0 = start * eps * (random * U + (1 - random) * 1), U uniform in the unit ball: random = 1 is the
-    paper's, random = 0 the same in every pixel (l_2: and of length start * eps), with which Amata weakens
-    Fast at first:
-    ``set:alpha=10/255,start=0.5:1@8,random=0:1@8``.
+    paper's start; random = 0 is the same in every pixel (l_2: and of length start * eps), with which Amata
+    weakens Fast in the first epochs: ``set:alpha=10/255,start=0.5:1@8,random=0:1@8``.
 
     Args:
-        init: ``"random"``, as above; ``"zero"``; ``"previous"``: the perturbation that the last batch left in
-            the same place, at first 0.
+        init: ``"random"``, as above; ``"zero"``; ``"previous"``: the perturbation at the same position of the
+            last batch, 0 at first.
         attack_mode: BatchNorm and dropout in the attack; ``"train"`` in the released code.
         clamp_start: keep the start within the pixels (the CIFAR script does, the MNIST script does not).
         early_stop: after each epoch, attack its first batch with PGD-5 (alpha = eps/4, training mode); if
-            that accuracy fell by more than 0.2, put the network of the epoch before back and end training.
+            that accuracy has fallen by more than 0.2, restore the network of the epoch before and end
+            training.
 
     Raises:
         ValueError: an option is not allowed.
@@ -76,7 +76,7 @@ class Fast:
         return ControlSpace(knobs, cost=lambda u: 2)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on the batch that one step produced."""
+        """One update on the batch after one step of the attack."""
         x, y, ball = batch.x, batch.y, ctx.ball
         start = x + self._start(ctx, x, u)
         start = ball.box(start) if self.clamp_start else start
@@ -84,12 +84,12 @@ class Fast:
             gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
         x_adv = ball.step(start, gradient, u["alpha"], x)
         if self.init == "previous":
-            kept = ctx.memory.get("delta", x_adv[:0])
-            ctx.memory["delta"] = torch.cat([ctx.all_gather(x_adv - x), kept[ctx.share.total :]])
+            stored = ctx.memory.get("delta", x_adv[:0])
+            ctx.memory["delta"] = torch.cat([ctx.all_gather(x_adv - x), stored[ctx.share.total :]])
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
     def end_epoch(self, ctx: Epoch, u: Control) -> None:
-        """Look for catastrophic overfitting where that was asked for."""
+        """Check for catastrophic overfitting if `early_stop` is set."""
         if not self.early_stop:
             return
         x, y, _, *_ = ctx.first()
@@ -107,8 +107,9 @@ class Fast:
 
     def _start(self, ctx: Context, x: Tensor, u: Control) -> Tensor:
         if self.init != "random":
-            kept = ctx.here(ctx.memory.get("delta", x[:0]))
-            return torch.cat([ctx.carried(kept, x[: len(kept)]), torch.zeros_like(x[len(kept) :])])
+            stored = ctx.here(ctx.memory.get("delta", x[:0]))
+            n = len(stored)
+            return torch.cat([ctx.carried(stored, x[:n]), torch.zeros_like(x[n:])])
         start = ctx.noise(x, u["start"] * u["random"])
         if u["random"] < 1:
             radius = u["start"] * (1 - u["random"])

@@ -1,4 +1,4 @@
-"""FAT, friendly adversarial training: stop each attack a little after it succeeds."""
+"""FAT, friendly adversarial training: each attack is stopped a few steps after it succeeds."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SLACK = Knob("integer", 0, meaning="steps that a sample may take while it is mis
 
 @dataclass(frozen=True)
 class Fat:
-    """min over theta of E l(h(x~), y), x~ a point of PGD, at most `slack` steps of which began misclassified.
+    """min over theta of E l(h(x~), y), x~ by PGD with at most `slack` steps from misclassified points.
 
-    A sample takes `slack` steps (the paper's tau) while it is misclassified, and any number while it is not:
-    they are not refilled when it is classified correctly again. slack >= K is PGD-K with noise omega, or
-    PGD-K for omega = 0.
+    The attack on a sample stops before its step number `slack` + 1 (the paper's tau + 1) from a misclassified
+    point; steps from correctly classified points are not limited, and do not reset the count. slack >= K is
+    PGD-K with noise omega, and PGD-K for omega = 0.
 
     Args:
         start: ``"uniform"`` in the ball (FAT) or ``"gaussian"``, x0 + 0.001 N(0, 1) (FAT for TRADES).
@@ -57,18 +57,18 @@ class Fat:
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on friendly adversaries."""
         x, y = batch.x, batch.y
-        left = torch.full((len(x),), int(u["slack"]), device=x.device)
+        slack = torch.full((len(x),), int(u["slack"]), device=x.device)
         generator = ctx.generator("noise", x.device)
 
         def goes_on(k: int, rows: Tensor, points: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
             wrong = logits.argmax(1) != y[rows]
-            mask = ~wrong | (left[rows] > 0)
-            left[rows] -= wrong.long()
+            mask = ~wrong | (slack[rows] > 0)
+            slack[rows] -= wrong.long()
             return mask
 
-        def shake(rows: Tensor) -> Tensor:
-            noise = ctx.draw(x, lambda whole: torch.empty_like(whole).normal_(generator=generator))
-            return self.omega * noise[rows]
+        def noise(rows: Tensor) -> Tensor:
+            normal = ctx.draw(x, lambda whole: torch.empty_like(whole).normal_(generator=generator))
+            return self.omega * normal[rows]
 
         with ctx.view(self.attack_mode) as view:
             x_adv = stopped(
@@ -80,7 +80,7 @@ class Fat:
                 alpha=u["alpha"],
                 steps=int(u["steps"]),
                 goes_on=goes_on,
-                noise=shake if self.omega else None,
+                noise=noise if self.omega else None,
             )
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 

@@ -1,4 +1,4 @@
-"""Free adversarial training: every backward pass moves the network and the perturbation."""
+"""Free adversarial training: each backward pass updates both the network and the perturbation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Free:
     """m simultaneous steps of descent in theta and of ascent in a perturbation that the next batch inherits.
 
     For j = 1..m, with one backward pass: theta' = SGD(theta, grad_theta l(x + delta)) and
-    delta' = shrink(delta + alpha direction(grad_delta l(x + delta))), x + delta clamped to the pixels. delta
-    belongs to a place in the batch, not to a sample, and starts at 0. alpha = eps in the paper.
+    delta' = shrink(delta + alpha direction(grad_delta l(x + delta))), x + delta clamped to [0, 1]. delta
+    belongs to a position in the batch, not to a sample, and starts at 0. alpha = eps in the paper.
 
-    The learning rate is that of the step for all replays; schedules count epochs of batches, so that m = 4
-    costs four times as much per epoch (the paper divides the number of epochs by m).
+    All m replays have the learning rate of the step, and an epoch visits each batch once, so that m = 4 costs
+    four times as much per epoch (the paper divides the number of epochs by m).
 
     Source:
         Shafahi et al. (2019), algorithm 1.
@@ -39,8 +39,8 @@ class Free:
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """m updates, and the perturbation carried on."""
         x, y, n = batch.x, batch.y, len(batch.x)
-        kept = ctx.memory.get("delta", x[:0])
-        delta = ctx.carried(ctx.here(kept))
+        stored = ctx.memory.get("delta", x[:0])
+        delta = ctx.carried(ctx.here(stored))
         delta = torch.cat([delta, torch.zeros_like(x[len(delta) :])])
         for _ in range(int(u["steps"])):
             point = ctx.leaf(delta)
@@ -48,9 +48,9 @@ class Free:
                 lambda point=point: F.cross_entropy(ctx.logits(ctx.ball.box(x + point)), y),  # type: ignore[misc]
                 also=lambda point=point: (point,),  # type: ignore[misc]
             )
-            alone = n * gradient  # of each sample's own loss, whatever the batch size
-            delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(alone))
-        ctx.memory["delta"] = torch.cat([ctx.all_gather(delta), kept[ctx.share.total :]])
+            per_sample = n * gradient  # gradient of each sample's own loss; the loss is a mean over n samples
+            delta = ctx.ball.shrink(point + u["alpha"] * ctx.ball.direction(per_sample))
+        ctx.memory["delta"] = torch.cat([ctx.all_gather(delta), stored[ctx.share.total :]])
 
 
 METHOD = Free

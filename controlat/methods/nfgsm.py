@@ -24,8 +24,9 @@ CLIP = Knob("real", 0.0, default=100.0, meaning="largest perturbation, in units 
 class NFgsm:
     """min over theta of E l(h(x0 + eta + alpha direction(grad at x0 + eta)), y), eta of size noise * eps.
 
-    The sum stays within the pixels, not within the ball: it may be as long as noise * eps + alpha. alpha is
-    eps in the paper. noise = 0 is FGSM training. The default clip is beyond what noise and alpha reach.
+    The result is clamped to [0, 1], but not projected on the ball: its perturbation may be as long as
+    noise * eps + alpha. alpha is eps in the paper. noise = 0 is FGSM training. The default clip is so large
+    that it has no effect.
 
     Args:
         attack_mode: BatchNorm and dropout in the attack, ``"train"`` in the released code, or ``"eval"``.
@@ -48,7 +49,7 @@ class NFgsm:
         return ControlSpace({"alpha": ALPHA, "steps": ONE, "noise": NOISE, "clip": CLIP}, cost=lambda u: 2)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on the batch that one step from the noisy one produced."""
+        """One update on the batch after one step of the attack from the noisy batch."""
         x, y, ball = batch.x, batch.y, ctx.ball
         start = (x + ctx.noise(x, u["noise"])).clamp(0, 1)
         with ctx.view(self.attack_mode) as view:

@@ -55,7 +55,7 @@ class PgdAT:
         return ControlSpace({"alpha": ALPHA, "steps": STEPS}, cost=lambda u: u["steps"] + 1 + clean)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on the batch that K steps of ascent produced."""
+        """One update on the batch after K steps of ascent."""
         x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
         yield self._update(ctx, batch, x, u)
 
@@ -63,7 +63,7 @@ class PgdAT:
         """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
         start = ctx.start(batch.x) if self.random_start else batch.x
         with ctx.view(self.attack_mode) as view:
-            steps = path(
+            points = path(
                 view,
                 batch.x,
                 start,
@@ -73,8 +73,8 @@ class PgdAT:
                 steps=int(u["steps"]),
                 loss=cross_entropy,
             )
-            visited = list(steps)
-        for k, x in enumerate(visited, start=1):
+            trajectory = list(points)
+        for k, x in enumerate(trajectory, start=1):
             v = Control(alpha=u["alpha"], steps=k)
             yield v, self._update(ctx, batch, x, v)
 

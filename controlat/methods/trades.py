@@ -1,4 +1,4 @@
-"""TRADES: clean cross-entropy plus a price for changing one's mind under attack."""
+"""TRADES: clean cross-entropy plus a penalty on the divergence between clean and adversarial predictions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ BETA = Knob("real", 0.0, default=6.0, meaning="weight of the divergence")
 class Trades:
     """min over theta of E CE(h(x0), y) + beta E KL(p(x0) || p(x_K)), x_K by K steps of ascent on that KL.
 
-    The ascent starts beside x0, at x0 + 0.001 N(0, 1): at x0 the divergence has no gradient. The clean branch
-    is differentiated too. K = 0 is standard training. beta is 6 on CIFAR-10, 1 in the released MNIST script.
+    The ascent starts at x0 + 0.001 N(0, 1), as the gradient of the divergence is 0 at x0. The gradient in
+    theta flows through p(x0) too. K = 0 is standard training. beta is 6 on CIFAR-10, 1 in the released MNIST
+    script.
 
     Args:
-        start_noise: deviation of the start.
+        start_noise: standard deviation of the noise at the start.
         attack_mode: BatchNorm and dropout during the ascent, ``"eval"`` or ``"train"``.
         separate_clean: take the clean logits of the divergence from a forward pass of their own, as the
             released code does (one more evaluation, one more update of BatchNorm's statistics).
@@ -59,7 +60,7 @@ class Trades:
         return ControlSpace(knobs, cost=lambda u: u["steps"] + extra if u["steps"] else 1)
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """One update on the clean batch and the one that moves the prediction most."""
+        """One update on the clean batch and the batch after K steps of ascent on the divergence."""
         x, y, k = batch.x, batch.y, int(u["steps"])
         if k == 0:
             yield Update(lambda: F.cross_entropy(ctx.logits(x), y))
@@ -77,10 +78,10 @@ class Trades:
             )
 
         def loss() -> Tensor:
-            clean, moved = ctx.logits(x), ctx.logits(x_adv)
+            clean, adversarial = ctx.logits(x), ctx.logits(x_adv)
             reference = ctx.logits(x) if self.separate_clean else clean
-            price: Tensor = u["beta"] * divergence(moved, reference).mean()
-            return F.cross_entropy(clean, y) + price
+            penalty: Tensor = u["beta"] * divergence(adversarial, reference).mean()
+            return F.cross_entropy(clean, y) + penalty
 
         yield Update(loss, smooth_steps(ctx, u))
 

@@ -1,4 +1,4 @@
-"""YOPO, you only propagate once: full passes for the costate, passes of the first layer for the attack."""
+"""YOPO, you only propagate once: full passes for the costate, first-layer passes for the attack."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ INNER = Knob("integer", 0, default=1, meaning="steps n on the first layer for ea
 class Yopo:
     """YOPO-m-n: one update by the gradients of m full passes; between them, n steps of the first layer each.
 
-    With f_0 the first layer, for j = 1..m: the gradient of l(x + eta) is added, and p = grad of it in f_0's
-    output kept; then n times eta' = Pi(eta + alpha direction(grad_eta <f_0(x + eta), p>)). The first layer
-    may take its gradient from the full pass, from <f_0(x + eta'), p> with p frozen (its Hamiltonian), or from
-    both.
+    With f_0 the first layer, for j = 1..m: the gradient of l(x + eta) in theta is added to the update, and
+    its gradient in the output of f_0, the costate p, is kept; then n times eta' = Pi(eta + alpha
+    direction(grad_eta <f_0(x + eta), p>)). The gradient in the parameters of f_0 is that of the full pass
+    ("direct"), that of <f_0(x + eta'), p> with p constant ("hamiltonian"), or their sum.
 
     Args:
         first_layer_grad: ``"both"`` (the released code; the paper does not say), ``"direct"`` or
             ``"hamiltonian"``.
-        gradients: ``"mean"`` of the m passes, so that the learning rate keeps its meaning when m is annealed,
-            or ``"sum"``: then divide the learning rate by m as the released configurations do.
+        gradients: ``"mean"`` over the m passes, so that the learning rate keeps its meaning when m is
+            annealed, or ``"sum"``: then divide the learning rate by m, as in the released configurations.
         layer: dotted name of the module where f_0 ends; the first one with parameters by default. If f_0 is
             linear, n steps of size alpha are one step of size n alpha: the paper's MNIST setting ends f_0 at
             the ReLU after the first convolution.
@@ -63,7 +63,7 @@ class Yopo:
         return ControlSpace({"alpha": ALPHA, "steps": PASSES, "inner": INNER}, cost=lambda u: u["steps"])
 
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
-        """m full passes whose gradients are added, and one move."""
+        """m full passes, whose gradients are added, and one update."""
         x, y, m = batch.x, batch.y, int(u["steps"])
         layer = first_layer(ctx.model, self.layer)
         weight = 1 / m if self.gradients == "mean" else 1.0
@@ -71,28 +71,28 @@ class Yopo:
         cut = self.first_layer_grad == "hamiltonian"
         for j in range(m):
             last = j == m - 1
-            tap = LayerHook(layer, cut=cut)
+            hook = LayerHook(layer, cut=cut)
 
-            def loss(eta: Tensor = eta, tap: LayerHook = tap) -> Tensor:
-                with tap:
+            def loss(eta: Tensor = eta, hook: LayerHook = hook) -> Tensor:
+                with hook:
                     logits = ctx.logits(x + eta)
                 return weight * F.cross_entropy(logits, y)
 
             (p,) = yield Update(
                 loss,
-                also=lambda tap=tap: (tap.output,),  # type: ignore[misc]
+                also=lambda hook=hook: (hook.output,),  # type: ignore[misc]
                 move=last and self.first_layer_grad == "direct",
                 dropped=(*smooth_steps(ctx, u), *(("the input of the later layers",) if cut else ())),
             )
             if last and self.first_layer_grad == "direct":
                 return
-            alone = len(x) / weight * p  # of each sample's own loss, whatever the batch size
-            eta = self._inner(ctx, batch, u, eta, alone)
+            per_sample = len(x) / weight * p  # costate of each sample's own loss
+            eta = self._inner(ctx, batch, u, eta, per_sample)
             if self.first_layer_grad != "direct":
 
                 def hamiltonian(eta: Tensor = eta, p: Tensor = p) -> Tensor:
                     value = (ctx.layer((x + eta).clamp(0, 1), layer) * p).sum()
-                    return value - value.detach()  # it is no part of the loss that is reported
+                    return value - value.detach()  # its value is 0: it is not part of the reported loss
 
                 yield Update(hamiltonian, smooth_steps(ctx, u), move=last)
 
@@ -102,7 +102,7 @@ class Yopo:
         with ctx.view("train") as view:
             for _ in range(int(u["inner"])):
                 point = batch.x + eta
-                inside = (point >= 0) & (point <= 1)  # the start may lie outside; clamped there, it is flat
+                inside = (point >= 0) & (point <= 1)  # outside [0, 1] the clamp has derivative 0
                 gradient = inside * view.layer_gradient(view.prepare(point.clamp(0, 1)), layer, p)
                 eta = ctx.ball.project(point + u["alpha"] * ctx.ball.direction(gradient), batch.x) - batch.x
         return eta

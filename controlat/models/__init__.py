@@ -6,8 +6,8 @@ and `VARIANTS`, one line on each of its networks: the network of file "lenet" an
 that differ from `INPUT`.
 
 A network takes pixels (N, C, H, W) in [0, 1] and returns logits (N, num_classes); normalisation, where
-wanted, is its first layer. Random initialisation draws from torch's generator as the caller has scoped
-it; nothing is seeded here.
+wanted, is its first layer. Weights are drawn from torch's global generator, which the caller seeds
+(`controlat._util.rng.scoped`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from controlat._util import registry
 from controlat.models._layers import ANY
-from controlat.models.frozen.asking import check_logits
-from controlat.models.frozen.borrowed import in_mode
+from controlat.models.frozen.contexts import in_mode
+from controlat.models.frozen.logits import check_logits
 
 __all__ = ["build", "describe", "names"]
 
@@ -80,7 +80,7 @@ def names() -> tuple[str, ...]:
 
 
 def describe(num_classes: int = 10) -> list[dict[str, Any]]:
-    """What `names` lists, with sizes. Nothing is drawn, and torchvision is not needed.
+    """The networks of `names`, with their sizes; no weights are drawn, and torchvision is not needed.
 
     Args:
         num_classes: number of logits of the counted networks.
@@ -99,7 +99,7 @@ def describe(num_classes: int = 10) -> list[dict[str, Any]]:
         in_shape = getattr(module, "INPUTS", {}).get(variant, module.INPUT)
         parameters = None
         if variant != ANY:
-            with torch.device("meta"), _NoNormals():  # shapes without numbers
+            with torch.device("meta"), _NoNormals():  # shapes only, no memory and no random numbers
                 network = module.build(in_shape, num_classes, variant)
             parameters = sum(p.numel() for p in network.parameters())
         table.append(
@@ -117,14 +117,14 @@ def _listed() -> Iterator[tuple[str, ModuleType, str]]:
 
 
 class _NoNormals(TorchFunctionMode):
-    """Leave out `Tensor.normal_`: its form for the device "meta" first imports torch's compiler (1 s)."""
+    """Skips `Tensor.normal_`, whose implementation for the device "meta" imports torch's compiler (1 s)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Try two zero images in evaluation mode, then put every module back into its own mode."""
+    """Check the logits of two zero images in evaluation mode; training flags are restored."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.zeros(2, *in_shape, dtype=first.dtype, device=first.device)
     try:
@@ -137,5 +137,5 @@ def _check_output(name: str, model: nn.Module, in_shape: tuple[int, int, int], n
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from None
     if logits.shape != (2, num_classes):
-        found = f"maps images {tuple(x.shape)} to {tuple(logits.shape)}"
-        raise ValueError(f"model {name!r} {found}; it must return logits of shape {(2, num_classes)}")
+        shapes = f"maps images {tuple(x.shape)} to {tuple(logits.shape)}"
+        raise ValueError(f"model {name!r} {shapes}; it must return logits of shape {(2, num_classes)}")

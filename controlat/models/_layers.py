@@ -1,4 +1,4 @@
-"""What several networks share."""
+"""Layers, checks and initialisation that several networks share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ANY = "NAME"  # stands in VARIANTS for names that only an optional library knows
+ANY = "NAME"  # a key of VARIANTS for all names that an optional library defines
 
 
 class Normalize(nn.Module):
@@ -70,8 +70,8 @@ def check_variant(network: str, variant: str, allowed: Mapping[str, str]) -> Non
         raise ValueError(f"there is no model {given!r}; choose from: {', '.join(choices)}")
 
 
-def start(layer: nn.Conv2d | nn.Linear, draw: Callable[[Tensor], Tensor], bias: float = 0.0) -> None:
-    """Draw the weights of a layer anew and set its biases."""
+def initialise(layer: nn.Conv2d | nn.Linear, draw: Callable[[Tensor], Tensor], bias: float = 0.0) -> None:
+    """Draw the weights of a layer in place by `draw`, an initialiser of torch.nn.init, and set its biases."""
     assert layer.bias is not None
     draw(layer.weight)
     nn.init.constant_(layer.bias, bias)
@@ -129,7 +129,7 @@ class PreActBlock(nn.Module):
 def preact_layers(
     in_channels: int, stem: int, widths: Sequence[int], blocks: int, raw_shortcut: bool = False
 ) -> list[nn.Module]:
-    """A 3 x 3 convolution, then `blocks` blocks for each width; every stage but the first halves the side."""
+    """A 3 x 3 convolution, then one stage of `blocks` blocks per width; all but the first halve the side."""
     layers: list[nn.Module] = [nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)]
     channels = stem
     for stage, width in enumerate(widths):

@@ -15,7 +15,7 @@ VARIANTS = {"": "three convolutions with BatchNorm, and dropout"}
 def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -> nn.Module:
     """Three 3 x 3 convolutions with BatchNorm, average-pooled to 2 x 2, and dropout .25 and .5.
 
-    Both kinds of layer that act differently in training and evaluation are in it.
+    It has both kinds of layer that behave differently in training and evaluation mode.
 
     Args:
         in_shape: (C, H, W) of one image; H and W at least 8.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from controlat.models._layers import check_side, check_variant, start
+from controlat.models._layers import check_side, check_variant, initialise
 
 __all__ = ["INPUT", "INPUTS", "VARIANTS", "build"]
 
@@ -20,8 +20,8 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     """Convolutions that keep the size, each with BatchNorm, max-poolings, then one hidden layer.
 
     As in Keras, BatchNorm has eps 1e-3 and moves its averages by 0.01 (Keras: momentum .99). Weights
-    start Glorot-uniform and biases at 0, but the hidden layer is normal as in He et al.; Keras cuts that
-    normal at two deviations, this one is not cut. Pixels are taken as they are.
+    start Glorot-uniform and biases at 0; the hidden layer starts normal as in He et al. (Keras truncates that
+    normal distribution at two deviations; here it is not truncated). There is no normalisation layer.
 
     Args:
         in_shape: (C, H, W) of one image; H and W at least 4, and 8 for `fosc-8`.
@@ -61,7 +61,7 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     network = nn.Sequential(*layers, nn.Flatten(), hidden, *norm, nn.ReLU(), nn.Linear(units, num_classes))
     for layer in network:
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            start(layer, nn.init.kaiming_normal_ if layer is hidden else nn.init.xavier_uniform_)
+            initialise(layer, nn.init.kaiming_normal_ if layer is hidden else nn.init.xavier_uniform_)
     return network
 
 

@@ -18,8 +18,8 @@ VARIANTS = {
 def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -> nn.Module:
     """Two convolutions and one hidden layer.
 
-    One-channel images are normalised with the mean and deviation of MNIST, others are taken as they
-    are. The originals end in a log-softmax; these return logits.
+    One-channel images are normalised with the mean and deviation of MNIST, others are not normalised. The
+    originals end in a log-softmax; these return logits.
 
     Args:
         in_shape: (C, H, W) of one image; H and W at least 16, and 6 for `lenet-32-64`.

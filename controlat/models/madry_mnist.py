@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from controlat.models._layers import check_variant, start
+from controlat.models._layers import check_variant, initialise
 
 __all__ = ["INPUT", "VARIANTS", "build"]
 
@@ -17,8 +17,8 @@ VARIANTS = {"": "Madry's MNIST network: 5 x 5 convolutions 32 and 64, 1024 units
 def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -> nn.Module:
     """Two 5 x 5 convolutions with max-pooling, then one hidden layer of 1024 units.
 
-    Weights start normal with deviation 0.1, cut at two deviations; biases start at 0.1. Pixels are taken
-    as they are. An odd side is pooled to half of it rounded up, as TensorFlow does with padding "SAME".
+    Weights start normal with deviation 0.1, truncated at two deviations; biases start at 0.1. There is no
+    normalisation layer. An odd side is pooled to half of it, rounded up, as in TensorFlow's padding "SAME".
 
     Args:
         in_shape: (C, H, W) of one image of any size.
@@ -54,5 +54,5 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     )
     for layer in network:
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            start(layer, partial(nn.init.trunc_normal_, std=0.1, a=-0.2, b=0.2), bias=0.1)
+            initialise(layer, partial(nn.init.trunc_normal_, std=0.1, a=-0.2, b=0.2), bias=0.1)
     return network

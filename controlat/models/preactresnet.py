@@ -21,7 +21,7 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
 
     The forms differ in what the 1 x 1 convolution takes where the shape changes, and in the BatchNorm and
     ReLU before the global average pooling. "18" and "18-locuslab" have the same parameters and are
-    different functions of them. Weights start as torch starts them. Pixels are taken as they are.
+    different functions of them. Weights start as torch starts them. There is no normalisation layer.
 
     Args:
         in_shape: (C, H, W) of one image of any size; sides of 32 are pooled from 4 x 4.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from controlat.models._layers import check_side, check_variant, start
+from controlat.models._layers import check_side, check_variant, initialise
 
 __all__ = ["INPUT", "VARIANTS", "build"]
 
@@ -16,8 +16,8 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     """Four 3 x 3 convolutions with two max-poolings, then two hidden layers of 200 units and dropout .5.
 
     Convolutions start as in He et al., with biases 0. The last layer starts at 0, weights and biases:
-    every gradient by the pixels is 0 until the first update of the weights, so that an attack on the
-    untrained network finds no direction. Pixels are taken as they are.
+    the gradient in the pixels is 0 until the first update of the weights, so that attacks on the untrained
+    network do not move. There is no normalisation layer.
 
     Args:
         in_shape: (C, H, W) of one image; H and W at least 16.
@@ -52,12 +52,12 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
         nn.ReLU(),
         last,
     )
-    start(last, nn.init.zeros_)
+    initialise(last, nn.init.zeros_)
     return network
 
 
 def _pair(channels: int, width: int) -> tuple[nn.Module, ...]:
     first, second = nn.Conv2d(channels, width, 3), nn.Conv2d(width, width, 3)
     for layer in (first, second):
-        start(layer, nn.init.kaiming_normal_)
+        initialise(layer, nn.init.kaiming_normal_)
     return first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2)

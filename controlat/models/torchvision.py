@@ -25,7 +25,7 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     CUDA.
 
     Args:
-        in_shape: (3, H, W) of one image; which sizes a network takes is its own matter.
+        in_shape: (3, H, W) of one image; the least size depends on the network.
         num_classes: number of logits.
         variant: a name of `torchvision.models.list_models(module=torchvision.models)`.
 
@@ -49,13 +49,13 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
     if variant in _AUXILIARY:
         raise ValueError(f"{name} returns auxiliary logits beside the logits in training; choose another")
     models = torchvision().models
-    known = models.list_models(module=models)
-    if variant not in known:
-        close = difflib.get_close_matches(variant, known) or ["resnet18", "resnet50"]
-        such = ", ".join(f"torchvision-{text}" for text in close)
+    names = models.list_models(module=models)
+    if variant not in names:
+        close = difflib.get_close_matches(variant, names) or ["resnet18", "resnet50"]
+        examples = ", ".join(f"torchvision-{text}" for text in close)
         raise ValueError(
             f"there is no model {name!r}; write torchvision-NAME with a name of "
-            f"torchvision.models.list_models(), such as {such}"
+            f"torchvision.models.list_models(), such as {examples}"
         )
     return nn.Sequential(
         Normalize(_MEAN, _STD), models.get_model(variant, weights=None, num_classes=num_classes)

@@ -22,7 +22,7 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
 
     The depth D = 6n + 4 counts the convolutions, n blocks of two in each stage and three shortcuts among
     them. No dropout. Convolutions start normal with variance 2 / (k * k * out) for k x k pixels and out
-    channels, the bias of the last layer at 0. Pixels are taken as they are.
+    channels, the bias of the last layer at 0. There is no normalisation layer.
 
     Args:
         in_shape: (C, H, W) of one image of any size.
@@ -63,8 +63,8 @@ def build(in_shape: tuple[int, int, int], num_classes: int, variant: str = "") -
 
 def _sizes(variant: str) -> tuple[int, int]:
     """Depth and width of "D-W"."""
-    found = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", variant, re.ASCII)
-    depth, widen = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", variant, re.ASCII)
+    depth, widen = map(int, match.groups()) if match else (0, 0)
     if depth < 10 or depth % 6 != 4:
         given = f"wideresnet-{variant}" if variant else "wideresnet"
         form = "write wideresnet-D-W with depth D = 6n + 4 (10, 16, 22, 28, 34, ...) and width W >= 1"

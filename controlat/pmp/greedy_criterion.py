@@ -14,8 +14,8 @@ from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch, check_labels
 from controlat.dynamics.driver import Driver
 from controlat.methods import Method, build, check_method
-from controlat.models.frozen.asking import check_model
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
+from controlat.models.frozen.logits import check_model
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.greedy import probe_batches, score
@@ -111,7 +111,7 @@ def criterion(
     (True, ['alpha', 'steps'], ())
     """
     check_batch(x, y)
-    x, y = owned(x), owned(y)
+    x, y = normal_tensor(x), normal_tensor(y)
     check_model(model)
     system = build(method) if isinstance(method, str) else check_method(method)
     trials, batches, seed = whole(trials, "trials", 1), whole(batches, "batches", 1), whole(seed, "seed")

@@ -1,7 +1,7 @@
-"""Honest robust accuracy: several attacks in turn, checks of the attacks themselves, and intervals.
+"""Robust accuracy: several attacks in turn, checks of the attacks themselves, and confidence intervals.
 
-`robustness` is the core; `autoattack`, `transfer` and `curves` add to it, and `protocol` runs what is asked
-for on one network, as the commands do.
+`robustness` is the core; `autoattack`, `transfer` and `curves` complement it, and `protocol` runs all
+requested parts on one network, as the commands do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from controlat.robust_accuracy.accuracy import Accuracy, wilson
 from controlat.robust_accuracy.attack import Attack, parse_attack
 from controlat.robust_accuracy.auto import AutoAttacked, autoattack
 from controlat.robust_accuracy.curves import Curves, curves
-from controlat.robust_accuracy.masking import Masking, MaskingWarning
+from controlat.robust_accuracy.masking_result import Masking, MaskingWarning
 from controlat.robust_accuracy.protocol import Evaluation, Extras, protocol
 from controlat.robust_accuracy.robust import Robustness, robustness
 from controlat.robust_accuracy.transfer import Transfer, transfer

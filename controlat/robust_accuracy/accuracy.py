@@ -1,9 +1,11 @@
-"""A share of test points, and how sure one can be of it."""
+"""Accuracies with confidence intervals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 __all__ = ["Accuracy", "wilson"]
 
@@ -14,8 +16,8 @@ def wilson(successes: int, points: int) -> tuple[float, float]:
     Its ends are the p with (successes / points - p)^2 = z^2 p (1 - p) / points, where z = 1.96.
 
     Args:
-        successes: how many of the points count.
-        points: how many there are.
+        successes: number of successes.
+        points: number of points.
 
     Returns:
         The lower and the upper end, exactly 0 without a success and exactly 1 without a failure.
@@ -31,7 +33,7 @@ def wilson(successes: int, points: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= points or points == 0:
         raise ValueError(f"wilson needs 0 <= successes <= points and points > 0, got {successes} of {points}")
-    from scipy.stats import binomtest  # takes a second to import, which training and attacks do not need
+    from scipy.stats import binomtest  # its import takes a second, which training and attacks do not need
 
     interval = binomtest(successes, points).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
@@ -43,6 +45,11 @@ class Accuracy:
 
     correct: int
     points: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Accuracy:
+        """The share of points where a mask (N,) is true."""
+        return cls(int(mask.sum()), len(mask))
 
     @property
     def value(self) -> float:

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation, and how they are written."""
+"""The attacks of an evaluation, and their text form."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Attack:
         name: for tables.
         steps: K.
         alpha: step size, in pixel units; None: `relative` times eps.
-        restarts: number of starts; a sample must survive all.
+        restarts: number of starts; a sample is robust if it survives all of them.
         random_start: start at a random point of the ball.
-        kappa: None for the cross-entropy; a number for the C&W margin loss with that lead.
+        kappa: None for the cross-entropy; a number for the C&W margin loss with that margin kappa.
         relative: step size over eps where alpha is None; 1/4 as in FOSC's evaluation.
 
     Raises:
@@ -65,15 +65,15 @@ class Attack:
 
     @property
     def loss(self) -> Loss:
-        """What is ascended."""
+        """The loss that is ascended."""
         return cross_entropy if self.kappa is None else functools.partial(margin, kappa=self.kappa)
 
     def cost(self) -> int:
-        """Gradient evaluations per sample attacked."""
+        """Gradient evaluations per attacked sample."""
         return self.steps * self.restarts
 
     def perturb(self, view: FrozenModel, x: Tensor, y: Tensor, ball: Ball, start: torch.Generator) -> Tensor:
-        """One restart: the last point of the path."""
+        """The last point of one restart."""
         return ascend(
             view,
             x,
@@ -94,15 +94,16 @@ _PARAMETERS = ("steps", "alpha", "restarts", "kappa")
 def ascent(
     view: FrozenModel, x: Tensor, y: Tensor, ball: Ball, steps: int, start: torch.Generator
 ) -> Iterator[Tensor]:
-    """Points 1, 2, ..., steps of PGD on the cross-entropy with alpha = eps/4, from a random start."""
-    first = ball.start(x, start)
-    return path(view, x, first, y, ball=ball, alpha=ball.eps / 4, steps=steps, loss=cross_entropy)
+    """The points x^1, ..., x^steps of PGD on the cross-entropy with alpha = eps/4, from a random start."""
+    return path(
+        view, x, ball.start(x, start), y, ball=ball, alpha=ball.eps / 4, steps=steps, loss=cross_entropy
+    )
 
 
 def parse_attack(text: str) -> Attack:
     """Read an attack: ``fgsm``, ``pgd-20``, ``pgd-50-10`` (10 restarts), ``cw-30``, ``cw-30-k50`` (kappa 50).
 
-    Or with everything said: ``pgd:steps=50,restarts=10,alpha=2/255``, ``cw:steps=30,kappa=50``.
+    The long form names all parameters: ``pgd:steps=50,restarts=10,alpha=2/255``, ``cw:steps=30,kappa=50``.
 
     Raises:
         ValueError: it is none of these.
@@ -111,21 +112,21 @@ def parse_attack(text: str) -> Attack:
     10
     """
     cure = "write fgsm, pgd-20, pgd-50-10, cw-30, cw-30-k50 or pgd:steps=50,restarts=10,alpha=2/255"
-    family, found = split(text)
+    family, parameters = split(text)
     family, *short = family.split("-")
-    if family not in FAMILIES or (found and short):
+    if family not in FAMILIES or (parameters and short):
         raise ValueError(f"unknown attack {text!r}; {meant(family, FAMILIES)}{cure}")
     if family == "fgsm":
-        only(found, (), (), "attack fgsm")
+        only(parameters, (), (), "attack fgsm")
         if short:
             raise ValueError(f"unknown attack {text!r}; {cure}")
         return Attack("fgsm", steps=1, random_start=False, relative=1.0)
     for part, name in zip(short, ("steps", "restarts"), strict=False):
-        found |= {"kappa": part[1:]} if part[:1] == "k" else {name: part}
+        parameters |= {"kappa": part[1:]} if part[:1] == "k" else {name: part}
     if len(short) > 2:
         raise ValueError(f"unknown attack {text!r}; {cure}")
-    only(found, ("steps",), _PARAMETERS[1 : 4 if family == "cw" else 3], f"attack {family} ({cure})")
-    values = {name: number(value, name) for name, value in found.items()}
+    only(parameters, ("steps",), _PARAMETERS[1 : 4 if family == "cw" else 3], f"attack {family} ({cure})")
+    values = {name: number(value, name) for name, value in parameters.items()}
     kappa = values.get("kappa", 0.0) if family == "cw" else None
     counts = {name: values.get(name, 1) for name in ("steps", "restarts")}
     whole = {name: int(v) if v == int(v) else v for name, v in counts.items()}
@@ -143,7 +144,7 @@ def read_attacks(attacks: Sequence[str | Attack]) -> list[Attack]:
     attacks = list(attacks)
     for a in attacks:
         instance(a, (str, Attack), "an attack", "such as 'pgd-20'")
-    chosen = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
-    if len({a.name for a in chosen}) < len(chosen):
-        raise ValueError(f"an attack is given twice: {', '.join(a.name for a in chosen)}")
-    return chosen
+    parsed = [parse_attack(a) if isinstance(a, str) else a for a in attacks]
+    if len({a.name for a in parsed}) < len(parsed):
+        raise ValueError(f"an attack is given twice: {', '.join(a.name for a in parsed)}")
+    return parsed

@@ -20,14 +20,14 @@ from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy.accuracy import Accuracy
-from controlat.robust_accuracy.robust import correct
-from controlat.robust_accuracy.source import Source, checked, parts, spread
+from controlat.robust_accuracy.robust import correct_mask
+from controlat.robust_accuracy.source import Source, batches, check_arguments, spread
 
 __all__ = ["AutoAttacked", "auto_cost", "autoattack", "require"]
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _ITERATIONS, _QUERIES = 100, 5000
-_CHECKS = 11  # forward passes of each attack beside its own: 7 of checks, 2 before it and 2 after it
+_CHECKS = 11  # forward passes around each attack: 7 for checks, 2 before it and 2 after it
 _SQUARE = 0.002  # by how much Square may lower the accuracy: pyautoattack's own threshold
 _SLACK = 1e-5  # by how much rounding may lengthen a perturbation
 
@@ -38,13 +38,13 @@ class AutoAttacked:
 
     Args:
         clean: accuracy without an attack.
-        after: accuracy that is left after each of its attacks in turn.
-        robust: accuracy that is left at the end.
+        after: accuracy after each of its attacks, on the samples that survived those before.
+        robust: accuracy after all attacks.
         spent: evaluations, in samples, counted as they happen.
         seconds: wall time.
-        warnings: what AutoAttack itself found suspicious.
+        warnings: warnings of AutoAttack itself.
         survived: (N,) mask of the robust samples among those attacked.
-        positions: (N,) where they are in the test set.
+        positions: (N,) positions of these samples in the test set.
     """
 
     clean: Accuracy
@@ -101,13 +101,13 @@ def _plan(classes: int) -> dict[str, Meter]:
 
 
 def auto_cost(classes: int) -> Meter:
-    """Evaluations per sample, at most: of one that survives everything."""
-    every = _plan(classes).values()
-    return Meter(sum(m.gradients for m in every), sum(m.forwards for m in every) + 2)
+    """Evaluations per sample, at most: those of a sample that no attack breaks."""
+    costs = _plan(classes).values()
+    return Meter(sum(m.gradients for m in costs), sum(m.forwards for m in costs) + 2)
 
 
 class _Counted(nn.Module):
-    """The network as AutoAttack calls it: in float32, with a graph to the input where it wants one."""
+    """The network as a module for AutoAttack: float32 in and out, evaluations counted by the view."""
 
     def __init__(self, view: FrozenModel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -118,15 +118,15 @@ class _Counted(nn.Module):
         return self.view.logits(x.to(self.dtype)).float()
 
 
-class _Notes(logging.Handler):
-    """Keeps warnings, once each whatever number they start with."""
+class _Warnings(logging.Handler):
+    """Collects the texts of warnings; those that differ in their numbers only are kept once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: dict[str, str] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one, unless it is about the number of classes, which `_plan` sees to."""
+        """Keep the text of a warning, unless it is on the number of classes, which `_plan` takes care of."""
         text = record.getMessage().partition(" See flags_doc")[0].strip().rstrip(".")
         if not text.startswith("with only"):
             self.texts.setdefault(re.sub(r"\d+", "#", text), text)
@@ -167,36 +167,45 @@ def autoattack(
     Source:
         Croce and Hein (2020).
     """
-    kind, notes, points = require(), _Notes(), whole(points, "points", 1)
-    batch_size, seed = checked(source, ball, batch_size, seed, progress)
-    began, meter, told = time.perf_counter(), Meter(), progress or (lambda n, name: None)
+    kind, captured, points = require(), _Warnings(), whole(points, "points", 1)
+    batch_size, seed = check_arguments(source, ball, batch_size, seed, progress)
+    start_time, meter, notify = time.perf_counter(), Meter(), progress or (lambda n, name: None)
     positions = spread(torch.arange(len(source.y)), points)
-    logger = logging.Logger("controlat.autoattack")
-    logger.addHandler(notes)
     with FrozenModel(model, "eval", channels_last=channels_last, meter=meter) as view:
-        standing = correct(view, _Some(source, positions), batch_size)
-        clean = Accuracy(int(standing.sum()), len(standing))
-        (_, first, _), *_ = parts(source, positions[:1], 1)
-        if first.dim() != 4:
-            raise ValueError(f"AutoAttack takes images (N, C, H, W), got inputs {tuple(first.shape)}")
+        survived = correct_mask(view, _Subset(source, positions), batch_size)
+        clean = Accuracy.of(survived)
         after: dict[str, Accuracy] = {}
-        classes = view(first).shape[1]
+        classes = _classes(view, source, positions)
         for name in _plan(classes):
-            told(int((~standing).sum()), name)
-            for part, x, y in parts(source, positions[standing], batch_size):
-                broken = _one(
-                    kind, _Counted(view, x.dtype), name, x, y, ball, min(9, classes - 1), seed, logger
-                )
-                standing[torch.isin(positions, part[broken])] = False
-                told(len(part), name)
-            after[name] = Accuracy(int(standing.sum()), len(standing))
-    seconds, told_of = time.perf_counter() - began, (*notes.texts.values(), *_fell_to_square(after))
-    left = Accuracy(int(standing.sum()), len(standing))
-    return AutoAttacked(clean, after, left, meter, seconds, told_of, standing, positions)
+            notify(int((~survived).sum()), name)
+            for index, x, y in batches(source, positions[survived], batch_size):
+                targets = min(9, classes - 1)
+                broken = _broken(kind, _Counted(view, x.dtype), name, x, y, ball, targets, seed, captured)
+                survived[torch.isin(positions, index[broken])] = False
+                notify(len(index), name)
+            after[name] = Accuracy.of(survived)
+    return AutoAttacked(
+        clean=clean,
+        after=after,
+        robust=Accuracy.of(survived),
+        spent=meter,
+        seconds=time.perf_counter() - start_time,
+        warnings=(*captured.texts.values(), *_square_warnings(after)),
+        survived=survived,
+        positions=positions,
+    )
 
 
-def _fell_to_square(after: dict[str, Accuracy]) -> list[str]:
-    """AutoAttack's own check of its last attack, which it makes only where all run in one call."""
+def _classes(view: FrozenModel, source: Source, positions: Tensor) -> int:
+    """Number of the model's classes; raises ValueError if inputs are not images."""
+    (_, first, _), *_ = batches(source, positions[:1], 1)
+    if first.dim() != 4:
+        raise ValueError(f"AutoAttack takes images (N, C, H, W), got inputs {tuple(first.shape)}")
+    return view(first).shape[1]
+
+
+def _square_warnings(after: dict[str, Accuracy]) -> list[str]:
+    """AutoAttack's own check of its last attack, which it does only if all attacks run in one call."""
     *_, white, square = after.values()
     if square.value >= white.value - _SQUARE:
         return []
@@ -207,8 +216,8 @@ def _fell_to_square(after: dict[str, Accuracy]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Some:
-    """Some points of a source."""
+class _Subset:
+    """The points of a source at some positions."""
 
     source: Source
     positions: Tensor
@@ -221,7 +230,7 @@ class _Some:
         return self.source.stream([self.positions[chunk] for chunk in chunks])
 
 
-def _one(
+def _broken(
     kind: Any,
     model: nn.Module,
     name: str,
@@ -230,10 +239,12 @@ def _one(
     ball: Ball,
     targets: int,
     seed: int,
-    logger: logging.Logger,
+    captured: logging.Handler,
 ) -> Tensor:
-    """(N,) mask on the CPU: which samples of a batch one attack breaks, checked here once more."""
+    """(N,) mask on the CPU of the samples that one attack breaks; its perturbations are checked."""
     trace = sys.gettrace()
+    logger = logging.Logger("controlat.autoattack")
+    logger.addHandler(captured)
     try:
         with rng.scoped(seed, "autoattack", device=x.device):
             run = kind(
@@ -248,12 +259,12 @@ def _one(
             run.logger = run.apgd.logger = run.apgd_targeted.logger = logger
             run.apgd.n_restarts = run.fab.n_restarts = 1
             run.apgd_targeted.n_target_classes = run.fab.n_target_classes = targets
-            found, _ = run.run_standard_evaluation(x.float(), y, batch_size=len(x))
+            adversarial, _ = run.run_standard_evaluation(x.float(), y, batch_size=len(x))
     finally:
-        sys.settrace(trace)  # pyautoattack looks at the model through a trace and leaves none
-    if not bool(torch.isfinite(found).all()):
+        sys.settrace(trace)  # pyautoattack sets a trace function of its own, and leaves none
+    if not bool(torch.isfinite(adversarial).all()):
         raise NonFiniteError(f"AutoAttack's {name} made inputs that are not finite")
-    inside = ball.distance(found, x) <= ball.eps + _SLACK
+    inside = ball.distance(adversarial, x) <= ball.eps + _SLACK
     with torch.no_grad():
-        broken: Tensor = (model(found.clamp(0, 1)).argmax(1) != y) & inside
+        broken: Tensor = (model(adversarial.clamp(0, 1)).argmax(1) != y) & inside
     return broken.cpu()

@@ -1,4 +1,4 @@
-"""Accuracy against the radius and against the number of steps: two curves that a sound evaluation bends."""
+"""Accuracy as a function of the radius and of the number of steps, to check that the attack works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from controlat._util.checks import whole
 from controlat._util.rng import generator
@@ -18,7 +18,7 @@ from controlat.control.cost import Meter
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy.accuracy import Accuracy
 from controlat.robust_accuracy.attack import Attack, ascent
-from controlat.robust_accuracy.source import Source, checked, parts, spread
+from controlat.robust_accuracy.source import Source, batches, check_arguments, spread
 
 __all__ = ["RADII", "STEPS", "Curves", "curves", "curves_cost"]
 
@@ -30,13 +30,13 @@ _ATTACK = Attack("pgd-20", steps=20)
 
 @dataclass(frozen=True)
 class Curves:
-    """Accuracy under PGD alone, not of survivors of other attacks.
+    """Accuracy under PGD alone: all points are attacked, not only survivors of other attacks.
 
     Args:
         eps: (radius, accuracy after PGD-20 with alpha = radius/4) for every radius; at the last one every
             image can be made uniformly grey.
         steps: (K, accuracy after K steps of alpha = eps/4, mean cross-entropy) along one path.
-        chance: share of the largest class, which is what an attack leaves of a network that sees grey.
+        chance: share of the largest class, the highest accuracy on images that are all grey.
         spent: evaluations, in samples.
         seconds: wall time.
     """
@@ -49,7 +49,7 @@ class Curves:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence if the attack fails even where it cannot but succeed."""
+        """A sentence if the attack fails at the radius at which every image can be made grey."""
         radius, last = self.eps[-1]
         if last.interval[0] <= self.chance + 0.05:
             return ()
@@ -71,7 +71,7 @@ class Curves:
 
 
 def curves_cost() -> Meter:
-    """Evaluations per point, at most: at every radius but 0, and at grey."""
+    """Evaluations per point, at most: at all radii but 0, and at the radius of grey."""
     return Meter(_ATTACK.steps * len(RADII) + STEPS[-1], len(RADII) + 1 + len(STEPS))
 
 
@@ -86,9 +86,10 @@ def curves(
     progress: Callable[[int, str], object] | None = None,
     channels_last: bool = True,
 ) -> Curves:
-    """Sweeps over eps and over steps.
+    """Accuracy under PGD for several radii, and for several numbers of steps.
 
-    Accuracy must fall to 0 for a large radius and level off in steps; where it does not, the attack fails.
+    It must fall to chance for a large radius, and become constant in the number of steps; otherwise the
+    attack fails.
 
     Args:
         model: from inputs in [0, 1] to logits.
@@ -101,32 +102,37 @@ def curves(
         channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
     """
     points = whole(points, "points", 1)
-    batch_size, seed = checked(source, ball, batch_size, seed, progress)
-    began, meter = time.perf_counter(), Meter()
-    chosen, told = spread(torch.arange(len(source.y)), points), progress or (lambda n, name: None)
-    (_, first, _), *_ = parts(source, chosen[:1], 1)
-    grey = 0.5 if ball.norm == "linf" else 0.5 * first.numel() ** 0.5
-    by_eps = dict.fromkeys([*(f * ball.eps for f in RADII if f * ball.eps < grey), grey], 0)
+    batch_size, seed = check_arguments(source, ball, batch_size, seed, progress)
+    start_time, meter = time.perf_counter(), Meter()
+    positions, notify = spread(torch.arange(len(source.y)), points), progress or (lambda n, name: None)
+    by_radius = dict.fromkeys(_radii(source, ball, positions), 0)
     by_steps, losses = dict.fromkeys(STEPS, 0), dict.fromkeys(STEPS, 0.0)
     with FrozenModel(model, "eval", channels_last=channels_last, meter=meter) as view:
-        for part, x, y in parts(source, chosen, batch_size):
-            for i, radius in enumerate(by_eps):
-                start = generator(seed, "curves", "eps", i, int(part[0]), device=x.device)
-                found = _ATTACK.perturb(view, x, y, Ball(radius, ball.norm), start) if radius else x
-                by_eps[radius] += int((view(found).argmax(1) == y).sum())
-                told(len(part), "sweep over eps")
-            start = generator(seed, "curves", "steps", int(part[0]), device=x.device)
+        for index, x, y in batches(source, positions, batch_size):
+            for i, radius in enumerate(by_radius):
+                start = generator(seed, "curves", "eps", i, int(index[0]), device=x.device)
+                adversarial = _ATTACK.perturb(view, x, y, Ball(radius, ball.norm), start) if radius else x
+                by_radius[radius] += int((view(adversarial).argmax(1) == y).sum())
+                notify(len(index), "sweep over eps")
+            start = generator(seed, "curves", "steps", int(index[0]), device=x.device)
             for k, point in enumerate(ascent(view, x, y, ball, STEPS[-1], start), start=1):
                 if k in by_steps:
                     logits = view(point)
                     by_steps[k] += int((logits.argmax(1) == y).sum())
                     losses[k] += float(cross_entropy(logits, y).sum())
-            told(len(part), "sweep over steps")
-    n, labels = len(chosen), source.y[chosen.to(source.y.device)]
+            notify(len(index), "sweep over steps")
+    n, labels = len(positions), source.y[positions.to(source.y.device)]
     return Curves(
-        tuple((radius, Accuracy(right, n)) for radius, right in by_eps.items()),
-        tuple((k, Accuracy(right, n), losses[k] / n) for k, right in by_steps.items()),
-        int(labels.bincount().max()) / n,
-        meter,
-        time.perf_counter() - began,
+        eps=tuple((radius, Accuracy(correct, n)) for radius, correct in by_radius.items()),
+        steps=tuple((k, Accuracy(correct, n), losses[k] / n) for k, correct in by_steps.items()),
+        chance=int(labels.bincount().max()) / n,
+        spent=meter,
+        seconds=time.perf_counter() - start_time,
     )
+
+
+def _radii(source: Source, ball: Ball, positions: Tensor) -> list[float]:
+    """The multiples of eps at which every image cannot be made grey yet, and the radius at which it can."""
+    (_, first, _), *_ = batches(source, positions[:1], 1)
+    grey = 0.5 if ball.norm == "linf" else 0.5 * first.numel() ** 0.5
+    return [*(f * ball.eps for f in RADII if f * ball.eps < grey), grey]

@@ -1,4 +1,4 @@
-"""One network, everything that is asked for: attacks, checks, AutoAttack, transfer, sweeps."""
+"""The whole evaluation of one network: attacks, checks for masking, AutoAttack, transfer, sweeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from controlat.robust_accuracy.curves import (
     curves_cost,
 )
 from controlat.robust_accuracy.masking import CHECKS, check_cost
-from controlat.robust_accuracy.robust import Robustness, measure
+from controlat.robust_accuracy.robust import Robustness, run_attacks
 from controlat.robust_accuracy.source import Source
 from controlat.robust_accuracy.transfer import Transfer, check_surrogate, transfer
 
@@ -30,12 +30,12 @@ __all__ = ["Evaluation", "Extras", "protocol"]
 
 @dataclass(frozen=True)
 class Extras:
-    """What an evaluation has beside its attacks.
+    """The optional parts of an evaluation.
 
     Args:
-        checks: points that are checked for gradient masking.
-        autoattack: points for AutoAttack; 0 for none.
-        sweeps: whether to sweep over eps and over steps.
+        checks: number of points that are checked for gradient masking.
+        autoattack: number of points for AutoAttack; 0 for none.
+        sweeps: whether to compute the accuracy as a function of eps and of the number of steps.
         surrogate: a network trained independently, for transfer attacks.
     """
 
@@ -51,19 +51,19 @@ class Extras:
 
     def cost(self, points: int, classes: int, attacks: Sequence[str | Attack]) -> dict[str, Meter]:
         """Evaluations of each part on a test set of so many points, at most."""
-        chosen = read_attacks(attacks)
-        steps, restarts = sum(a.cost() for a in chosen), sum(a.restarts for a in chosen)
-        each = {
+        parsed = read_attacks(attacks)
+        steps, restarts = sum(a.cost() for a in parsed), sum(a.restarts for a in parsed)
+        parts = {
             "attacks": (points, Meter(steps, 1 + restarts)),
             "checks": (min(self.checks, points), check_cost()),
             "autoattack": (min(self.autoattack, points), auto_cost(classes)),
             "sweeps": (self.sweeps * min(POINTS, points), curves_cost()),
             "transfer": (points * (self.surrogate is not None), Meter(steps, 2 + restarts)),
         }
-        return {name: Meter(n * m.gradients, n * m.forwards) for name, (n, m) in each.items() if n}
+        return {name: Meter(n * m.gradients, n * m.forwards) for name, (n, m) in parts.items() if n}
 
     def samples(self, points: int, classes: int, attacks: Sequence[str | Attack]) -> int:
-        """What `progress` of `protocol` adds up to, at most."""
+        """The sum of all samples that `protocol` reports to `progress`, at most."""
         restarts = sum(a.restarts for a in read_attacks(attacks))
         total = points * restarts * (1 + (self.surrogate is not None)) + 3 * min(self.checks, points)
         total += min(self.autoattack, points) * 4
@@ -72,7 +72,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome: robustness, and what else was asked for."""
+    """The results of `protocol`; None for parts that were not requested."""
 
     robustness: Robustness
     autoattack: AutoAttacked | None = None
@@ -81,16 +81,16 @@ class Evaluation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why the robust accuracy is probably overrated; empty if nothing says so."""
-        found = list(self.robustness.warnings)
-        standing = self.robustness.survived
+        """Signs that the robust accuracy is an overestimate; empty if there are none."""
+        warnings = list(self.robustness.warnings)
+        survived = self.robustness.survived
         if self.transfer is not None:
-            found += _beaten("transfer attacks", standing, self.transfer.survived)
+            warnings += _broken_more("transfer attacks", survived, self.transfer.survived)
         if self.autoattack is not None:
-            both = standing[self.autoattack.positions]
-            found += _beaten("AutoAttack", both, self.autoattack.survived)
-            found += [f"AutoAttack: {text}" for text in self.autoattack.warnings]
-        return (*found, *(self.curves.warnings if self.curves is not None else ()))
+            subset = survived[self.autoattack.positions]
+            warnings += _broken_more("AutoAttack", subset, self.autoattack.survived)
+            warnings += [f"AutoAttack: {text}" for text in self.autoattack.warnings]
+        return (*warnings, *(self.curves.warnings if self.curves is not None else ()))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -102,10 +102,16 @@ class Evaluation:
         )
 
 
-def _beaten(attack: str, listed: Tensor, other: Tensor) -> list[str]:
-    """A sentence if an attack broke points that survived the listed ones.
+def _broken_more(attack: str, listed: Tensor, other: Tensor) -> list[str]:
+    """A sentence if an attack broke points that survived the listed attacks.
 
-    If it saw no gradient of the network, gradients are no use; AutoAttack only shows that they were too weak.
+    A transfer attack uses no gradient of the network, so that its gradients must be masked; AutoAttack only
+    shows that the listed attacks were too weak.
+
+    Args:
+        attack: its name.
+        listed: (N,) mask of the points that survived the listed attacks.
+        other: (N,) mask of the points that survived this attack.
     """
     survivors, broken = int(listed.sum()), int((listed & ~other).sum())
     if broken <= max(0.02 * survivors, 1):
@@ -126,32 +132,32 @@ def protocol(
     progress: Callable[[int, str], object] | None = None,
     channels_last: bool = True,
 ) -> Evaluation:
-    """Attack a network in every way that is asked for; it is left as it was.
+    """Evaluate a network by the listed attacks and the optional parts; the network is left unchanged.
 
     Args:
         model: from inputs in [0, 1] to logits.
         source: the test points.
         ball: the perturbation set.
         attacks: see `parse_attack`.
-        extras: what else to do.
+        extras: the optional parts.
         batch_size: samples at a time.
         seed: of everything random.
         progress: called with (samples done, what).
         channels_last: run convolutions in NHWC layout; False keeps the layout of the weights.
 
     Raises:
-        ValueError: what one of the parts raises.
+        ValueError: as raised by one of the parts.
     """
     if extras.surrogate is not None:
         check_surrogate(model, extras.surrogate)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
     common["channels_last"] = channels_last
-    found = measure(model, source, ball, attacks=attacks, checks=extras.checks, **common)
-    auto = sent = swept = None
+    result = run_attacks(model, source, ball, attacks=attacks, checks=extras.checks, **common)
+    auto = transferred = swept = None
     if extras.surrogate is not None:
-        sent = transfer(model, extras.surrogate, source, ball, attacks=attacks, **common)
+        transferred = transfer(model, extras.surrogate, source, ball, attacks=attacks, **common)
     if extras.sweeps:
         swept = curves(model, source, ball, **common)
     if extras.autoattack:
         auto = autoattack(model, source, ball, points=extras.autoattack, **common)
-    return Evaluation(found, auto, sent, swept)
+    return Evaluation(robustness=result, autoattack=auto, transfer=transferred, curves=swept)

@@ -1,11 +1,11 @@
-"""Robust accuracy: a sample counts as robust only if it survives every attack and every restart."""
+"""Robust accuracy: a sample is robust if no attack and no restart makes the network misclassify it."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from controlat.control.cost import Meter
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy.accuracy import Accuracy
 from controlat.robust_accuracy.attack import Attack, read_attacks
-from controlat.robust_accuracy.masking import CHECKS, Masking, MaskingWarning, check
-from controlat.robust_accuracy.source import Pair, Source, checked, parts
+from controlat.robust_accuracy.masking import CHECKS, check_masking
+from controlat.robust_accuracy.masking_result import Masking, MaskingWarning
+from controlat.robust_accuracy.source import Pair, Source, batches, check_arguments
 
-__all__ = ["Robustness", "correct", "measure", "robustness"]
+__all__ = ["Robustness", "correct_mask", "robustness", "run_attacks"]
 
 DEFAULT_ATTACKS = ("fgsm", "pgd-20", "cw-30", "cw-30-k50")
 
@@ -33,9 +34,9 @@ class Robustness:
 
     Args:
         clean: accuracy without an attack.
-        after: accuracy that is left after each attack in turn, by its name: samples that survived it and all
+        after: accuracy after each attack, by its name: the share of samples that survived it and all attacks
             before it.
-        robust: accuracy that is left at the end.
+        robust: accuracy after all attacks.
         spent: evaluations of the attacks, in samples.
         seconds: wall time of the attacks.
         masking: the checks for gradient masking, with their own cost.
@@ -52,7 +53,7 @@ class Robustness:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why the robust accuracy is probably overrated; empty if nothing says so."""
+        """Signs that the robust accuracy is an overestimate; empty if there are none."""
         return self.masking.warnings
 
     def to_json(self) -> dict[str, Any]:
@@ -86,10 +87,10 @@ def robustness(
 ) -> Robustness:
     """Clean and robust accuracy, in eval mode and full precision; the model is left as it was.
 
-    The attacks come in turn, and each is tried only on samples that survived all before it. A sample is
-    broken when the last point of an attack's path is misclassified. The order of attacks decides the cost,
-    and through the batches of survivors the random starts, so that it can move the result by chance.
-    At the end some points are checked for gradient masking.
+    Each attack is applied to the samples that survived all attacks before it. A sample is broken when the
+    last point of an attack's path is misclassified. The order of the attacks determines the cost and, through
+    the batches of survivors, the random starts: the result depends on it within chance. At the end some
+    points are checked for gradient masking.
 
     Args:
         model: from inputs in [0, 1] to logits.
@@ -112,47 +113,47 @@ def robustness(
         ValueError: a bad attack text or number; x not in [0, 1].
 
     Warns:
-        MaskingWarning: a check says that the robust accuracy is overrated.
+        MaskingWarning: a check shows that the robust accuracy is probably an overestimate.
         UserWarning: the alpha of an attack is more than 4 eps.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
     >>> x, y = torch.rand(50, 1, 4, 4), torch.arange(50) % 10
-    >>> found = robustness(model, x, y, eps=0.1, attacks=["fgsm", "pgd-10"], checks=0)
-    >>> found.robust.value <= found.clean.value
+    >>> result = robustness(model, x, y, eps=0.1, attacks=["fgsm", "pgd-10"], checks=0)
+    >>> result.robust.value <= result.clean.value
     True
     """
-    source, ball, chosen = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
+    source, ball, attacks = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
     ball.check(x.shape[1:])
-    if told := ball.far(max((a.alpha for a in chosen if a.alpha is not None), default=0.0)):
-        warnings.warn(told, stacklevel=2)
-    found = measure(
+    if warning := ball.far(max((a.alpha for a in attacks if a.alpha is not None), default=0.0)):
+        warnings.warn(warning, stacklevel=2)
+    result = run_attacks(
         model,
         source,
         ball,
-        attacks=chosen,
+        attacks=attacks,
         batch_size=batch_size,
         seed=seed,
         progress=progress,
         checks=checks,
         channels_last=channels_last,
     )
-    for warning in found.warnings:
+    for warning in result.warnings:
         warnings.warn(warning, MaskingWarning, stacklevel=2)
-    return found
+    return result
 
 
-def correct(view: FrozenModel, source: Source, batch_size: int) -> Tensor:
+def correct_mask(view: FrozenModel, source: Source, batch_size: int) -> Tensor:
     """(N,) mask of the samples that the network classifies correctly."""
-    found = torch.zeros(len(source.y), dtype=torch.bool)
-    for part, x, y in parts(source, torch.arange(len(found)), batch_size):
+    correct = torch.zeros(len(source.y), dtype=torch.bool)
+    for index, x, y in batches(source, torch.arange(len(correct)), batch_size):
         logits = view(x)
         check_labels(int(y.max()), logits.shape[1])
-        found[part] = (logits.argmax(1) == y).cpu()
-    return found
+        correct[index] = (logits.argmax(1) == y).cpu()
+    return correct
 
 
-def measure(
+def run_attacks(
     model: nn.Module,
     source: Source,
     ball: Ball,
@@ -164,35 +165,32 @@ def measure(
     checks: int = 0,
     channels_last: bool = True,
 ) -> Robustness:
-    """`robustness` on any source of test points; warnings are in the result only."""
-    chosen, checks = read_attacks(attacks), whole(checks, "checks", 0)
-    batch_size, seed = checked(source, ball, batch_size, seed, progress)
-    began, meter = time.perf_counter(), Meter()
+    """`robustness` for any source of test points; warnings are in the result only."""
+    attacks, checks = read_attacks(attacks), whole(checks, "checks", 0)
+    batch_size, seed = check_arguments(source, ball, batch_size, seed, progress)
+    start_time, meter = time.perf_counter(), Meter()
     with FrozenModel(model, "eval", channels_last=channels_last, meter=meter) as view:
-        clean = correct(view, source, batch_size)
-        standing = clean.clone()
+        clean = correct_mask(view, source, batch_size)
+        survived = clean.clone()
         after: dict[str, Accuracy] = {}
-        for attack in chosen:
-            for restart in range(attack.restarts):
-                for part, x, y in parts(source, standing.nonzero().squeeze(1), batch_size):
-                    start = generator(seed, "evaluation", attack.name, restart, int(part[0]), device=x.device)
-                    adversarial = attack.perturb(view, x, y, ball, start)
-                    standing[part] = (view(adversarial).argmax(1) == y).cpu()
-                    if progress is not None:
-                        progress(len(part), attack.name)
-            after[attack.name] = Accuracy(int(standing.sum()), len(standing))
-        spent, seconds = meter.copy(), time.perf_counter() - began
-        masking = check(
-            view,
-            source,
-            ball,
-            clean,
-            standing,
-            points=checks,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            margin=any(a.kappa is not None for a in chosen),
+        for attack, restart in ((a, i) for a in attacks for i in range(a.restarts)):
+            key = seed, "evaluation", attack.name, restart
+            for index, x, y in batches(source, survived.nonzero().squeeze(1), batch_size):
+                start = generator(*key, int(index[0]), device=x.device)
+                adversarial = attack.perturb(view, x, y, ball, start)
+                survived[index] = (view(adversarial).argmax(1) == y).cpu()
+                if progress is not None:
+                    progress(len(index), attack.name)
+            after[attack.name] = Accuracy.of(survived)  # the last restart counts
+        result = Robustness(
+            clean=Accuracy.of(clean),
+            after=after,
+            robust=Accuracy.of(survived),
+            spent=meter.copy(),
+            seconds=time.perf_counter() - start_time,
+            survived=survived,
         )
-    first, last = (Accuracy(int(mask.sum()), len(mask)) for mask in (clean, standing))
-    return Robustness(first, after, last, spent, seconds, masking, standing)
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+        margin = any(a.kappa is not None for a in attacks)
+        masking = check_masking(view, source, ball, clean, survived, points=checks, margin=margin, **options)
+    return replace(result, masking=masking)

@@ -1,4 +1,4 @@
-"""Where test points come from: tensors, or a split that hands them out batch by batch."""
+"""Sources of test points: tensors, or a split of a data set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from controlat._util.checks import brief, instance, whole
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch
-from controlat.models.frozen.borrowed import owned
+from controlat.models.frozen.contexts import normal_tensor
 
-__all__ = ["Pair", "Source", "checked", "parts", "read_device", "spread"]
+__all__ = ["Pair", "Source", "batches", "check_arguments", "read_device", "spread"]
 
 
 class Source(Protocol):
-    """Labelled inputs in [0, 1]; the splits of `controlat.data` are such."""
+    """Labelled inputs in [0, 1], such as the splits of `controlat.data`."""
 
     @property
     def y(self) -> Tensor:
@@ -33,7 +33,7 @@ class Pair:
     """Inputs (N, ...) in [0, 1] and labels (N,) as tensors.
 
     Raises:
-        ValueError: they are not such.
+        ValueError: x is not a batch in [0, 1], y not its labels, or the device cannot be used.
     """
 
     x: Tensor
@@ -42,8 +42,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_batch(self.x, self.y)
-        object.__setattr__(self, "x", owned(self.x))
-        object.__setattr__(self, "y", owned(self.y))
+        object.__setattr__(self, "x", normal_tensor(self.x))
+        object.__setattr__(self, "y", normal_tensor(self.y))
         if self.device is not None:
             read_device(self.device)
 
@@ -64,16 +64,18 @@ def read_device(device: torch.device | str) -> torch.device:
         ValueError: it is unknown or not there.
     """
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()
+        usable = torch.device(device)
+        torch.zeros(1, device=usable).item()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used ({reason}); give auto or cpu") from None
-    return found
+    return usable
 
 
-def checked(source: object, ball: object, batch_size: int, seed: int, progress: object) -> tuple[int, int]:
-    """batch_size and seed as whole numbers, once what every evaluation is given has the right kind.
+def check_arguments(
+    source: object, ball: object, batch_size: int, seed: int, progress: object
+) -> tuple[int, int]:
+    """Check the arguments that all evaluations have in common, and return batch_size and seed.
 
     Raises:
         TypeError: an object of another kind.
@@ -87,15 +89,15 @@ def checked(source: object, ball: object, batch_size: int, seed: int, progress: 
     return whole(batch_size, "batch_size", 1), whole(seed, "seed")
 
 
-def parts(source: Source, positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(positions, x, y) in batches."""
+def batches(source: Source, positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(positions, x, y) of the test points at some positions, in batches."""
     chunks = torch.split(positions, size) if len(positions) else ()
     for chunk, (x, y) in zip(chunks, source.stream(chunks), strict=True):
         yield chunk, x, y
 
 
 def spread(positions: Tensor, n: int) -> Tensor:
-    """At most n of the positions, evenly spread: data sets may be sorted by class."""
+    """At most n of the positions, evenly spaced, since data sets may be sorted by class."""
     if len(positions) <= n:
         return positions
     return positions[torch.arange(n) * len(positions) // n]

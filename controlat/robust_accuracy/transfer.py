@@ -1,4 +1,4 @@
-"""Black-box attacks by transfer: made on an independently trained surrogate, tried on the network."""
+"""Transfer attacks: adversarial examples of an independently trained surrogate, applied to the network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from controlat._util.rng import generator
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
-from controlat.models.frozen.asking import check_model
+from controlat.models.frozen.logits import check_model
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy.accuracy import Accuracy
 from controlat.robust_accuracy.attack import Attack, read_attacks
-from controlat.robust_accuracy.robust import DEFAULT_ATTACKS, correct
-from controlat.robust_accuracy.source import Source, checked, parts
+from controlat.robust_accuracy.robust import DEFAULT_ATTACKS, correct_mask
+from controlat.robust_accuracy.source import Source, batches, check_arguments
 
 __all__ = ["Transfer", "same_weights", "transfer"]
 
@@ -31,10 +31,10 @@ class Transfer:
         clean: accuracy of the network without an attack.
         surrogate: accuracy of the surrogate without an attack.
         after: accuracy of the network under each attack alone, by its name (FOSC's table).
-        robust: accuracy under all of them.
+        robust: accuracy under all attacks together.
         spent: evaluations of the surrogate (gradients) and of both (forwards), in samples.
         seconds: wall time.
-        survived: (N,) mask of the samples that survived all.
+        survived: (N,) mask of the samples that survived all attacks.
     """
 
     clean: Accuracy
@@ -60,11 +60,11 @@ class Transfer:
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two networks are one and the same, parameter by parameter."""
+    """Whether two networks are the same object or have equal parameters."""
     check_model(a)
     check_model(b)
-    one, two = list(a.parameters()), list(b.parameters())
-    pairs = list(zip(one, two, strict=False)) if len(one) == len(two) else []
+    of_a, of_b = list(a.parameters()), list(b.parameters())
+    pairs = list(zip(of_a, of_b, strict=False)) if len(of_a) == len(of_b) else []
     equal = [p.shape == q.shape and torch.equal(p, q.to(p)) for p, q in pairs]
     return a is b or (bool(equal) and all(equal))
 
@@ -90,12 +90,12 @@ def transfer(
     """Accuracy under adversarial examples of another network.
 
     Args:
-        model: the network looked at.
+        model: the network to be evaluated.
         surrogate: a network trained independently: other initial weights, order of samples and random
             starts; in FOSC's protocol by PGD-10 with alpha = eps/4.
         source: the test points.
         ball: the perturbation set.
-        attacks: made on the surrogate; of the restarts of an attack each is tried.
+        attacks: run on the surrogate; all restarts of an attack are applied to the network.
         batch_size: samples at a time.
         seed: of the random starts.
         progress: called with (samples done, name of the attack).
@@ -108,23 +108,29 @@ def transfer(
         Wang et al. (2019), section 5.2.
     """
     check_surrogate(model, surrogate)
-    batch_size, seed = checked(source, ball, batch_size, seed, progress)
-    began, meter = time.perf_counter(), Meter()
-    chosen = read_attacks(attacks)
-    how: dict[str, Any] = {"channels_last": channels_last, "meter": meter}
-    with FrozenModel(model, **how) as view, FrozenModel(surrogate, **how) as other:
-        clean, known = correct(view, source, batch_size), correct(other, source, batch_size)
-        standing, after = clean.clone(), {}
-        for attack in chosen:
-            alone = clean.clone()
+    batch_size, seed = check_arguments(source, ball, batch_size, seed, progress)
+    start_time, meter = time.perf_counter(), Meter()
+    options: dict[str, Any] = {"channels_last": channels_last, "meter": meter}
+    with FrozenModel(model, **options) as view, FrozenModel(surrogate, **options) as other:
+        clean, surrogate_clean = (correct_mask(v, source, batch_size) for v in (view, other))
+        survived, after = clean.clone(), {}
+        for attack in read_attacks(attacks):
+            survived_attack = clean.clone()
             for restart in range(attack.restarts):
-                for part, x, y in parts(source, clean.nonzero().squeeze(1), batch_size):
-                    start = generator(seed, "transfer", attack.name, restart, int(part[0]), device=x.device)
-                    found = attack.perturb(other, x, y, ball, start)
-                    alone[part] &= (view(found).argmax(1) == y).cpu()
+                for index, x, y in batches(source, clean.nonzero().squeeze(1), batch_size):
+                    start = generator(seed, "transfer", attack.name, restart, int(index[0]), device=x.device)
+                    adversarial = attack.perturb(other, x, y, ball, start)
+                    survived_attack[index] &= (view(adversarial).argmax(1) == y).cpu()
                     if progress is not None:
-                        progress(len(part), f"transfer, {attack.name}")
-            after[attack.name] = Accuracy(int(alone.sum()), len(alone))
-            standing &= alone
-    first, second, last = (Accuracy(int(mask.sum()), len(mask)) for mask in (clean, known, standing))
-    return Transfer(first, second, after, last, meter, time.perf_counter() - began, standing)
+                        progress(len(index), f"transfer, {attack.name}")
+            after[attack.name] = Accuracy.of(survived_attack)
+            survived &= survived_attack
+    return Transfer(
+        clean=Accuracy.of(clean),
+        surrogate=Accuracy.of(surrogate_clean),
+        after=after,
+        robust=Accuracy.of(survived),
+        spent=meter,
+        seconds=time.perf_counter() - start_time,
+        survived=survived,
+    )

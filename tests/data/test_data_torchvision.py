@@ -143,9 +143,9 @@ def test_imagenette_calls_its_test_part_val_and_has_a_size_of_its_own(tmp_path: 
     ],
 )
 def test_how_splits_are_called(name: str, splits: list[str]) -> None:
-    from controlat.data.torchvision import _given, _kind
+    from controlat.data.torchvision import _kind, _part_arguments
 
-    assert _given(_kind(name), {}) == [{"split": split} for split in splits]
+    assert _part_arguments(_kind(name), {}) == [{"split": split} for split in splits]
 
 
 # ----------------------------------------------------------------------------------------- sets without parts

@@ -24,12 +24,13 @@ from controlat.control.cost import Meter
 from controlat.control.space import Control, ControlSpace
 from controlat.data._stream import Streamed
 from controlat.dynamics.driver import Driver, SGDSettings, Step
-from controlat.dynamics.recording import Recording, Visit, _size
+from controlat.dynamics.recording import Recording, Visit
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.rows import gather
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import Rest, State
 from controlat.dynamics.strides import strides
+from controlat.dynamics.window import state_bytes
 from controlat.methods import (
     Batch,
     Context,
@@ -328,7 +329,7 @@ def test_whether_a_plan_fits_can_be_asked_before_it_is_run(case: Case) -> None:
     before, left, meter = d.snapshot(), trace(d.model), d.meter.copy()
     heard: list[tuple[str, str]] = []
     d.notice = notice = lambda what, name: heard.append((what, name))
-    size = _size(d, spec, 0)
+    size = state_bytes(d, spec, 0)
     steps = called(d, "step")
     answers = {n: Recording.check(d, spec, limit=(n + 0.5) * size) for n in (9, 11, 25)}
     assert len(steps) == 3  # one for each
@@ -396,7 +397,7 @@ def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> No
     assert len(states) == (LONG if name != "stops" else 7 * PER_EPOCH)
     for allowed, levels in LEVELS.items():
         d, spec = systems(name)
-        limit = (allowed + 0.5) * _size(d, spec, 0)
+        limit = (allowed + 0.5) * state_bytes(d, spec, 0)
         counts = alive(d)
         rec = Recording.of(d, spec, limit=limit)
         stored = dict(rec.stored)
@@ -421,7 +422,7 @@ def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> No
 @settings(max_examples=40, deadline=None)
 def test_no_more_states_are_held_than_the_limit_allows(steps: int, allowed: int, data: st.DataObject) -> None:
     d, spec = driver(Counting()), planned(Control(), epochs=14)
-    limit, nested = (allowed + 0.5) * _size(d, spec, 0), strides(steps, allowed)
+    limit, nested = (allowed + 0.5) * state_bytes(d, spec, 0), strides(steps, allowed)
     counts = alive(d)
     if not nested:
         with pytest.raises(ValueError, match="do not fit"):
@@ -499,7 +500,7 @@ def test_a_stretch_over_several_epochs_has_every_row_once() -> None:
 
 def test_a_visitor_that_leaves_early_leaves_no_state_behind() -> None:
     d, spec = systems("pgd_at")
-    limit = 8.5 * _size(d, spec, 0)
+    limit = 8.5 * state_bytes(d, spec, 0)
     counts = alive(d)
     rec = Recording.of(d, spec, limit=limit)
     walk = rec.backward(5)

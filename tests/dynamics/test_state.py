@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.finite_differences import verify
-from controlat.dynamics.names import Names
 from controlat.dynamics.state import State
+from controlat.dynamics.state_dict import Names
 
 U, RATE = CASES["atta"].control(), 0.1
 

@@ -78,10 +78,10 @@ def test_another_error_of_the_import_is_not_hidden(
     (tmp_path / "torchvision.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    kept = list(vision._kept)
+    kept = list(vision._libraries)
     with pytest.raises(kind, match=r"no_such_module|another"):
         vision.torchvision()
-    assert vision._kept == kept
+    assert vision._libraries == kept
 
 
 _TRIED_BEFORE = """

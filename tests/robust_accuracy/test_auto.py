@@ -22,7 +22,7 @@ from controlat.data import load
 from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy import Accuracy, AutoAttacked, autoattack
 from controlat.robust_accuracy.auto import auto_cost, require
-from controlat.robust_accuracy.robust import measure
+from controlat.robust_accuracy.robust import run_attacks
 from controlat.robust_accuracy.source import Pair, spread
 
 
@@ -159,7 +159,7 @@ def test_few_classes(classes: int, wanted: list[str]) -> None:
     bound = auto_cost(classes)
     assert found.spent.gradients <= 20 * bound.gradients
     assert found.spent.forwards <= 20 * bound.forwards
-    pgd = measure(model, Pair(x, y), Ball(eps), attacks=["fgsm"])
+    pgd = run_attacks(model, Pair(x, y), Ball(eps), attacks=["fgsm"])
     assert found.robust.correct <= pgd.robust.correct
 
 

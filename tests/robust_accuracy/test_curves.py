@@ -17,7 +17,7 @@ from controlat.models.frozen.view import FrozenModel
 from controlat.robust_accuracy import Accuracy, Attack, Curves, curves
 from controlat.robust_accuracy.curves import POINTS, RADII, STEPS, curves_cost
 from controlat.robust_accuracy.protocol import Extras
-from controlat.robust_accuracy.robust import measure
+from controlat.robust_accuracy.robust import run_attacks
 from controlat.robust_accuracy.source import Pair, spread
 
 
@@ -103,7 +103,7 @@ def test_the_radius_itself_is_pgd_20_alone(small: tuple[nn.Module, Tensor, Tenso
     model, x, y = small
     found = curves(model, Pair(x, y), Ball(0.3), points=90)
     at_eps = dict(found.eps)[0.3]
-    alone = measure(model, Pair(x, y), Ball(0.3), attacks=[Attack("pgd-20", steps=20)])
+    alone = run_attacks(model, Pair(x, y), Ball(0.3), attacks=[Attack("pgd-20", steps=20)])
     assert abs(at_eps.correct - alone.robust.correct) <= 3, "but for the random start"
     assert at_eps.correct < found.eps[0][1].correct
 

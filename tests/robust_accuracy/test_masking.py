@@ -18,15 +18,14 @@ from controlat.data import load
 from controlat.robust_accuracy import MaskingWarning, protocol
 from controlat.robust_accuracy.masking import (
     CHECKS,
-    LOOKED_AT,
+    LOSS_STEPS,
     MANY,
     QUERIES,
-    Masking,
-    _sentences,
     check_cost,
 )
+from controlat.robust_accuracy.masking_result import Masking, masking_warnings
 from controlat.robust_accuracy.protocol import Extras
-from controlat.robust_accuracy.robust import Robustness, measure
+from controlat.robust_accuracy.robust import Robustness, run_attacks
 from controlat.robust_accuracy.source import Pair
 
 EPS = 0.1
@@ -99,7 +98,7 @@ def checked(
     model: nn.Module, digits: tuple[Tensor, Tensor], *attacks: str, eps: float = EPS, **options: Any
 ) -> Robustness:
     options = {"checks": CHECKS} | options
-    return measure(model, Pair(*digits), Ball(eps), attacks=attacks or ["pgd-20"], **options)
+    return run_attacks(model, Pair(*digits), Ball(eps), attacks=attacks or ["pgd-20"], **options)
 
 
 def told(found: Robustness) -> list[str]:
@@ -125,7 +124,7 @@ def test_nothing_is_said_of_honest_networks(digits: tuple[Tensor, Tensor], hidde
     assert (masking.points, masking.survivors, masking.zero_gradients) == (100, 100, 0)
     assert masking.blackbox <= 1
     assert 0.5 < found.robust.value < 0.9
-    assert list(masking.losses) == list(LOOKED_AT)
+    assert list(masking.losses) == list(LOSS_STEPS)
     assert masking.losses[50] > 1.5 * masking.losses[1]
 
 
@@ -222,15 +221,15 @@ def test_a_weak_evaluation_is_told_to_add_restarts(honest: nn.Module, digits: tu
 
 def _said(**changes: Any) -> list[str]:
     rising = torch.tensor([[0.1], [0.5], [0.5]]) * torch.linspace(0.5, 1.5, 100)
-    usual = {"points": 100, "zero": 0, "losses": rising, "survivors": 100, "restarts": 0, "blackbox": 0}
-    return _sentences(*(usual | changes).values())
+    losses, share = changes.pop("losses", rising), changes.pop("share", 1.0)
+    return list(masking_warnings(Masking(**({"points": 100, "survivors": 100} | changes)), losses, share))
 
 
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"zero": 2}, ZERO),
-        ({"share": 1.0, "tiny": 2}, TINY),
+        ({"zero_gradients": 2}, ZERO),
+        ({"share": 1.0, "tiny_gradients": 2}, TINY),
         ({"restarts": 3}, RESTARTS),
         ({"blackbox": 3}, BLACK_BOX),
         ({"survivors": 10, "blackbox": 2}, BLACK_BOX),
@@ -249,7 +248,7 @@ def test_each_number_has_its_sentence(changes: dict[str, Any], kind: str) -> Non
     "changes",
     [
         {},
-        {"zero": 1},
+        {"zero_gradients": 1},
         {"restarts": 2, "blackbox": 2},
         {"survivors": 1, "restarts": 1, "blackbox": 1},
         {"survivors": 0},
@@ -277,14 +276,14 @@ def test_every_pass_is_counted_and_bounded(
     assert spent.gradients <= checks * check_cost().gradients
     assert spent.forwards <= checks * check_cost().forwards
     broken = found.masking.restarts
-    assert spent.gradients >= checks * (1 + LOOKED_AT[-1]) + (checks - broken) * MANY.cost()
+    assert spent.gradients >= checks * (1 + LOSS_STEPS[-1]) + (checks - broken) * MANY.cost()
 
 
 def test_a_point_that_nothing_breaks_costs_exactly_the_bound(honest: nn.Module, digits: Any) -> None:
     found = checked(honest, digits, eps=1e-4, checks=5)
     each = check_cost()
     assert found.masking.spent == Meter(5 * each.gradients, 5 * each.forwards)
-    assert each.forwards == QUERIES + 1 + MANY.restarts + len(LOOKED_AT)
+    assert each.forwards == QUERIES + 1 + MANY.restarts + len(LOSS_STEPS)
 
 
 def test_there_may_be_fewer_points_than_checks(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
@@ -315,7 +314,7 @@ def test_the_model_and_the_global_generator_are_left_as_they_were() -> None:
     before = trace(model)
     with torch.no_grad():
         y = cnn_bn().eval()(x).argmax(1)
-    found = measure(model, Pair(x, y), Ball(0.05), attacks=["fgsm"], checks=10)
+    found = run_attacks(model, Pair(x, y), Ball(0.05), attacks=["fgsm"], checks=10)
     assert found.masking.points == 10
     assert same(trace(model), before)
 

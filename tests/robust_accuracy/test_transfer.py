@@ -16,7 +16,7 @@ from controlat.app.settings import Problem
 from controlat.attacks.balls import Ball
 from controlat.robust_accuracy import Attack, Transfer, protocol, transfer
 from controlat.robust_accuracy.protocol import Extras
-from controlat.robust_accuracy.robust import measure
+from controlat.robust_accuracy.robust import run_attacks
 from controlat.robust_accuracy.source import Pair
 from controlat.robust_accuracy.transfer import same_weights
 
@@ -103,7 +103,7 @@ def test_it_breaks_no_more_than_white_box_attacks_and_a_copy_breaks_as_many(
     points: tuple[nn.Sequential, nn.Sequential, Tensor, Tensor],
 ) -> None:
     model, surrogate, x, y = points
-    white = measure(model, Pair(x, y), Ball(EPS), attacks=["fgsm"])
+    white = run_attacks(model, Pair(x, y), Ball(EPS), attacks=["fgsm"])
     assert transfer(model, surrogate, Pair(x, y), Ball(EPS), attacks=["fgsm"]).robust.correct > (
         white.robust.correct
     )

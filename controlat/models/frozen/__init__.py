@@ -1,1 +1,1 @@
-"""A network as attacks see it: frozen, in one mode, its evaluations counted, and left as it was found."""
+"""Evaluating a user's network without changing it: frozen weights, one mode, counted evaluations."""

@@ -1,7 +1,8 @@
 """Running statistics of normalisation layers as part of the state z: r' = (1 - m) r + m s(x).
 
-torch writes them in place, without a graph. While a step or a terminal cost is differentiated, `followed`
-keeps a graph: layers in training mode move the statistics, layers in evaluation mode read them.
+torch updates them in place, outside autograd. While a step or a terminal cost is differentiated,
+`differentiable_statistics` keeps them in the graph: layers in training mode update them, layers in evaluation
+mode read them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["followed", "statistics", "still"]
+__all__ = ["differentiable_statistics", "frozen_statistics", "statistics"]
 
 
 _INSTANCE: Any = nn.modules.instancenorm._InstanceNorm
-# A class of the user's own may use its buffers otherwise in a forward pass of its own.
+# Subclasses with a forward pass of their own are left out: they may use the buffers in another way.
 _KNOWN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _INSTANCE.forward)
 
 
@@ -37,26 +38,27 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def followed(model: nn.Module, r: list[Tensor]) -> Iterator[set[int]]:
-    """Forward passes in the block read and move the statistics r, with a graph, in place of the model's own.
+def differentiable_statistics(model: nn.Module, r: list[Tensor]) -> Iterator[set[int]]:
+    """Inside the block, forward passes read and update the running statistics r with a graph.
 
-    The model's own move too, as torch moves them.
+    The model's own buffers are updated as well, as torch does it.
 
     Args:
         model: the network.
-        r: copies, in the structure of `statistics`; replaced as layers in training mode move them.
+        r: copies of `statistics` (model); the entries are replaced when layers in training mode update them.
 
     Yields:
-        Positions in r of the layers that have run so far; in a compiled network layers run unseen.
+        Positions in r of the layers that have run so far. The layers of a compiled network are not seen, as
+        it calls no forward hooks.
 
     >>> model = nn.BatchNorm1d(1, momentum=0.5).train()
     >>> x, r = torch.tensor([[1.0], [3.0]], requires_grad=True), [t.clone() for t in statistics(model)]
-    >>> with followed(model, r):
+    >>> with differentiable_statistics(model, r):
     ...     y = model(x)
     >>> r[0].item(), torch.autograd.grad(r[0], x)[0].flatten().tolist()
     (1.0, [0.25, 0.25])
     """
-    handles, seen, reached = [], [], set[int]()
+    handles, passes, reached = [], [], set[int]()
     for i, layer in enumerate(_layers(model)):
 
         def hook(layer: Any, arguments: tuple[Tensor, ...], output: Tensor, i: int = 2 * i) -> Tensor | None:
@@ -64,7 +66,7 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[set[int]]:
             if not layer.training:
                 return _normalised(layer, arguments[0], r[i], r[i + 1]).to(output.dtype)
             if layer.track_running_stats:
-                seen.append((i, layer, _momentum(layer), arguments[0]))
+                passes.append((i, layer, _momentum(layer), arguments[0]))
             return None
 
         handles.append(layer.register_forward_hook(hook))
@@ -73,18 +75,21 @@ def followed(model: nn.Module, r: list[Tensor]) -> Iterator[set[int]]:
     finally:
         for handle in handles:
             handle.remove()
-        # Not in the hook: what a forward pass saves there would be missed where it is computed again.
-        for i, layer, m, x in seen:
+        # Not in the hook: activation checkpointing, which runs layers again, requires that both passes save
+        # the same tensors for backward.
+        for i, layer, m, x in passes:
+            batch_statistics = _batch_statistics(layer, x)
             r[i : i + 2] = (
-                (1 - m) * old + m * new for old, new in zip(r[i : i + 2], _of(layer, x), strict=True)
+                (1 - m) * old + m * new for old, new in zip(r[i : i + 2], batch_statistics, strict=True)
             )
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Forward passes in the block leave statistics as they are: for layers that are computed again.
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block, forward passes leave the running statistics as they are.
 
-    With activation checkpointing torch would move them twice for each batch, and training would depend on it.
+    For the backward pass: with activation checkpointing it runs layers a second time, which would update the
+    statistics twice for each batch.
     """
     before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in _layers(model)]
     for layer, *_ in before:
@@ -93,13 +98,13 @@ def still(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, momentum, seen in before:
+        for layer, momentum, count in before:
             layer.momentum = momentum
-            layer._buffers["num_batches_tracked"] = seen
+            layer._buffers["num_batches_tracked"] = count
 
 
 def _momentum(layer: Any) -> float:
-    """m of the pass that is just over: 1/n after n passes where the layer averages over all of them."""
+    """m of the last forward pass: momentum=None means the average over all n passes, m = 1/n."""
     if layer.momentum is not None:
         return float(layer.momentum)
     if isinstance(layer, _INSTANCE):
@@ -107,8 +112,8 @@ def _momentum(layer: Any) -> float:
     return 1.0 / float(layer.num_batches_tracked)
 
 
-def _of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What torch takes the running mean and variance (unbiased) of: batches, or the mean over instances."""
+def _batch_statistics(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance that the running statistics average; InstanceNorm: means over instances."""
     x = x.to(layer.running_mean.dtype)
     if isinstance(layer, _INSTANCE):
         pixels = x.flatten(2)
@@ -118,7 +123,7 @@ def _of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(layer: Any, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(x - mean) / sqrt(variance + eps), scaled and shifted: torch's has no derivative in the statistics."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in operations with derivatives in the statistics."""
     shape = [-1, *[1] * (x.dim() - 2)]
     y = (x - mean.view(shape)) * torch.rsqrt(variance + layer.eps).view(shape)
     for t, combine in ((layer.weight, torch.mul), (layer.bias, torch.add)):

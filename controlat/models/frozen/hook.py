@@ -1,4 +1,4 @@
-"""What one layer of a running network puts out."""
+"""Capturing the output of one layer with a forward hook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["LayerHook", "Reached", "first_layer"]
+__all__ = ["LayerHook", "StopForward", "first_layer"]
 
 _COMPILED = (
     "the output of a single layer is asked for (YOPO), which torch.jit and torch.compile do not give: give "
@@ -16,22 +16,21 @@ _COMPILED = (
 )
 
 
-class Reached(Exception):
-    """The layer that was asked for has been computed."""
+class StopForward(Exception):
+    """Raised in the hook to end the forward pass once the layer has run."""
 
 
 class LayerHook:
-    """A context that catches what a layer puts out while a model runs, and may stop the model there.
+    """A context manager with a forward hook that keeps a layer's output as `output`.
 
     Args:
         layer: a module of the model.
-        stop: leave the model's forward pass once the layer has run (see `until`).
-        cut: hand the rest of the model a copy without a graph to what came before, so that gradients with
-            respect to the output stop there.
+        stop: end the model's forward pass once the layer has run; it then returns nothing.
+        cut: detach the output: `output` becomes a leaf, and gradients do not flow to earlier layers.
 
     Raises:
-        ValueError: the layer does not run as a module of its own, as in compiled networks; its output is no
-            tensor, or depends on nothing that is trained.
+        ValueError: the layer's forward hook is not called, as in compiled networks; the output is not a
+            tensor, or depends on no parameter that is trained.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> with LayerHook(model[0]) as hook:
@@ -55,7 +54,7 @@ class LayerHook:
         self._handle.remove()
         if kind is None and not hasattr(self, "output"):
             raise ValueError(_COMPILED)
-        return kind is Reached
+        return kind is StopForward
 
     def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
         kind = type(module).__name__
@@ -67,15 +66,16 @@ class LayerHook:
             raise ValueError(f"nothing is trained up to the layer {kind}; name a later one")
         self.output = output.detach().requires_grad_() if self.cut else output
         if self.stop:
-            raise Reached
-        return self.output.clone()  # an activation in place would overwrite what was caught
+            raise StopForward
+        return self.output.clone()  # a layer after it that works in place would overwrite `output`
 
 
 def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
-    """A module by its dotted name; by default the first with parameters that are trained, and none within it.
+    """A module by its dotted name; by default the first innermost module with trained parameters.
 
     Raises:
-        ValueError: there is none of that name; the message lists the first ones. Or the network is compiled.
+        ValueError: there is no module of that name (the message lists the first ones), or the network is
+            compiled.
     """
     if "_orig_mod" in model._modules:  # of torch.compile
         raise ValueError(_COMPILED)
@@ -92,6 +92,8 @@ def first_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         layers = [m for m in modules.values() if id(m) not in inner]
         own = [(m, [*m.parameters(recurse=is_parametrized(m))]) for m in layers]
         trained = [m for m, weights in own if any(p.requires_grad for p in weights)]
-        owners = trained or [m for m, weights in own if weights]  # within a view none is trained
+        owners = trained or [
+            m for m, weights in own if weights
+        ]  # no parameter requires gradients inside a FrozenModel
         layer = next(m for m in owners if sum(1 for part in m.modules() if part in owners) == 1)
     return layer

@@ -1,4 +1,4 @@
-"""Memory layouts: convolutions run faster in NHWC, where the network can."""
+"""Memory layouts of images: convolutions run faster in NHWC (channels last), if the network supports it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from controlat.models.frozen.hook import Reached
+from controlat.models.frozen.hook import StopForward
 
 __all__ = [
     "LayoutWarning",
     "channels_first",
     "channels_last",
-    "in_layout",
     "is_convolutional",
+    "run_in_layout",
     "runs_nchw_only",
 ]
 
@@ -27,15 +27,15 @@ def channels_last(t: Tensor) -> Tensor:
     Unlike ``t.contiguous(memory_format=...)`` it sets the strides for one channel too, where both layouts
     hold the same bytes but only these strides select the fast kernels (pooling above all).
     """
-    return _laid_out(t, torch.channels_last)
+    return _with_layout(t, torch.channels_last)
 
 
 def channels_first(t: Tensor) -> Tensor:
-    """A 4-d tensor laid out as NCHW, strides for one channel too."""
-    return _laid_out(t, torch.contiguous_format)
+    """A 4-d tensor laid out as NCHW in memory, others as they are; strides as in `channels_last`."""
+    return _with_layout(t, torch.contiguous_format)
 
 
-def _laid_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+def _with_layout(t: Tensor, layout: torch.memory_format) -> Tensor:
     if t.dim() != 4:
         return t
     like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=layout)
@@ -46,18 +46,18 @@ class LayoutWarning(UserWarning):
     """A network does not run in NHWC layout, and is run in NCHW."""
 
 
-# Networks that ran in NHWC, by id and mode, and that do not: users' modules need not be hashable.
+# Networks that ran in NHWC, by id and training flag, and those that failed, by id: users' modules need not be
+# hashable.
 _NHWC: weakref.WeakValueDictionary[tuple[int, bool], nn.Module] = weakref.WeakValueDictionary()
-
-
 _NCHW: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
-def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]) -> Tensor:
-    """run(x, True), x in NHWC layout, or run(x, False), x in NCHW, for a network that does not run in NHWC.
+def run_in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """run(x, True) with x in NHWC layout; run(x, False) with x in NCHW if the network does not run in NHWC.
 
-    Such flatten by ``h.view(N, -1)``, which needs NCHW. A first pass that fails in NHWC and not in NCHW
-    decides for good, and is told once. Other errors are the network's own.
+    That is so for networks that flatten by ``h.view(N, -1)``. The first pass in each mode tries NHWC; if it
+    fails there and succeeds in NCHW, the network is run in NCHW from then on, with one warning. An error in
+    both layouts passes through.
 
     Warns:
         LayoutWarning: the network runs in NCHW only.
@@ -72,12 +72,12 @@ def in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Tensor]
         output = run(channels_last(x), True)
         _NHWC[key] = model
         return output
-    except (Reached, torch.OutOfMemoryError):
+    except (StopForward, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
     with torch.no_grad():
-        for b, value in before:  # of a forward pass that got half way
+        for b, value in before:  # undo what the failed forward pass wrote
             b.copy_(value)
     output = run(channels_first(x), False)
     _NCHW[id(model)] = model
@@ -97,5 +97,5 @@ def is_convolutional(model: nn.Module) -> bool:
 
 
 def runs_nchw_only(model: nn.Module) -> bool:
-    """Whether a forward pass of the network has shown that it does not run in NHWC."""
+    """Whether a forward pass in NHWC has failed before."""
     return _NCHW.get(id(model)) is model

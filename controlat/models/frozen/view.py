@@ -1,4 +1,4 @@
-"""The network as an attack sees it: frozen weights, one mode, counted evaluations, no trace left."""
+"""The network as attacks use it: frozen weights, one mode, counted evaluations, unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
-from controlat.models.frozen.asking import ask, check_model
-from controlat.models.frozen.borrowed import MODES, alone, in_mode, owned, replaced
+from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
 from controlat.models.frozen.hook import LayerHook
 from controlat.models.frozen.layout import (
     channels_first,
     channels_last,
-    in_layout,
     is_convolutional,
+    run_in_layout,
     runs_nchw_only,
 )
+from controlat.models.frozen.logits import check_model, checked_logits
 
 __all__ = ["FrozenModel", "check_model", "runs_channels_last"]
 
 
-# On CPU, buffers of this many samples are small enough for the C library to keep; those of 256 it gives back
-# after every step, and faults in again at the next (benchmarks/README.md).
+# On CPU, malloc keeps freed activations of this many samples; those of 256 samples it returns to the system
+# after every step, which costs page faults in the next (benchmarks/README.md).
 _CPU_CHUNK = 64
 
 
@@ -51,13 +51,13 @@ def _couples_samples(module: nn.Module) -> bool:
 
 
 class FrozenModel:
-    """A context in which a model can be asked for logits and input gradients, and nothing of it changes.
+    """A context manager that evaluates logits and input gradients of a model and leaves it unchanged.
 
-    Inside, the model has detached weights and copies of its buffers in place of its own; outside it has the
-    very Parameters and buffers that it had, and the training flag of every module, ``.grad`` and
-    ``requires_grad`` are as they were, also after an error. Modes are entered and left through `train`, for
-    modules that do more there than set a flag. Views of one model in several threads take turns; nothing
-    else may use it while a view is open. A view within a view starts from the buffers of the outer one.
+    Inside the block the model has detached weights and copies of its buffers. After it, also after an error,
+    the model has the same Parameter and buffer objects, training flags, ``.grad`` and ``requires_grad`` as
+    before. The mode is set by `model.train` and `model.eval`, which modules may override. Views of one model
+    in several threads wait for each other; nothing else may use the model while a view is open. A view within
+    a view starts from the buffers of the outer one.
 
     Args:
         model: any nn.Module from (N, ...) inputs in [0, 1] to logits (N, C).
@@ -104,7 +104,7 @@ class FrozenModel:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(alone(self.model))
+            stack.enter_context(exclusive(self.model))
             stack.enter_context(in_mode(self.model, self.mode == "train"))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
@@ -122,17 +122,17 @@ class FrozenModel:
         self._nhwc = nhwc
         layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
         frozen: dict[int, Tensor] = {
-            id(p): nn.Parameter(layout(owned(p.detach())), requires_grad=False)
+            id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
             for p in self.model.parameters()
         }
         if self.channels_last:
             for i in kernels.one_channel_weights(self.model) & frozen.keys():
                 frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
         frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
-        self._weights.enter_context(replaced(self.model, frozen))
+        self._weights.enter_context(swapped(self.model, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
-        """Parts of a batch that can be worked on in turn: faster on CPU where samples do not interact."""
+        """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
         size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
         for i in range(0, len(x), max(size, 1)):
@@ -152,9 +152,9 @@ class FrozenModel:
         def run(x: Tensor, nhwc: bool) -> Tensor:
             if nhwc != self._nhwc:
                 self._freeze(nhwc)
-            return ask(self.model, x, self.model)
+            return checked_logits(self.model, x)
 
-        return in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
+        return run_in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits, without a graph; counted as forward passes.
@@ -170,9 +170,9 @@ class FrozenModel:
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits, with a graph to x where x asks for one: for attacks of other libraries.
+        """Logits, with a graph if x requires gradients: for attacks of other libraries.
 
-        A forward pass at first; each backward pass through it then counts as one gradient evaluation.
+        Counted as a forward pass, and as one gradient evaluation in its place for each backward pass.
         """
         n, passes = len(x), 0
 
@@ -191,7 +191,7 @@ class FrozenModel:
     def layer_gradient(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """Gradient with respect to x of <layer's output, weight>, through the model up to that layer."""
         self.meter.layers += len(x)
-        x = owned(x.detach()).requires_grad_()
+        x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
             with LayerHook(layer, stop=True) as hook:
                 self._forward(x)
@@ -204,7 +204,7 @@ class FrozenModel:
         The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
         """
         self.meter.gradients += len(x)
-        x = owned(x.detach()).requires_grad_()
+        x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
         return gradient

@@ -13,7 +13,7 @@ from torch import Tensor
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
-from controlat.models.frozen.batchnorm import followed
+from controlat.models.frozen.batchnorm import differentiable_statistics
 
 __all__ = [
     "Price",
@@ -85,7 +85,7 @@ def differentiated(driver: Driver, loss: Callable[[], Tensor]) -> list[Tensor]:
     """
     statistics = [t.detach().clone().requires_grad_() for t in driver.statistics]
     inputs = [*driver.parameters, *statistics]
-    with torch.enable_grad(), followed(driver.model, list(statistics)) as reached:
+    with torch.enable_grad(), differentiable_statistics(driver.model, list(statistics)) as reached:
         value = loss()
         if not value.requires_grad:  # eval mode merged all trained weights, see `AdversarialLoss.dropped`
             return [torch.zeros_like(t) for t in inputs]

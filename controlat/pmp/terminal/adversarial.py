@@ -18,8 +18,14 @@ from controlat.attacks.losses import LOSSES
 from controlat.attacks.pgd import ascend, check_batch
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
-from controlat.models.frozen.asking import ask
-from controlat.models.frozen.borrowed import alone, buffers_kept, in_mode, merges, owned
+from controlat.models.frozen.contexts import (
+    exclusive,
+    in_mode,
+    merges_in_eval,
+    normal_tensor,
+    preserved_buffers,
+)
+from controlat.models.frozen.logits import checked_logits
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.terminal._base import Price, differentiated, finite_gradient, finite_value
 
@@ -64,8 +70,8 @@ class AdversarialLoss:
     def __post_init__(self) -> None:
         choice(self.loss, "loss", LOSSES)
         check_batch(self.x, self.y)
-        object.__setattr__(self, "x", owned(self.x))
-        object.__setattr__(self, "y", owned(self.y))
+        object.__setattr__(self, "x", normal_tensor(self.x))
+        object.__setattr__(self, "y", normal_tensor(self.y))
         instance(self.ball, Ball, "ball")
         object.__setattr__(self, "seed", whole(self.seed, "seed"))
         steps = number(self.steps, "steps")
@@ -130,7 +136,7 @@ class AdversarialLoss:
         Where eval mode merges weights, Phi is not connected to the trained ones. Fixed adversarial examples
         are exact for the sign steps of l_inf attacks, while l_2 steps depend on theta smoothly.
         """
-        names = ["weights that the network merges in eval mode (Phi)"] if merges(driver.model) else []
+        names = ["weights that the network merges in eval mode (Phi)"] if merges_in_eval(driver.model) else []
         if self.ball.norm != "linf" and self.steps:
             names.append("the adversary's (l_2 steps of Phi)")
         return tuple(names)
@@ -149,12 +155,12 @@ class AdversarialLoss:
 
     def _term(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The term of a batch in Phi."""
-        return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
+        return LOSSES[self.loss](checked_logits(model, x), y).sum() / len(self.x)
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
         """The network in eval mode inside the block; flags and buffers as before after it."""
-        with alone(driver.model), in_mode(driver.model, False), buffers_kept(driver.model):
+        with exclusive(driver.model), in_mode(driver.model, False), preserved_buffers(driver.model):
             yield
 
 

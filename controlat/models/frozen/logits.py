@@ -1,58 +1,57 @@
-"""Asking a model for logits: on a copy of the inputs, and with one clear sentence where that fails."""
+"""Calling a model on inputs, and checking that it returns logits; errors name the cause and the cure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ask", "check_logits", "check_model"]
+__all__ = ["check_logits", "check_model", "checked_logits"]
 
-# How torch words that inputs do not fit weights; whatever else a model raises is its own.
+# Texts of torch's errors for inputs that do not fit the weights. Every other error passes through unchanged.
 _DEVICE = re.compile("same device|Input type")
 _DTYPE = re.compile("dtype|scalar type|Input type")
 _SHAPE = re.compile("shapes cannot be multiplied|expected input|Expected .* channels")
 
 
-def ask(model: nn.Module, x: Tensor, call: Callable[[Tensor], object]) -> Tensor:
-    """The logits of x by `call`, which runs the model; it may work in place, as it is given a copy.
+def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits model(x). The model is given a copy of x, so that it may work in place.
 
     Args:
-        model: whose weights x must fit.
+        model: the network.
         x: (N, ...) inputs.
-        call: x -> what the model returns.
 
     Returns:
         Logits (N, C), C >= 2.
 
     Raises:
-        ValueError: the model returns something else, or x has another dtype, device or shape than its weights
-            take. Errors of the model's own pass through.
+        ValueError: the model returns something else, or the dtype, device or shape of x does not fit its
+            weights. Other errors of the model pass through.
 
-    >>> ask(model := nn.Linear(4, 3), torch.rand(2, 5), model)
+    >>> checked_logits(nn.Linear(4, 3), torch.rand(2, 5))
     Traceback (most recent call last):
     ValueError: x has 5 numbers per sample, but the model's first layer (Linear) takes 4
     """
-    # What torch.compile made of a model is given inputs that are leaves, and works on copies anyway.
-    given = x if x.requires_grad and "_orig_mod" in model._modules else x.clone()
+    # A model that torch.compile has made needs inputs that are leaves, and does not write to its inputs.
+    inputs = x if x.requires_grad and "_orig_mod" in model._modules else x.clone()
     try:
-        logits = call(given)
+        logits = model(inputs)
     except RuntimeError as error:
-        if said := _misfit(model, x, str(error)):
-            raise ValueError(said) from error
+        if reason := _misfit(model, x, str(error)):
+            raise ValueError(reason) from error
         raise
     return check_logits(logits, len(x))
 
 
 def check_model(model: object) -> None:
-    """Raise unless a model is an nn.Module whose weights hold numbers, and not DistributedDataParallel.
+    """Check that a model is an nn.Module with materialised weights, not wrapped in DistributedDataParallel.
 
     Raises:
-        TypeError: it is none.
-        ValueError: weights are lazy, or on the device meta.
+        TypeError: it is not an nn.Module, or it is a DistributedDataParallel.
+        ValueError: its weights are lazy, or on the device meta.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
@@ -68,7 +67,7 @@ def check_model(model: object) -> None:
 
 
 def _misfit(model: nn.Module, x: Tensor, error: str) -> str:
-    """In which way x does not fit the weights, where that is what torch's error says; else an empty text."""
+    """Why x does not fit the weights, if that is what torch's error is about; otherwise an empty string."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), x)
     if _DEVICE.search(error) and weight.device != x.device:
         return f"x is on {x.device}, but the model's weights are on {weight.device}: move one of them"
@@ -78,19 +77,19 @@ def _misfit(model: nn.Module, x: Tensor, error: str) -> str:
     if layer is None or not _SHAPE.search(error):
         return ""
     if isinstance(layer, nn.Linear):
-        takes, has, what = layer.in_features, [x[0].numel(), x.shape[-1]], "numbers per sample"
+        expected, actual, unit = layer.in_features, [x[0].numel(), x.shape[-1]], "numbers per sample"
     else:
-        takes, has, what = layer.in_channels, [x.shape[1]], "channels"
-    if takes in has:
+        expected, actual, unit = layer.in_channels, [x.shape[1]], "channels"
+    if expected in actual:
         return ""
-    return f"x has {has[0]} {what}, but the model's first layer ({type(layer).__name__}) takes {takes}"
+    return f"x has {actual[0]} {unit}, but the model's first layer ({type(layer).__name__}) takes {expected}"
 
 
 def check_logits(output: object, samples: int) -> Tensor:
-    """Return what a model returned if it is logits (samples, C), C >= 2; shapes alone are looked at.
+    """Return a model's output if it is a tensor of logits (samples, C), C >= 2; values are not checked.
 
     Raises:
-        ValueError: it is something else; the message says what, and what to do about it.
+        ValueError: it is something else; the message says what it is, and the cure.
     """
     if isinstance(output, Tensor) and output.is_floating_point() and output.layout == torch.strided:
         if output.dim() == 2 and len(output) == samples and output.shape[1] >= 2:

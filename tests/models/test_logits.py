@@ -17,7 +17,7 @@ from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.recording import Recording
 from controlat.methods import build
-from controlat.models.frozen.asking import check_logits
+from controlat.models.frozen.logits import check_logits
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp import AdversarialLoss, backward, relaxed
 from controlat.robust_accuracy import protocol
