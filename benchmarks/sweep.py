@@ -27,23 +27,25 @@ Way = Callable[[Meter], Iterator[Scored]]
 
 
 class Run(NamedTuple):
-    """One way of scoring the grid, run once: squared gradient norms per probe batch, and what they took."""
+    """One run of one way of scoring: squared gradient norms per probe batch, and what they cost."""
 
     values: dict[Control, list[float]]
     evaluations: int
     seconds: float
 
 
-def every(grid: Candidates) -> list[Control]:
+def controls_of(candidates: Candidates) -> list[Control]:
     """All candidates: no attack, and each step size with each K."""
-    return grid.around(build("pgd_at"), Control(alpha=0.0, steps=0))
+    return candidates.around(build("pgd_at"), Control(alpha=0.0, steps=0))
 
 
-def ways(driver: Driver, batches: Sequence[Batch], grid: Candidates) -> dict[str, Way]:
+def ways(driver: Driver, batches: Sequence[Batch], candidates: Candidates) -> dict[str, Way]:
     """The two ways of scoring the same candidates on the same probe."""
     return {
-        "rerun": lambda meter: (score_one(driver, batches, v, 0.0, meter) for v in every(grid)),
-        "sweep": lambda meter: score_sweep(driver, batches, grid, Control(alpha=0.0, steps=0), 0.0, meter),
+        "rerun": lambda meter: (score_one(driver, batches, v, 0.0, meter) for v in controls_of(candidates)),
+        "sweep": lambda meter: score_sweep(
+            driver, batches, candidates, Control(alpha=0.0, steps=0), 0.0, meter
+        ),
     }
 
 
@@ -71,7 +73,7 @@ def difference(a: Run, b: Run) -> float:
 
 
 def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Driver, list[Batch], Candidates]:
-    """The driver, the probe and the grid.
+    """The driver, the probe and the candidates.
 
     Raises:
         ValueError: the probe is larger than the training data, or smaller than its number of batches.
@@ -88,14 +90,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The whole result, as it is written."""
     progress("fitting the network")
     problem = fitted(args)
-    driver, batches, grid = prepare(problem, args)
-    calls = ways(driver, batches, grid)
+    driver, batches, candidates = prepare(problem, args)
+    calls = ways(driver, batches, candidates)
     for batch in batches:
-        driver.field(batch, Control(alpha=grid.values["alpha"][0], steps=1))  # warm-up
+        driver.field(batch, Control(alpha=candidates.values["alpha"][0], steps=1))  # warm-up
     runs: dict[str, list[Run]] = {name: [] for name in calls}
     for r in range(args.repeats):
         for name, way in calls.items():
-            runs[name].append(score(way, len(every(grid)), f"round {r + 1} of {args.repeats}, {name}"))
+            runs[name].append(
+                score(way, len(controls_of(candidates)), f"round {r + 1} of {args.repeats}, {name}")
+            )
     slow, fast = runs["rerun"], runs["sweep"]
     ratio = slow[0].evaluations / fast[0].evaluations
     apart = max(difference(a, b) for a, b in zip(slow, fast, strict=True))
@@ -105,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "sweep",
         "environment": environment(),
         "problem": problem.record,
-        "settings": settings(args, grid, samples),
+        "settings": settings(args, candidates, samples),
         "target": TARGET | {"largest_difference": TOLERANCE},
         "ways": rows,
         "evaluations_ratio": ratio,
@@ -115,14 +119,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def settings(args: argparse.Namespace, grid: Candidates, samples: int) -> dict[str, Any]:
+def settings(args: argparse.Namespace, candidates: Candidates, samples: int) -> dict[str, Any]:
     """What was scored on what."""
     return {
         "method": "pgd_at",
         "eps": EPS,
-        "alphas": list(grid.values["alpha"]),
-        "max_steps": grid.values["steps"][-1],
-        "candidates": len(every(grid)),
+        "alphas": list(candidates.values["alpha"]),
+        "max_steps": candidates.values["steps"][-1],
+        "candidates": len(controls_of(candidates)),
         "samples": samples,
         "probe_batches": args.batches,
         "repeats": args.repeats,

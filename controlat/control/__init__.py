@@ -1,4 +1,4 @@
-"""Controls u, the admissible set G, the running cost R(u), functions of time t -> u, and controllers."""
+"""Controls u, the admissible set G, counts of the running cost R(u), schedules u(t), and controllers."""
 
 from controlat.control.controller import Controller, Moment, as_schedule
 from controlat.control.cost import Meter

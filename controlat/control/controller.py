@@ -1,8 +1,9 @@
-"""Controllers u_t = pi(t, z): what decides the control of every outer step.
+"""Controllers u_t = pi(t, z), which give the control of every outer step.
 
-An open loop needs the time alone: a schedule, or any function t -> u. A closed loop looks at the state z of
-training, which is the driver (`controlat.dynamics`) before the step. The control that was taken is recorded
-with every step: what is analysed afterwards replays it (`Recorded`), and `as_schedule` makes it a schedule.
+An open-loop controller depends on time only: a schedule, or any function t -> u. A closed-loop controller
+also reads the state z of training, through the driver (`controlat.dynamics`) before the step. The control of
+every step is recorded. `Recorded` replays such controls, so that a closed loop can be analysed like an open
+one, and `as_schedule` turns them into a schedule.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from controlat._util.checks import brief
-from controlat.control.schedules import Curve, Schedule
+from controlat.control.curves import Curve
+from controlat.control.schedules import Schedule
 from controlat.control.space import Control
 
 __all__ = [
@@ -30,7 +32,7 @@ __all__ = [
 
 
 class Moment(NamedTuple):
-    """The place of an outer step in training.
+    """The time of an outer step: its epoch, and its batch in the epoch.
 
     Args:
         epoch: epoch, from 0.
@@ -47,67 +49,71 @@ class Moment(NamedTuple):
 
     @property
     def t(self) -> float:
-        """Training time at the start of the step, in epochs."""
+        """t, time at the start of the step, in epochs."""
         return self.epoch + self.batch / self.batches
 
     @property
     def number(self) -> int:
-        """The step's number, from 0 at the beginning of training."""
+        """The number of steps before this one since the beginning of training."""
         return self.epoch * self.batches + self.batch
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """pi: decides u_t from the moment t and the state z.
+    """A controller pi, which gives u_t = pi(t, z).
 
-    It may have two things more:
+    Two members are optional:
 
-    - ``observe(step, z)`` is called after each step with what happened in it (loss, cost, control: a
+    - ``observe(step, z)`` is called after each step, with its loss, cost and control (a
       `controlat.dynamics.driver.Step`) and the state after it;
-    - ``dearest`` is the control that costs most of those it takes, which planning uses as an upper bound.
+    - ``dearest`` is the most expensive control that it may give: an upper bound for planning.
 
-    What it measured and remembers is part of the state and belongs into ``z.controller_memory``, a dictionary
-    of plain data (numbers, texts, lists, dictionaries with texts for keys), not into its own attributes: then
-    checkpoints carry it. Names that begin with an underscore are the roll-out's own. Gradient evaluations
-    that it spends are counted on ``z.meter``. Random numbers come from torch's generator, which is seeded
-    with the moment. It leaves the network as it is. Where several processes train together, the first one
-    decides.
+    A controller must not change the network. It keeps what it remembers in ``z.controller_memory``, not in
+    its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain
+    data (numbers, strings, lists, dictionaries with string keys); keys with a leading underscore are reserved
+    for the roll-out. Gradient evaluations that the controller spends are counted on ``z.meter``. Random
+    numbers come from torch's global generator, which is seeded for each step. In training with several
+    processes, the controller runs in the first and its control is sent to the others.
     """
 
     def control(self, now: Moment, z: Any) -> Mapping[str, float]:
-        """u_t.
+        """The control u_t of the step that comes next.
 
         Args:
-            now: t.
-            z: the driver at the state before the step; at the first step of an epoch, before the method's
-                hook at the beginning of the epoch, which gets this control too.
+            now: the time t.
+            z: the driver, at the state before the step. At the first step of an epoch that is the state
+                before the method's ``start_epoch``, which is called with this control.
         """
 
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """A function t -> u as a controller."""
+    """The open-loop controller of a function t -> u.
+
+    Args:
+        plan: the function; t in epochs.
+    """
 
     plan: Callable[[float], Control]
 
     def __call__(self, t: float) -> Control:
-        """u(t), t in epochs."""
+        """u(t)."""
         return self.plan(t)
 
     def control(self, now: Moment, z: object = None) -> Control:
-        """u at the start of the step."""
+        """u(t) at the start of the step, for any state."""
         return self.plan(now.t)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The controls that were taken, as an open loop.
+    """The open-loop controller that replays recorded controls.
 
     Args:
-        controls: of the steps first, first + 1, ...
-        first: number of the first step.
-        opening: control of the first step of that epoch, where `first` comes later in it: hooks at the end of
-            the epoch are given it.
+        controls: the controls of the steps first, first + 1, ...
+        first: number of the first recorded step.
+        opening: control of the first step of the epoch that `first` is in, where the recording begins later:
+            the method's ``end_epoch`` is called with it.
 
     >>> replay = Recorded((Control(steps=1), Control(steps=2)))
     >>> replay.control(Moment(0, 1, 4))
@@ -119,50 +125,50 @@ class Recorded:
     opening: Control | None = None
 
     def control(self, now: Moment, z: object = None) -> Control:
-        """The control that was taken.
+        """The recorded control of the step, for any state.
 
         Raises:
             ValueError: that step was not recorded.
         """
-        place = now.number - self.first
-        if 0 <= place < len(self.controls):
-            return self.controls[place]
+        index = now.number - self.first
+        if 0 <= index < len(self.controls):
+            return self.controls[index]
         if self.opening is not None and now.batch == 0 and now.epoch == self.first // now.batches:
             return self.opening
         last = self.first + len(self.controls) - 1
         raise ValueError(f"controls of steps {self.first}..{last} were recorded, not of step {now.number}")
 
 
-def as_controller(given: object) -> Controller:
-    """A controller as it is; a function t -> u as an open loop.
+def as_controller(policy: object) -> Controller:
+    """The controller itself, or the open-loop controller of a function t -> u.
 
     Raises:
-        TypeError: neither.
+        TypeError: `policy` is neither.
     """
-    if isinstance(given, type) and hasattr(given, "control"):
-        raise TypeError(f"controller must be an object, got the class {given.__name__}: call it")
-    if isinstance(given, Controller) and callable(given.control):
-        return given
-    if callable(given):
-        return OpenLoop(given)
+    if isinstance(policy, type) and hasattr(policy, "control"):
+        raise TypeError(f"controller must be an object, got the class {policy.__name__}: call it")
+    if isinstance(policy, Controller) and callable(policy.control):
+        return policy
+    if callable(policy):
+        return OpenLoop(policy)
     raise TypeError(
         "controller must be a schedule (see parse_schedule), a function of t, or have a method "
-        f"control(now, z), got {brief(given)}"
+        f"control(now, z), got {brief(policy)}"
     )
 
 
 def is_open(controller: Controller) -> TypeGuard[Schedule | OpenLoop | Recorded]:
-    """Whether a controller needs the time alone, so that its controls are known ahead."""
+    """Whether a controller is open-loop, so that its controls are known before training."""
     return isinstance(controller, (Schedule, OpenLoop, Recorded))
 
 
 def nominal(controller: Schedule | OpenLoop | Recorded, now: Moment) -> Control:
-    """u(t) of an open loop, which a step's control may differ from where a schedule rounds by turns."""
+    """u(t) of an open-loop controller, before dithering: an integer knob may be a real number in it."""
     return controller.control(now) if isinstance(controller, Recorded) else controller(now.t)
 
 
 def run_lengths(controls: Iterable[Control]) -> list[list[Any]]:
-    """Controls of an epoch as [[first batch, {knob: value}], ...], one entry where they change.
+    """The controls of an epoch in run-length form: [first batch, {knob: value}] for each run of equal ones.
 
     >>> run_lengths([Control(steps=1), Control(steps=1), Control(steps=2)])
     [[0, {'steps': 1}], [2, {'steps': 2}]]
@@ -175,7 +181,7 @@ def run_lengths(controls: Iterable[Control]) -> list[list[Any]]:
 
 
 def unrolled(runs: Sequence[Sequence[Any]], batches: int) -> list[Control]:
-    """The control of each of the batches that `run_lengths` described.
+    """The control of each batch of an epoch, from the form of `run_lengths`.
 
     >>> unrolled([[0, {"steps": 1}], [2, {"steps": 2}]], 3)
     [Control(steps=1), Control(steps=1), Control(steps=2)]
@@ -187,16 +193,17 @@ def unrolled(runs: Sequence[Sequence[Any]], batches: int) -> list[Control]:
 
 
 def as_schedule(controls: Sequence[Control], batches_per_epoch: int, epochs: int, text: str = "") -> Schedule:
-    """The schedule that takes these controls, at the coarsest resolution that does.
+    """The schedule with these controls, at the coarsest resolution that represents them exactly.
 
     Args:
-        controls: of every step from the beginning of training; fewer than all where a method ended it.
-        batches_per_epoch: steps of an epoch.
+        controls: the control of every step from the beginning of training; fewer than all steps where the
+            method stopped early.
+        batches_per_epoch: steps per epoch.
         epochs: T, length of training.
-        text: its label.
+        text: label of the schedule.
 
     Raises:
-        ValueError: no controls, more than there are steps, or controls of different knobs.
+        ValueError: there are no controls, more than steps, or controls with different knobs.
 
     >>> u, v = Control(alpha=0.1, steps=1), Control(alpha=0.1, steps=2)
     >>> s = as_schedule([u, u, v, v, v, v, u, u], 4, 2)
@@ -209,15 +216,16 @@ def as_schedule(controls: Sequence[Control], batches_per_epoch: int, epochs: int
     if len({tuple(u) for u in controls}) > 1:
         raise ValueError(f"controls of a schedule have the same knobs, got {controls[0]} and others")
     changes = [n for n in range(1, len(controls)) if controls[n] != controls[n - 1]]
-    lengths = (k for k in range(batches_per_epoch, 0, -1) if batches_per_epoch % k == 0)
-    length = next(k for k in lengths if not any(n % k for n in changes))
+    divisors = (k for k in range(batches_per_epoch, 0, -1) if batches_per_epoch % k == 0)
+    length = next(k for k in divisors if not any(n % k for n in changes))  # of a piece, in steps
     pieces = controls[::length]
-    curves = {}
-    for knob in pieces[0]:
-        values = tuple(u[knob] for u in pieces)
-        rounding = "half_up" if all(type(v) is int for v in values) else None
-        constant = len(set(values)) == 1
-        curves[knob] = Curve(
-            "constant" if constant else "table", values[:1] if constant else values, (), rounding
-        )
-    return Schedule(curves, epochs, length / batches_per_epoch, text)
+    curves = {knob: _as_curve(tuple(u[knob] for u in pieces)) for knob in pieces[0]}
+    return Schedule(curves, epochs, resolution=length / batches_per_epoch, text=text)
+
+
+def _as_curve(values: tuple[float, ...]) -> Curve:
+    """The curve with these values on the pieces of a schedule."""
+    rounding = "half_up" if all(type(v) is int for v in values) else None
+    if len(set(values)) == 1:
+        return Curve("constant", values[:1], rounding=rounding)
+    return Curve("table", values, rounding=rounding)

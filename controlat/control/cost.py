@@ -1,4 +1,4 @@
-"""The running cost R(u) = gamma n(u), counted: gradient evaluations, and what is cheaper than one."""
+"""Counts of evaluations; the running cost is R(u) = gamma n(u), n the gradient evaluations per sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ __all__ = ["Meter"]
 
 @dataclass
 class Meter:
-    """What was spent, in samples: a batch of 32 taken forward and backward once adds 32.
+    """Numbers of evaluations, each counted once per sample.
 
     Args:
-        gradients: forward-backward passes (gradient evaluations).
-        forwards: forward passes without a backward one.
-        layers: passes through the first layer alone, forward and backward (YOPO).
+        gradients: gradient evaluations: a forward and a backward pass.
+        forwards: forward passes without a backward pass.
+        layers: forward and backward passes through the first layer alone, as in YOPO.
+
+    >>> meter = Meter()
+    >>> meter.add(Meter(gradients=32))  # one forward-backward pass of a batch of 32
+    >>> meter.gradients
+    32
     """
 
     gradients: int = 0
@@ -22,16 +27,19 @@ class Meter:
     layers: int = 0
 
     def since(self, earlier: Meter) -> Meter:
-        """What was spent after `earlier` was copied."""
-        gone = self.gradients - earlier.gradients, self.forwards - earlier.forwards
-        return Meter(*gone, self.layers - earlier.layers)
+        """The evaluations counted since `earlier`, a copy of this meter."""
+        return Meter(
+            self.gradients - earlier.gradients,
+            self.forwards - earlier.forwards,
+            self.layers - earlier.layers,
+        )
 
     def add(self, more: Meter) -> None:
-        """Count more, in place."""
+        """Add the counts of another meter, in place."""
         self.gradients += more.gradients
         self.forwards += more.forwards
         self.layers += more.layers
 
     def copy(self) -> Meter:
-        """The present counts."""
+        """A meter with the same counts."""
         return Meter(self.gradients, self.forwards, self.layers)

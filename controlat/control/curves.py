@@ -1,4 +1,4 @@
-"""Curves: one knob as a function of time, and how a real number becomes whole ones."""
+"""Curves: one knob as a function of time, and how its real values are rounded to whole numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CURVES", "ROUNDINGS", "SLACK", "Curve", "dithered"]
 SLACK = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
 
 
-# kind -> value at time t of a run of T epochs, from the curve's numbers.
+# Kind to the curve's real value at time t of a run of T epochs.
 CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
     {
         "constant": lambda c, t, T: c.values[0],
@@ -36,7 +36,7 @@ _LENGTHS = {"constant": 1, "linear": 2, "exponential": 2, "cosine": 2, "ramp": 2
 
 
 def _real(v: float) -> float:
-    """A number as it is, as int where it is whole: on average over the steps that is what dithering takes."""
+    """v itself, which is the mean of the dithered numbers; an int where it is whole."""
     return round(v) if abs(v - round(v)) < SLACK else v
 
 
@@ -50,12 +50,19 @@ ROUNDINGS: Mapping[str, Callable[[float], float]] = MappingProxyType(
 
 
 def dithered(values: Iterable[float], phase: float = 0.0) -> Iterator[int]:
-    """Whole numbers in place of real ones: floor or ceiling of each, with the same sums up to less than 1.
+    """Round real numbers v_i to whole numbers k_i, each to its floor or its ceiling, by error diffusion.
 
-    What was cut off before is carried on (error diffusion): with r_0 = phase in [0, 1),
-    k_i = floor(v_i + r_i) and r_{i+1} = v_i + r_i - k_i. As all r_i are in [0, 1), the sum of any
-    consecutive k differs from that of the v by less than 1. A fixed sequence such as the golden ratio's does
-    not promise that: its discrepancy grows with the logarithm of their number.
+    The remainder is carried to the next number: r_0 = phase in [0, 1), k_i = floor(v_i + r_i) and
+    r_{i+1} = v_i + r_i - k_i. All r_i are in [0, 1), so that the sum of consecutive k_i differs from the sum
+    of the same v_i by less than 1. Comparing v_i with a fixed low-discrepancy sequence, such as the multiples
+    of the golden ratio, has no such bound: its error grows with the logarithm of the number of terms.
+
+    Args:
+        values: the v_i.
+        phase: r_0.
+
+    Yields:
+        The k_i.
 
     Source:
         Floyd and Steinberg (1976), error diffusion; for a constant v the k are a Sturmian sequence, Morse and
@@ -64,13 +71,13 @@ def dithered(values: Iterable[float], phase: float = 0.0) -> Iterator[int]:
     >>> list(dithered([2.5] * 4)), list(dithered([0.25] * 8, phase=0.5))
     ([2, 3, 2, 3], [0, 1, 0, 0, 0, 1, 0, 0])
     """
-    carried = phase
+    remainder = phase
     for v in values:
         low = math.floor(v + SLACK)
-        carried += v - low
-        more = carried >= 1 - SLACK
-        carried -= more
-        yield low + more
+        remainder += v - low
+        up = remainder >= 1 - SLACK
+        remainder -= up
+        yield low + up
 
 
 @dataclass(frozen=True)
@@ -78,17 +85,18 @@ class Curve:
     """One knob as a function of time.
 
     Args:
-        kind: ``constant`` (value), ``linear``, ``exponential`` or ``cosine`` (start, end), ``ramp`` (start,
-            end: linear up to the epoch `at`), ``step`` (values, changing at the epochs `at`), ``table`` (one
-            value per piece of the schedule; `at` is filled in), ``ratio`` (tau; the value is tau over the
-            knob `of`, and 0 where that is 0).
-        values: the numbers of that kind.
-        at: epochs at which a ``step`` changes, increasing; the one epoch at which a ``ramp`` ends.
-        rounding: for integer knobs ``half_up``, ``floor`` or ``dither`` (floor and ceiling in turn over the
-            steps, so that the knob is a real number on average); None for real ones.
-        of: for ``ratio``: the knob divided by.
-        rounded: for ``ratio``: divide by that knob's rounded value (then tau is kept exactly) or by its
-            real one.
+        kind: ``constant``, ``linear``, ``exponential``, ``cosine``, ``ramp`` (linear up to the epoch `at`,
+            then constant), ``step`` (changes at the epochs `at`), ``table`` (one value per piece of the
+            schedule) or ``ratio`` (tau over the knob `of`, and 0 where that is 0).
+        values: the numbers that the kind takes: one value (``constant``); start and end (``linear``,
+            ``exponential``, ``cosine``, ``ramp``); the listed values (``step``, ``table``); tau (``ratio``).
+        at: increasing epochs at which a ``step`` changes, or the one at which a ``ramp`` ends; the schedule
+            fills it in for a ``table``.
+        rounding: of an integer knob: ``half_up``, ``floor``, or ``dither`` (down in some steps and up in
+            others, so that the mean is the real value); None for a real knob.
+        of: for a ``ratio``, the knob in the denominator.
+        rounded: for a ``ratio``, whether the denominator is that knob's rounded value, so that the product is
+            exactly tau, or its real value.
 
     Raises:
         ValueError: unknown kind, or numbers that do not fit it.
@@ -130,35 +138,35 @@ class Curve:
             raise ValueError("a ratio curve cannot have rounding dither: give it to the knob it divides by")
 
     def place(self, t: float) -> int:
-        """How many of the epochs `at` have come by time t: bisection, as there may be a million of them."""
+        """The number of epochs in `at` that are <= t. By bisection: a table may have a million."""
         return bisect_right(self.at, t, key=lambda edge: edge - SLACK)
 
     def __call__(self, t: float, epochs: float) -> float:
-        """The real value at time t of a run of so many epochs; tau for a ``ratio``."""
+        """The value at time t, before rounding, in a run of T = `epochs`; tau for a ``ratio``."""
         return CURVES[self.kind](self, t, epochs)
 
-    def over(self, real: float, taken: float) -> float:
-        """tau over the knob `of`, by its real value and the one that is taken; 0 where that is 0."""
-        divisor = taken if self.rounded else real
-        return self.values[0] / divisor if taken and divisor else 0.0
+    def over(self, real: float, rounded: float) -> float:
+        """The value of a ``ratio``, from the real and the rounded value of the knob `of`."""
+        divisor = rounded if self.rounded else real
+        return self.values[0] / divisor if rounded and divisor else 0.0
 
     def round(self, value: float, knob: str = "value") -> float:
-        """The value as the knob takes it, rounded where the curve says so; what is dithered stays real.
+        """A value of this curve rounded as `rounding` says; with ``dither`` it stays real.
 
         Raises:
-            ValueError: it is not finite; names the knob.
+            ValueError: the value is not finite; the message names the knob.
         """
         if not math.isfinite(value):
             raise ValueError(f"{knob} must be finite, got {value}")
         return ROUNDINGS[self.rounding](value) if self.rounding else value
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that are set."""
-        found: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
+        """The fields that this kind has, as plain data."""
+        data: dict[str, Any] = {"curve": self.kind, "values": list(self.values)}
         if self.kind in ("step", "ramp"):
-            found["at"] = list(self.at)
+            data["at"] = list(self.at)
         if self.rounding:
-            found["rounding"] = self.rounding
+            data["rounding"] = self.rounding
         if self.of is not None:
-            found |= {"of": self.of, "rounded": self.rounded}
-        return found
+            data |= {"of": self.of, "rounded": self.rounded}
+        return data

@@ -1,4 +1,4 @@
-"""Learning rates t -> eta: constant, multistep, one-cycle."""
+"""Learning rates eta(t): constant, multistep and one-cycle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from controlat._util.texts import numbers, only, split
 
 __all__ = ["Rate", "parse_rate"]
 
-_LARGEST = 3.4e38  # the end of float32, where torch raises an error of its own
+_LARGEST = 3.4e38  # about the largest float32; beyond it torch raises an error that names no argument
 
 # kind -> (required, optional) parameters
 _KINDS = {
@@ -25,15 +25,15 @@ _KINDS = {
 class Rate:
     """eta(t) for a run of T epochs.
 
-    ``constant``: lr. ``multistep``: lr factor^m after m of the epochs `at` (0-based counts, as in torch's
-    MultiStepLR). ``onecycle``: linear from 0 to lr at t = peak T, and back to 0 at T.
+    ``constant``: eta = lr. ``multistep``: eta = lr factor^m, m the number of epochs in `at` that are <= t, as
+    in torch's MultiStepLR. ``onecycle``: linear from 0 at t = 0 to lr at t = peak T, and to 0 at t = T.
 
     Args:
         lr: the (largest) learning rate.
-        kind: as above.
-        at: epochs of the drops of ``multistep``, increasing.
-        factor: what ``multistep`` multiplies by.
-        peak: where ``onecycle`` is largest, as a fraction of the run.
+        kind: one of these three.
+        at: increasing epochs at which ``multistep`` multiplies eta by `factor`.
+        factor: > 0, of ``multistep``.
+        peak: time at which ``onecycle`` is largest, as a fraction of T in (0, 1).
 
     Raises:
         ValueError: unknown kind, or a number out of range.
@@ -67,12 +67,12 @@ class Rate:
                 raise ValueError(f"at must be increasing epochs > 0, got {b:g} after {a:g}")
 
     def __call__(self, t: float, epochs: float) -> float:
-        """eta at time t (epochs) of a run of `epochs`."""
+        """eta at time t of a run of T = `epochs`; t in epochs."""
         if self.kind == "multistep":
             return self.lr * self.factor ** bisect_right(self.at, t)
         if self.kind == "onecycle":
             rise, fall = t / (self.peak * epochs), (epochs - t) / ((1 - self.peak) * epochs)
-            return self.lr * max(0.0, min(rise, fall))  # 0 also beyond the end
+            return self.lr * max(0.0, min(rise, fall))  # 0 for t > T
         return self.lr
 
 
@@ -80,7 +80,7 @@ def parse_rate(text: str | float) -> Rate:
     """Read a learning rate: ``0.1``, ``multistep:lr=0.1,at=50:75,factor=0.1``, ``onecycle:lr=0.2,peak=0.5``.
 
     Raises:
-        ValueError: it is none of these; the message says what is allowed.
+        ValueError: the text has none of these forms; the message says what is allowed.
 
     >>> parse_rate("multistep:lr=0.1,at=50:75")(60, 100)
     0.010000000000000002
@@ -89,12 +89,12 @@ def parse_rate(text: str | float) -> Rate:
         return Rate(number(text, "lr"))
     except ValueError:
         if not isinstance(text, str) or text.partition(":")[0] not in _KINDS:
-            near = meant(str(text).partition(":")[0], _KINDS)
+            hint = meant(str(text).partition(":")[0], _KINDS)
             raise ValueError(
-                f"{near}a learning rate is a number > 0, multistep:lr=0.1,at=50:75,factor=0.1 or "
+                f"{hint}a learning rate is a number > 0, multistep:lr=0.1,at=50:75,factor=0.1 or "
                 f"onecycle:lr=0.2,peak=0.5; got {text!r}"
             ) from None
-    kind, found = split(text)
-    only(found, *_KINDS[kind], f"learning rate {kind!r}")
-    values = {name: number(found[name], name) for name in ("lr", "factor", "peak") if name in found}
-    return Rate(kind=kind, at=numbers(found["at"], "at") if "at" in found else (), **values)
+    kind, parameters = split(text)
+    only(parameters, *_KINDS[kind], f"learning rate {kind!r}")
+    values = {name: number(parameters[name], name) for name in ("lr", "factor", "peak") if name in parameters}
+    return Rate(kind=kind, at=numbers(parameters["at"], "at") if "at" in parameters else (), **values)

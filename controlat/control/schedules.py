@@ -1,8 +1,8 @@
 """Schedules t -> u: one curve per knob, piecewise constant in training time t (epochs).
 
-A schedule is written as a short text (`controlat.control.schedule_text`) or as JSON (`Schedule.save`,
-`load_schedule`).
-Every text is shorthand for curves, so that a found or derived schedule and a named one are the same object.
+A schedule is written as a short text (`controlat.control.schedule_text`) or as JSON
+(`controlat.control.schedule_json`). Both describe curves: a family such as ``amata`` and a schedule that was
+derived, recorded or searched for are objects of the same class.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from controlat._util.checks import instance, number, whole
 from controlat._util.files import read_json, write_json
-from controlat._util.texts import only, short
+from controlat._util.texts import short
 from controlat.control.curves import SLACK, Curve, dithered
+from controlat.control.schedule_json import fields_from_json, to_json
 from controlat.control.space import Control, ControlSpace
 
 if TYPE_CHECKING:
@@ -26,25 +27,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "Schedule", "load_schedule"]
 
-FORMAT, VERSION = "controlat schedule", 1
 _MAX_PIECES = 1_000_000
-_GOLDEN = (math.sqrt(5) - 1) / 2
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A control u(t) over a run of T epochs.
 
-    Called with a real t >= 0 it returns the frozen mapping u(t): constant on pieces of `resolution` epochs
-    (its value at the start of the piece), and the last piece's value beyond the end. Where a knob is dithered
-    u(t) has its real value; the control of a step, in whole numbers, is that of `at`.
+    Called with a time t >= 0 in epochs, it returns u(t), a frozen mapping from knob to value. u is constant
+    on pieces of `resolution` epochs: the value at the start of the piece; for t > T, that of the last piece.
+    A dithered knob has its real value in u(t), and a whole number in the control of a step, which `at` gives.
 
     Args:
         curves: knob to `Curve`.
-        epochs: T, the length of the run that it was made for.
+        epochs: T, length of the run.
         resolution: length of a piece, in epochs.
-        text: what the user wrote, for tables; any label.
-        defaults: constant values of knobs that have no curve, as `bound` takes them from a method.
+        text: a label for tables: the short text it was read from, or any other.
+        defaults: constant values of knobs without a curve; `bound` takes them from a method.
 
     Raises:
         ValueError: a number is out of range, a knob has a curve and a default, or the control is not
@@ -63,6 +63,8 @@ class Schedule:
     resolution: float = 1.0
     text: str = ""
     defaults: Mapping[str, float] = field(default_factory=dict)
+    _pieces: tuple[Control, ...] = field(init=False, repr=False, compare=False)
+    _steps_of: dict[tuple[int, int], tuple[Control, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         instance(self.curves, Mapping, "curves", "a Curve for every knob")
@@ -83,16 +85,17 @@ class Schedule:
         if not self.curves:
             raise ValueError("a schedule needs at least one knob")
         object.__setattr__(
-            self, "curves", MappingProxyType({k: self._bound(k, c) for k, c in self.curves.items()})
+            self, "curves", MappingProxyType({k: self._fitted(k, c) for k, c in self.curves.items()})
         )
         if twice := sorted(set(self.curves) & set(self.defaults)):
             raise ValueError(f"{', '.join(twice)} cannot have both a curve and a default")
         object.__setattr__(self, "defaults", MappingProxyType(dict(Control(**self.defaults))))
-        known: dict[tuple[float, ...], Control] = {}  # most pieces share their control with others
-        object.__setattr__(self, "_pieces", tuple(self._at(i, known) for i in range(self.pieces)))
-        object.__setattr__(self, "_epochs", {})
+        shared: dict[tuple[float, ...], Control] = {}  # up to a million pieces take few different controls
+        object.__setattr__(self, "_pieces", tuple(self._piece(i, shared) for i in range(self.pieces)))
+        object.__setattr__(self, "_steps_of", {})
 
-    def _bound(self, knob: str, curve: Curve) -> Curve:
+    def _fitted(self, knob: str, curve: Curve) -> Curve:
+        """The curve of a knob; a ``table`` gets the epochs `at` which its values change."""
         if curve.of is not None and (curve.of not in self.curves or self.curves[curve.of].of is not None):
             raise ValueError(f"{knob} divides by {curve.of!r}, which has no curve of its own here")
         if curve.kind != "table":
@@ -110,33 +113,39 @@ class Schedule:
         """Number of pieces on which u is constant."""
         return max(1, math.ceil(self.epochs / self.resolution - SLACK))
 
-    def _at(self, piece: int, known: dict[tuple[float, ...], Control]) -> Control:
+    def _piece(self, piece: int, shared: dict[tuple[float, ...], Control]) -> Control:
+        """The control of a piece; pieces of equal values take one object from `shared`."""
         t = piece * self.resolution
         try:
             values = tuple(self._values(t))
-            if values not in known:
-                known[values] = self._control(dict(zip(self.curves, values, strict=True)))
+            if values not in shared:
+                shared[values] = self._control(dict(zip(self.curves, values, strict=True)))
         except ValueError as error:
             raise ValueError(f"{error} at epoch {t:g} of {short(self.text)!r}") from None
-        return known[values]
+        return shared[values]
 
     def _values(self, t: float) -> Iterable[float]:
         """The value of every knob at time t, in the order of the curves."""
         real = self._real(t)
         for knob, curve in self.curves.items():
             if curve.of is not None:
-                divided = self.curves[curve.of]
-                taken = divided.round(real[curve.of], curve.of)
-                if divided.rounding == "dither" and 0 < taken < 1:
-                    taken = 1  # in the steps that take it at all
-                real[knob] = curve.over(real[curve.of], taken)
+                divisor = self.curves[curve.of]
+                rounded = divisor.round(real[curve.of], curve.of)
+                if divisor.rounding == "dither" and 0 < rounded < 1:
+                    rounded = 1  # a step takes 0 or 1 then, and the ratio is that of the steps with 1
+                real[knob] = curve.over(real[curve.of], rounded)
             yield curve.round(real[knob], knob)
 
     def _real(self, t: float) -> dict[str, float]:
-        """The value of every curve at time t, before it is rounded or divided by."""
+        """The value of every curve at time t before rounding; of a ratio, its tau."""
         return {knob: curve(t, self.epochs) for knob, curve in self.curves.items()}
 
     def _control(self, value: dict[str, float]) -> Control:
+        """The control with these values and the defaults.
+
+        Raises:
+            ValueError: steps or alpha is negative, or steps is not whole and not dithered.
+        """
         steps = value.get("steps", 0)
         if steps != int(steps) and self.curves["steps"].rounding != "dither":
             raise ValueError(f"steps without rounding=dither must be a whole number, got {steps:g}")
@@ -145,7 +154,8 @@ class Schedule:
                 raise ValueError(f"{knob} must be >= 0, got {value[knob]:g}")
         return Control(**self.defaults, **value)
 
-    def _piece(self, t: float) -> int:
+    def _piece_at(self, t: float) -> int:
+        """The index of the piece that time t is in."""
         return int(min(t / self.resolution + SLACK, self.pieces - 1))
 
     def __call__(self, t: float) -> Control:
@@ -157,16 +167,15 @@ class Schedule:
         t = number(t, "t")
         if t < 0:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
-        pieces: tuple[Control, ...] = self._pieces  # type: ignore[attr-defined]
-        return pieces[self._piece(t)]
+        return self._pieces[self._piece_at(t)]
 
     def at(self, epoch: int, batch: int, batches: int) -> Control:
-        """The control of one step, u(epoch + batch/batches), in whole numbers where a knob is dithered.
+        """The control of one step, u(epoch + batch/batches), with dithered knobs rounded to whole numbers.
 
-        Over any consecutive steps of an epoch the sum of a dithered knob differs from that of its real values
-        by less than 1 (`controlat.control.curves.dithered`). Each epoch begins at another phase, the
-        multiples of the golden ratio, so that the first step of an epoch takes the ceiling as often as
-        others. A ``ratio`` divides by the number that the step takes, or by the real one.
+        Over any consecutive steps of an epoch the sum of a dithered knob differs from the sum of its real
+        values by less than 1 (`controlat.control.curves.dithered`). The initial remainder of an epoch is a
+        multiple of the golden ratio modulo 1, so that over the epochs each position in the epoch is rounded
+        up equally often. A ``ratio`` divides by the rounded number, or by the real one if its curve says so.
 
         Args:
             epoch: epoch, from 0.
@@ -174,10 +183,10 @@ class Schedule:
             batches: steps per epoch.
 
         Returns:
-            The control, such as the keyword arguments of `controlat.pgd`.
+            The control: for PGD the keyword arguments alpha and steps of `controlat.pgd`.
 
         Raises:
-            ValueError: there is no such step.
+            ValueError: epoch or batch is negative, or batch is not below `batches`.
 
         >>> from controlat import parse_schedule
         >>> s = parse_schedule("pgd:steps=2.5,alpha=0.1,rounding=dither", epochs=2)
@@ -190,12 +199,12 @@ class Schedule:
             raise ValueError(f"batch must be below the {batches} batches of an epoch, got {batch}")
         if not self._dithered:
             return self(epoch + batch / batches)
-        known: dict[tuple[int, int], tuple[Control, ...]] = self._epochs  # type: ignore[attr-defined]
-        if (epoch, batches) not in known:
-            while len(known) > 1:  # consecutive steps are asked for, also around the end of an epoch
-                known.pop(next(iter(known)))
-            known[epoch, batches] = self._steps(epoch, batches)
-        return known[epoch, batches][batch]
+        cache = self._steps_of
+        if (epoch, batches) not in cache:
+            while len(cache) > 1:  # two epochs are enough for steps that are asked for in order
+                cache.pop(next(iter(cache)))
+            cache[epoch, batches] = self._steps(epoch, batches)
+        return cache[epoch, batches][batch]
 
     @property
     def _dithered(self) -> tuple[str, ...]:
@@ -203,63 +212,67 @@ class Schedule:
         return tuple(sorted(knob for knob, curve in self.curves.items() if curve.rounding == "dither"))
 
     def _steps(self, epoch: int, batches: int) -> tuple[Control, ...]:
-        """The controls of all steps of an epoch."""
-        pieces = [self._piece(epoch + batch / batches) for batch in range(batches)]
+        """The controls of all steps of an epoch, with dithered knobs rounded."""
+        pieces = [self._piece_at(epoch + batch / batches) for batch in range(batches)]
         at = {piece: self._real(piece * self.resolution) for piece in dict.fromkeys(pieces)}
         real = {knob: [at[piece][knob] for piece in pieces] for knob in self.curves}
-        # Several knobs take multiples of several irrationals: over the epochs they meet in all ways.
-        phases = {k: (epoch + 1) * i * _GOLDEN % 1 for i, k in enumerate(self._dithered, start=1)}
-        taken: dict[str, Sequence[float]] = {
-            knob: list(dithered(real[knob], phases[knob]))
-            if knob in phases
+        # Each knob has a multiple of its own: over the epochs, roundings occur in all combinations.
+        remainders = {k: (epoch + 1) * i * _GOLDEN_RATIO % 1 for i, k in enumerate(self._dithered, start=1)}
+        rounded: dict[str, Sequence[float]] = {
+            knob: list(dithered(real[knob], remainders[knob]))
+            if knob in remainders
             else [curve.round(v, knob) for v in real[knob]]
             for knob, curve in self.curves.items()
             if curve.of is None
         }
-        return tuple(map(self._with_ratios, _rows(real), _rows(taken)))
+        return tuple(map(self._with_ratios, _rows(real), _rows(rounded)))
 
-    def _with_ratios(self, real: Mapping[str, float], taken: Mapping[str, float]) -> Control:
-        """The control of what the knobs take, with those that divide by one of them."""
+    def _with_ratios(self, real: Mapping[str, float], rounded: Mapping[str, float]) -> Control:
+        """The control of these values of all knobs without a ratio, and of the ratios that follow."""
         ratios = {
-            knob: curve.round(curve.over(real[curve.of], taken[curve.of]), knob)
+            knob: curve.round(curve.over(real[curve.of], rounded[curve.of]), knob)
             for knob, curve in self.curves.items()
             if curve.of is not None
         }
-        return self._control({**taken, **ratios})
+        return self._control({**rounded, **ratios})
 
     @property
     def controls(self) -> tuple[Control, ...]:
-        """Every control that a step may take, once: floor and ceiling of what is dithered.
+        """The different controls that steps take; with a dithered knob, its floor and its ceiling.
 
         >>> from controlat import parse_schedule
         >>> parse_schedule("table:steps=2.5:3,alpha=0.1,rounding=dither", 2).controls
         (Control(alpha=0.1, steps=2), Control(alpha=0.1, steps=3))
         """
         if not self._dithered:
-            return tuple(dict.fromkeys(self._pieces))  # type: ignore[attr-defined]
-        found: dict[Control, None] = {}
+            return tuple(dict.fromkeys(self._pieces))
+        controls: dict[Control, None] = {}  # an ordered set
         for piece in range(self.pieces):
             real = self._real(piece * self.resolution)
-            ways = {
+            choices = {
                 knob: {math.floor(v := curve.round(real[knob], knob)), math.ceil(v)}
                 if curve.rounding == "dither"
                 else {curve.round(real[knob], knob)}
                 for knob, curve in self.curves.items()
                 if curve.of is None
             }
-            for values in itertools.product(*map(sorted, ways.values())):
-                found[self._with_ratios(real, dict(zip(ways, values, strict=True)))] = None
-        return tuple(found)
+            for values in itertools.product(*map(sorted, choices.values())):
+                controls[self._with_ratios(real, dict(zip(choices, values, strict=True)))] = None
+        return tuple(controls)
 
     def control(self, now: Moment, z: object = None) -> Control:
         """The control of a step, whatever the state z: a schedule is an open loop."""
         return self.at(now.epoch, now.batch, now.batches)
 
     def bound(self, space: ControlSpace) -> Schedule:
-        """This schedule for a method: knobs without a curve take the method's defaults.
+        """This schedule with the method's defaults for the knobs that have no curve.
+
+        Args:
+            space: the method's admissible set G.
 
         Raises:
-            ValueError: the method has no such knob, lacks one, or does not admit a control.
+            ValueError: a knob is not the method's, a knob without a default has no curve, or a control is
+                not in G.
 
         >>> from controlat import parse_schedule
         >>> from controlat.methods import build
@@ -285,81 +298,46 @@ class Schedule:
         return replace(plain, curves=curves, defaults=defaults)
 
     def unreached(self) -> dict[str, tuple[float, ...]]:
-        """Epochs at which a knob would change, or its ramp end, but which no piece within `epochs` reaches.
+        """Epochs of a ``step`` or of the end of a ``ramp`` that have no effect in a run of this length.
+
+        A change has no effect after the last piece begins, or where another follows within the same piece.
 
         Returns:
-            Knob to those epochs, none where all are reached. Between two changes within one piece the first
-            is not reached.
+            Knob to those epochs; knobs without any are left out.
 
         >>> from controlat import parse_schedule
         >>> replace(parse_schedule("step:steps=0:2:10,at=3:8,alpha=0.1", epochs=12), epochs=5).unreached()
         {'steps': (8.0,)}
         """
         starts = [piece * self.resolution for piece in range(self.pieces)]
-        found = {}
+        late = {}
         for knob, curve in self.curves.items():
             if curve.kind == "step":
-                taken = {curve.place(t) for t in starts}
-                found[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in taken)
+                reached = {curve.place(t) for t in starts}
+                late[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in reached)
             elif curve.kind == "ramp" and curve.at[0] > self.epochs + SLACK:
-                found[knob] = curve.at
-        return {knob: at for knob, at in found.items() if at}
+                late[knob] = curve.at
+        return {knob: at for knob, at in late.items() if at}
 
     def __hash__(self) -> int:
-        held = frozenset(self.curves.items()), frozenset(self.defaults.items())
-        return hash((*held, self.epochs, self.resolution, self.text))
+        mappings = frozenset(self.curves.items()), frozenset(self.defaults.items())
+        return hash((*mappings, self.epochs, self.resolution, self.text))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # pickles and deep copies, which a mapping proxy refuses
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mapping proxy supports neither
         return Schedule.from_json, (self.to_json(),)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form; `Schedule.from_json` reads it back to an equal schedule."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "text": self.text,
-            "epochs": self.epochs,
-            "resolution": self.resolution,
-            "knobs": {knob: curve.to_json() for knob, curve in self.curves.items()},
-            **({"defaults": dict(self.defaults)} if self.defaults else {}),
-        }
+        return to_json(self)
 
     @classmethod
-    def from_json(cls, found: object) -> Schedule:
+    def from_json(cls, data: object) -> Schedule:
         """Build a schedule from its JSON form.
 
         Raises:
-            ValueError: it is not one, or of another version; the message says what is allowed.
+            ValueError: `data` is not a schedule, or one of another version; the message says what is allowed.
         """
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f'not a schedule: expected an object with "format": "{FORMAT}"')
-        if found.get("version") != VERSION:
-            raise ValueError(
-                f"schedule version {found.get('version')!r}; this release reads version {VERSION}"
-            )
-        optional = {"resolution", "defaults"}
-        only(found, {"format", "version", "text", "epochs", "knobs"}, optional, "a schedule")
-        knobs = found["knobs"]
-        if not isinstance(knobs, dict) or not all(isinstance(c, dict) for c in knobs.values()):
-            raise ValueError('"knobs" must map each knob to a curve')
-        curves = {}
-        for knob, c in knobs.items():
-            only(c, {"curve", "values"}, {"at", "rounding", "of", "rounded"}, f"the curve of {knob}")
-            if not isinstance(c["values"], list) or not isinstance(c.get("at", []), list):
-                raise ValueError(f"the curve of {knob}: values and at must be lists of numbers")
-            _plain_numbers((*c["values"], *c.get("at", ())), f"the curve of {knob}")
-            if not isinstance(c.get("rounded", True), bool):
-                raise ValueError(f"the curve of {knob}: rounded is true or false, got {c['rounded']!r}")
-            options = {k: c[k] for k in ("rounding", "of", "rounded") if k in c}
-            curves[knob] = Curve(c["curve"], tuple(c["values"]), tuple(c.get("at", ())), **options)
-        _plain_numbers((found["epochs"], found.get("resolution", 1.0)), "epochs and resolution")
-        if not isinstance(found["text"], str):
-            raise ValueError(f"text must be a string, got {found['text']!r}")
-        defaults = found.get("defaults", {})
-        if not isinstance(defaults, dict):
-            raise ValueError('"defaults" must map each knob to a number')
-        _plain_numbers(defaults.values(), "defaults")
-        return cls(curves, found["epochs"], found.get("resolution", 1.0), found["text"], defaults)
+        return cls(**fields_from_json(data))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the JSON form.
@@ -373,27 +351,21 @@ class Schedule:
 
 
 def _rows(columns: Mapping[str, Sequence[float]]) -> Iterable[dict[str, float]]:
-    """The values of all knobs, step by step."""
+    """The values of all knobs at each step, from the values of each knob at all steps."""
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _plain_numbers(values: Iterable[object], what: str) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{what}: expected plain numbers, got {value!r}")
-
-
 def load_schedule(path: str | Path) -> Schedule:
-    """Read a schedule from its JSON file, for the trainer or for your own loop.
+    """Read a schedule from a JSON file.
 
     Args:
         path: a file that `Schedule.save` or a command wrote.
 
     Returns:
-        The schedule; ``schedule(epoch)`` gives the keyword arguments of `controlat.pgd`.
+        The schedule; where its knobs are those of PGD, ``pgd(..., **schedule(epoch))`` attacks under it.
 
     Raises:
-        ValueError: the file is missing, not JSON, or not a schedule; the message names it.
+        ValueError: the file is missing, not JSON, or not a schedule; the message names the file.
 
     >>> import tempfile, os
     >>> from controlat import parse_schedule
@@ -402,8 +374,8 @@ def load_schedule(path: str | Path) -> Schedule:
     >>> dict(load_schedule(file)(0))
     {'alpha': 0.0392156862745098, 'steps': 2}
     """
-    found = read_json(path)
+    data = read_json(path)
     try:
-        return Schedule.from_json(found)
+        return Schedule.from_json(data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

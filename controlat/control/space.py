@@ -1,7 +1,8 @@
-"""Controls u, the admissible set G and the running cost R(u) = gamma n(u).
+"""Controls u and the admissible set G.
 
-A control is a point of G: the knobs of the inner loop, (alpha, K) for PGD. The running cost is counted in
-gradient evaluations: forward-backward passes per sample, K + 1 for one outer step of PGD-K.
+A control is a point of G: a value for every knob of a method, such as (alpha, K) for PGD training. The
+running cost is R(u) = gamma n(u), with n(u) the gradient evaluations (forward and backward passes) per sample
+of one outer step: K + 1 for PGD-K.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ __all__ = ["Control", "ControlSpace", "Knob"]
 
 
 class Control(Mapping[str, Any]):
-    """A control u: a frozen mapping from knob to value, to be passed on as ``**u``.
+    """A control u: an immutable mapping from knob to value, which can be passed on as ``**u``.
 
-    ``steps = 0`` is no attack, whatever the step size: such a control has ``alpha = 0``, so that equal
-    controls compare equal.
+    With ``steps = 0`` there is no attack, and the step size has no effect: ``alpha`` is set to 0, so that
+    controls of equal effect compare equal.
 
     Args:
-        knobs: values by name; integral values of ``steps`` become int.
+        knobs: values by name; a whole value of ``steps`` becomes an int.
 
     Raises:
         ValueError: a value is not a finite number.
@@ -46,7 +47,7 @@ class Control(Mapping[str, Any]):
             values["alpha"] = 0.0
         self._knobs = dict(sorted(values.items()))
 
-    def __getitem__(self, name: str) -> Any:  # int or float: `**u` must fit any signature
+    def __getitem__(self, name: str) -> Any:  # Any, so that `**u` type-checks for int and float parameters
         if name not in self._knobs:
             raise KeyError(f"{name!r} is no control; there are {', '.join(self._knobs) or 'none'}")
         return self._knobs[name]
@@ -66,14 +67,17 @@ class Control(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Knob:
-    """One coordinate of u: its kind, its bounds and what it means.
+    """One coordinate of u.
 
     Args:
         kind: ``"real"`` or ``"integer"``.
         low: smallest admissible value.
-        high: largest admissible value; infinite where G is bounded later.
-        meaning: one line for tables and errors.
-        default: its value where a schedule does not name it; None where it must.
+        high: largest admissible value; infinity for no bound.
+        meaning: description in one line.
+        default: value where a schedule has no curve for the knob; None if a curve is required.
+
+    Raises:
+        ValueError: unknown kind, low > high, or a default that is not admissible.
     """
 
     kind: str
@@ -95,8 +99,8 @@ class Knob:
     def check(self, name: str, value: float) -> None:
         """Raise ValueError unless `value` is admissible; the message says what is."""
         if self.kind == "integer" and not float(value).is_integer():
-            told = "of a schedule with rounding=dither take schedule.at(epoch, batch, batches)"
-            raise ValueError(f"{name} must be an integer, got {value:g} ({told})")
+            cure = "of a schedule with rounding=dither take schedule.at(epoch, batch, batches)"
+            raise ValueError(f"{name} must be an integer, got {value:g} ({cure})")
         if not self.low <= value <= self.high:
             allowed = f">= {self.low:g}" if math.isinf(self.high) else f"in [{self.low:g}, {self.high:g}]"
             raise ValueError(f"{name} must be {allowed}, got {value:g}")
@@ -104,12 +108,12 @@ class Knob:
 
 @dataclass(frozen=True)
 class ControlSpace(Mapping[str, Knob]):
-    """The admissible set G of a method: its knobs and the evaluations that one outer step costs.
+    """The admissible set G of a method, and the cost n(u) of an outer step.
 
     Args:
         knobs: name to `Knob`.
-        cost: n(u), gradient evaluations per sample of one outer step; an upper bound where the true
-            number depends on the data. Used for planning: results count what was spent.
+        cost: n(u), gradient evaluations per sample of one outer step; an upper bound where the number depends
+            on the data. It is used to plan ahead; results state the evaluations that were counted.
     """
 
     knobs: Mapping[str, Knob]
@@ -134,23 +138,27 @@ class ControlSpace(Mapping[str, Knob]):
         return len(self.knobs)
 
     def check(self, control: Mapping[str, float]) -> Control:
-        """Return `control` as a `Control` of this set.
+        """The `Control` with these values, and the defaults of knobs that are not given.
 
         Raises:
             ValueError: a knob is unknown, missing without a default, of the wrong kind or out of bounds.
         """
         instance(control, Mapping, "control", "such as {'alpha': 0.01, 'steps': 10}")
-        known = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
-        given, control = sorted(control), known | dict(control)
-        if set(control) != set(self.knobs):
-            unknown, missing = sorted(set(control) - set(self.knobs)), sorted(set(self.knobs) - set(control))
-            named = [f"{n}{', ' * bool(near := meant(n, self.knobs))}{near}".strip() for n in unknown]
-            wrong = [f"not {', '.join(named)}"] * bool(unknown)
-            wrong += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
+        defaults = {name: knob.default for name, knob in self.knobs.items() if knob.default is not None}
+        values = defaults | dict(control)
+        if set(values) != set(self.knobs):
             raise ValueError(
                 f"a control of this method has {', '.join(sorted(self.knobs))}; "
-                f"got {', '.join(given) or 'nothing'} ({'; '.join(wrong)})"
+                f"got {', '.join(sorted(control)) or 'nothing'} ({self._wrong_names(values)})"
             )
         for name, knob in self.knobs.items():
-            knob.check(name, number(control[name], name))
-        return Control(**{n: int(v) if self.knobs[n].kind == "integer" else v for n, v in control.items()})
+            knob.check(name, number(values[name], name))
+        return Control(**{n: int(v) if self.knobs[n].kind == "integer" else v for n, v in values.items()})
+
+    def _wrong_names(self, values: Mapping[str, float]) -> str:
+        """Which names are unknown, with the knob that was probably meant, and which are missing."""
+        unknown, missing = sorted(set(values) - set(self.knobs)), sorted(set(self.knobs) - set(values))
+        hints = [f"{n}{', ' * bool(hint := meant(n, self.knobs))}{hint}".strip() for n in unknown]
+        parts = [f"not {', '.join(hints)}"] * bool(unknown)
+        parts += [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] * bool(missing)
+        return "; ".join(parts)

@@ -4,7 +4,8 @@ from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.examination import examine, looked_at
 from controlat.pmp.full_criterion import Criterion
-from controlat.pmp.greedy import criterion, probe_batches, score
+from controlat.pmp.greedy import probe_batches, score
+from controlat.pmp.greedy_criterion import criterion
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
 from controlat.pmp.relaxed import relaxed

@@ -1,11 +1,11 @@
-"""The Hamiltonian over one outer step: what a change of the control of that step alone is worth.
+"""The discrete-time Hamiltonian H_t(v) = p_{t+1} . S_t(z_t, v) - gamma eta n(v) of an outer step.
 
-H_t(v) = p_{t+1} . S_t(z_t, v) - gamma eta n(v), with p = -grad Phi at the end, so that, to first order in the
-state, changing u_t to v lowers J = Phi + gamma eta sum n by
+With p = -grad Phi at the end, replacing u_t by v in step t alone lowers J = Phi + gamma eta sum n, to first
+order in the change of the state, by
 
     DeltaH_t(v) = p_{t+1} . (S_t(z_t, v) - S_t(z_t, u_t)) - gamma eta (n(v) - n(u_t)).
 
-The whole step counts: all its updates, the optimiser's buffers, and what the method carries.
+S_t is the whole outer step: all its updates, the momentum buffers, and the memory of the method.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["Gains", "gains"]
 
 @dataclass(frozen=True)
 class Gains:
-    """What every candidate would have done at one step, beside its control u_t, which comes first.
+    """The terms of DeltaH_t(v) at one step, for all candidates v.
 
     Args:
         number: of the step.
         epoch: of the step.
-        controls: the V candidates.
+        controls: the V candidates; u_t is the first.
         evaluations: (V,) n(v), gradient evaluations per sample.
         rewards: by horizon, (V,) p_{t+1} . (S(z, v) - S(z, u)).
         sizes: (V,) ||S(z, v) - S(z, u)||^2.
@@ -55,16 +55,16 @@ class Gains:
     norms: Mapping[int, float]
 
     def value(self, horizon: int, price: float) -> Array:
-        """DeltaH(v) for every candidate, (V,), at a price of gamma eta per evaluation; 0 for u_t."""
+        """DeltaH_t(v), (V,), with price = gamma eta per gradient evaluation; 0 for u_t."""
         return np.asarray(self.rewards[horizon] - price * (self.evaluations - self.evaluations[0]))
 
     def cosine(self, horizon: int) -> Array:
-        """Cosine between p_{t+1} and S(z, v) - S(z, u), (V,); 0 where nothing changes."""
+        """Cosine between p_{t+1} and S(z, v) - S(z, u), (V,); 0 where either is 0."""
         length = np.sqrt(self.sizes) * self.norms[horizon]
         return np.divide(self.rewards[horizon], length, out=np.zeros_like(length), where=length > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; `from_json` reads it back."""
+        """The fields as plain data."""
         return {
             "number": self.number,
             "epoch": self.epoch,
@@ -77,7 +77,7 @@ class Gains:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Gains:
-        """The gains that `to_json` described."""
+        """The gains from what `to_json` returned."""
         return cls(
             number=stored["number"],
             epoch=stored["epoch"],
@@ -94,33 +94,35 @@ def gains(
     visit: Visit,
     costates: Mapping[int, State],
     norms: Mapping[int, float],
-    grid: Candidates,
+    candidates: Candidates,
     meter: Meter | None = None,
 ) -> Gains:
-    """Score the candidates of G around u_t at one step of a recorded roll-out, under common random numbers.
+    """Score the candidates around u_t at one step of a recorded roll-out, with common random numbers.
 
-    Where the method offers the exact sweep over K, and so makes one update whose gradient alone depends on
-    u, one trajectory for each step size scores every K, and the difference of two steps is that of their
-    gradients, -eta (g_v - g_u) in theta and g_v - g_u in the buffer, and of their running statistics.
-    Otherwise each candidate takes the step.
+    A method that offers `Prefixes` makes one update, and only its gradient depends on u. Then one inner
+    trajectory per step size scores every K, and S(z, v) - S(z, u) follows from the gradients:
+    -eta (g_v - g_u) in theta, g_v - g_u in the momentum buffer, and the difference of the running statistics.
+    For other methods the step is taken under each candidate.
 
     Args:
-        driver: at the state before the step; it stays there.
+        driver: at the state z_t before the step, where it is afterwards, too.
         visit: the step.
         costates: p_{t+1} by horizon.
-        norms: their lengths.
-        grid: what is searched.
+        norms: ||p_{t+1}|| by horizon.
+        candidates: the controls that are compared with u_t.
         meter: where evaluations are counted.
 
     Raises:
-        NonFiniteError: what a candidate would do is not finite.
+        NonFiniteError: the step under a candidate is not finite.
     """
     meter = Meter() if meter is None else meter
     score = _by_gradients if isinstance(driver.method, Prefixes) else _by_steps
-    scores = score(driver, visit, costates, grid, meter)
-    for v, (_, of_v, size) in scores.items():
-        if not np.isfinite([*of_v, size]).all():
-            raise NonFiniteError(f"what {v} would do in step {visit.number} is not finite: narrow the grid")
+    scores = score(driver, visit, costates, candidates, meter)
+    for v, (_, products, size) in scores.items():
+        if not np.isfinite([*products, size]).all():
+            raise NonFiniteError(
+                f"step {visit.number} under {v} is not finite: leave it out of the candidates"
+            )
     n, rewards, sizes = zip(*scores.values(), strict=True)
     table = np.array(rewards, dtype=np.float64).reshape(len(scores), len(costates))
     return Gains(
@@ -139,55 +141,56 @@ _Scores = dict[Control, tuple[float, list[float], float]]
 
 
 def _by_gradients(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], candidates: Candidates, meter: Meter
 ) -> _Scores:
-    """From gradients, as S is affine in the gradient g of its only update, and in running statistics r.
+    """Scores from gradients: the step is affine in the gradient g of its update and in running statistics r.
 
-    S(z, v) - S(z, u) is -rate (g_v - g_u) in theta, g_v - g_u in the buffer, and r_v - r_u.
+    S(z, v) - S(z, u) is -rate (g_v - g_u) in theta, g_v - g_u in the momentum buffer, and r_v - r_u.
     """
-    o, batches, u = driver.optimizer, [visit.batch], visit.control
-    # Nesterov looks ahead by the buffer, into which the gradient has gone already.
-    rate = visit.rate * (1 + o.momentum if o.nesterov else 1)
+    sgd, batches, u = driver.optimizer, [visit.batch], visit.control
+    # Nesterov's form moves theta along g + mu v', and v' contains g.
+    rate = visit.rate * (1 + sgd.momentum if sgd.nesterov else 1)
     weights = [State(parameters=_weights(p, rate), statistics=p.statistics) for p in costates.values()]
-    first = score_one(driver, batches, u, visit.rate, meter)
-    (taken,) = first[2]
-    base = State(parameters=taken.gradients, statistics=taken.statistics)
+    scored_u = score_one(driver, batches, u, visit.rate, meter)
+    (field_u,) = scored_u[2]
+    base = State(parameters=field_u.gradients, statistics=field_u.statistics)
+    others = score_sweep(driver, batches, candidates, u, visit.rate, meter)
     scores: _Scores = {}
-    for v, n, (field,) in itertools.chain([first], score_sweep(driver, batches, grid, u, visit.rate, meter)):
-        moved = State(parameters=field.gradients, statistics=field.statistics).plus(base, -1)
-        g, r = State(parameters=moved.parameters), State(parameters=[], statistics=moved.statistics)
-        size = (rate**2 + (o.momentum > 0)) * g.dot(g) + r.dot(r)
-        scores.setdefault(v, (n, [w.dot(moved) for w in weights], size))
+    for v, n, (field,) in itertools.chain([scored_u], others):
+        change = State(parameters=field.gradients, statistics=field.statistics).plus(base, -1)
+        g, r = State(parameters=change.parameters), State(parameters=[], statistics=change.statistics)
+        size = (rate**2 + (sgd.momentum > 0)) * g.dot(g) + r.dot(r)
+        scores.setdefault(v, (n, [w.dot(change) for w in weights], size))
     return scores
 
 
 def _weights(p: State, rate: float) -> list[Tensor]:
-    """dS/dg, transposed, applied to p."""
+    """(dS/dg)^T p: the vector-Jacobian product of the optimiser's update."""
     if not p.momentum:
         return [-rate * q for q in p.parameters]
     return [m - rate * q for m, q in zip(p.momentum, p.parameters, strict=True)]
 
 
 def _by_steps(
-    driver: Driver, visit: Visit, costates: Mapping[int, State], grid: Candidates, meter: Meter
+    driver: Driver, visit: Visit, costates: Mapping[int, State], candidates: Candidates, meter: Meter
 ) -> _Scores:
-    """By taking the step under every candidate from the same state."""
-    batch, training = visit.batch, driver.meter
+    """Scores by taking the step under every candidate from the same state."""
+    batch, training_meter = visit.batch, driver.meter
     before = driver.snapshot(batch.indices)
     scores: _Scores = {}
     base: State | None = None
     driver.meter = meter
     try:
-        for v in dict.fromkeys([visit.control, *grid.around(driver.method, visit.control)]):
+        for v in dict.fromkeys([visit.control, *candidates.around(driver.method, visit.control)]):
             counted = meter.gradients
             driver.step(batch, v, visit.rate)
             after = driver.point(batch.indices)
             base = after.copy() if base is None else base
-            moved = after.plus(base, -1)
+            change = after.plus(base, -1)
             driver.restore(before)
-            rewards = [p.dot(moved) for p in costates.values()]
-            scores[v] = (meter.gradients - counted) / len(batch.x), rewards, moved.dot(moved)
+            rewards = [p.dot(change) for p in costates.values()]
+            scores[v] = (meter.gradients - counted) / len(batch.x), rewards, change.dot(change)
     finally:
         driver.restore(before)
-        driver.meter = training
+        driver.meter = training_meter
     return scores

@@ -1,4 +1,4 @@
-"""How the Hamiltonian is maximised over candidates: a sweep, exact in K, or hyperopt's TPE."""
+"""Maximisation of the Hamiltonian: a sweep scores every candidate; hyperopt's TPE searches among them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["MAXIMISERS", "Scored", "score_one", "score_sweep", "tpe"]
 
 MAXIMISERS = ("sweep", "tpe")
 
-# One candidate: the control, its cost n(v) per sample, and what it would do on every probe batch.
+# A scored candidate: the control v, its cost n(v) per sample, and its `Field` on every probe batch.
 Scored = tuple[Control, float, list[Field]]
 
 
 def score_one(driver: Driver, batches: Sequence[Batch], v: Control, rate: float, meter: Meter) -> Scored:
-    """Score one control by running it from the start on every probe batch; its cost is counted."""
+    """Score one control by an outer step on every probe batch; n(v) is the number of evaluations counted."""
     before = meter.gradients
     fields = [driver.field(batch, v, rate, meter) for batch in batches]
     return v, (meter.gradients - before) / sum(len(b.x) for b in batches), fields
@@ -37,11 +37,11 @@ def score_one(driver: Driver, batches: Sequence[Batch], v: Control, rate: float,
 def score_sweep(
     driver: Driver, batches: Sequence[Batch], candidates: Candidates, u: Control, rate: float, meter: Meter
 ) -> Iterator[Scored]:
-    """Score every candidate around u, on common probe batches and random numbers.
+    """Score every candidate around u, on common probe batches and with common random numbers.
 
-    Where the method passes through the step of every smaller K (`Prefixes`: PGD-K is the beginning of
-    PGD-(K+1)), at the price of ONE trajectory of the largest K for each step size, which equals running
-    every candidate by itself; otherwise each candidate is run.
+    Where the method offers it (`Prefixes`), one inner trajectory per step size, up to the largest K, gives
+    the outer step of every smaller K on the way: PGD-K is the beginning of PGD-(K+1). The scores equal those
+    of the candidates one by one (`score_one`), which is how they are computed for other methods.
     """
     if not isinstance(driver.method, Prefixes):
         for v in candidates.around(driver.method, u):
@@ -55,7 +55,8 @@ def score_sweep(
             yield score_one(driver, batches, replaced(base, {"alpha": 0.0, "steps": 0}), rate, meter)
         for alpha in alphas if steps[-1] else ():
             longest = replaced(base, {"alpha": alpha, "steps": steps[-1]})
-            for fields in zip(*(driver.fields(b, longest, rate, meter) for b in batches), strict=True):
+            trajectories = (driver.fields(batch, longest, rate, meter) for batch in batches)
+            for fields in zip(*trajectories, strict=True):  # K = 1, 2, ... on all batches
                 v = fields[0].control
                 if v["steps"] in steps:
                     yield v, driver.method.controls.cost(v), list(fields)
@@ -69,23 +70,26 @@ def tpe(
     first: Sequence[Control] = (),
     knobs: Mapping[str, Knob] = MappingProxyType({"alpha": ALPHA, "steps": STEPS}),
 ) -> list[str]:
-    """Maximise objective(v) over knobs, real ones and whole ones, with hyperopt's Parzen estimators.
+    """Search for the maximum of objective(v) with hyperopt's tree-structured Parzen estimator (TPE).
 
-    Each knob is searched between the smallest and the largest of its values: whole numbers evenly, real ones
-    by their logarithm where they are positive. The caller keeps what it scored; a control whose value is not
-    finite counts as failed and never wins.
+    Each knob is searched between the smallest and the largest of its candidate values, with a uniform prior
+    for integers and a log-uniform one for positive real numbers. The controls that were tried, and their
+    values, are for `objective` to keep. A trial fails if the value is not finite.
 
     Args:
         objective: value of a control.
-        candidates: which knobs are searched, and their bounds.
-        trials: number of evaluations, those of `first` not counted.
-        seed: of hyperopt's generator.
-        first: controls to try before the search starts; those outside the bounds are passed over. The first
-            of them says what the knobs are that are not searched.
-        knobs: what the method has; those of PGD by default.
+        candidates: the knobs that are searched, and their bounds.
+        trials: number of evaluations, besides those of `first`.
+        seed: seed of hyperopt's generator.
+        first: controls to try before the search; those outside the bounds are left out. Knobs that are not
+            searched keep their value in the first of these.
+        knobs: the method's knobs; those of PGD by default.
 
     Returns:
-        Why trials failed, one text for each that did; those of `first` do not count.
+        The reason of every failed trial, those of `first` not counted.
+
+    Source:
+        Bergstra et al. (2011), "Algorithms for hyper-parameter optimization".
 
     Raises:
         ValueError: trials is less than 1.
@@ -98,14 +102,12 @@ def tpe(
     from hyperopt.exceptions import AllTrialsFailed
     from hyperopt.fmin import generate_trials_to_calculate
 
-    axes = {name: (values[0], values[-1]) for name, values in candidates.within(knobs).items()}
+    bounds = {name: (values[0], values[-1]) for name, values in candidates.within(knobs).items()}
     base = first[0] if first else Control(**{name: knob.default or 1 for name, knob in knobs.items()})
-    outcomes: list[str] = []  # of every trial: why it failed, or nothing
+    outcomes: list[str] = []  # of every trial: why it failed, or an empty text
 
     def loss(point: dict[str, float]) -> dict[str, Any]:
-        inside = {name: min(max(point[name], low), high) for name, (low, high) in axes.items()}
-        whole = {name: int(value) for name, value in inside.items() if knobs[name].kind == "integer"}
-        v = replaced(base, inside | whole)
+        v = replaced(base, _clipped(point, bounds, knobs))
         try:
             value = objective(v)
             outcomes.append("" if math.isfinite(value) else f"the value of {v} is {value}")
@@ -113,12 +115,12 @@ def tpe(
             outcomes.append(str(error))
         return {"status": STATUS_FAIL} if outcomes[-1] else {"status": STATUS_OK, "loss": -value}
 
-    # A point outside the bounds would come back cut: a control that nobody asked for.
-    points = [p for v in first if (p := _point(v, axes)) is not None]
-    with contextlib.suppress(AllTrialsFailed):  # told below, with the reason
+    # `_clipped` would turn a control outside the bounds into another one: it is not tried.
+    points = [point for v in first if (point := _point(v, bounds)) is not None]
+    with contextlib.suppress(AllTrialsFailed):  # the error below gives the reason
         fmin(
             loss,
-            {name: _prior(name, knobs[name].kind, *ends) for name, ends in axes.items()},
+            {name: _prior(name, knobs[name].kind, *ends) for name, ends in bounds.items()},
             algo=algorithm.suggest,
             max_evals=trials,
             trials=generate_trials_to_calculate(points) if points else None,
@@ -133,8 +135,17 @@ def tpe(
     return failed
 
 
+def _clipped(
+    point: Mapping[str, float], bounds: Mapping[str, tuple[float, float]], knobs: Mapping[str, Knob]
+) -> dict[str, float]:
+    """A point that hyperopt drew, clipped to the bounds, which the priors slightly exceed."""
+    values = {name: min(max(point[name], low), high) for name, (low, high) in bounds.items()}
+    integers = {name: int(value) for name, value in values.items() if knobs[name].kind == "integer"}
+    return values | integers
+
+
 def _prior(name: str, kind: str, low: float, high: float) -> Any:
-    """What hyperopt draws a knob from."""
+    """hyperopt's prior of a knob."""
     from hyperopt import hp
 
     if kind == "integer":
@@ -144,9 +155,9 @@ def _prior(name: str, kind: str, low: float, high: float) -> Any:
     return hp.uniform(name, low, max(high, low + 1e-9))
 
 
-def _point(v: Control, axes: Mapping[str, tuple[float, float]]) -> dict[str, float] | None:
-    """A control as hyperopt is told it; None where it lies outside the bounds."""
-    known = {name: float(v[name]) for name in axes}
-    if v.get("steps") == 0 and "alpha" in known:  # no attack, whatever the step size
-        known["alpha"] = axes["alpha"][0]
-    return known if all(low <= known[name] <= high for name, (low, high) in axes.items()) else None
+def _point(v: Control, bounds: Mapping[str, tuple[float, float]]) -> dict[str, float] | None:
+    """A control as a point of hyperopt's search space; None where it lies outside the bounds."""
+    point = {name: float(v[name]) for name in bounds}
+    if v.get("steps") == 0 and "alpha" in point:  # without an attack the step size has no effect
+        point["alpha"] = bounds["alpha"][0]
+    return point if all(low <= point[name] <= high for name, (low, high) in bounds.items()) else None

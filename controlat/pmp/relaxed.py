@@ -1,9 +1,10 @@
-"""Relaxed controls: a step that goes a part lambda of the way from what u_t does to what v_t would do.
+"""Relaxed controls: the convex combination of the steps under u_t and under v_t.
 
     S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t),    n_lambda = (1 - lambda) n(u_t) + lambda n(v_t)
 
-For a method of one update this is the step with the mixed gradient. dJ/dlambda at 0 is exactly
--G = -sum_t DeltaH_t(v_t): G is the Frank-Wolfe gap of the relaxed problem.
+For a method with one update per step this is the step with (1 - lambda) times the gradient under u_t plus
+lambda times that under v_t. dJ/dlambda at lambda = 0 is exactly -G, G = sum_t DeltaH_t(v_t): with v_t the
+maximisers of the Hamiltonian, G is the Frank-Wolfe gap of the relaxed problem.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ __all__ = ["relaxed"]
 
 @dataclass
 class _Mixing(Driver):
-    """A driver whose steps go a part of the way to what other controls would do."""
+    """A driver that takes relaxed steps S_lambda.
+
+    Args:
+        part: lambda.
+        others: v_t by the number of the step in the run.
+        per_epoch: steps per epoch.
+        evaluations: sum of n_lambda so far.
+    """
 
     part: float = 0.0
     others: Mapping[int, Control] | None = None
@@ -34,21 +42,21 @@ class _Mixing(Driver):
     evaluations: float = 0.0
 
     def step(self, batch: Batch, u: Control, rate: float) -> Step:
-        """S_lambda where another control is given, else S."""
+        """S_lambda if there is a v_t for the step, else S(z, u)."""
         v = (self.others or {}).get(batch.epoch * self.per_epoch + batch.number)
         if v is None or v == u or self.part == 0:
-            done = super().step(batch, u, rate)
-            self.evaluations += done.evaluations
-            return done
+            step_u = super().step(batch, u, rate)
+            self.evaluations += step_u.evaluations
+            return step_u
         before = self.snapshot(batch.indices)
-        other = super().step(batch, v, rate)
-        theirs = self.snapshot(batch.indices)
+        step_v = super().step(batch, v, rate)
+        state_v = self.snapshot(batch.indices)
         self.restore(before)
-        del before
-        done = super().step(batch, u, rate)
-        self.restore(self.state().at(batch.indices).towards(theirs, self.part))
-        self.evaluations += (1 - self.part) * done.evaluations + self.part * other.evaluations
-        return done
+        del before  # its memory is needed for the second step
+        step_u = super().step(batch, u, rate)
+        self.restore(self.state().at(batch.indices).towards(state_v, self.part))
+        self.evaluations += (1 - self.part) * step_u.evaluations + self.part * step_v.evaluations
+        return step_u
 
 
 def relaxed(
@@ -59,16 +67,16 @@ def relaxed(
     *,
     progress: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Roll out a recorded training anew, with controls that go a part of the way from u_t to v_t.
+    """Roll out a recorded training again with relaxed controls between u_t and v_t.
 
-    S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t) and n_lambda alike: the step of a control that is
-    u_t with probability 1 - lambda and v_t with probability lambda, in the mean. What a change of controls
-    brings can be looked at for any lambda, where C sees only its derivative at 0.
+    S_lambda(z) = (1 - lambda) S(z, u_t) + lambda S(z, v_t), and n_lambda likewise: the mean step of a control
+    that is u_t with probability 1 - lambda and v_t with probability lambda. The criterion C gives the
+    derivative of J in lambda at 0; the roll-out gives J at any lambda.
 
     Args:
-        recording: of the roll-out under u; its driver is left at its end.
-        others: v_t by the number of the step, counted over the whole run; steps without one keep u_t.
-        part: lambda; 0 is the recorded roll-out, 1 takes the steps under v.
+        recording: the recorded roll-out under u; its driver is at the end of it afterwards.
+        others: v_t by the number of the step in the run; a step without one is taken under u_t.
+        part: lambda; 0 for the recorded roll-out, 1 for the steps under v_t.
         terminal: Phi.
         progress: called after every step.
 
@@ -76,7 +84,7 @@ def relaxed(
         Phi, sum n and the evaluations spent; ``objective(price)`` is J.
 
     Raises:
-        ValueError: part is no finite number.
+        ValueError: part is not a finite number.
         NonFiniteError: training diverged.
 
     Source:
@@ -101,22 +109,22 @@ def relaxed(
     instance(others, Mapping, "others", "controls by the number of their step")
     part = number(part, "part")
     driver = recording.driver
-    given = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
-    mixing = _Mixing(**given, part=part, others=others, per_epoch=recording.spec.batches_per_epoch)
+    settings = {f.name: getattr(driver, f.name) for f in fields(Driver)} | {"meter": Meter(), "notice": None}
+    mixing = _Mixing(**settings, part=part, others=others, per_epoch=recording.spec.batches_per_epoch)
     with recording.put_back():
-        for n in sorted(recording.stored, reverse=True):  # rows of samples that come up later, too
+        for n in sorted(recording.stored, reverse=True):  # a stored state has the rows of some samples only
             mixing.restore(recording.stored[n])
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
         outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
-        left = momentum_tail(recording, recording.last)
-        if left:
-            after = mixing.momentum
+        tail = momentum_tail(recording, recording.last)
+        if tail:
+            momentum = mixing.momentum
             driver.restore(recording.end)
             meter = Meter()
             gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
-            parts = zip(gradient, after, driver.momentum, strict=True)
-            phi = outcome.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
+            triples = zip(gradient, momentum, driver.momentum, strict=True)
+            phi = outcome.phi - tail * sum(float((g * (m - recorded)).sum()) for g, m, recorded in triples)
             outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
     return outcome

@@ -1,7 +1,7 @@
-"""What was learnt of the Hamiltonian at one instant, and the gap of a control in it.
+"""The scores of all candidates at one time t, and the gap of a control among them.
 
-The M probe batches' gradients of every candidate enter through their inner products only; plain, unbiased and
-cross-fitted values and the jackknife all follow from those.
+Only inner products of the candidates' gradients on the M probe batches are kept. The plain, the unbiased and
+the cross-fitted value of C and its jackknife interval follow from those, for any price gamma.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gap:
-    """C at one instant, in one form, with what it consists of.
+    """C at one time t, in one form: gap = [s q(v) - gamma n(v)] - [s q(u) - gamma n(u)].
 
     Args:
         form: ``"norm"`` or ``"costate"``.
         value: the gap, >= 0; 0 where u maximises the Hamiltonian over the candidates.
         control: u_t.
         maximiser: the best candidate v.
-        reward: (s q(v), s q(u)), the two first terms.
-        cost: (gamma n(v), gamma n(u)), the two second terms.
-        unbiased: the gap of the unbiased estimates of ||E g||^2 (None with one probe batch). The plain norm
-            of a batch mean exceeds it by tr(Cov)/B.
-        cross_fitted: v chosen on one half of the probe and scored by the unbiased estimate on the other, both
-            ways; it may be negative. The plain maximum over noisy values is biased upward. None where a half
-            has no unbiased estimate: with fewer than four probe batches in the norm form, with one in the
-            costate form.
+        reward: (s q(v), s q(u)).
+        cost: (gamma n(v), gamma n(u)).
+        unbiased: the gap with an unbiased estimate of ||E g||^2 in place of the squared norm of a batch mean,
+            which exceeds it by tr(Cov)/B on average. None with one probe batch.
+        cross_fitted: the mean gap of two halves of the probe, v chosen on one and scored on the other by the
+            unbiased estimate. It has no selection bias, unlike the maximum over noisy values, and may be
+            negative. None where a half has no unbiased estimate: with fewer than four probe batches in the
+            norm form, with one in the costate form.
         jackknife: the gap between maximiser and u without each probe batch in turn.
-        spent: gradient evaluations that it took, in samples.
-        dropped: what the number leaves out, by name.
-        doubt: where u is the best, the largest upper end of the intervals of all candidates' gains over it.
+        spent: gradient evaluations spent, in samples.
+        dropped: what the value does not account for, by name.
+        doubt: if u is the maximiser, the largest upper end of the intervals of s q - gamma n of all
+            candidates less that of u; else 0.
     """
 
     form: str
@@ -62,15 +63,15 @@ class Gap:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the value over probe batches: jackknife, Student t, and no number below 0.
+        """95 % interval of the value over probe batches: jackknife and Student t, with the maximiser fixed.
 
-        The maximiser is held fixed. As C >= 0, the part of an interval at and above 0 covers it as often as
-        the whole does. Where u is the best, its own gain has no noise: the upper end is `doubt`.
+        It is cut off at 0, which costs no coverage, as C >= 0. Where u itself is the maximiser, the jackknife
+        values are all 0, and the upper end is `doubt` instead.
         """
         return interval(self.value, self.jackknife, least=0.0, more=self.doubt)
 
     def __str__(self) -> str:
-        """The gap in one line, with what it leaves out."""
+        """The gap in one line, with what it does not account for."""
         bounds = "" if self.interval is None else " [{:.3g}, {:.3g}]".format(*self.interval)
         better = "u is the best" if self.maximiser == self.control else f"better: {_knobs(self.maximiser)}"
         left_out = f"; leaves out: {'; '.join(self.dropped)}" * bool(self.dropped)
@@ -97,41 +98,46 @@ def _knobs(u: Control) -> str:
 def interval(
     value: float, jackknife: Sequence[float], least: float = -math.inf, more: float = 0.0
 ) -> tuple[float, float] | None:
-    """95 % interval from leave-one-out values: value +- t sqrt((m - 1)/m sum (j - mean j)^2), cut at `least`.
+    """95 % jackknife interval, value +- t sqrt((m - 1)/m sum (j - mean j)^2), cut off at `least`.
+
+    t is the 0.975 quantile of Student's distribution with m - 1 degrees of freedom.
 
     Args:
         value: the estimate.
-        jackknife: the m estimates without each part in turn; None comes back where there are less than two.
-        least: what is estimated is at least this: numbers below it are cut off, which costs no coverage.
-        more: what is added at the upper end.
+        jackknife: the m leave-one-out estimates j.
+        least: a lower bound of the quantity; cutting the interval off there costs no coverage.
+        more: added to the upper end.
+
+    Returns:
+        Lower and upper end; None if m < 2.
 
     Source:
         Tukey (1958), for the jackknife.
     """
     if len(jackknife) < 2:
         return None
-    half = float(_half(np.asarray(jackknife)))
-    return max(least, value - half), max(least, value + half + more)
+    half_width = float(_half_width(np.asarray(jackknife)))
+    return max(least, value - half_width), max(least, value + half_width + more)
 
 
-def _half(jackknife: Array) -> Array:
-    """Half the interval, of values without each of m parts, (m, ...)."""
+def _half_width(jackknife: Array) -> Array:
+    """Half the width of the interval, from m leave-one-out estimates, (m, ...)."""
     m = len(jackknife)
     return np.asarray(stdtrit(m - 1, 0.975) * np.sqrt((m - 1) * jackknife.var(0)))
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Everything that was learnt of the Hamiltonian at one instant; C for any gamma follows without a run.
+    """The scores of all candidates at one time t, from which C follows for any gamma.
 
     Args:
         controls: the V candidates.
         evaluations: (V,) n(v), gradient evaluations per sample of one outer step.
-        gram: (V, M, M) inner products of the gradients of the M probe batches.
-        costate: (V, M) inner products of grad Phi with them, or None.
+        gram: (V, M, M) inner products of the gradients of the M probe batches with each other.
+        costate: (V, M) inner products of grad Phi with the gradients, or None.
         scale: s_t.
         spent: gradient evaluations spent, in samples.
-        dropped: what its numbers leave out, by name.
+        dropped: what C does not account for, by name.
     """
 
     controls: tuple[Control, ...]
@@ -151,8 +157,8 @@ class Surface:
         """s q(v) for every candidate, (V,), from the probe batches `members` (all by default).
 
         Raises:
-            ValueError: unknown form, or no terminal cost was given for ``"costate"``; an unbiased squared
-                norm of one batch.
+            ValueError: unknown form; the costate form without a terminal cost; an unbiased squared norm from
+                one batch.
         """
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
@@ -170,7 +176,7 @@ class Surface:
         return np.asarray(self.scale * total / m**2)
 
     def gap(self, control: Control, gamma: float, form: str = "norm") -> Gap:
-        """The gap of `control`, which is one of the candidates, at a price of gamma per evaluation.
+        """The gap of `control`, one of the candidates, at a price of gamma per gradient evaluation.
 
         Raises:
             ValueError: `control` was not scored, or gamma is negative or not finite.
@@ -182,49 +188,61 @@ class Surface:
             raise ValueError(f"gamma must be >= 0, got {gamma:g}")
         u, price = self.controls.index(control), gamma * self.evaluations
         reward = self.reward(form)
-        plain = reward - price
-        best = self._argmax(plain, u)
-        every, unbiased, crossed, doubt = range(self.batches), None, None, 0.0
+        value = reward - price
+        best = self._argmax(value, u)
+        unbiased, crossed, doubt = None, None, 0.0
         jackknife: tuple[float, ...] = ()
         if self.batches > 1:
-            value = self.reward(form, unbiased=True) - price
-            unbiased = float(value.max() - value[u])
-            halves = (every[::2], every[1::2])
-            if form == "costate" or len(halves[1]) > 1:  # each half scores the other's choice without bias
-                both = [self._crossed(a, b, u, price, form) for a, b in (halves, halves[::-1])]
-                crossed = float(np.mean(both))
-            without = np.stack([self.reward(form, [i for i in every if i != m]) - price for m in every])
-            gains = without - without[:, [u]]
+            debiased = self.reward(form, unbiased=True) - price
+            unbiased = float(debiased.max() - debiased[u])
+            crossed = self._cross_fitted(u, price, form)
+            gains = self._leave_one_out_gains(u, price, form)
             jackknife = tuple(map(float, gains[:, best]))
             if best == u:
-                doubt = float((plain - plain[u] + _half(gains)).max())
+                doubt = float((value - value[u] + _half_width(gains)).max())
         return Gap(
-            form,
-            float(plain[best] - plain[u]),
-            control,
-            self.controls[best],
-            (float(reward[best]), float(reward[u])),
-            (float(price[best]), float(price[u])),
-            unbiased,
-            crossed,
-            jackknife,
-            self.spent,
-            self.dropped,
-            doubt,
+            form=form,
+            value=float(value[best] - value[u]),
+            control=control,
+            maximiser=self.controls[best],
+            reward=(float(reward[best]), float(reward[u])),
+            cost=(float(price[best]), float(price[u])),
+            unbiased=unbiased,
+            cross_fitted=crossed,
+            jackknife=jackknife,
+            spent=self.spent,
+            dropped=self.dropped,
+            doubt=doubt,
         )
 
     def _argmax(self, value: Array, u: int) -> int:
-        """The best candidate; u where it ties with the best, so that an optimal control has itself."""
+        """The index of the best candidate; u if it ties with the best, so that a maximiser is its own."""
         best = int(np.argmax(value))
         return u if value[u] >= value[best] else best
 
-    def _crossed(self, choose: Sequence[int], judge: Sequence[int], u: int, price: Array, form: str) -> float:
-        best = self._argmax(self.reward(form, choose) - price, u)
-        value = self.reward(form, judge, unbiased=True) - price
-        return float(value[best] - value[u])
+    def _leave_one_out_gains(self, u: int, price: Array, form: str) -> Array:
+        """(M, V) values of all candidates less that of u, without each probe batch in turn."""
+        batches = range(self.batches)
+        values = np.stack([self.reward(form, [i for i in batches if i != m]) - price for m in batches])
+        return np.asarray(values - values[:, [u]])
+
+    def _cross_fitted(self, u: int, price: Array, form: str) -> float | None:
+        """The gap with the maximiser chosen on one half of the batches and scored on the other, both ways.
+
+        None where a half has no unbiased estimate.
+        """
+        first, second = range(self.batches)[::2], range(self.batches)[1::2]
+        if form == "norm" and len(second) < 2:
+            return None
+        gaps = []
+        for choosing, scoring in ((first, second), (second, first)):
+            best = self._argmax(self.reward(form, choosing) - price, u)
+            value = self.reward(form, scoring, unbiased=True) - price
+            gaps.append(float(value[best] - value[u]))
+        return float(np.mean(gaps))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, numbers to 7 digits; `from_json` reads it back."""
+        """Plain data, with numbers rounded to 7 digits."""
         upper = np.triu_indices(self.batches)
         return {
             "controls": [dict(v) for v in self.controls],
@@ -238,18 +256,25 @@ class Surface:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Surface:
-        """The surface that `to_json` described."""
-        m, rows = found["batches"], np.array(found["gram"], dtype=np.float64)
+    def from_json(cls, stored: Mapping[str, Any]) -> Surface:
+        """The surface from what `to_json` returned."""
+        m, rows = stored["batches"], np.array(stored["gram"], dtype=np.float64)
         gram, upper = np.zeros((len(rows), m, m)), np.triu_indices(m)
         gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = rows
-        costate = None if found["costate"] is None else np.array(found["costate"], dtype=np.float64)
-        controls = tuple(Control(**v) for v in found["controls"])
-        evaluations, dropped = np.array(found["evaluations"]), tuple(found.get("dropped", ()))
-        return cls(controls, evaluations, gram, costate, found["scale"], found["spent"], dropped)
+        costate = None if stored["costate"] is None else np.array(stored["costate"], dtype=np.float64)
+        return cls(
+            controls=tuple(Control(**v) for v in stored["controls"]),
+            evaluations=np.array(stored["evaluations"]),
+            gram=gram,
+            costate=costate,
+            scale=stored["scale"],
+            spent=stored["spent"],
+            dropped=tuple(stored.get("dropped", ())),
+        )
 
 
 def _digits(values: Array) -> Any:
+    """The array as nested lists of numbers rounded to 7 digits."""
     if values.ndim > 1:
         return [_digits(row) for row in values]
     return [float(f"{v:.7g}") for v in values]

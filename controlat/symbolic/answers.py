@@ -16,7 +16,7 @@ from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
 from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
 
-__all__ = ["Answer", "Budget", "agrees", "attempts"]
+__all__ = ["Answer", "Budget"]
 
 _TIDY = 5.0  # seconds for a shorter form of what is known already
 _LONG = 160  # operations of an expression that nobody wants to read
@@ -63,20 +63,19 @@ class Budget:
 
     Args:
         seconds: in all, from now on.
+        parameters: the values of the landscape's parameters.
+        values: the values of all symbols but theta, x and t.
         late: what was not answered for lack of time, in words.
     """
 
     seconds: float
+    parameters: Mapping[sympy.Symbol, Any]
+    values: Mapping[sympy.Symbol, Any]
     late: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
 
-    def ask(self, name: str, function: Callable[..., Any], *arguments: Any, most: float = np.inf) -> Any:
-        """The answer of `limited`; what it raises when the time is over is noted under a name, if it has one.
-
-        Raises:
-            TimeLimit: the time was over, or there was none left.
-            NotFound: as of `limited`.
-        """
+    def _ask(self, name: str, function: Callable[..., Any], *arguments: Any, most: float = np.inf) -> Any:
+        """The answer of `limited`; what was too late is noted under its name, if it has one."""
         left = (self.seconds - (time.monotonic() - self._began)) / 2
         try:
             if left <= 0:
@@ -88,64 +87,52 @@ class Budget:
                 self.late.append(name)
             raise
 
+    def attempts(
+        self, name: str, function: Callable[..., Any], *arguments: Any
+    ) -> Iterator[tuple[Any, str, str]]:
+        """Ask sympy with the parameters as symbols, then with their numbers.
 
-def attempts(
-    name: str,
-    function: Callable[..., Any],
-    *arguments: Any,
-    numbers: Mapping[sympy.Symbol, Any],
-    budget: Budget,
-) -> Iterator[tuple[Any, str, str]]:
-    """Ask sympy with the parameters as symbols, then with their numbers.
+        Args:
+            name: what is asked for, in words.
+            function: the question (`controlat.symbolic.questions`).
+            arguments: its arguments.
 
-    Args:
-        name: what is asked for, in words.
-        function: the question (`controlat.symbolic.questions`).
-        arguments: its arguments.
-        numbers: the values of the landscape's parameters.
-        budget: of time.
+        Yields:
+            The answer, None without one; by whom; why there is none.
+        """
+        tries = [("sympy", arguments)]
+        if self.parameters:
+            inserted = (a.subs(self.parameters) if isinstance(a, sympy.Basic) else a for a in arguments)
+            tries.append(("sympy (numbers inserted)", tuple(inserted)))
+        for by, given in tries:
+            try:
+                yield self._ask(name, function, *given), by, ""
+            except TimeLimit:
+                yield None, "scipy", f"sympy did not find {name} within its time"
+            except NotFound:
+                yield None, "scipy", f"sympy finds no closed form of {name}"
 
-    Yields:
-        The answer, None without one; by whom; why there is none.
-    """
-    tries = [("sympy", arguments)]
-    if numbers:
-        inserted = tuple(a.subs(numbers) if isinstance(a, sympy.Basic) else a for a in arguments)
-        tries.append(("sympy (numbers inserted)", inserted))
-    known = function is questions.tidy  # a shorter form is not missed
-    for by, given in tries:
+    def first(self, name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:
+        """The first of the `attempts` with an answer, else the last."""
+        tried = (None, "scipy", "")
+        for tried in self.attempts(name, function, *arguments):
+            if tried[0] is not None:
+                break
+        return tried
+
+    def tidy(self, formula: sympy.Expr) -> sympy.Expr:
+        """The shortest form that is found in a few seconds, else the one that is given."""
         try:
-            yield budget.ask("" if known else name, function, *given, most=_TIDY if known else np.inf), by, ""
-        except TimeLimit:
-            yield None, "scipy", f"sympy did not find {name} within its time"
-        except NotFound:
-            yield None, "scipy", f"sympy finds no closed form of {name}"
+            return self._ask("", questions.tidy, formula, most=_TIDY)
+        except (TimeLimit, NotFound):
+            return formula
 
-
-def agrees(formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array, budget: Budget) -> bool:
-    """Whether a formula in one symbol gives the numbers that are known otherwise, to seven digits.
-
-    Where double precision does not bear it out, a few points are looked at with thirty digits: a formula may
-    be right and yet cancel.
-    """
-    try:
-        given = compiled(formula, symbol)(at)
-    except Exception:  # whatever lambdify or a function that numpy lacks may raise: then not this way
-        return False
-    if _close(given, values, values):
-        return True
-    if not np.isfinite(given).all():
-        return False  # undefined, or by way of complex numbers, as Cardano's formula goes
-    few = np.unique(np.linspace(0, len(at) - 1, 5).astype(int))
-    try:
-        what = "the comparison of a formula with the numbers"
-        exact = budget.ask(what, questions.values, formula, symbol, at[few].tolist())
-    except (TimeLimit, NotFound):
-        return False
-    return _close(np.array(exact), values[few], values)
-
-
-def _close(given: Array, wanted: Array, every: Array) -> bool:
-    scale = float(np.max(np.abs(every), initial=0.0)) or 1e-3
-    with np.errstate(all="ignore"):
-        return bool(np.allclose(given, wanted, rtol=1e-7, atol=1e-9 * scale))
+    def agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, wanted: Array) -> bool:
+        """Whether a formula in one symbol gives the numbers that are known otherwise, to seven digits."""
+        try:
+            given = compiled(formula.subs(self.values), symbol)(at)
+        except Exception:  # whatever lambdify or a function that numpy lacks may raise: then not this way
+            return False
+        scale = float(np.max(np.abs(wanted), initial=0.0)) or 1e-3
+        with np.errstate(all="ignore"):
+            return np.allclose(given, wanted, rtol=1e-7, atol=1e-9 * scale)

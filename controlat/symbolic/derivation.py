@@ -6,7 +6,7 @@ believed only where it agrees with the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,23 +14,16 @@ import sympy
 from scipy.integrate import fixed_quad
 
 from controlat.symbolic import questions
-from controlat.symbolic.answers import Answer, Budget, agrees, attempts
+from controlat.symbolic.answers import Answer, Budget
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
-from controlat.symbolic.formula import THETA, X
+from controlat.symbolic.formula import ALPHA, HORIZON, TAU, THETA, T, X
 from controlat.symbolic.landscape import Array, LandscapeError, roots
 from controlat.symbolic.limits import unhurried
-from controlat.symbolic.task import (
-    ALPHA,
-    GAMMA,
-    HORIZON,
-    TAU,
-    Task,
-)
+from controlat.symbolic.task import Task
 
 __all__ = ["Derivation"]
 
-T = questions.T
 _POINTS = 2001  # of [0, T], where turning points of K* are looked for
 NAMES = {
     "x": "x*(theta)",
@@ -47,20 +40,21 @@ NAMES = {
     "series": "K*(t) near 0",
     "J": "J",
 }
+Attempt = tuple[Any, str, str]  # formulas or None, by whom, why there is none
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
 
 
 class Derivation:
-    """Everything that follows from a `Task`, derived at construction.
+    """Everything that follows from a `Task`, derived at construction: first the numbers, then the formulas.
 
     Raises:
         LandscapeError: there is no inner maximum that the ascent reaches, or the robust flow leaves its
             domain before the horizon.
 
-    >>> found = Derivation(Task(theta0=1, tau=10, horizon=1))
-    >>> print(found.answers["K"].formula, "|", found.answers["theta"].formula)
+    >>> derived = Derivation(Task(theta0=1, tau=10, horizon=1))
+    >>> print(derived.answers["K"].formula, "|", derived.answers["theta"].formula)
     2*tau*exp(2*t)/(theta_0**2 + exp(2*t)) | theta_0*exp(-t)
-    >>> round(found.cost, 4)
+    >>> round(derived.cost, 4)
     0.211
     """
 
@@ -69,228 +63,39 @@ class Derivation:
         self.task, self.landscape = task, task.landscape
         self.answers: dict[str, Answer] = {}
         self.notes: list[str] = []
-        self.budget = Budget(task.seconds)
-        theta0 = float(task.theta0)
+        self.budget = Budget(task.seconds, self.landscape.values, task.values)
+        theta0, self._end = float(task.theta0), float(task.horizon)
+        self._at_start = task.values | {THETA: task.theta0}
         self._check_x()
         self.points = self.landscape.stationary(theta0)
-        chosen = choose(self.landscape, theta0, self.points, task.branch)
-        self.index, self.point = chosen
-        mine, why = self._formulas() if self.point.flat else ([], "")
-        self._branch(mine, why)
+        self.index, self.point = choose(self.landscape, theta0, self.points, task.branch)
+        maxima, formula = self._maxima(), None
+        if self.point.flat:  # it is followed by a formula only
+            maxima, formula = self._flat(maxima)
+        self.branch = Branch(self.landscape, theta0, self.point.x, task.reach, formula)
+        self.path = integrate(self.branch, theta0, self._end)
+        self._check_steps()
         with unhurried():  # the numbers that follow are quick, and sympy has its budget
-            self._maximum(*((mine, why) if self.point.flat else self._formulas()))
-            self._losses()
-            self._steps()
+            self._numbers()
+            self._inner(maxima)
             self._flow()
-            self._schedule()
-            self._check_others()
-            self._remark()
+            self._series()
+            self._cost()
+            self._note()
+
+    # ---- numbers
 
     def _check_x(self) -> None:
-        """Refuse what depends on x by no more than rounding."""
+        """Refuse what depends on x by no more than rounding, whatever theta."""
         land, task = self.landscape, self.task
         theta, x = np.meshgrid(np.linspace(*task.reach, 41), np.linspace(*land.ends, 41))
-        slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max() for by in ("x", ""))
-        if slope <= 1e-12 * value / (land.ends[1] - land.ends[0]):
+        slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max(0) for by in ("x", ""))
+        if (slope <= 1e-12 * value / (land.ends[1] - land.ends[0])).all():
             raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
 
-    # ---- asking sympy
-
-    def _attempts(self, name: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        return attempts(name, function, *arguments, numbers=self.landscape.values, budget=self.budget)
-
-    def _ask(self, name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:
-        """The first answer that there is, by whom, and why there is none."""
-        told: tuple[Any, str, str] = (None, "scipy", "")
-        for told in self._attempts(name, function, *arguments):
-            if told[0] is not None:
-                break
-        return told
-
-    def _tidy(self, found: sympy.Expr) -> sympy.Expr:
-        """The shortest form that is found within the time limit, else the one that is given."""
-        shorter = self._ask("a shorter form", questions.tidy, found)[0]
-        return found if shorter is None else shorter
-
-    def _agrees(self, formula: sympy.Expr, symbol: sympy.Symbol, at: Array, values: Array) -> bool:
-        return agrees(formula.subs(self.task.values), symbol, at, values, self.budget)
-
-    def _find(
-        self, key: str, check: Check, function: Callable[..., Any], *arguments: Any, given: str = "x*(theta)"
-    ) -> None:
-        """Keep the first answer of sympy's that agrees with the numbers: check = (symbol, where, values).
-
-        An argument that is None is a formula that there is not: what it is one for is `given`.
-        """
-        name, why = NAMES[key], f"there is no formula for {given}"
-        known = all(argument is not None for argument in arguments)
-        for found, by, told in self._attempts(name, function, *arguments) if known else ():
-            why = told or f"what sympy finds for {name} is not borne out by the numbers"
-            for formula in found if isinstance(found, list) else [found]:
-                if formula is not None and self._agrees(formula, *check):
-                    self.answers[key] = Answer(name, formula, by)
-                    return
-        if known and function is questions.tidy and self._agrees(arguments[0], *check):
-            self.answers[key] = Answer(name, arguments[0])  # as it stands: a shorter form was not found
-        else:
-            self._without(key, why)
-
-    def _without(self, key: str, why: str) -> None:
-        self.answers[key] = Answer(NAMES[key], None, "scipy", why)
-
-    def formula(self, key: str) -> sympy.Expr | None:
-        """The formula of an answer, None where there is none."""
-        return self.answers[key].formula if key in self.answers else None
-
-    @property
-    def _sample(self) -> Array:
-        """Values of theta at which formulas are compared with numbers: what the flow visits.
-
-        Off the round ones, where 0/0 lurks; a little wider where the flow stands still.
-        """
-        visited = self.theta(np.linspace(0, float(self.task.horizon), 101))
-        low, high = float(visited.min()), float(visited.max())
-        margin = max(0.0, 1e-3 * (self.branch.domain[1] - self.branch.domain[0]) - (high - low))
-        low -= min(margin, (low - self.branch.domain[0]) / 2)
-        high += min(margin, (self.branch.domain[1] - high) / 2)
-        return np.asarray(low + (high - low) * (np.arange(40) + 0.6180339887) / 40.5)
-
-    # ---- the inner problem
-
-    def _formulas(self) -> tuple[list[tuple[sympy.Expr, str]], str]:
-        """Zeros of l_x that are the chosen maximum at theta_0, by whom, and why there is none."""
-        why, mine = "", list[tuple[sympy.Expr, str]]()
-        every = self._attempts("the zeros of l_x", questions.stationary, self.landscape.expression)
-        for found, by, told in every:
-            why = told or "sympy does not find this one among the real zeros of l_x"
-            mine += [(formula, by) for formula in self._mine(found or [])]
-            if mine:
-                break
-        return mine, why
-
-    def _branch(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
-        """Follow the chosen maximum as far as it goes, by a formula if it is flat, and along the flow."""
-        theta0 = float(self.task.theta0)
-        where = self.landscape, theta0, self.point.x, self.task.reach
-        if not self.point.flat:
-            self.branch = Branch(*where)
-        elif mine:
-            self.branch = Branch(*where, formula=mine[0][0])
-            told = "the inner maximum is flat (l_xx = 0 there): ascent near it is slower than geometric"
-            self.notes.append(told)
-        else:
-            raise LandscapeError(
-                f"the inner maximum x = {self.point.x:.6g} at theta = {theta0:g} is flat (l_xx = 0), and "
-                f"{why}"
-            )
-        self.path = integrate(self.branch, theta0, float(self.task.horizon))
-        self._check_steps(np.linspace(0, float(self.task.horizon), 201))
-
-    def _maximum(self, mine: Sequence[tuple[sympy.Expr, str]], why: str) -> None:
-        """Keep the first formula for x*(theta) that holds along the flow."""
-        at = self._sample
-        for formula, by in mine:
-            if self._agrees(formula, THETA, at, self.branch(at)):
-                self.answers["x"] = Answer(NAMES["x"], formula, by)
-                return
-        self._without("x", "sympy's holds at theta_0, but not along the flow" if mine else why)
-
-    def _mine(self, formulas: Sequence[sympy.Expr]) -> list[sympy.Expr]:
-        """Those zeros of l_x that are the chosen maximum at theta_0."""
-        every = [f for f in formulas if not f.has(sympy.I)]
-        if self.landscape.expression.has(sympy.Function):  # of a periodic l sympy lists one period
-            every += [f + 2 * sympy.pi * k for f in every for k in (-2, -1, 1, 2)]
-        start = np.array([float(self.task.theta0)])
-        # x* may be 0 up to rounding: compared on the scale of the range of x.
-        wide = self.landscape.ends[1] - self.landscape.ends[0]
-        point = np.array([self.point.x])
-        return [f for f in every if self._agrees(f + wide, THETA, start, point + wide)]
-
-    def _losses(self) -> None:
-        """Robust and non-robust loss and their stationary points in theta."""
-        land, at = self.landscape, self._sample
-        plain = land.expression.subs(X, land.x0)
-        check = THETA, at, land("")(at, np.full_like(at, land.point))
-        self._find("plain", check, questions.tidy, plain)
-        robust = None if self.formula("x") is None else land.expression.subs(X, self.formula("x"))
-        self._find("robust", (THETA, at, self.branch.robust(at)), questions.tidy, robust)
-        reach, slope = self.task.reach, land("t")
-        grid = np.linspace(*reach, 41)[:, None], np.linspace(*self._window(), 41)[None, :]
-        known = np.abs(land("")(*grid))
-        scale = float(np.max(np.where(np.isfinite(known), known, 0.0))) / (reach[1] - reach[0])
-        self.minima = {
-            "plain": zeros(lambda v: slope(v, np.full_like(v, land.point)), *reach, scale),
-            "robust": zeros(self.branch.robust_slope, *self.branch.domain, scale),
-        }
-        for key in ("plain", "robust"):
-            self._name_zeros(key, 1e-6 * (reach[1] - reach[0]))
-
-    def _name_zeros(self, key: str, near: float) -> None:
-        """Formulas for the stationary points of a loss, where sympy has them."""
-        loss = self.formula(key)
-        if loss is None or not self.minima[key]:
-            return
-        name = f"the minima of {self.answers[key].name}"
-        found, _, why = self._ask(name, questions.minima, loss, self.task.values)
-        for zero in self.minima[key]:
-            mine = [f for f, v in found or () if abs(v - zero["theta"]) < near]
-            if mine:
-                zero |= {"text": str(mine[0]), "latex": sympy.latex(mine[0])}
-            elif why:
-                zero["why"] = why
-
-    def _steps(self) -> None:
-        """Curvature, contraction, exact step, and the Newton step at the data point."""
-        land, x, at = self.landscape, self.formula("x"), self._sample
-        at = at[np.isfinite(self.branch.exact_step(at))]
-        bent = None if x is None else land.derivative("xx").subs(X, x)
-        self._find("curvature", (THETA, at, land("xx")(at, self.branch(at))), questions.tidy, bent)
-        curvature = self.formula("curvature")
-        if curvature is not None:
-            near = "near x*: l is not quadratic in x, so that the first steps differ"
-            self.answers["rho"] = Answer(
-                NAMES["rho"], 1 + ALPHA * curvature, why="" if land.quadratic else near
-            )
-        check = THETA, at, self.branch.exact_step(at)
-        self._find("alpha", check, questions.exact_step, land.expression, x, land.x0)
-        if not land.quadratic:
-            self._newton_step(at)
-
-    def _newton_step(self, at: Array) -> None:
-        land = self.landscape
-        bent = land("xx")(at, np.full_like(at, land.point))
-        start = float(land("xx")(float(self.task.theta0), land.point))
-        if not (start < 0 and (bent < 0).all()):
-            why = f"no Newton step: l_xx = {start:.4g} at the data point and theta_0"
-            self.answers["newton"] = Answer(NAMES["newton"], None, "", why)
-            return
-        newton = -1 / land.derivative("xx").subs(X, land.x0)
-        self._find("newton", (THETA, at, -1 / bent), questions.tidy, newton)
-
-    # ---- the flow
-
-    def _flow(self) -> None:
-        """The robust flow theta' = -dL/dtheta, and t -> theta(t) in closed form if it can be inverted."""
-        t = np.linspace(0, float(self.task.horizon), 21)
-        loss, start = self.formula("robust"), self.task.start
-        if loss is None:
-            self._without("theta", "there is no formula for L(theta)")
-            return
-        speed = self._tidy(-sympy.diff(loss, THETA))
-        self.answers["speed"] = Answer(NAMES["speed"], speed)
-        if speed == 0:
-            self.answers["theta"] = Answer(NAMES["theta"], start)
-            return
-        values = self.task.values | {THETA: self.task.theta0}
-        time, by, why = self._ask("t(theta)", questions.travel_time, speed, values)
-        if time is None:
-            self._without("theta", why)
-            return
-        self.answers["time"] = Answer(NAMES["time"], time, by)
-        self._find("theta", (T, t, self.theta(t)), questions.flow, time, start)
-
-    def _check_steps(self, t: Array) -> None:
-        step = self.branch.exact_step(self.theta(t))
+    def _check_steps(self) -> None:
+        t = np.linspace(0, self._end, 201)
+        step = self.alpha(t)
         bad = ~(np.isfinite(step) & (step > 0))
         if bad.any():
             first = int(np.argmax(bad))
@@ -300,6 +105,25 @@ class Derivation:
                 + ("a shorter horizon, or " if first else "")
                 + "another branch or data point"
             )
+
+    def _numbers(self) -> None:
+        """Where K* increases, the cost of the schedule, and the stationary points of both losses."""
+        land, (low, high) = self.landscape, self.task.reach
+        t = np.linspace(0, self._end, _POINTS)
+        self.rising = _rising(t, self.K(t))
+        inner = float(fixed_quad(self.K, 0, self._end, n=400)[0])
+        self.parts = {"terminal": float(self.branch.robust(self.theta(self._end))), "inner": inner}
+        self.cost = self.parts["terminal"] + float(self.task.gamma) * inner
+        loss = np.abs(land("")(np.linspace(low, high, 41)[:, None], np.linspace(*self._window(), 41)[None]))
+        scale = float(np.max(loss, where=np.isfinite(loss), initial=0.0)) / (high - low)
+
+        def plain_slope(theta: Array) -> Array:
+            return land("t")(theta, np.full_like(theta, land.point))
+
+        self.minima = {
+            "plain": _zeros(plain_slope, low, high, scale),
+            "robust": _zeros(self.branch.robust_slope, *self.branch.domain, scale),
+        }
 
     def theta(self, t: Any) -> Array:
         """theta(t) of the robust flow, for numbers or arrays 0 <= t <= T."""
@@ -314,185 +138,258 @@ class Derivation:
         with np.errstate(all="ignore"):
             return np.asarray(float(self.task.tau) / self.alpha(t), dtype=float)
 
-    # ---- the schedule
+    def linear(self, t: Any) -> Array:
+        """Amata's approximation: the straight line from K*(0) to K*(T)."""
+        first, last = self.K(np.array([0.0, self._end]))
+        return np.asarray(first + (last - first) * np.asarray(t, dtype=float) / self._end)
 
-    def _schedule(self) -> None:
-        """K*(t), its Taylor series, where it increases, and the cost of the schedule."""
-        horizon = float(self.task.horizon)
-        t = np.linspace(0, horizon, 21)
-        step, path = self.formula("alpha"), self.formula("theta")
-        raw = None if step is None or path is None else TAU / step.subs(THETA, path)
-        given = NAMES["alpha" if step is None else "theta"]
-        self._find("K", (T, t, self.K(t)), questions.tidy, raw, given=given)
-        self._series()
-        grid = np.linspace(0, horizon, _POINTS)
-        self.rising = _rising(grid, self.K(grid))
-        inner = float(fixed_quad(self.K, 0, horizon, n=400)[0])
-        end = float(self.branch.robust(self.theta(horizon)))
-        self.parts = {"terminal": end, "inner": inner}
-        self.cost = end + float(self.task.gamma) * inner
-        self._cost_formula()
+    def series(self, t: Any) -> Array:
+        """The Taylor series of K* at 0, to the order asked for."""
+        t = np.asarray(t, dtype=float)
+        return np.asarray(np.polynomial.polynomial.polyval(t, self.series_numbers or [np.nan]))
+
+    # ---- formulas
+
+    def formula(self, key: str) -> sympy.Expr | None:
+        """The formula of an answer, None where there is none."""
+        return self.answers[key].formula if key in self.answers else None
+
+    def _keep(self, key: str, check: Check, find: Callable[..., Iterable[Attempt]], *needs: str) -> None:
+        """Keep the first formula that agrees with the numbers, of those found from the formulas it needs."""
+        missing = [need for need in needs if self.formula(need) is None]
+        why = f"there is no formula for {NAMES[missing[0]].split(' = ')[0]}" if missing else ""
+        for answer, by, told in () if missing else find(*map(self.formula, needs)):
+            why = told or f"what sympy finds for {NAMES[key]} is not borne out by the numbers"
+            for formula in answer if isinstance(answer, list) else [answer]:
+                if formula is not None and self.budget.agrees(formula, *check):
+                    self.answers[key] = Answer(NAMES[key], formula, by)
+                    return
+        self.answers[key] = Answer(NAMES[key], None, "scipy", why)
+
+    def _forms(self, formula: sympy.Expr) -> list[Attempt]:
+        """A formula that is known, in its shortest form and as it stands."""
+        return [([self.budget.tidy(formula), formula], "sympy", "")]
+
+    def _maxima(self) -> Iterator[Attempt]:
+        """The zeros of l_x that are the chosen maximum at theta_0."""
+        # x* may be 0 up to rounding: compared on the scale of the range of x.
+        wide = self.landscape.ends[1] - self.landscape.ends[0]
+        check = THETA, np.array([float(self.task.theta0)]), np.array([self.point.x + wide])
+        question = questions.stationary, self.landscape.expression
+        for zeros, by, why in self.budget.attempts("the zeros of l_x", *question):
+            if mine := [formula for formula in zeros or () if self.budget.agrees(formula + wide, *check)]:
+                yield mine, by, "sympy's holds at theta_0, but not along the flow"
+            else:
+                yield None, by, why or "sympy does not find this one among the real zeros of l_x"
+
+    def _flat(self, attempts: Iterator[Attempt]) -> tuple[Iterator[Attempt], sympy.Expr]:
+        """The formulas for a flat maximum, and the first of them."""
+        every = list(attempts)
+        for formulas, _, _ in every:
+            if formulas is not None:
+                told = "the inner maximum is flat (l_xx = 0 there): ascent near it is slower than geometric"
+                self.notes.append(told)
+                return iter(every), formulas[0]
+        raise LandscapeError(
+            f"the inner maximum x = {self.point.x:.6g} at theta = {float(self.task.theta0):g} is flat "
+            f"(l_xx = 0), and {every[-1][2]}"
+        )
+
+    def _sample(self) -> Array:
+        """Values of theta at which formulas are compared with numbers: what the flow visits.
+
+        Off the round ones, where 0/0 lurks; a little wider where the flow stands still.
+        """
+        visited, (left, right) = self.theta(np.linspace(0, self._end, 101)), self.branch.domain
+        low, high = float(visited.min()), float(visited.max())
+        margin = max(0.0, 1e-3 * (right - left) - (high - low))
+        low, high = low - min(margin, (low - left) / 2), high + min(margin, (right - high) / 2)
+        return np.asarray(low + (high - low) * (np.arange(40) + 0.6180339887) / 40.5)
+
+    def _inner(self, maxima: Iterable[Attempt]) -> None:
+        """The inner maximum, both losses and their minima, curvature, contraction, and the exact step."""
+        land, at, forms = self.landscape, self._sample(), self._forms
+        loss, bent = land.expression, land.derivative("xx")
+        self._keep("x", (THETA, at, self.branch(at)), lambda: maxima)
+        self._keep("plain", (THETA, at, land("")(at, land.point)), lambda: forms(loss.subs(X, land.x0)))
+        self._keep("robust", (THETA, at, self.branch.robust(at)), lambda x: forms(loss.subs(X, x)), "x")
+        self._name_minima()
+        at = at[np.isfinite(self.branch.exact_step(at))]
+        check = THETA, at, land("xx")(at, self.branch(at))
+        self._keep("curvature", check, lambda x: forms(bent.subs(X, x)), "x")
+        if (curvature := self.formula("curvature")) is not None:
+            why = "" if land.quadratic else "near x*: l is not quadratic in x, so that the first steps differ"
+            self.answers["rho"] = Answer(NAMES["rho"], 1 + ALPHA * curvature, why=why)
+
+        def step(x: sympy.Expr) -> Iterable[Attempt]:
+            return self.budget.attempts(NAMES["alpha"], questions.exact_step, loss, x, land.x0)
+
+        self._keep("alpha", (THETA, at, self.branch.exact_step(at)), step, "x")
+        if land.quadratic:
+            return
+        here, first = land("xx")(at, land.point), float(land("xx")(float(self.task.theta0), land.point))
+        if first < 0 and (here < 0).all():
+            self._keep("newton", (THETA, at, -1 / here), lambda: forms(-1 / bent.subs(X, land.x0)))
+        else:
+            why = f"no Newton step: l_xx = {first:.4g} at the data point and theta_0"
+            self.answers["newton"] = Answer(NAMES["newton"], None, "", why)
+
+    def _name_minima(self) -> None:
+        """Formulas for the stationary points of both losses, where sympy has them."""
+        near = 1e-6 * (self.task.reach[1] - self.task.reach[0])
+        for key, points in self.minima.items():
+            loss, name = self.formula(key), f"the minima of {NAMES[key]}"
+            if loss is None or not points:
+                continue
+            known, _, why = self.budget.first(name, questions.minima, loss, self.task.values)
+            for point in points:
+                mine = [formula for formula, value in known or () if abs(value - point["theta"]) < near]
+                if mine:
+                    point |= {"text": str(mine[0]), "latex": sympy.latex(mine[0])}
+                elif why:
+                    point["why"] = why
+
+    def _flow(self) -> None:
+        """The robust flow theta' = -dL/dtheta, theta(t) if it can be inverted, and K*(t)."""
+        t = np.linspace(0, self._end, 21)
+        if (loss := self.formula("robust")) is not None:
+            self.answers["speed"] = Answer(NAMES["speed"], self.budget.tidy(-sympy.diff(loss, THETA)))
+        self._keep("theta", (T, t, self.theta(t)), self._path, "robust", "speed")
+        self._keep(
+            "K",
+            (T, t, self.K(t)),
+            lambda step, path: self._forms(TAU / step.subs(THETA, path)),
+            *("alpha", "theta"),
+        )
+
+    def _path(self, _: sympy.Expr, speed: sympy.Expr) -> Iterator[Attempt]:
+        """theta(t), by inverting t(theta)."""
+        if speed == 0:
+            yield self.task.start, "sympy", ""
+            return
+        time, by, why = self.budget.first("t(theta)", questions.travel_time, speed, self._at_start)
+        if time is None:
+            yield None, by, why
+            return
+        self.answers["time"] = Answer(NAMES["time"], time, by)
+        yield from self.budget.attempts(NAMES["theta"], questions.flow, time, self.task.start)
 
     def _series(self) -> None:
         """K* = sum c_n t^n: from the formulas, else by implicit differentiation."""
-        step, speed, order = self.formula("alpha"), self.formula("speed"), self.task.order
-        found, by, why = None, "scipy", ""
-        if step is not None and speed is not None:
-            found, by, why = self._ask("the series", questions.series, step, speed, order, self.task.start)
-        if not self._take(found):
-            land = self.landscape
-            at = self.task.values | {THETA: self.task.theta0, X: sympy.Float(self.point.x, 30)}
-            visited = self.branch(self.theta(np.linspace(0, float(self.task.horizon), 21)))
-            still = bool((np.abs(visited - land.point) < 1e-9).all())
-            found, _, why = self._ask(
-                "the series", questions.implicit_series, land.expression, land.x0, order, at, still
-            )
-            by = "sympy (numbers inserted)"
-            if not self._take(found):
-                told = why or "what sympy finds for the series is not borne out by the numbers"
-                self._without("series", told)
-                return
-        # As it is read, lowest power first: sympy would order the terms by itself.
-        terms = [self._tidy(c) for c in self.coefficients]
-        terms = [_power(c, n) for n, c in enumerate(terms) if c != 0]
-        total = sympy.Add(*terms, evaluate=False)
-        self.answers["series"] = Answer(NAMES["series"], total, by, f"to t^{order}", "none")
+        land, order = self.landscape, self.task.order
+        explicit = questions.series, self.formula("alpha"), self.formula("speed"), order, self.task.start
+        at = self._at_start | {X: sympy.Float(self.point.x, 30)}
+        implicit = questions.implicit_series, land.expression, land.x0, order, at, self._still()
+        self.coefficients: list[sympy.Expr] = []
+        self.series_numbers: list[float] = []
+        for question, *arguments in (explicit, implicit):
+            if any(argument is None for argument in arguments):
+                continue
+            for found, by, told in self.budget.attempts("the series", question, *arguments):
+                why = told or "what sympy finds for the series is not borne out by the numbers"
+                if found is not None and self._holds([TAU * c for c in found]):
+                    by = by if question is questions.series else "sympy (numbers inserted)"
+                    # As it is read, lowest power first: sympy would order the terms by itself.
+                    terms = [self.budget.tidy(c) for c in self.coefficients]
+                    total = sympy.Add(*(_power(c, n) for n, c in enumerate(terms) if c != 0), evaluate=False)
+                    self.answers["series"] = Answer(NAMES["series"], total, by, f"to t^{order}", "none")
+                    return
+        self.answers["series"] = Answer(NAMES["series"], None, "scipy", why)
 
-    def _take(self, found: Sequence[sympy.Expr] | None) -> bool:
-        """Keep coefficients whose first two agree with K*(0) and its slope; whether they do."""
-        self.coefficients = [TAU * c for c in found or ()]
-        numbers = [complex(c.subs(self.task.values).evalf()) for c in self.coefficients]
-        self.series_numbers = [n.real for n in numbers]
-        if numbers and np.isfinite(numbers).all() and max(abs(n.imag) for n in numbers) < 1e-9:
-            h = 1e-4 * float(self.task.horizon)
-            k = self.K(h * np.arange(5))
-            slope = float(np.dot([-25, 48, -36, 16, -3], k)) / (12 * h)  # of fourth order
-            scale = float(np.abs(k).max()) / float(self.task.horizon)
-            if np.isclose(self.series_numbers[0], k[0], rtol=1e-6) and np.isclose(
-                self.series_numbers[1], slope, rtol=1e-3, atol=1e-3 * scale
-            ):
-                return True
-        self.coefficients, self.series_numbers = [], []
+    def _cost(self) -> None:
+        """J, which takes sympy longest: last."""
+        self._keep(
+            "J",
+            (HORIZON, np.array([self._end]), np.array([self.cost])),
+            lambda _, *known: self.budget.attempts(
+                "J", questions.cost, *known, self.task.start, self._at_start
+            ),
+            *("K", "robust", "alpha", "speed", "theta"),
+        )
+
+    def _still(self) -> bool:
+        """Whether the data point is the inner maximum throughout."""
+        x = self.branch(self.theta(np.linspace(0, self._end, _POINTS)))
+        return bool((np.abs(x - self.landscape.point) < 1e-9).all())
+
+    def _holds(self, coefficients: list[sympy.Expr]) -> bool:
+        """Whether the first two coefficients are K*(0) and its slope; they are kept if so."""
+        numbers = np.array([complex(c.subs(self.task.values).evalf()) for c in coefficients])
+        h = 1e-4 * self._end
+        k = self.K(h * np.arange(5))
+        slope = float(np.dot([-25, 48, -36, 16, -3], k)) / (12 * h)  # of fourth order
+        near = 1e-3 * float(np.abs(k).max()) / self._end
+        good = np.isfinite(numbers).all() and np.abs(numbers.imag).max() < 1e-9
+        good = good and np.isclose(numbers[0].real, k[0], rtol=1e-6)
+        if good and np.isclose(numbers[1].real, slope, rtol=1e-3, atol=near):
+            self.coefficients, self.series_numbers = coefficients, numbers.real.tolist()
+            return True
         return False
 
-    def _cost_formula(self) -> None:
-        step, speed, path, loss = (self.formula(key) for key in ("alpha", "speed", "theta", "robust"))
-        if step is None or path is None or loss is None:
-            self._without("J", "there is no formula for K*(t)")
-            return
-        end = loss.subs(THETA, path.subs(T, HORIZON))
-        if speed is None or speed == 0:
-            spent, by, why = HORIZON / step.subs(THETA, self.task.start), "sympy", ""
-        else:
-            values = self.task.values | {THETA: self.task.theta0}
-            spent, by, why = self._ask(
-                "J", questions.spent, step, speed, path, self.task.start, HORIZON, values
+    # ---- what is shown besides
+
+    def _note(self) -> None:
+        """Where l is larger elsewhere, and what a reader might take for more than it is."""
+        for t in np.linspace(0, self._end, 33):
+            theta = float(self.theta(t))
+            mine = float(self.branch.robust(theta))
+            if (above := higher(self.landscape, theta, mine)) is not None:
+                self.notes.append(
+                    f"at t = {t:.3g} l is larger at x = {above[0]:.4g} (l = {above[1]:.4g}) than at the "
+                    f"inner maximum that is followed (x = {float(self.branch(theta)):.4g}, l = {mine:.4g}): "
+                    "what follows is about the maximum that is followed, not about the largest"
+                )
+                break
+        share = np.mean(self.K(np.linspace(0, self._end, _POINTS)) < 1)
+        if share > 0:
+            self.notes.append(
+                f"K* < 1 during {share:.0%} of the time: less than one step of alpha*, which is taken to "
+                "reach x* at that share of a step's price; the set of whole K has no such control"
             )
-        if spent is not None:
-            cost, why = (
-                self._tidy(end) + GAMMA * TAU * spent,
-                "what sympy finds for J is not borne out by the numbers",
-            )
-            if self._agrees(cost, HORIZON, np.array([float(self.task.horizon)]), np.array([self.cost])):
-                self.answers["J"] = Answer(NAMES["J"], cost, by)
-                return
-        self._without("J", why)
+        if self._still():
+            self.notes.append("the data point is the inner maximum throughout: there is nothing to attack")
 
     def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
         """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
 
         The step of a trajectory is half the exact one, so that there is a trajectory to see.
         """
-        found = []
-        low, high = self._window()
-        for t in np.linspace(0, float(self.task.horizon), count):
-            theta = float(self.theta(t))
-            x = np.linspace(low, high, points)
-            steps = [self.landscape.ascent(theta, float(self.alpha(t)) / 2, k) for k in range(7)]
-            path = [float(v) for v in steps if np.isfinite(v)]
-            found.append(
-                {
-                    "t": float(t),
-                    "theta": theta,
-                    "x": x.tolist(),
-                    "l": self.landscape("")(theta, x).tolist(),
-                    "path": path,
-                    "losses": [float(self.landscape("")(theta, v)) for v in path],
-                    "maximum": [float(self.branch(theta)), float(self.branch.robust(theta))],
-                }
+        loss, x, shown = self.landscape(""), np.linspace(*self._window(), points), []
+        for t in np.linspace(0, self._end, count).tolist():
+            theta, half = float(self.theta(t)), float(self.alpha(t)) / 2
+            path = np.array([self.landscape.ascent(theta, half, k) for k in range(7)])
+            path = path[np.isfinite(path)]
+            shown.append(
+                {"t": t, "theta": theta, "x": x.tolist(), "l": loss(theta, x).tolist()}
+                | {"path": path.tolist(), "losses": loss(theta, path).tolist()}
+                | {"maximum": [float(self.branch(theta)), float(self.branch.robust(theta))]}
             )
-        return found
+        return shown
 
     def _window(self) -> tuple[float, float]:
         """The part of x that shows the data point and the inner maxima along the flow."""
-        x = self.branch(self.theta(np.linspace(0, float(self.task.horizon), 101)))
-        low, high = min(self.landscape.point, float(x.min())), max(self.landscape.point, float(x.max()))
-        margin = 0.35 * (high - low) or 1.0
-        ends = self.landscape.ends
-        return max(low - margin, ends[0]), min(high + margin, ends[1])
-
-    def linear(self, t: Any) -> Array:
-        """Amata's approximation: the straight line from K*(0) to K*(T)."""
-        first, last = self.K(np.array([0.0, float(self.task.horizon)]))
-        return np.asarray(first + (last - first) * np.asarray(t, dtype=float) / float(self.task.horizon))
-
-    def series(self, t: Any) -> Array:
-        """The Taylor series of K* at 0, to the order asked for."""
-        found = np.polynomial.polynomial.polyval(np.asarray(t, dtype=float), self.series_numbers or [np.nan])
-        return np.asarray(found, dtype=float)
-
-    def _remark(self) -> None:
-        """What a reader might take for more than it is."""
-        t = np.linspace(0, float(self.task.horizon), _POINTS)
-        k = self.K(t)
-        if (k < 1).any():
-            self.notes.append(
-                f"K* < 1 during {np.mean(k < 1):.0%} of the time: less than one step of alpha*, which is "
-                "taken to reach x* at that share of a step's price; the set of whole K has no such control"
-            )
-        if (np.abs(self.branch(self.theta(t)) - self.landscape.point) < 1e-9).all():
-            self.notes.append("the data point is the inner maximum throughout: there is nothing to attack")
-
-    def _check_others(self) -> None:
-        """Say where l is larger elsewhere than at the inner maximum that is followed."""
-        for t in np.linspace(0, float(self.task.horizon), 33):
-            theta = float(self.theta(t))
-            mine = float(self.branch.robust(theta))
-            above = higher(self.landscape, theta, mine)
-            if above is not None:
-                self.notes.append(
-                    f"at t = {t:.3g} l is larger at x = {above[0]:.4g} (l = {above[1]:.4g}) than at the "
-                    f"inner maximum that is followed (x = {float(self.branch(theta)):.4g}, l = {mine:.4g}): "
-                    "what follows is about the maximum that is followed, not about the largest"
-                )
-                return
+        x = np.append(self.branch(self.theta(np.linspace(0, self._end, 101))), self.landscape.point)
+        margin, ends = 0.35 * float(np.ptp(x)) or 1.0, self.landscape.ends
+        return max(float(x.min()) - margin, ends[0]), min(float(x.max()) + margin, ends[1])
 
 
 def _power(c: sympy.Expr, n: int) -> sympy.Expr:
     """c t^n with the coefficient first, and its sign in front."""
-    if n == 0:
-        return c
-    if c.could_extract_minus_sign():
+    if n and c.could_extract_minus_sign():
         return sympy.Mul(-1, _power(-c, n), evaluate=False)
-    return sympy.Mul(c, T**n, evaluate=False)
+    return sympy.Mul(c, T**n, evaluate=False) if n else c
 
 
-def zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float) -> list[dict[str, Any]]:
-    """Stationary points of a loss of theta, by sign changes of its slope; none where the loss is constant.
-
-    Args:
-        slope: dL/dtheta, for arrays.
-        low: begin of the range of theta.
-        high: its end.
-        scale: size of slopes below whose 1e-12th part they are rounding.
-    """
+def _zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float) -> list[dict[str, Any]]:
+    """Stationary points of a loss of theta, by its slope; none where that is rounding on its scale."""
     theta = np.linspace(low, high, 4002)[1:-1]
     if not (np.abs(slope(theta)) > 1e-12 * scale).any():
         return []
+    kinds = {(-1, 1): "minimum", (1, -1): "maximum"}
     return [
         {
             "theta": 0.0 if abs(v) < 1e-12 * (high - low) else v,
-            "kind": "minimum" if before < 0 < after else "maximum" if before > 0 > after else "inflection",
+            "kind": kinds.get((np.sign(before), np.sign(after)), "inflection"),
         }
         for v, before, after in roots(slope, theta)
     ]
@@ -504,11 +401,8 @@ def _rising(t: Array, k: Array) -> list[list[float]]:
     Where K* has saturated it neither rises nor falls to that precision; an interval goes on over such parts.
     """
     steps = np.diff(k)
-    sign = np.where(np.abs(steps) <= 1e-10 * np.abs(k).max(), 0, np.sign(steps))
-    moving = np.flatnonzero(sign)
-    if not len(moving):
-        return []
-    last = moving[np.clip(np.searchsorted(moving, np.arange(len(sign)), side="right") - 1, 0, None)]
-    up = (sign[last] > 0).astype(int)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], up, [0]])))
-    return [[float(t[a]), float(t[b])] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    moving = np.flatnonzero(np.abs(steps) > 1e-10 * np.abs(k).max())
+    sign = np.sign(steps[moving])
+    turns = np.flatnonzero(np.diff(sign, prepend=0))
+    edges = np.append(t[moving[turns]], t[-1])
+    return [[float(a), float(b)] for a, b, up in zip(edges, edges[1:], sign[turns], strict=False) if up > 0]

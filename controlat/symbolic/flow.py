@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -24,13 +24,6 @@ _POLE = 1e6  # theta' so many times as fast as at the start stands before a pole
 
 class _TooMany(Exception):
     """The flow took too many evaluations."""
-
-
-class _Beyond(NamedTuple):
-    """Where the flow is without theta_range and x_range: when it is infinite, or theta at the horizon."""
-
-    blow_up: float | None
-    theta: float | None
 
 
 def integrate(branch: Branch, theta0: float, horizon: float) -> Callable[[Any], Any]:
@@ -56,15 +49,16 @@ def integrate(branch: Branch, theta0: float, horizon: float) -> Callable[[Any], 
         except _TooMany:
             continue
         t, theta, dense = float(path.t[-1]), float(path.y[0, -1]), path.sol
-        if path.status != 0 or dense is None or not np.isfinite(path.y).all():
-            raise LandscapeError(_gone(branch, theta0, horizon, t, theta))
         hurried = abs(float(branch.robust_slope(theta))) * horizon * _SLACK > 1 + abs(theta)
-        if hurried and (told := _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)):
-            raise LandscapeError(told)  # rounding carried the flow past its end
+        gone = path.status != 0 or dense is None or not np.isfinite(path.y).all()
+        if gone or hurried:  # rounding may have carried a hurried flow past its end
+            end = _beyond(branch, theta0, horizon)
+            if gone:
+                raise LandscapeError(_why(branch, theta0, horizon, t, theta, end))
         return lambda t: dense(t)[0]
+    _beyond(branch, theta0, horizon)  # says so where it blows up
     raise LandscapeError(
-        _infinite(theta0, horizon, _beyond(branch, theta0, horizon).blow_up)
-        or f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
+        f"the robust flow is too stiff to be followed over the horizon {horizon:g}; take a shorter one"
     )
 
 
@@ -83,28 +77,14 @@ def _solved(
     return solve_ivp(counted, (0.0, end), start, events=event, dense_output=True, **options)
 
 
-def _infinite(theta0: float, horizon: float, when: float | None) -> str:
-    """That the flow blows up; empty where it does not."""
-    if when is None:
-        return ""
-    return (
-        f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds "
-        f"as t comes to {when:.6g}, not after the horizon {horizon:g}, and no theta_range is wide enough; "
-        "take a shorter horizon"
-    )
-
-
-def _gone(branch: Branch, theta0: float, horizon: float, t: float, theta: float) -> str:
-    """Why the flow cannot be followed to the horizon."""
+def _why(branch: Branch, theta0: float, horizon: float, t: float, theta: float, end: float | None) -> str:
+    """Why the flow cannot be followed to the horizon, where theta is `end` if that is known."""
     low, high = branch.domain
-    beyond = _beyond(branch, theta0, horizon)
-    if told := _infinite(theta0, horizon, beyond.blow_up):
-        return told
-    there = "" if beyond.theta is None else f" (at the horizon theta is {beyond.theta:.4g})"
+    there = "" if end is None else f" (at the horizon theta is {end:.4g})"
     speed, first = (float(np.abs(branch.robust_slope(v))) for v in (theta, theta0))
     why = f"There |theta'| is {speed:.3g}"
-    for end, told in zip((low, high), branch.ends, strict=True):
-        if abs(theta - end) <= 1e-6 * (high - low):
+    for edge, told in zip((low, high), branch.ends, strict=True):
+        if abs(theta - edge) <= 1e-6 * (high - low):
             why = told or f"There theta_range ends: give a wider one{there}"
     if speed > _POLE * first and "_range" not in why:
         why = f"There theta' = -dL/dtheta has a pole: |theta'| is {speed:.3g}"
@@ -114,17 +94,20 @@ def _gone(branch: Branch, theta0: float, horizon: float, t: float, theta: float)
     )
 
 
-def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
-    """Follow the flow without theta_range and x_range: t and x* as functions of theta.
+def _beyond(branch: Branch, theta0: float, horizon: float) -> float | None:
+    """Follow the flow without theta_range and x_range: theta at the horizon, if it is known.
 
-    With theta = theta_0 + s c (e^u - 1), s the direction of the flow, dt/du = (dtheta/du)/theta' and
-    dx*/dtheta = -l_xtheta/l_xx. Where theta' grows as |theta|^p, dt/du falls as e^(-(p - 1) u): for p > 1
-    the rest of the time to infinity is dt/du/(p - 1).
+    t and x* are functions of theta = theta_0 + s c (e^u - 1), s the direction of the flow: dt/du =
+    (dtheta/du)/theta' and dx*/dtheta = -l_xtheta/l_xx. Where theta' grows as |theta|^p, dt/du falls as
+    e^(-(p - 1) u): for p > 1 the rest of the time to infinity is dt/du/(p - 1).
+
+    Raises:
+        LandscapeError: the flow is infinite before the horizon.
     """
     land, scale = branch.landscape, max(1.0, abs(theta0))
     sign = -float(np.sign(branch.robust_slope(theta0)))
     if sign == 0 or branch.formula is not None:  # a flat maximum has no dx*/dtheta
-        return _Beyond(None, None)
+        return None
 
     def at(u: float, x: float) -> tuple[float, float]:
         """theta, and x* after a step of Newton's method."""
@@ -145,16 +128,20 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> _Beyond:
         with np.errstate(all="ignore"):
             path = _solved(slopes, _FAR, start, late, **options)
     except (_TooMany, ZeroDivisionError):
-        return _Beyond(None, None)
+        return None
     u, y = float(path.t[-1]), path.y[:, -1]
     if path.status == 1:
-        return _Beyond(None, at(u, float(y[0]))[0])
+        return at(u, float(y[0]))[0]
     before, middle, last = (float(slopes(v, path.sol(v))[1]) for v in (0.6 * u, 0.8 * u, u))
-    if last == 0:  # theta' is beyond all floats
-        return _Beyond(float(y[1]), None)
-    if not before > middle > last > 0:
-        return _Beyond(None, None)
-    early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
-    # theta' as |theta| log^2 |theta| is not told from |theta|
-    steady = decay > _DECAY and decay > 0.9 * early
-    return _Beyond(float(y[1]) + last / decay if steady else None, None)
+    if last != 0:  # else theta' is beyond all floats
+        if not before > middle > last > 0:
+            return None
+        early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
+        if decay <= max(_DECAY, 0.9 * early):  # theta' as |theta| log^2 |theta| is not told from |theta|
+            return None
+        last /= decay
+    raise LandscapeError(
+        f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds "
+        f"as t comes to {float(y[1]) + last:.6g}, not after the horizon {horizon:g}, and no theta_range is "
+        "wide enough; take a shorter horizon"
+    )

@@ -29,6 +29,8 @@ __all__ = ["CONSTANTS", "FUNCTIONS", "THETA", "FormulaError", "X", "exact", "par
 
 THETA = sympy.Symbol("theta", real=True)
 X = sympy.Symbol("x", real=True)
+T = sympy.Symbol("t", nonnegative=True)  # time
+TAU, GAMMA, HORIZON, ALPHA = (sympy.Symbol(name, positive=True) for name in ("tau", "gamma", "T", "alpha"))
 CONSTANTS: Mapping[str, Expr] = MappingProxyType({"pi": sympy.pi})
 _NAMES: Mapping[str, Expr] = {"theta": THETA, "x": X, **CONSTANTS}
 _SAME = "exp sqrt sin cos tan sinh cosh tanh asin acos atan asinh erf"  # called so by sympy and by users
@@ -38,7 +40,7 @@ FUNCTIONS: Mapping[str, Callable[[Expr], Expr]] = MappingProxyType(
 _POWERS = (sympy.exp, sympy.sinh, sympy.cosh, sympy.tanh)  # functions that sympy may turn into powers
 _OPERATIONS: Mapping[type, Callable[..., Expr]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
-    **{ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos},
+    **{ast.USub: operator.neg, ast.UAdd: operator.pos},
 }
 
 SECONDS = 30.0  # for sympy to read a formula and to differentiate it twice
@@ -52,6 +54,7 @@ _RESERVED = {"t", "tau", "gamma", "theta_0", "T", "alpha", "K", *_NAMES, *FUNCTI
 _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,19}", re.ASCII)
 _ODD = re.compile(r"[^A-Za-z0-9_θ.+\-*/^() \t\r\n]")
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:[eE]([+-]?[0-9]+))?")
+_ALLOWED = "numbers, names, + - * / ^ and parentheses are"
 _PYTHON = {"^": "**", "θ": "theta", "\t": " ", "\r": " ", "\n": " "}
 
 
@@ -73,9 +76,6 @@ def parse(
         text: the formula.
         parameters: further names, such as those of `parameter_symbols`.
         values: their values: with them inserted, too, the formula must be harmless.
-
-    Returns:
-        The expression, as sympy writes it after its automatic simplifications.
 
     Raises:
         FormulaError: the text is no formula of the known names, it is too long, it holds a constant that is
@@ -147,8 +147,7 @@ class _Reader:
         if len(text) > LENGTH:
             raise self.refused(LENGTH, f"it has {len(text)} characters", f"at most {LENGTH} are read")
         if odd := _ODD.search(text):
-            allowed = "numbers, names, + - * / ^ and parentheses are"
-            raise self.refused(odd.start(), f"{odd[0]!r} is not understood", allowed)
+            raise self.refused(odd.start(), f"{odd[0]!r} is not understood", _ALLOWED)
         if (at := next((i for i, level in enumerate(levels) if level > DEPTH), None)) is not None:
             raise self.refused(at, f"it is nested more than {DEPTH} levels deep")
         try:
@@ -165,22 +164,44 @@ class _Reader:
         return self.build(tree, 0)
 
     def build(self, node: ast.expr, depth: int) -> Expr:
-        """The expression of a part, all of whose operations are harmless."""
+        """The expression of a part, all of whose operations are harmless.
+
+        Powers and signs nest to their right; elsewhere the parentheses were counted.
+        """
         if depth > DEPTH:
             raise self.wrong(node, f"is nested more than {DEPTH} levels deep")
-        if isinstance(node, ast.Constant):
-            expression = self.number(node)
-        elif isinstance(node, ast.Name):
-            expression = self.name(node)
-        else:
-            operation, parts = self.operation(node)
-            # Powers and signs nest to their right; elsewhere the parentheses were counted.
-            deeper = depth + (operation in (operator.pow, operator.neg, operator.pos))
-            *left, right = parts
-            built = [*(self.build(part, depth) for part in left), self.build(right, deeper)]
-            expression = self.apply(node, operation, built)
-        self.check(node, expression)
-        return expression
+        match node:
+            case ast.Constant():
+                built = self.number(node)
+            case ast.Name(id=name) if name in self.known:
+                built = self.known[name]
+            case ast.BinOp(op=ast.Pow(), left=left, right=right):
+                built = self.power(node, self.build(left, depth), self.build(right, depth + 1))
+            case ast.BinOp(op=sign, left=left, right=right) if type(sign) in _OPERATIONS:
+                built = _OPERATIONS[type(sign)](self.build(left, depth), self.build(right, depth))
+            case ast.UnaryOp(op=sign, operand=part) if type(sign) in _OPERATIONS:
+                built = _OPERATIONS[type(sign)](self.build(part, depth + 1))
+            case ast.Call(func=ast.Name(id=name), args=[part], keywords=[]) if name in FUNCTIONS:
+                built = self.function(node, FUNCTIONS[name], self.build(part, depth))
+            case _:
+                raise self.refused_part(node)
+        self.check(node, built)
+        return built
+
+    def refused_part(self, node: ast.expr) -> FormulaError:
+        """Why a part is none of those that `build` knows."""
+        functions = f"functions are {', '.join(FUNCTIONS)}"
+        match node:
+            case ast.Name(id=name) if name in FUNCTIONS:
+                return self.wrong(node, "is a function", f"write {name}(...)")
+            case ast.Name():
+                cure = f"names are {', '.join(self.known)}; {functions}"
+                return self.wrong(node, "is not a name that is known", cure)
+            case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
+                return self.wrong(node, "must be a function of one expression", f"write {name}(...)")
+            case ast.Call(func=function):
+                return self.wrong(function, "is not a function", f"for a product write *; {functions}")
+        return self.wrong(node, "is not understood", _ALLOWED)
 
     def number(self, node: ast.Constant) -> Expr:
         written = _NUMBER.fullmatch(self.source[node.col_offset : node.end_col_offset])
@@ -192,42 +213,20 @@ class _Reader:
             raise self.wrong(node, "is out of range", f"the exponent of a number is at most {EXPONENT}")
         return Rational(Fraction(written[0]))
 
-    def name(self, node: ast.Name) -> Expr:
-        if node.id in FUNCTIONS:
-            raise self.wrong(node, "is a function", f"write {node.id}(...)")
-        if node.id not in self.known:
-            cure = f"names are {', '.join(self.known)}; functions are {', '.join(FUNCTIONS)}"
-            raise self.wrong(node, "is not a name that is known", cure)
-        return self.known[node.id]
+    def power(self, node: ast.expr, base: Expr, exponent: Expr) -> Expr:
+        if not exponent.free_symbols and abs(size := exponent.evalf()) > POWER:
+            cure = f"a constant exponent is at most {POWER} in magnitude"
+            raise self.wrong(node, f"has the exponent {float(size):g}", cure)
+        self.check_exponent(node, exponent)
+        return base**exponent
 
-    def operation(self, node: ast.expr) -> tuple[Callable[..., Expr], list[ast.expr]]:
-        """What a node computes, and of what; other nodes than these are refused."""
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-            return _OPERATIONS[type(node.op)], [node.left, node.right]
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
-            return _OPERATIONS[type(node.op)], [node.operand]
-        if not isinstance(node, ast.Call):
-            raise self.wrong(node, "is not understood", "numbers, names, + - * / ^ and parentheses are")
-        if not (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS):
-            cure = f"for a product write *; functions are {', '.join(FUNCTIONS)}"
-            raise self.wrong(node.func, "is not a function", cure)
-        if len(node.args) != 1 or node.keywords:
-            raise self.wrong(node, "must be a function of one expression", f"write {node.func.id}(...)")
-        return FUNCTIONS[node.func.id], node.args
-
-    def apply(self, node: ast.expr, operation: Callable[..., Expr], parts: list[Expr]) -> Expr:
-        """One operation in sympy, once its exponent is known to be small."""
-        if operation is operator.pow:
-            if not parts[1].free_symbols and abs(exponent := parts[1].evalf()) > POWER:
-                cure = f"a constant exponent is at most {POWER} in magnitude"
-                raise self.wrong(node, f"has the exponent {float(exponent):g}", cure)
-            self.check_exponent(node, parts[1])
-        if operation in _POWERS and parts[0].has(sympy.log):  # exp(n log(2 x)) becomes 2^n x^n at once
-            self.check_exponent(node, parts[0].replace(sympy.log, lambda _: X))
-        if operation in _POWERS[1:] and not parts[0].is_extended_real:
+    def function(self, node: ast.expr, function: Callable[..., Expr], argument: Expr) -> Expr:
+        if function in _POWERS and argument.has(sympy.log):  # exp(n log(2 x)) becomes 2^n x^n at once
+            self.check_exponent(node, argument.replace(sympy.log, lambda _: X))
+        if function in _POWERS[1:] and not argument.is_extended_real:
             # sympy would expand it to find out its sign: for hours
-            return operation(parts[0], evaluate=False).rewrite(sympy.exp)
-        return operation(*parts)
+            return function(argument, evaluate=False).rewrite(sympy.exp)
+        return function(argument)
 
     def check_exponent(self, node: ast.expr, exponent: Expr) -> None:
         """Refuse large numbers in an exponent: sympy could come to an integer power of a number with them."""

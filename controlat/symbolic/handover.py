@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from controlat._util.checks import choice
 from controlat.control.schedules import Curve, Schedule
 
 __all__ = ["MAPPINGS", "Handover", "hand_over"]
@@ -39,16 +40,10 @@ class Handover:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        pieces = [i * self.schedule.resolution for i in range(len(self.real))]
-        return {
-            "schedule": self.schedule.to_json(),
-            "t": pieces,
-            "real": list(self.real),
-            "mapped": list(self.mapped),
-            "clipped": list(self.clipped),
-            "controls": [dict(self.schedule(t)) for t in pieces],
-            "note": self.note,
-        }
+        t = [i * self.schedule.resolution for i in range(len(self.real))]
+        rows = {name: list(getattr(self, name)) for name in ("real", "mapped", "clipped")}
+        controls = [dict(self.schedule(piece)) for piece in t]
+        return {"schedule": self.schedule.to_json(), "t": t, **rows, "controls": controls, "note": self.note}
 
 
 def hand_over(
@@ -84,11 +79,19 @@ def hand_over(
     Raises:
         ValueError: a number is out of range.
 
-    >>> found = hand_over(lambda t: 1 + t, 4.0, epochs=4, k_min=2, k_max=10, tau=0.3)
-    >>> [found.schedule(e)["steps"] for e in range(4)], round(found.schedule(2)["alpha"], 6)
+    >>> schedule = hand_over(lambda t: 1 + t, 4.0, epochs=4, k_min=2, k_max=10, tau=0.3).schedule
+    >>> [schedule(epoch)["steps"] for epoch in range(4)], round(schedule(2)["alpha"], 6)
     ([2, 4, 6, 8], 0.05)
     """
-    _check(k_min, k_max, tau, epochs, resolution, since, mapping)
+    choice(mapping, "mapping", MAPPINGS)
+    for good, allowed, got in (
+        (0 <= k_min <= k_max < math.inf, "k_min and k_max must be 0 <= k_min <= k_max", (k_min, k_max)),
+        (0 < tau < math.inf, "tau of the network must be > 0, in pixel units such as 0.3", (tau,)),
+        (0 < resolution <= epochs, "epochs must be > 0 and resolution in (0, epochs]", (epochs, resolution)),
+        (0 <= since < 1, "since must be a share of training in [0, 1)", (since,)),
+    ):
+        if not good:
+            raise ValueError(f"{allowed}, got {' and '.join(f'{value:g}' for value in got)}")
     t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
     share = np.clip((t / epochs - since) / (1 - since), 0, 1)
     real = np.asarray(steps(share * horizon), dtype=float)
@@ -110,28 +113,6 @@ def hand_over(
         "steps": Curve("table", tuple(mapped.tolist()), rounding="half_up"),
         "alpha": Curve("ratio", (float(tau),), of="steps"),
     }
-    return Handover(
-        schedule=Schedule(curves, epochs, resolution, label),
-        real=tuple(real.tolist()),
-        mapped=tuple(mapped.tolist()),
-        clipped=tuple(clipped.tolist()),
-        note=note,
-    )
-
-
-def _check(
-    k_min: float, k_max: float, tau: float, epochs: float, resolution: float, since: float, mapping: str
-) -> None:
-    """Refuse numbers out of range."""
-    if mapping not in MAPPINGS:
-        raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {mapping!r}")
-    if not 0 <= k_min <= k_max < math.inf:
-        raise ValueError(f"k_min and k_max must be 0 <= k_min <= k_max, got {k_min:g} and {k_max:g}")
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau of the network must be > 0, in pixel units such as 0.3, got {tau:g}")
-    if not epochs > 0 or not 0 < resolution <= epochs:
-        raise ValueError(
-            f"epochs must be > 0 and resolution in (0, epochs], got {epochs:g} and {resolution:g}"
-        )
-    if not 0 <= since < 1:
-        raise ValueError(f"since must be a share of training in [0, 1), got {since:g}")
+    pieces = {"real": real, "mapped": mapped, "clipped": clipped}
+    rows = {name: tuple(values.tolist()) for name, values in pieces.items()}
+    return Handover(schedule=Schedule(curves, epochs, resolution, label), note=note, **rows)

@@ -31,7 +31,7 @@ from contextvars import ContextVar
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 __all__ = ["LATE", "SECONDS", "NotFound", "TimeLimit", "check", "close", "limited", "unhurried", "within"]
 
@@ -57,27 +57,26 @@ _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of `t
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def _until(deadline: float) -> Iterator[None]:
+    token = _deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def within(seconds: float) -> contextlib.AbstractContextManager[None]:
     """End what is done inside, questions to the child included, by TimeLimit when the time is over.
 
     >>> with within(60):
     ...     check()
     """
-    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
+    return _until(min(_deadline.get(), time.monotonic() + seconds))
 
 
-@contextlib.contextmanager
-def unhurried() -> Iterator[None]:
+def unhurried() -> contextlib.AbstractContextManager[None]:
     """Suspend the deadline of `within`."""
-    token = _deadline.set(math.inf)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
+    return _until(math.inf)
 
 
 def check() -> None:
@@ -94,9 +93,6 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
         args: its arguments; they and the result are copied by pickle.
         seconds: the time limit; the deadline of `within`, where it comes earlier.
 
-    Returns:
-        What the function returns.
-
     Raises:
         ValueError: seconds is not a positive number.
         TimeLimit: the time is over; the work has ended.
@@ -110,9 +106,17 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     check()
     seconds = min(seconds, max(_deadline.get() - time.monotonic(), 1e-3))
     question = pickle.dumps((function, args, seconds))
+    name = f"{function.__module__}.{function.__qualname__}"
     with _lock:
-        status, result = _ask(question, f"{function.__module__}.{function.__qualname__}", seconds)
-    if status != "answer":
+        try:
+            answered, result = _ask(question, seconds)
+        except TimeoutError:
+            raise TimeLimit(f"{name} took longer than {seconds:g} seconds") from None
+        except Exception as error:
+            raise NotFound(f"the process that computes {name} ended without an answer ({error})") from error
+        if not answered and result.startswith("MemoryError"):
+            close()  # its memory is full: the next question starts afresh
+    if not answered:
         raise NotFound(result)
     return result  # type: ignore[no-any-return]
 
@@ -120,102 +124,69 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
 # ------------------------------------------------------------------------------------------------- the parent
 
 
-class _Child:
-    """The child process, ready for questions once constructed."""
-
-    def __init__(self) -> None:
-        self.pipe, theirs = Pipe()
-        with theirs:
-            # -P: the folder that the user is in is no place to import from, unless the parent does, too.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a function prints goes to stderr
-                pass_fds=[theirs.fileno()],
-                env=_environment(),
-            )
-        try:
-            self.receive(min(time.monotonic() + _START, _deadline.get()))
-        except BaseException:
-            self.kill()
-            raise
-
-    def receive(self, deadline: float) -> Any:
-        """Read a message; TimeoutError at the deadline, EOFError or OSError when the child is gone."""
-        if not self.pipe.poll(max(0.0, min(deadline - time.monotonic(), 1e6))):
-            raise TimeoutError
-        return self.pipe.recv()
-
-    def kill(self) -> None:
-        """End the process and leave nothing open."""
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+class _Child(NamedTuple):
+    process: subprocess.Popen[bytes]
+    pipe: Connection
 
 
-def _environment() -> dict[str, str]:
+_child: _Child | None = None
+_lock = threading.RLock()
+# A fork waits for the answer. It has no child of its own: to `poll` the one of its parent has ended.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def _ask(question: bytes, seconds: float) -> tuple[bool, Any]:
+    """Put one question to the child, a new one if need be: the result, or why there is none."""
+    global _child
+    try:
+        if _child is None or _child.process.poll() is not None:
+            close()
+            _child = _started()
+            _receive(_child, _START)
+        _child.pipe.send_bytes(question)
+        return _receive(_child, seconds)  # type: ignore[no-any-return]
+    except BaseException:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one
+        close()
+        raise
+
+
+def _receive(child: _Child, seconds: float) -> Any:
+    """The next message; TimeoutError when the time is over, EOFError or OSError when the child is gone."""
+    if not child.pipe.poll(min(seconds, max(_deadline.get() - time.monotonic(), 0.0), 1e6)):
+        raise TimeoutError
+    return child.pipe.recv()
+
+
+def _started() -> _Child:
     """The child imports from where the parent does; its sets have one order, and so sympy one answer."""
     root = str(Path(__file__).resolve().parents[2])
     # An empty entry is the folder that the parent was in when it imported this, and found root there.
     path = [os.path.abspath(entry) for entry in sys.path if entry]
     if root not in map(os.path.realpath, path):
         path.insert(0, root)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"}
+    pipe, theirs = Pipe()
+    with theirs:
+        # -P: the folder that the user is in is no place to import from, unless the parent does, too.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _CODE, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a function prints goes to stderr
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"},
+        )
+    return _Child(process, pipe)
 
 
-_lock = threading.Lock()
-_child: _Child | None = None
-
-
-def _ask(question: bytes, name: str, seconds: float) -> tuple[str, Any]:
-    """Put one question to the child, a new one if need be. The lock is held."""
-    global _child
-    try:
-        if _child is None or _child.process.poll() is not None:
-            _end()
-            _child = _Child()
-        deadline = min(time.monotonic() + seconds, _deadline.get())
-        _child.pipe.send_bytes(question)
-        status, result = _child.receive(deadline)
-    except BaseException as error:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one
-        _end()
-        if isinstance(error, TimeoutError):
-            raise TimeLimit(f"{name} took longer than {seconds:g} seconds") from None
-        if isinstance(error, Exception):
-            kind = f" ({type(error).__name__}: {error})" if str(error) else ""
-            raise NotFound(f"the process that computes {name} ended without an answer{kind}") from error
-        raise
-    if status == "exhausted":
-        _end()  # its memory is full: the next question starts afresh
-    return status, result
-
-
-def _end() -> None:
-    """Kill the child, if there is one. The lock is held."""
-    global _child
-    if _child is not None:
-        gone, _child = _child, None
-        gone.kill()
-
-
+@atexit.register
 def close() -> None:
     """End the child process; the next question starts another."""
+    global _child
     with _lock:
-        _end()
-
-
-def _after_fork() -> None:
-    """A fork of the parent has no child: it leaves the pipe to the parent, and the lock as it finds it."""
-    global _child, _lock
-    _lock = threading.Lock()
-    if _child is not None:
-        _child.process.poll()  # "not mine": or its destructor would warn that it still runs
-        _child.pipe.close()
-        _child = None
-
-
-atexit.register(close)
-os.register_at_fork(after_in_child=_after_fork)
+        if _child is not None:
+            gone, _child = _child, None
+            gone.process.kill()
+            gone.process.wait()
+            gone.pipe.close()
 
 
 # -------------------------------------------------------------------------------------------------- the child
@@ -225,7 +196,8 @@ def serve() -> None:
     """What the child does: answer questions until the parent closes the pipe."""
     pipe = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _limit_memory()
+    with contextlib.suppress(ValueError, OSError):  # where the system has no limit, or a lower one
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     importlib.import_module("sympy")  # before the first question, whose time is counted
     pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
@@ -235,20 +207,11 @@ def serve() -> None:
 
 
 def _answer(question: bytes) -> bytes:
-    """What comes of one question, pickled: ("answer", result), or ("error" or "exhausted", a text)."""
+    """What comes of one question, pickled: (True, result), or (False, the error as text)."""
     try:
         function, args, seconds = pickle.loads(question)
         # Should the parent be killed, nobody would end this process while it computes.
         signal.alarm(math.ceil(min(seconds, 1e6)) + 2)
-        return pickle.dumps(("answer", function(*args)))
+        return pickle.dumps((True, function(*args)))
     except Exception as error:
-        status = "exhausted" if isinstance(error, MemoryError) else "error"
-        return pickle.dumps((status, f"{type(error).__name__}: {error}".removesuffix(": ")))
-
-
-def _limit_memory() -> None:
-    """At most 4 GiB of address space, where the system can limit it."""
-    with contextlib.suppress(ValueError, OSError):
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        soft = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        return pickle.dumps((False, f"{type(error).__name__}: {error}".removesuffix(": ")))

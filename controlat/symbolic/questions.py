@@ -5,17 +5,16 @@ Answers are expressions that the caller checks against numbers before it believe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 
 import sympy
 from sympy import Expr, Symbol
 
-from controlat.symbolic.formula import THETA, X
+from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T, X
 
-__all__ = ["T", "exact_step", "flow", "implicit_series", "minima", "series", "spent", "stationary", "tidy"]
-__all__ += ["travel_time", "values"]
-
-T = Symbol("t", nonnegative=True)  # time
+__all__ = ["cost", "exact_step", "flow", "implicit_series", "minima", "series", "stationary", "tidy"]
+__all__ += ["travel_time"]
 
 
 def tidy(formula: Expr) -> Expr:
@@ -33,33 +32,17 @@ def _effort(form: Expr) -> tuple[int, int]:
 
 def _powers_out(formula: Expr) -> Expr:
     """log(b^p) as p log(b), which is how people write it."""
-
-    def out(power: Expr) -> Expr:
-        return power.exp * sympy.log(power.base) if power.is_Pow else sympy.log(power)
-
-    return formula.replace(sympy.log, out)
-
-
-def _real_logs(primitive: Expr, values: Mapping[Symbol, Expr]) -> Expr:
-    """A primitive whose logarithms are real where `values` say: log(-y) and log(y) have one derivative."""
-
-    def real(argument: Expr) -> Expr:
-        return sympy.log(-argument if argument.subs(values).is_negative else argument)
-
-    return primitive.replace(sympy.log, real)
-
-
-def values(formula: Expr, symbol: Symbol, at: Sequence[float]) -> list[float]:
-    """A formula in one symbol, evaluated with thirty digits; nan where it is not real."""
-    precise = [formula.subs(symbol, sympy.Float(v, 40)).evalf(30) for v in at]
-    real = [complex(v) if v.is_number else complex("nan") for v in precise]
-    return [v.real if abs(v.imag) <= 1e-12 * (1 + abs(v.real)) else float("nan") for v in real]
+    return formula.replace(
+        sympy.log, lambda power: power.exp * sympy.log(power.base) if power.is_Pow else sympy.log(power)
+    )
 
 
 def stationary(landscape: Expr) -> list[Expr]:
-    """All x with l_x(theta, x) = 0, as functions of theta."""
+    """All real x with l_x(theta, x) = 0, as functions of theta."""
     zeros = sympy.solve(sympy.together(sympy.diff(landscape, X)), X)
-    return [tidy(x) for x in zeros if not x.has(sympy.Piecewise, sympy.RootOf)]
+    real = [tidy(x) for x in zeros if not x.has(sympy.Piecewise, sympy.RootOf, sympy.I)]
+    periods = (0, -2, -1, 1, 2) if landscape.has(sympy.Function) else (0,)  # of which sympy lists one
+    return [x + 2 * sympy.pi * k for k in periods for x in real]
 
 
 def minima(loss: Expr, numbers: Mapping[Symbol, Expr]) -> list[tuple[Expr, float]]:
@@ -76,21 +59,19 @@ def exact_step(landscape: Expr, x_star: Expr, x0: Expr) -> Expr:
     return tidy((x_star - x0) / sympy.diff(landscape, X).subs(X, x0))
 
 
-def travel_time(speed: Expr, values: Mapping[Symbol, Expr]) -> Expr:
-    """The integral of 1/theta' over theta: t as a function of theta, up to a constant; real at `values`."""
-    return tidy(_real_logs(_primitive(1 / speed), values))
-
-
-def _primitive(integrand: Expr) -> Expr:
-    """An antiderivative in theta, in closed form."""
-    try:
-        parts = sympy.apart(sympy.together(integrand), THETA)
-    except sympy.PolynomialError:  # roots or exponentials in it
-        parts = integrand
-    primitive = sympy.integrate(parts, THETA)
+def _primitive(integrand: Expr, values: Mapping[Symbol, Expr]) -> Expr:
+    """An antiderivative in theta, its logarithms real at `values`: log(-y) and log(y) have one derivative."""
+    with contextlib.suppress(sympy.PolynomialError):  # roots or exponentials in it: as it stands
+        integrand = sympy.apart(sympy.together(integrand), THETA)
+    primitive = sympy.integrate(integrand, THETA)
     if primitive.has(sympy.Integral):
         raise ValueError("no closed integral")
-    return primitive
+    return primitive.replace(sympy.log, lambda y: sympy.log(-y if y.subs(values).is_negative else y))
+
+
+def travel_time(speed: Expr, values: Mapping[Symbol, Expr]) -> Expr:
+    """The integral of 1/theta' over theta: t as a function of theta, up to a constant; real at `values`."""
+    return tidy(_primitive(1 / speed, values))
 
 
 def flow(time: Expr, theta0: Symbol) -> list[Expr]:
@@ -126,10 +107,15 @@ def implicit_series(
     return coefficients
 
 
-def spent(
-    step: Expr, speed: Expr, path: Expr, theta0: Expr, horizon: Symbol, values: Mapping[Symbol, Expr]
+def cost(
+    loss: Expr, step: Expr, speed: Expr, path: Expr, theta0: Symbol, values: Mapping[Symbol, Expr]
 ) -> Expr:
-    """The integral of 1/alpha* over time from 0 to the horizon, as one of 1/(alpha* theta') over theta."""
-    primitive = _real_logs(_primitive(1 / (step * speed)), values)
-    raw = primitive.subs(THETA, path.subs(T, horizon)) - primitive.subs(THETA, theta0)
-    return tidy(sympy.logcombine(sympy.expand_log(raw, force=True), force=True))
+    """J = L(theta(T)) + gamma tau int 1/alpha* dt, an integral of 1/(alpha* theta') over theta."""
+    end = path.subs(T, HORIZON)
+    if speed == 0:
+        spent = HORIZON / step.subs(THETA, theta0)
+    else:
+        primitive = _primitive(1 / (step * speed), values)
+        raw = primitive.subs(THETA, end) - primitive.subs(THETA, theta0)
+        spent = tidy(sympy.logcombine(sympy.expand_log(raw, force=True), force=True))
+    return tidy(loss.subs(THETA, end)) + GAMMA * TAU * spent

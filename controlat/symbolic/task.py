@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from controlat.symbolic.formula import exact, signed
+from controlat.symbolic.formula import GAMMA, HORIZON, TAU, exact, signed
 from controlat.symbolic.landscape import Landscape
 from controlat.symbolic.limits import SECONDS
 
-__all__ = ["ALPHA", "GAMMA", "HORIZON", "TAU", "Task"]
-
-TAU, GAMMA, HORIZON, ALPHA = (sympy.Symbol(name, positive=True) for name in ("tau", "gamma", "T", "alpha"))
+__all__ = ["Task"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,10 @@ class Task:
     seconds: float = SECONDS / 2
 
     def __post_init__(self) -> None:
-        for name, least in (("theta0", ""), ("tau", "> 0"), ("horizon", "> 0"), ("gamma", ">= 0")):
+        for name, allowed in (("theta0", ""), ("tau", "> 0"), ("horizon", "> 0"), ("gamma", ">= 0")):
             value = exact(getattr(self, name), name)
-            if least and (value < 0 or (value == 0 and least == "> 0")):
-                raise ValueError(f"{name} must be {least}, got {value}")
+            if allowed and (value < 0 or (value == 0 and allowed == "> 0")):
+                raise ValueError(f"{name} must be {allowed}, got {value}")
             object.__setattr__(self, name, value)
         if self.order != int(self.order) or not 1 <= self.order <= 12:
             raise ValueError(f"order must be a whole number from 1 to 12, got {self.order}")
@@ -58,9 +56,8 @@ class Task:
         theta, far = float(self.theta0), max(3.0, 2 * abs(float(self.theta0)))
         low, high = self.theta_range or (-far, far)
         if not low < theta < high:
-            raise ValueError(
-                f"theta_range must be an interval around theta0 = {theta:g}, got {low:g} {high:g}"
-            )
+            around = f"an interval around theta0 = {theta:g}"
+            raise ValueError(f"theta_range must be {around}, got {low:g} {high:g}")
         object.__setattr__(self, "theta_range", (float(low), float(high)))
 
     @property

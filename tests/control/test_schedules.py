@@ -727,3 +727,7 @@ def test_a_ratio_is_zero_where_its_knob_is(rounded: bool) -> None:
 def test_a_ratio_needs_a_curve_to_divide_by() -> None:
     with pytest.raises(ValueError, match="alpha divides by 'steps', which has no curve of its own here"):
         Schedule({"alpha": Curve("ratio", (1,), of="steps")}, 3)
+
+
+def test_knobs_stand_in_the_order_of_the_text_whatever_the_seed_of_hashes() -> None:
+    assert "".join(parse_schedule("set:f=1,h=1,b=1,d=1,a=1,g=1,e=1,c=1", 1).to_json()["knobs"]) == "fhbdagec"

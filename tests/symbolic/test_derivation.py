@@ -20,9 +20,7 @@ from controlat.symbolic import (
     Task,
     verify,
 )
-from controlat.symbolic.formula import THETA
-from controlat.symbolic.questions import T
-from controlat.symbolic.task import GAMMA, HORIZON, TAU
+from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T
 
 THETA0 = Task().start
 A = sympy.Symbol("a", positive=True)

@@ -1,7 +1,8 @@
-"""Terminal costs Phi(theta_T): what training is for. A file of this folder is one, by its name.
+"""Terminal costs Phi(theta_T), the objective of training apart from its cost; one file of this folder each.
 
-Each file defines ``build(x, y, ball, seed)``, or with those of these arguments that it needs, which returns a
-`Terminal`. The first line of its docstring says what the cost is.
+A file defines a function ``build``, which takes those of the arguments x, y, ball and seed that it needs and
+returns a `Terminal`. The file's name is the name of the terminal cost; the first line of the docstring of
+``build`` describes it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _TERM = re.compile(rf"\s*([+-]?)\s*(?:({_WEIGHT})\s*\*\s*)?({_NAME})\s*")
 
 
 def names() -> tuple[str, ...]:
-    """The terminal costs in this folder.
+    """The names of the terminal costs in this folder.
 
     >>> names()
     ('adversarial', 'clean', 'margin')
@@ -56,32 +57,36 @@ def names() -> tuple[str, ...]:
 
 
 def describe() -> list[dict[str, str]]:
-    """Every terminal cost of this folder: its name, what it is, and what a call of it spends.
+    """Name, description and gradient evaluations of every terminal cost in this folder.
 
     >>> [entry["gradients"] for entry in describe() if entry["name"] == "adversarial"]
     ['20 for its value, 21 for its gradient']
     """
     x, y = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
-    every = []
+    entries = []
     for name in names():
-        what = inspect.getdoc(registry.member(__name__, name).build) or ""
+        docstring = inspect.getdoc(registry.member(__name__, name).build) or ""
+        what = docstring.partition("\n\n")[0].replace("\n", " ")
         declared = getattr(_named(name, x, y, Ball(0), 0), "price", None)
         spent = "counted in a trial"
         if isinstance(declared, Price):
             spent = f"{declared.value} for its value, {declared.gradient} for its gradient"
-        every.append({"name": name, "what": what.partition("\n\n")[0].replace("\n", " "), "gradients": spent})
-    return every
+        entries.append({"name": name, "what": what, "gradients": spent})
+    return entries
 
 
 def parse_terminal(text: str) -> tuple[tuple[float, str], ...]:
-    """Weights and names of a sum of terminal costs.
+    """The weights and names of a sum of terminal costs.
 
     Args:
-        text: names of this folder or the user's own package.module:factory, each with a weight before it or
-            without, joined by + or -.
+        text: terms ``name`` or ``weight*name``, joined by + or -. A name is one of this folder, or
+            ``package.module:factory`` for the user's own.
+
+    Returns:
+        (weight, name) of each term.
 
     Raises:
-        ValueError: it has another form, or a name is unknown.
+        ValueError: the text has another form, or a name is unknown.
 
     >>> parse_terminal("adversarial + 0.1*clean - 1/2*margin")
     ((1.0, 'adversarial'), (0.1, 'clean'), (-0.5, 'margin'))
@@ -90,23 +95,27 @@ def parse_terminal(text: str) -> tuple[tuple[float, str], ...]:
         kind = type(text).__name__
         raise ValueError(f"terminal must be a text such as adversarial+0.1*clean, got a {kind}")
     parts: list[tuple[float, str]] = []
-    at = 0
-    while at < len(text) or not parts:
-        term = _TERM.match(text, at)
+    position = 0
+    while position < len(text) or not parts:
+        term = _TERM.match(text, position)
         if term is None or (parts and not term[1]):
             raise ValueError(
-                f"terminal {text!r} cannot be read from {text[at:]!r} on; it must be a name or a sum of them "
-                "with weights in front, such as adversarial+0.1*clean"
+                f"terminal {text!r} cannot be read from {text[position:]!r} on; it must be a name or a sum "
+                "of them with weights in front, such as adversarial+0.1*clean"
             )
         sign, weight, name = term.groups()
-        size = number(weight or "1", f"a weight of terminal {text!r}")
-        parts.append((-size if sign == "-" else size, _known(name)))
-        at = term.end()
+        magnitude = number(weight or "1", f"a weight of terminal {text!r}")
+        parts.append((-magnitude if sign == "-" else magnitude, _known(name)))
+        position = term.end()
     return tuple(parts)
 
 
 def _known(name: str) -> str:
-    """A name that `build_terminal` can do something with."""
+    """The name itself, if it is in this folder or can be imported.
+
+    Raises:
+        ValueError: it is unknown, or not something to call.
+    """
     if ":" not in name and name not in names():
         raise ValueError(
             f"unknown terminal cost {name!r}; {registry.meant(name, names())}choose from: "
@@ -119,15 +128,15 @@ def _known(name: str) -> str:
 
 
 def build_terminal(text: str, x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> Terminal:
-    """Make the terminal cost that a text names.
+    """The terminal cost of a text, such as ``adversarial+0.1*clean``.
 
     Args:
-        text: as `parse_terminal` reads it. The user's own factory is called with those of the keywords x, y,
-            ball and seed that it takes.
+        text: as `parse_terminal` reads it. A factory of the user's is called with those of the keyword
+            arguments x, y, ball and seed that it takes.
         x: (N, ...) held-out inputs in [0, 1].
         y: (N,) labels.
         ball: the perturbation set.
-        seed: of random starts.
+        seed: seed of random starts.
 
     Raises:
         ValueError: the text cannot be read, or a factory returns no `Terminal`.
@@ -142,8 +151,8 @@ def build_terminal(text: str, x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -
 
 
 def _named(name: str, x: Tensor, y: Tensor, ball: Ball, seed: int) -> Terminal:
-    """One terminal cost by its name."""
+    """The terminal cost of one name."""
     factory = name if ":" in name else f"{__name__}.{name}:build"
-    made = registry.call_factory(factory, {"x": x, "y": y, "ball": ball, "seed": seed})
-    check_terminal(made, f"what terminal {name!r} returns")
-    return made  # type: ignore[return-value]
+    terminal = registry.call_factory(factory, {"x": x, "y": y, "ball": ball, "seed": seed})
+    check_terminal(terminal, f"what terminal {name!r} returns")
+    return terminal  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Terminal costs before anything is trained: what a call spends, and whether it keeps to the protocol."""
+"""Trial calls of a terminal cost before training: they count its evaluations and check the protocol."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["price", "try_terminal"]
 
 
 def price(terminal: Terminal, driver: Driver) -> Price:
-    """What calls of a terminal cost spend: as it declares it, else counted in one call of each.
+    """The gradient evaluations of a terminal cost: as it declares them, or counted in a trial call.
 
     Args:
-        terminal: one of this package, or the user's own.
-        driver: of an untrained network.
+        terminal: the terminal cost.
+        driver: driver of an untrained network, for the trial call.
 
     >>> from controlat.attacks.balls import Ball
     >>> from controlat.pmp.terminal import AdversarialLoss
@@ -34,23 +34,23 @@ def price(terminal: Terminal, driver: Driver) -> Price:
     declared = getattr(terminal, "price", None)
     if isinstance(declared, Price):
         return declared
-    value, gradient = Meter(), Meter()
-    terminal.value(driver, value)
-    terminal.gradient(driver, gradient)
-    return Price(value.gradients, gradient.gradients)
+    of_value, of_gradient = Meter(), Meter()
+    terminal.value(driver, of_value)
+    terminal.gradient(driver, of_gradient)
+    return Price(of_value.gradients, of_gradient.gradients)
 
 
 def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
-    """Call everything of a terminal cost once, so that a mistake shows before anything is trained.
+    """Call every member of a terminal cost once, so that mistakes are reported before training.
 
     Args:
-        terminal: the user's own.
-        driver: of an untrained network.
-        name: what errors call it.
+        terminal: a terminal cost of the user's.
+        driver: driver of an untrained network.
+        name: its name in errors.
 
     Raises:
-        ValueError: a value that is no finite number or below its lower bound, gradients that are not finite
-            or of other shapes than the parameters, dropped that is no tuple of texts, a changed network.
+        ValueError: the value is not a finite number or below the lower bound; the gradient is not finite or
+            does not have the shapes of the parameters; dropped is not a tuple of texts; the network changed.
     """
     before = driver.snapshot().model
     value, gradient = terminal.value(driver, Meter()), terminal.gradient(driver, Meter())
@@ -66,9 +66,11 @@ def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:
             f"least its lower bound {terminal.lower:g}"
         )
     shapes = [tuple(g.shape) for g in gradient]
-    wanted = [tuple(p.shape) for p in driver.parameters]
-    if shapes not in (wanted, wanted + [tuple(r.shape) for r in driver.statistics]):
-        raise ValueError(f"gradient of terminal {name} must return tensors of shapes {wanted}, got {shapes}")
+    required = [tuple(p.shape) for p in driver.parameters]
+    if shapes not in (required, required + [tuple(r.shape) for r in driver.statistics]):
+        raise ValueError(
+            f"gradient of terminal {name} must return tensors of shapes {required}, got {shapes}"
+        )
     if not all(bool(torch.isfinite(g).all()) for g in gradient):
         raise ValueError(f"gradient of terminal {name} is not finite for the untrained network")
     dropped = terminal.dropped(driver)

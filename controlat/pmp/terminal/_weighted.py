@@ -24,22 +24,23 @@ __all__ = ["Weighted"]
 
 @dataclass(frozen=True)
 class Weighted:
-    """A weighted sum of terminal costs, such as adversarial and clean loss.
+    """A weighted sum of terminal costs, such as adversarial loss + 0.1 clean loss.
 
     Args:
-        parts: (weight, terminal cost) of each.
+        parts: pairs (weight, terminal cost).
 
     Raises:
-        ValueError: no parts, a weight that is no finite number, a part that is no `Terminal`.
+        ValueError: there are no parts, all weights are 0, a weight is not a finite number, or a part is not a
+            `Terminal`.
     """
 
     parts: tuple[tuple[float, Terminal], ...]
 
     def __post_init__(self) -> None:
-        given = self.parts if isinstance(self.parts, (tuple, list)) else None
-        if given is None or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in given):
+        pairs = self.parts if isinstance(self.parts, (tuple, list)) else None
+        if pairs is None or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
             raise ValueError(f"parts must be pairs (weight, terminal cost), got {brief(self.parts)}")
-        parts = tuple((number(weight, "a weight"), part) for weight, part in given)
+        parts = tuple((number(weight, "a weight"), part) for weight, part in pairs)
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, terminal cost), got none")
         for _, part in parts:
@@ -50,13 +51,13 @@ class Weighted:
 
     @property
     def lower(self) -> float:
-        """The sum of the parts' lower bounds, if no weight is negative."""
+        """The weighted sum of the parts' lower bounds; -inf if a weight is negative."""
         if any(weight < 0 for weight, _ in self.parts):
             return -math.inf
         return sum(weight * part.lower for weight, part in self.parts if weight > 0)
 
     def describe(self) -> str:
-        """The parts in words, with their weights."""
+        """The sum in words."""
         return " + ".join(f"{weight:g} * ({described(part)})" for weight, part in self.parts)
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
@@ -68,18 +69,18 @@ class Weighted:
         return finite_value(sum(weight * part.value(driver, meter) for weight, part in self.parts))
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """The sum of weight * grad Phi, in running statistics where all parts have it.
+        """The sum of weight * grad Phi; in the running statistics only if every part returns that.
 
         Raises:
             NonFiniteError: it is not finite.
         """
         gradients = [part.gradient(driver, meter) for _, part in self.parts]
-        known = min(map(len, gradients))  # without running statistics where one part leaves them out
-        total = [torch.zeros_like(t) for t in gradients[0][:known]]
+        count = min(map(len, gradients))  # a part may not return the running statistics
+        total = [torch.zeros_like(t) for t in gradients[0][:count]]
         for (weight, _), gradient in zip(self.parts, gradients, strict=True):
-            torch._foreach_add_(total, gradient[:known], alpha=weight)
+            torch._foreach_add_(total, gradient[:count], alpha=weight)
         return finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
-        """What any part leaves out."""
+        """The dependences that any part neglects."""
         return tuple(sorted({name for _, part in self.parts for name in part.dropped(driver)}))

@@ -1,4 +1,4 @@
-"""The loss under an attack, on held-out data."""
+"""The terminal cost ``adversarial``: the loss under an attack on held-out data."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """Phi(theta) = mean of l(h_theta(A(x)), y) over held-out data, A = PGD with a random start, eval mode.
+    """Phi(theta) = mean of l(h_theta(A(x)), y) over held-out data, in eval mode.
 
-    The ascent is on the cross-entropy whatever l is; K = 0 gives the clean loss.
+    A is PGD-K on the cross-entropy, whatever the loss l, with a random start; K = 0 gives the clean loss.
 
     Args:
         x: (N, ...) held-out inputs in [0, 1].
         y: (N,) labels.
         ball: the perturbation set.
         steps: K of the attack.
-        alpha: step size > 0; eps/4 by default, as FOSC's evaluation.
-        seed: of the random start.
-        loss: ``"cross_entropy"``, or ``"margin"``: max over j != y of z_j, less z_y.
+        alpha: step size > 0 of the attack; eps/4 by default, as in Wang et al. (2019).
+        seed: seed of the random start.
+        loss: l, ``"cross_entropy"`` or ``"margin"``: max over j != y of z_j, less z_y, of the logits z.
 
     Raises:
-        ValueError: unknown loss, a number out of range, x that is empty or not in [0, 1], y that is not one
-            integer label per sample.
+        ValueError: unknown loss; a number is out of range; x is empty or not in [0, 1]; y is not one integer
+            label per sample.
 
     >>> import torch
     >>> AdversarialLoss(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255"), steps=0).describe()
@@ -85,7 +85,7 @@ class AdversarialLoss:
 
     @property
     def price(self) -> Price:
-        """K of the attack for each sample, and one more for a gradient."""
+        """K gradient evaluations per sample for the attack, and one more for the gradient of Phi."""
         return Price(self.steps * len(self.x), (self.steps + 1) * len(self.x))
 
     def describe(self) -> str:
@@ -99,7 +99,7 @@ class AdversarialLoss:
         return f"adversarial {what}, {attack}, {within}, alpha = {alpha}, one random start"
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:
-        """Phi at the driver's present parameters, with one forward pass beside the attack.
+        """Phi at the driver's present parameters: the attack, and a forward pass per sample.
 
         Raises:
             NonFiniteError: it is not finite.
@@ -111,7 +111,7 @@ class AdversarialLoss:
         return finite_value(total)
 
     def gradient(self, driver: Driver, meter: Meter | None = None) -> list[Tensor]:
-        """grad Phi in theta and in running statistics, with the adversary held fixed.
+        """grad Phi in theta and in the running statistics, with the adversarial examples held fixed.
 
         Raises:
             NonFiniteError: it is not finite.
@@ -125,14 +125,18 @@ class AdversarialLoss:
         return finite_gradient(total)
 
     def dropped(self, driver: Driver) -> tuple[str, ...]:
-        """Weights that are merged in eval mode have no path to what is trained; l_2 steps depend on theta."""
+        """What `gradient` neglects.
+
+        Where eval mode merges weights, Phi is not connected to the trained ones. Fixed adversarial examples
+        are exact for the sign steps of l_inf attacks, while l_2 steps depend on theta smoothly.
+        """
         names = ["weights that the network merges in eval mode (Phi)"] if merges(driver.model) else []
         if self.ball.norm != "linf" and self.steps:
             names.append("the adversary's (l_2 steps of Phi)")
         return tuple(names)
 
     def _parts(self, driver: Driver, meter: Meter) -> Iterator[Callable[[], Tensor]]:
-        """Phi as a sum over batches, each under its attack."""
+        """The terms of Phi, one per batch; each evaluates its batch, which has been attacked."""
         alpha = self.ball.eps / 4 if self.alpha is None else self.alpha
         device, channels_last = self.x.device, driver.channels_last
         for i in range(0, len(self.x), _BATCH):
@@ -141,15 +145,15 @@ class AdversarialLoss:
             with scoped(self.seed, "terminal", "network", i, device=device):  # for noise in eval mode
                 with FrozenModel(driver.model, channels_last=channels_last, meter=meter) as view:
                     x = ascend(view, x, y, ball=self.ball, alpha=alpha, steps=self.steps, generator=start)
-                yield partial(self._sum, driver.model, x, y)
+                yield partial(self._term, driver.model, x, y)
 
-    def _sum(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What a batch adds to Phi."""
+    def _term(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The term of a batch in Phi."""
         return LOSSES[self.loss](ask(model, x, model), y).sum() / len(self.x)
 
     @contextmanager
     def _evaluating(self, driver: Driver) -> Iterator[None]:
-        """Eval mode; flags and buffers as they were, afterwards."""
+        """The network in eval mode inside the block; flags and buffers as before after it."""
         with alone(driver.model), in_mode(driver.model, False), buffers_kept(driver.model):
             yield
 
@@ -161,10 +165,10 @@ def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
         x: (N, ...) held-out inputs in [0, 1].
         y: (N,) labels.
         ball: the perturbation set.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Raises:
-        ValueError: x that is empty or not in [0, 1], y that is not one integer label per sample.
+        ValueError: x is empty or not in [0, 1]; y is not one integer label per sample.
 
     >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price
     Price(value=160, gradient=168)

@@ -1,4 +1,4 @@
-"""The loss without an attack, on held-out data."""
+"""The terminal cost ``clean``: the loss without an attack on held-out data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
     Args:
         x: (N, ...) held-out inputs in [0, 1].
         y: (N,) labels.
-        ball: plays no part.
-        seed: of what is random in the network in eval mode.
+        ball: the perturbation set, without effect here.
+        seed: seed of random numbers that the network draws in eval mode.
 
     Raises:
-        ValueError: x that is empty or not in [0, 1], y that is not one integer label per sample.
+        ValueError: x is empty or not in [0, 1]; y is not one integer label per sample.
 
     >>> import torch
     >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price

@@ -1,4 +1,4 @@
-"""The margin under an attack, on held-out data."""
+"""The terminal cost ``margin``: the margin under an attack on held-out data."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["build"]
 def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
     """Mean of max over j != y of z_j, less z_y, under PGD-20 on the cross-entropy, as in adversarial.
 
-    It is negative for a sample that is classified correctly under the attack, and unbounded below.
+    The margin of a sample is negative if it is classified correctly under the attack; it has no lower bound.
 
     Args:
         x: (N, ...) held-out inputs in [0, 1].
         y: (N,) labels.
         ball: the perturbation set.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Raises:
-        ValueError: x that is empty or not in [0, 1], y that is not one integer label per sample.
+        ValueError: x is empty or not in [0, 1]; y is not one integer label per sample.
 
     >>> import torch
     >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).lower
     -inf
 
     Source:
-        The loss of Carlini and Wagner (2017) without its cut at 0.
+        The loss of Carlini and Wagner (2017), without clipping at 0.
     """
     return AdversarialLoss(x, y, ball, seed=seed, loss="margin")

@@ -41,7 +41,7 @@ def _change(names: Sequence[str], block: Mapping[str, Any]) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """What every (alpha, K) would be worth in an early, a middle and a late epoch, for the first seed."""
+    """The gain of every scored (alpha, K) in an early, a middle and a late epoch, for the first seed."""
     entries = [entry for _, entry in examined(result)]
     columns = max(len(entry["runs"][0]["full"]["surfaces"]) for entry in entries)
     figure = matplotlib.figure.Figure(

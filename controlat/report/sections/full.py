@@ -29,8 +29,8 @@ def notes(result: Result) -> list[str]:
     entries = [(entry["text"], entry["summary"]["full"]) for entry in result["schedules"]]
     lines = [
         f"{meaning_of_j(result)} C full: Amata's (13) over the whole run, from exact costates: the sum over "
-        "epochs (shorter blocks where the control changes within one) of max over (alpha, K) of the sum of "
-        "H(v) - H(u) over their steps, divided by eta T; 95 % interval, up to "
+        "epochs (shorter blocks where the control changes within one) of max over the candidates of the sum "
+        "of H(v) - H(u) over their steps, divided by eta T; 95 % interval, up to "
         f"{result['settings']['looks']} steps of each were looked at. D: the largest decrease of J that "
         "relaxed controls really reached, half or a quarter of the way to the maximisers, or an eighth where "
         "first order does not reach so far.",

@@ -26,7 +26,7 @@ def notes(result: Result) -> list[str]:
     scale = "1" if s["momentum"] == 0 else f"{1 / (1 - s['momentum']):.3g}"
     phi = "as above" if has_objective(result) else terminal(result)
     return [
-        "C norm, C costate: mean over epochs (at the start of each) of max over (alpha, K) of "
+        "C norm, C costate: mean over epochs (at the start of each) of max over the candidates of "
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
         f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
         f"s = {scale} times the epoch's learning rate over the mean one.",
