@@ -42,8 +42,7 @@ class AdmissibleSet(NamedTuple):
     tied: bool
 
 
-_BOUND, _FREE = "alpha <= alpha*(theta)", "K = 1, 2, ..., not tied"
-_OUT = "no step out of x_range"
+_BOUND, _FREE, _OUT = "alpha <= alpha*(theta)", "K = 1, 2, ..., not tied", "no step out of x_range"
 SETS = {
     name: AdmissibleSet(formula, whole, tied)
     for name, formula, whole, tied in (
@@ -356,13 +355,8 @@ def grid_of_q(reach: float, points: int) -> Array:
 def candidates(problem: Bolza, theta: Array, points: int = 100, thin: bool = False) -> tuple[Array, Array]:
     """Controls to look at, as arrays (q, K) of shape (theta, candidates); q = 1 is among the q.
 
-    Those of a landscape that is not quadratic in x belong to G(theta) only where `Bolza.admits` them.
-
-    Args:
-        problem: with the set.
-        theta: a row of theta.
-        points: how finely alpha/alpha* is spaced.
-        thin: leave out most of the larger K (1, 2, 3, 4, 6, 8, 12, ...).
+    Those of a landscape that is not quadratic in x belong to G(theta) only where `Bolza.admits` them. The q
+    are spaced by `points`; `thin` leaves out most of the larger K (1, 2, 3, 4, 6, 8, 12, ...).
     """
     cap = whole_cap(problem)
     counts = np.arange(1.0, cap + 1)

@@ -88,10 +88,10 @@ class Bound:
     """Both sides of the bound for every sigma and every horizon T.
 
     A row has T, sigma and reason (empty if the theorem applies; else all that follows is None); theta_range,
-    x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the largest |xhat - x*|
-    and first-order gap over x_range that were met; left and its standard_error; long_enough (T >= beta
-    Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds: True, False, or None where
-    the left side is within two standard errors of the bound.
+    x_range and enlarged (how often); L_tt, L_tx, mu, beta, Delta, eta; delta and fosc, the largest
+    |xhat - x*| and first-order gap over x_range that were met; left and its standard_error; long_enough
+    (T >= beta Delta/sigma^2); printed, corrected, sharper, fosc_bound, each with ..._holds: True, False, or
+    None where the left side is within two standard errors of the bound.
 
     Args:
         formula: l(theta, x), with its parameters put in.

@@ -120,12 +120,11 @@ class Branch:
         theta = np.asarray(theta, dtype=float)
         if self.formula is not None:
             return np.where(self._inside(theta), self.formula(theta), np.nan)
-        guess = self._spline(np.clip(theta, *self.domain))
-        x, slope, curvature = guess, self.landscape("x"), self.landscape("xx")
+        x = guess = self._spline(np.clip(theta, *self.domain))
         with np.errstate(all="ignore"):  # where the maximum ceases to exist, 0/0
             for _ in range(_ROUNDS):
-                bend = curvature(theta, x)
-                step = slope(theta, x) / bend
+                bend = self.landscape("xx")(theta, x)
+                step = self.landscape("x")(theta, x) / bend
                 x = x - step
                 if not (np.abs(step) > 1e-14 * (1 + np.abs(x))).any():
                     break
@@ -166,13 +165,9 @@ class Branch:
 def choose(
     landscape: Landscape, theta: float, points: Sequence[Point], index: int | None
 ) -> tuple[int, Point]:
-    """The inner maximum to follow, and its rank by value.
+    """The inner maximum to follow among the stationary points at theta, and its rank by value.
 
-    Args:
-        landscape: l.
-        theta: theta_0.
-        points: the stationary points there.
-        index: the rank that is wanted; None for the largest, which the ascent from x0 must reach.
+    It is the one of the rank `index`; without one the largest, which the ascent from x0 must reach.
 
     Raises:
         LandscapeError: there is no inner maximum, l is larger elsewhere, or the ascent reaches another one.

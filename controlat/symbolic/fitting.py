@@ -103,9 +103,8 @@ def fit(
     solved = _least_squares(model, t - t[0], y)
     sigma, log_scale, log_amplitude = solved.x
     line = np.polyval(np.polyfit(t, y, 1), t)
-    rms, rms_constant, rms_line = (
-        float(np.sqrt(np.mean(r**2))) for r in (solved.fun, y - y.mean(), y - line)
-    )
+    misfits = solved.fun, y - y.mean(), y - line
+    rms, rms_constant, rms_line = (float(np.sqrt(np.mean(r**2))) for r in misfits)
     return Fit(
         theta0=model.theta0(sigma),
         scale=float(np.exp(log_scale)),
@@ -227,15 +226,16 @@ def _remarks(
     model: _Model, sigma: float, log_scale: float, rms: float, rms_constant: float, rms_line: float
 ) -> Iterator[str]:
     """What a reader must know before trusting the fit."""
+    start, edge = f"theta_0 = {model.theta0(sigma):.4g} lies", f"c T {_LEAST} to {_MOST:g}"
     if sigma < 1e-3 * model.latest:
         yield (
-            f"theta_0 = {model.theta0(sigma):.4g} lies at the end of what was searched: the network "
-            "changes more than the landscape can within theta_range"
+            f"{start} at the end of what was searched: the network changes more than the landscape can "
+            "within theta_range"
         )
     if sigma > 0.999 * model.latest:
-        yield f"theta_0 = {model.theta0(sigma):.4g} lies next to the minimum: nothing changes"
+        yield f"{start} next to the minimum: nothing changes"
     if min(log_scale - model.scales[0], model.scales[1] - log_scale) < 1e-3:
-        yield f"the scale of time lies at the edge of what was searched, c T {_LEAST} to {_MOST:g}"
+        yield f"the scale of time lies at the edge of what was searched, {edge}"
     if rms_line < 0.8 * rms:
         yield f"a straight line fits better: residuals of {rms_line:.3g} (root mean square)"
     if rms > 0.8 * rms_constant:

@@ -163,7 +163,7 @@ def _follow(problem: Bolza, name: str, control: Control) -> Path:
     t = np.linspace(0, problem.horizon, POINTS)
     theta = course.states(t)[0]
     theta, q, k, bound = np.broadcast_arrays(theta, *control(t, theta, course.held(t)))
-    p0, p1, raised = *_joined(paths)(t), float(trapezoid(bound, t)) / problem.horizon
+    p0, p1, raised = *_joined(paths)(t), float(trapezoid(bound.astype(float), t)) / problem.horizon
     return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=course.cost)
 
 

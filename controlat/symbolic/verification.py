@@ -141,10 +141,9 @@ def verify(
         searches["direct transcription"] = part("direct transcription", {"error": LATE}, _transcribed)
     boundary = part("the boundary problem", None, boundary_problem, path) if product else None
     compared = part("other schedules", [], _compared, path) if product else []
-    own = searches["dynamic programming"]
+    own, better = searches["dynamic programming"], _best(searches)
     sets = [own if name == admissible else programmed(name) for name in SETS]
-    better = _best(searches)
-    statement = _statement(problem)
+    statement, searched = _statement(problem), any("error" not in row for row in searches.values())
     told = _verdict(statement, derived, better) + _search_words(derived, better, searches)
     return Verification(
         problem=statement,
@@ -157,9 +156,7 @@ def verify(
         sets=sets,
         better=better,
         conclusion=told + _gamma_words(prices, statement) + _set_words(sets, admissible),
-        holds=derived["satisfies"]
-        and better is None
-        and any("error" not in row for row in searches.values()),
+        holds=derived["satisfies"] and better is None and searched,
         left_out=late,
     )
 
@@ -169,13 +166,9 @@ def verify(
 
 def _statement(problem: Bolza) -> Row:
     land, names = problem.landscape, ("theta0", "tau", "horizon", "gamma", "admissible", "overshoot")
-    row: Row = {
-        "landscape": str(land.expression),
-        "x0": land.point,
-        "formula": SETS[problem.admissible].formula,
-    }
-    row |= {"parameters": {str(k): float(v) for k, v in land.values.items()}, "quadratic": land.quadratic}
-    return row | {name: getattr(problem, name) for name in names}
+    row: Row = {"landscape": str(land.expression), "x0": land.point, "quadratic": land.quadratic}
+    row |= {"parameters": {str(k): float(v) for k, v in land.values.items()}}
+    return row | {name: getattr(problem, name) for name in names} | _set(problem.admissible)
 
 
 def _derived(problem: Bolza, path: Path, prices: Row | None) -> Row:
@@ -202,9 +195,9 @@ def _compared(problem: Bolza, derived: Path) -> list[Row]:
             gap = criterion(problem, path)
         except LandscapeError as error:
             rows.append({"name": name, "error": str(error)})
-            continue
-        row = {"name": name, "t": path.t, "theta": path.theta, "K": path.k, "p": path.p, "gap": gap.gap}
-        rows.append(row | {"C": gap.c, "J": path.cost, "raised": path.raised})
+        else:
+            row = {"name": name, "C": gap.c, "J": path.cost, "raised": path.raised, "gap": gap.gap}
+            rows.append(row | {"t": path.t, "theta": path.theta, "K": path.k, "p": path.p})
     return rows
 
 
@@ -267,8 +260,8 @@ def _schedule(search: Search) -> Row:
 
 def _best(searches: Mapping[str, Row]) -> Row | None:
     """The best schedule that a search found, if any; it is taken out of the rows."""
-    found = [row.pop("schedule") | {"by": by} for by, row in searches.items() if "schedule" in row]
-    return max(found, key=lambda row: float(row["gain"]), default=None)
+    better = [row.pop("schedule") | {"by": by} for by, row in searches.items() if "schedule" in row]
+    return max(better, key=lambda row: float(row["gain"]), default=None)
 
 
 # ---- words: given which set, at which price, by which checks
@@ -310,10 +303,9 @@ def _gamma_words(gamma: Row | None, problem: Row) -> list[str]:
     if gamma is None:
         return []
     told = f"gamma from {gamma['low']:.4g} to {gamma['high']:.4g}"
-    if gamma["none"]:
-        told = "no gamma"
-    elif gamma["unlimited"]:
+    if gamma["unlimited"]:
         told = f"every gamma from {gamma['low']:.4g} to 1e4, the largest looked at"
+    told = "no gamma" if gamma["none"] else told
     return [f"Given {problem['formula']}, it satisfies the principle for {told}."]
 
 

@@ -144,6 +144,14 @@ def test_costate_of_a_schedule_below_one_step() -> None:
     assert path.p[0] == pytest.approx(-(ahead - behind) / (2 * h), rel=1e-3)
 
 
+def test_the_share_of_the_time_in_which_k_is_raised() -> None:
+    problem = make()
+    mean, count = next((n, c) for n, c in comparisons(problem, derived_path(problem)).items() if "mean" in n)
+    path = schedule_path(problem, mean, count)
+    assert 0.3 < path.raised == pytest.approx(np.mean(path.k > count(0.0) * (1 + 1e-9)), abs=0.01)
+    assert schedule_path(problem, "far above", lambda t: 100.0 + 0 * t).raised == 0
+
+
 def test_c_is_zero_for_the_derived_schedule_and_positive_for_others() -> None:
     problem = make()
     derived = derived_path(problem)

@@ -131,7 +131,7 @@ def test_a_flow_that_must_leave_is_an_error() -> None:
 
 
 def test_no_value_is_below_the_price_of_one_step_where_the_domain_cuts_the_grid() -> None:
-    """V has a cliff where states are lost; a cubic spline swings over it, and gave J = 0.001 < gamma T here."""
+    """V has a cliff where states are lost, over which a cubic spline swings: J = 0.001 < gamma T here."""
     problem = make(-0.5, 3, 1, 0.01, "(theta - 1)^2/2 - (x - theta)^2*exp(theta)", "free")
     search = programme(problem, nodes=61, steps=40, points=16)
     assert search.about["clipped"]

@@ -153,6 +153,6 @@ class DeriveSettings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the results, as plain data; `transcription`, which is newer than release 0.1, if on."""
+        """What decides the results, as plain data; `transcription`, newer than release 0.1, only if on."""
         left_out = RUNTIME if self.transcription else (*RUNTIME, "transcription")
         return {k: v for k, v in asdict(self).items() if k not in left_out}
