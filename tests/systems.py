@@ -122,11 +122,12 @@ def long(names: Iterable[str]) -> list[Any]:
     return [slow(n, id=n) if n in REPEATS else pytest.param(n, id=n) for n in names]
 
 
-def each_optimizer(settings: Mapping[str, SGDSettings]) -> pytest.MarkDecorator:
-    """Each optimiser as `o`; momentum without Nesterov's look ahead only where all tests run."""
-    marks = {"momentum": [pytest.mark.slow]}
+def each_optimizer(
+    settings: Mapping[str, SGDSettings], few: Iterable[str] = ("plain", "Nesterov")
+) -> pytest.MarkDecorator:
+    """Each optimiser as `o`; those that are not among a few only where all tests run."""
     return pytest.mark.parametrize(
-        "o", [pytest.param(o, id=name, marks=marks.get(name, [])) for name, o in settings.items()]
+        "o", [pytest.param(o, id=name) if name in few else slow(o, id=name) for name, o in settings.items()]
     )
 
 

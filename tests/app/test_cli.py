@@ -247,9 +247,9 @@ def test_bad_usage_of_attack_is_one_line_and_code_2(
 
 
 def test_a_process_refuses_bad_usage_in_one_line_without_a_traceback(tmp_path: Path) -> None:
-    done = _child(tmp_path, "train", "--out", "run", "--eps", "8 / 255 pixels")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "Traceback" not in done.stderr
+    done = talking(cli.main, ["train", "--out", "run", "--eps", "8 / 255 pixels"], cwd=tmp_path)()
+    assert (done.code, done.output, done.error.count("\n")) == (2, "", 1)
+    assert "Traceback" not in done.error
     debug = _child(tmp_path, "train", "--out", "run", "--eps", "8 / 255 pixels", CONTROLAT_DEBUG="1")
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr, "asked for"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forks import talking
 from helpers import GUARD, guarded
 from torch import Tensor
 
@@ -280,14 +281,15 @@ def test_an_interruption_during_imports_is_one_line() -> None:
     assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
 
 
+def terminated(*words: str) -> int:
+    jobs.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
+    return cli.main(list(words))
+
+
 def test_sigterm_ends_as_an_interruption_does(tmp_path: Path) -> None:
-    code = (
-        "import os, signal\nfrom controlat.app import jobs\n"
-        "jobs.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
-    )
-    done = _child(code + MAIN, "train", "--out", str(tmp_path / "run"))
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
+    done = talking(terminated, "train", "--out", str(tmp_path / "run"), cwd=tmp_path)()
+    assert done.code == 128 + signal.SIGTERM
+    assert done.error == "controlat: interrupted; the same command with --resume goes on\n"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
