@@ -32,7 +32,7 @@ import controlat
 from controlat import Control, Surface, report
 from controlat._util.files import read_json, write, write_json, write_text
 from controlat._util.texts import count, duration
-from controlat.app import jobs
+from controlat.app.estimate import estimate
 from controlat.pmp import interval as interval_of
 from controlat.records import CriterionLine, LogLine, missing, read_epochs
 
@@ -344,7 +344,7 @@ def main() -> int:
     work, out = args.work or Path(f"amata-table1-{args.size}"), args.out or HERE / "amata_table1" / args.size
     try:
         if args.dry_run:
-            cost = jobs.estimate(**settings(args))
+            cost = estimate(**settings(args))
             total = count(cost["gradients"]["total"])
             print(f"at most {total} gradient evaluations, about {duration(cost['seconds'])}")
             return 0

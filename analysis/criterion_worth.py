@@ -36,19 +36,19 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, write, write_json, write_text
 from controlat._util.texts import duration
 from controlat.app.experiment import Experiment
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment, slug
 from controlat.app.settings import TrainSettings
-from controlat.app.trainer import deterministic
 from controlat.dynamics.recording import Recording
 from controlat.pmp import (
     AdversarialLoss,
-    Calibration,
     Candidates,
     Criterion,
-    calibrate,
+    Trust,
     examine,
     probe_batches,
     score,
+    trust,
 )
 from controlat.pmp.hamiltonian import Gains
 from controlat.robust_accuracy.robust import measure as attacked
@@ -144,7 +144,7 @@ def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, An
     found = examine(
         recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], looks=part["looks"]
     )
-    calibration = calibrate(recording, found, terminal, lambdas=LAMBDAS)
+    calibration = trust(recording, found, terminal, lambdas=LAMBDAS)
     chosen = torch.randperm(len(experiment.training), generator=rng.generator(0, "probe"))[:256]
     probe = probe_batches(*experiment.training.take(chosen), 4, 0, chosen, problem.augmentation)
     surfaces = []
@@ -232,12 +232,12 @@ WHOLE = "C, whole run (13)"
 _PARTS = {0.25: "1/4", 0.5: "1/2", 1.0: "1"}
 
 
-def shipped(c: Criterion, found: Mapping[str, Any]) -> Calibration:
+def shipped(c: Criterion, found: Mapping[str, Any]) -> Trust:
     """The calibration that `evaluate` makes by itself, of the outcomes that are there."""
     j = {float(part): value for part, value in found["outcomes"].items()}
     parts = {part: j[part] for part in (0.5, 0.25)}
-    known = Calibration(found["gain"], c.objective, parts, found["sizes"], found["bound"], found["spent"])
-    if known.calibrated or 0.125 not in j:
+    known = Trust(found["gain"], c.objective, parts, found["sizes"], found["bound"], found["spent"])
+    if known.trusted or 0.125 not in j:
         return known
     return replace(known, outcomes=parts | {0.125: j[0.125]})
 

@@ -14,7 +14,7 @@ from _common import environment, main, parser, positive, progress, table
 
 from controlat._util import rng
 from controlat.app.experiment import pick_device
-from controlat.app.trainer import deterministic, initial_model, place
+from controlat.app.placement import deterministic, initial_model, place
 from controlat.attacks.balls import Ball
 from controlat.control.space import Control
 from controlat.dynamics.adjoint import pullback

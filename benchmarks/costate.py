@@ -18,7 +18,7 @@ from torch import Tensor
 
 from controlat._util import rng
 from controlat.app.experiment import pick_device
-from controlat.app.trainer import deterministic, initial_model, place
+from controlat.app.placement import deterministic, initial_model, place
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.control.learning_rate import parse_rate

@@ -17,7 +17,7 @@ from _common import environment, main, parser, positive, progress, synthetic, ta
 from PIL import Image
 
 from controlat._util import rng
-from controlat.app.trainer import place
+from controlat.app.placement import place
 from controlat.attacks.balls import Ball
 from controlat.control.learning_rate import parse_rate
 from controlat.control.schedule_text import parse_schedule

@@ -10,7 +10,8 @@ Symbols, here and in every docstring:
     S(z, u)       one outer step of training
     F(theta, u)   the controlled field, -grad_theta l(h_theta(A_{theta,u}(x)), y) for SGD
     n(u), gamma   gradient evaluations per sample of one outer step; price of one of them
-    Phi           terminal cost (adversarial loss on held-out data)
+    Phi           terminal cost (adversarial loss on held-out data that nothing decided in training sees)
+    J             objective, Phi + gamma eta sum n
     H, C          Hamiltonian; Amata's criterion, the mean of max_v H(v) - H(u) over training
     eta, mu       learning rate, momentum
     t, T          time in epochs, length of training; in a landscape, time of its flow and horizon
@@ -27,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from controlat._util.errors import NonFiniteError as NonFiniteError
+    from controlat.app.attack import attack as attack
     from controlat.app.derive import Derived as Derived
     from controlat.app.derive import derive as derive
-    from controlat.app.jobs import attack as attack
-    from controlat.app.jobs import evaluate as evaluate
-    from controlat.app.jobs import train as train
+    from controlat.app.evaluate import evaluate as evaluate
+    from controlat.app.objective import objective as objective
+    from controlat.app.train import train as train
     from controlat.attacks.balls import Ball as Ball
     from controlat.attacks.pgd import fgsm as fgsm
     from controlat.attacks.pgd import pgd as pgd
@@ -59,17 +61,18 @@ _HOME = {
     "Schedule": "control.schedules",
     "Split": "data",
     "Surface": "pmp",
-    "attack": "app.jobs",
+    "attack": "app.attack",
     "criterion": "pmp",
     "derive": "app.derive",
-    "evaluate": "app.jobs",
+    "evaluate": "app.evaluate",
     "fgsm": "attacks",
     "load_schedule": "control.schedules",
+    "objective": "app.objective",
     "parse_schedule": "control.schedule_text",
     "pgd": "attacks",
     "relaxed": "pmp",
     "robustness": "robust_accuracy",
-    "train": "app.jobs",
+    "train": "app.train",
 }
 
 __all__ = ["__version__", *_HOME]

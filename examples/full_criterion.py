@@ -17,8 +17,8 @@ from controlat.pmp import (
     AdversarialLoss,
     Candidates,
     Weighted,
-    calibrate,
     examine,
+    trust,
 )
 from controlat.pmp.relaxed import relaxed
 
@@ -49,10 +49,10 @@ for b in best:
 if found.dropped:
     print(f"the costates leave out: {', '.join(found.dropped)}")
 
-worth = calibrate(recording, found, phi)  # relaxed roll-outs, a part lambda of the way to these controls
+worth = trust(recording, found, phi)  # relaxed roll-outs, a part lambda of the way to these controls
 print(f"J = {found.objective:.3f}, G = {worth.gain:.3f}, D = {worth.certificate:.3f}", end=", ")
 print(", ".join(f"r({part:g}) = {worth.reliability(part):.2f}" for part in worth.outcomes))
-if not worth.calibrated:
+if not worth.trusted:
     print("uncalibrated: a quarter of the way keeps less than a quarter of what G promises; go by D")
 
 # One question of your own: half of the way, in the epoch where it promises most, and nowhere else.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from helpers import GUARD
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["controlat.app.cli", "controlat.app.jobs", "pytest", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["controlat.app.cli", "controlat.app.train", "pytest", "torch._dynamo"])
 
 
 def started(work: Callable[..., object], *given: Any) -> BaseProcess:

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import controlat
 from controlat._util.errors import NonFiniteError
-from controlat.app import checkpoints, jobs
+from controlat.app import checkpoints
 from controlat.app import derive as derived
 from controlat.app.checkpoints import load_checkpoint
+from controlat.app.estimate import estimate
 from controlat.app.settings import DeriveSettings
 from controlat.control.schedules import load_schedule
 
@@ -53,29 +55,29 @@ class Target(NamedTuple):
 
 
 def _train(folder: Path) -> object:
-    return jobs.train(folder / "train", resume=True, **TRAIN)["epochs"]
+    return controlat.train(folder / "train", resume=True, **TRAIN)["epochs"]
 
 
 def _cat(folder: Path) -> object:
-    return jobs.train(folder / "cat", resume=True, **ATTA)["epochs"]
+    return controlat.train(folder / "cat", resume=True, **ATTA)["epochs"]
 
 
 def _again(folder: Path) -> object:
     given = {"attacks": ["fgsm"], "probe": 32, "checks": 0, "threads": 1, "progress": False, "full": False}
-    return jobs.estimate(run=str(folder / "train"), **given)["gradients"]
+    return estimate(run=str(folder / "train"), **given)["gradients"]
 
 
 def _evaluate(folder: Path) -> object:
-    return {k: v for k, v in jobs.evaluate(folder / "eval", **EVALUATE).items() if k != "environment"}
+    return {k: v for k, v in controlat.evaluate(folder / "eval", **EVALUATE).items() if k != "environment"}
 
 
 def _attack(folder: Path) -> object:
-    return jobs.attack(folder / "train" / "best.pt", **ATTACK)["robust"]
+    return controlat.attack(folder / "train" / "best.pt", **ATTACK)["robust"]
 
 
 def _transfer(folder: Path) -> object:
     surrogate = str(folder / "train" / "best.pt")
-    return jobs.attack(folder / "cat" / "best.pt", surrogate=surrogate, **ATTACK)["transfer"]["robust"]
+    return controlat.attack(folder / "cat" / "best.pt", surrogate=surrogate, **ATTACK)["transfer"]["robust"]
 
 
 def _derive(folder: Path) -> object:
@@ -121,9 +123,9 @@ TARGETS = [
 
 def make(folder: Path) -> None:
     """One run of each kind."""
-    jobs.train(folder / "train", **TRAIN)
-    jobs.train(folder / "cat", **ATTA)
-    jobs.evaluate(folder / "eval", **EVALUATE)
+    controlat.train(folder / "train", **TRAIN)
+    controlat.train(folder / "cat", **ATTA)
+    controlat.evaluate(folder / "eval", **EVALUATE)
     derived.derive(out=folder / "derive", **DERIVE)
     _measured(folder)
 

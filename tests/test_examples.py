@@ -16,10 +16,11 @@ from helpers import GUARD, flat, same
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
+import controlat
 from controlat import Ball
 from controlat._util import rng
 from controlat._util.files import read_json, read_json_lines
-from controlat.app import cli, jobs
+from controlat.app import cli
 from controlat.attacks.losses import divergence
 from controlat.control.space import Control
 from controlat.dynamics import verify
@@ -151,7 +152,7 @@ def test_the_option_and_the_knob_of_an_own_method_make_a_difference(here: None, 
     few = {"method": MART, "epochs": 1, "train_points": 200, "threads": 1, "progress": False}
     text = "pgd:steps=2,alpha=0.1"
     found = {
-        name: jobs.train(tmp_path / name, schedule=schedule, method_options=options, **few)["epochs"][0]
+        name: controlat.train(tmp_path / name, schedule=schedule, method_options=options, **few)["epochs"][0]
         for name, schedule, options in (
             ("default", text, {}),
             ("beta 6", f"{text},beta=6", {"start_noise": 0.001}),
@@ -226,10 +227,10 @@ def test_a_network_can_be_attacked_where_its_method_cannot_be_imported(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {"epochs": 1, "train_points": 200, "threads": 1, "progress": False}
-    jobs.train(tmp_path / "run", method=MART, schedule="pgd:steps=2,alpha=0.1", **few)
+    controlat.train(tmp_path / "run", method=MART, schedule="pgd:steps=2,alpha=0.1", **few)
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("own_method")
-    assert jobs.attack("run/last.pt", attacks=["fgsm"], points=50, progress=False)["points"] == 50
+    assert controlat.attack("run/last.pt", attacks=["fgsm"], points=50, progress=False)["points"] == 50
 
 
 @pytest.mark.parametrize(

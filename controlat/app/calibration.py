@@ -30,9 +30,11 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
 from controlat.app.experiment import Experiment, pick_device, progress_bar
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment
+from controlat.app.session import shares_held_out
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import deterministic, load_checkpoint
+from controlat.app.trainer import load_checkpoint
 from controlat.attacks.inner_problem import (
     BUDGET,
     MEASURES,
@@ -98,7 +100,7 @@ def calibrate(
     check_inner_problem(settings.ball, steps)
     began = time.perf_counter()
     with deterministic(settings.threads):
-        experiment, seed = Experiment.of(settings), settings.seeds[0]
+        experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
         schedule = settings.schedule_of(settings.schedules[0])
         spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()

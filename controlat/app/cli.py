@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from controlat.app.signals import Terminated, discard, ending, open_streams, terminated
 
 # Nothing that takes time is imported here, but where an interruption is waited for.
 if TYPE_CHECKING:
@@ -18,28 +18,29 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-def _settings(found: Namespace, drop: Sequence[str]) -> dict[str, Any]:
+def _settings(parsed: Namespace, drop: Sequence[str]) -> dict[str, Any]:
     from controlat.app.parser import LISTS
 
-    given = found.as_dict()
+    given = parsed.as_dict()
     return {k: v for k, v in given.items() if k not in drop and (k not in LISTS or v is not None)}
 
 
-def _evaluate(found: Namespace) -> None:
+def _evaluate(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
-    from controlat.app import jobs
+    from controlat.app.estimate import estimate
+    from controlat.app.evaluate import evaluate
 
-    settings = _settings(found, ("config", "out", "dry_run"))
-    if found.dry_run:
-        cost = jobs.estimate(**settings)
+    settings = _settings(parsed, ("config", "out", "dry_run"))
+    if parsed.dry_run:
+        cost = estimate(**settings)
         for part, value in cost["gradients"].items():
             print(f"{part:>14}  {count(value):>8} gradient evaluations")
         seconds = cost["seconds"]
         readable = f" ({duration(seconds)})" if seconds >= 90 else ""
         print(f"about {seconds:.0f} seconds{readable} on this machine; nothing was written")
         return
-    result = jobs.evaluate(found.out, **settings)
+    result = evaluate(parsed.out, **settings)
     if speaker():
         return
     print(report.table(*report.rows(result)))
@@ -47,8 +48,8 @@ def _evaluate(found: Namespace) -> None:
     for line in report.notes(result):
         print(f"- {line}")
     names = ", ".join(report.figures(result))
-    print(f"\nIn {found.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
-    if (found.data, found.model, found.method) == ("digits", "mlp", "pgd_at"):
+    print(f"\nIn {parsed.out}: summary.md, result.json, {names}; checkpoints, logs and surfaces in runs/.")
+    if (parsed.data, parsed.model, parsed.method) == ("digits", "mlp", "pgd_at"):
         print(_NEXT)
 
 
@@ -59,12 +60,12 @@ or real data (the four MNIST files in a folder); --dry-run says first what it wi
     --schedules pgd:steps=10,alpha=0.01 amata:min=5,max=40,tau=0.4 --dry-run"""
 
 
-def _train(found: Namespace) -> None:
+def _train(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count, duration, speaker
-    from controlat.app import jobs
+    from controlat.app.train import train
 
-    result = jobs.train(found.out, resume=found.resume, **_settings(found, ("config", "out", "resume")))
+    result = train(parsed.out, resume=parsed.resume, **_settings(parsed, ("config", "out", "resume")))
     if speaker():
         return
     epochs = result["epochs"]
@@ -96,27 +97,27 @@ def _train(found: Namespace) -> None:
     spent += f" and {count(layers)} passes of the first layer" * bool(layers)
     again = " (finished before)" if result["finished_before"] else ""
     print(f"\nclean, robust (PGD-10): on held-out training samples. Training cost {spent}{again}.")
-    print(f"Test it: controlat attack {Path(found.out) / 'best.pt'}")
+    print(f"Test it: controlat attack {Path(parsed.out) / 'best.pt'}")
 
 
-def _derive(found: Namespace) -> None:
+def _derive(parsed: Namespace) -> None:
     from controlat.app.derive import derive
     from controlat.report.derivation.figures import FIGURES
 
-    result = derive(out=found.out, **_settings(found, ("config", "out")))
+    result = derive(out=parsed.out, **_settings(parsed, ("config", "out")))
     print(result)
     names = ", ".join(name for name, figure in FIGURES.items() if figure.wanted(result.result))
-    print(f"\nIn {found.out}: schedule.json, summary.md, result.json, {names}.")
-    print(f"Train under it: controlat train --out RUN --schedule {Path(found.out) / 'schedule.json'} ...")
+    print(f"\nIn {parsed.out}: schedule.json, summary.md, result.json, {names}.")
+    print(f"Train under it: controlat train --out RUN --schedule {Path(parsed.out) / 'schedule.json'} ...")
 
 
-def _attack(found: Namespace) -> None:
+def _attack(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import count
-    from controlat.app import jobs
+    from controlat.app.attack import attack, figure_of
 
-    settings = _settings(found, ("config", "out", "checkpoint"))
-    result = jobs.attack(found.checkpoint, out=found.out, **settings)
+    settings = _settings(parsed, ("config", "out", "checkpoint"))
+    result = attack(parsed.checkpoint, out=parsed.out, **settings)
     print(report.attack_table(result))
     print(
         f"\n{result['checkpoint']}: {result['points']} points, {result['norm']} eps {result['eps']:.4g}, "
@@ -126,34 +127,34 @@ def _attack(found: Namespace) -> None:
     )
     for line in report.attack_notes(result):
         print(line)
-    if found.out is not None:
-        print(f"Written to {found.out}" + (f" and {jobs.figure_of(found.out)}" if found.sweeps else ""))
+    if parsed.out is not None:
+        print(f"Written to {parsed.out}" + (f" and {figure_of(parsed.out)}" if parsed.sweeps else ""))
 
 
-def _data(found: Namespace) -> None:
+def _data(parsed: Namespace) -> None:
     from controlat import data, report
 
-    if found.name is None:
+    if parsed.name is None:
         print(report.table(*data.overview(), words=range(4)))
         print("\nFiles are looked for in --data-dir, else in the cache, where controlat data NAME puts them.")
         return
-    folder = data.download(found.name, found.data_dir)
-    where = "" if found.data_dir is None else f" --data-dir {found.data_dir}"
-    print(f"{found.name} is in {folder}; use it with --data {found.name}{where}")
+    folder = data.download(parsed.name, parsed.data_dir)
+    where = "" if parsed.data_dir is None else f" --data-dir {parsed.data_dir}"
+    print(f"{parsed.name} is in {folder}; use it with --data {parsed.name}{where}")
 
 
-def _methods(found: Namespace) -> None:
+def _methods(parsed: Namespace) -> None:
     from controlat import methods, report
 
-    if found.name is not None:
-        print(methods.manual(found.name))
+    if parsed.name is not None:
+        print(methods.manual(parsed.name))
         return
     print(report.methods_table(methods.describe()).replace("\\|", "|"))
     print("\ncontrolat methods NAME describes one, with its options.")
     print("Any control can be given a schedule, such as pgd:steps=10,alpha=2/255,fosc=0.5..0@40.")
 
 
-def _models(found: Namespace) -> None:
+def _models(parsed: Namespace) -> None:
     from controlat import models, report
     from controlat.app.ranges import RANGES
 
@@ -161,9 +162,9 @@ def _models(found: Namespace) -> None:
         number = "" if entry["parameters"] is None else f"{entry['parameters']:,}"
         return [entry["name"], number, " x ".join(map(str, entry["input"])), entry["what"]]
 
-    RANGES["num_classes"].check("num_classes", found.num_classes)
+    RANGES["num_classes"].check("num_classes", parsed.num_classes)
     heads = ["network", "parameters", "for input", ""]
-    print(report.table(heads, [row(entry) for entry in models.describe(found.num_classes)], words=(0, 3)))
+    print(report.table(heads, [row(entry) for entry in models.describe(parsed.num_classes)], words=(0, 3)))
     print("\nInputs are pixels in [0, 1]. Other sizes are taken if they are not too small for the network.")
 
 
@@ -196,12 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     words = [_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
-    _open_streams()
+    open_streams()
     try:
-        with _terminated():
+        with terminated():
             return _run(words)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        _to_nowhere(sys.stdout)
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt as error:
         print(_interrupted(words), file=sys.stderr)
@@ -216,7 +217,7 @@ def _interrupted(words: list[str]) -> str:
 
 
 def _run(words: list[str]) -> int:
-    with _at_once(words):
+    with ending(_interrupted(words)):
         from controlat._util.errors import NonFiniteError
         from controlat._util.parallel import PeerLost, started
         from controlat._util.texts import speaker
@@ -224,14 +225,14 @@ def _run(words: list[str]) -> int:
 
     parser = build_parser()
     try:
-        found = parser.parse_args(words)
+        parsed = parser.parse_args(words)
         if started() > 1 and (
-            found.command not in ("train", "evaluate") or found[found.command].get("dry_run")
+            parsed.command not in ("train", "evaluate") or parsed[parsed.command].get("dry_run")
         ):
             raise ValueError(
                 "train and evaluate run in several processes, nothing else; start it without torchrun"
             )
-        _COMMANDS[found.command](found[found.command])
+        _COMMANDS[parsed.command](parsed[parsed.command])
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -246,68 +247,6 @@ def _run(words: list[str]) -> int:
         print(f"controlat{speaker()}: training stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-@contextlib.contextmanager
-def _at_once(words: list[str]) -> Iterator[None]:
-    """End the process at Ctrl-C inside the block: modules that are imported may swallow an exception."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        os.write(2, f"{_interrupted(words)}\n".encode())
-        os._exit(128 + number)
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # signals are heard there only
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Raise Terminated on SIGTERM inside the block, where nobody else waits for the signal.
-
-    Under torchrun it comes when another process ended; one that waits in native code hears it as soon as the
-    connection breaks, and torchrun kills it after 30 seconds if not.
-    """
-
-    def end(number: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not _in_main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _open_streams() -> None:
-    """What a terminal cannot show is replaced, and what is written to a closed stream is lost."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
-def _to_nowhere(stream: Any) -> None:
-    """Let what is left in a stream's buffer go, or Python complains when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

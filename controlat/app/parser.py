@@ -124,10 +124,10 @@ class _SettingsFile(ActionConfigFile):
     """--config: a YAML file, read by `controlat.app.settings_file`; every mistake names file and line."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        found, lines = read_settings(values)
+        content, lines = read_settings(values)
         known = {a.dest: a for a in parser._actions if a.dest not in ("help", "config", "print_config")}
         given: dict[str, str] = {}
-        for key, value in found.items():
+        for key, value in content.items():
             parser.reading = f"{values}, line {lines[key]}: "
             name = key.replace("-", "_")
             if name not in known:
@@ -165,9 +165,9 @@ def _command(settings: type, description: str) -> Parser:
 
 def _explained(settings: type, name: str) -> str:
     """What the docstring of a class says about one of its fields."""
-    found = re.search(rf"^ {{8}}{name}: (.*(?:\n {{12}}.*)*)", settings.__doc__ or "", re.MULTILINE)
-    assert found is not None, name
-    return " ".join(found[1].split())
+    entry = re.search(rf"^ {{8}}{name}: (.*(?:\n {{12}}.*)*)", settings.__doc__ or "", re.MULTILINE)
+    assert entry is not None, name
+    return " ".join(entry[1].split())
 
 
 def _parser(description: str, **options: Any) -> Parser:

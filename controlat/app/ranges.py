@@ -51,11 +51,11 @@ class Range:
         Traceback (most recent call last):
         ValueError: peak must be <= 1, got 3/2
         """
-        found = number(value, name)
-        too_low = found < self.low or (self.open_low and found == self.low)
-        if too_low or (self.whole and found % 1):
+        x = number(value, name)
+        too_low = x < self.low or (self.open_low and x == self.low)
+        if too_low or (self.whole and x % 1):
             allowed = f"{'>' if self.open_low else '>='} {_shown(self.low)}"
-        elif found > self.high or (self.open_high and found == self.high):
+        elif x > self.high or (self.open_high and x == self.high):
             allowed = f"{'<' if self.open_high else '<='} {_shown(self.high)}"
         else:
             return

@@ -55,7 +55,7 @@ def resume(
         before = stored["environment"].get("processes", 1)
         if before != world.size and world.first:
             warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
-        tally, kept = Tally(**stored["tally"]), stored.get("log")
+        tally, kept = Tally(**({"evaluations": None} | stored["tally"])), stored.get("log")
         if spec.open_loop and not tally.controls:  # a checkpoint of before does not have them
             first = tally.epoch * spec.batches_per_epoch
             tally.controls = run_lengths(spec.plan(first, first + tally.batch))

@@ -1,4 +1,4 @@
-"""One run of an evaluation: a controller under a seed, trained, scored, attacked, and looked back upon."""
+"""One run of an evaluation: a controller under a seed, trained, scored and attacked."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from controlat._util import rng
 from controlat._util.checks import number
 from controlat._util.files import append_json_line, plain, write_json, write_text
 from controlat._util.parallel import World
+from controlat.app.criterion_lines import gaps_of
 from controlat.app.experiment import Experiment, progress_bar
-from controlat.app.look_back import full_criterion, report_payload
+from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
-from controlat.app.trainer import SCHEDULE, fit, read_log
+from controlat.app.trainer import SCHEDULE, Tally, fit, read_log, validation_cost
 from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
@@ -31,26 +32,28 @@ from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
-from controlat.methods import Batch, build
+from controlat.methods import Batch, Method, build
 from controlat.pmp import (
-    FORMS,
     Candidates,
-    Gap,
-    Surface,
+    Outcome,
+    Price,
+    outcome_at,
     probe_batches,
+    rollout_cost,
     score,
 )
 from controlat.records import (
     CriterionLine,
     Evaluation,
     Full,
+    Objective,
     missing,
     read_epochs,
     read_record,
 )
 from controlat.robust_accuracy import parse_attack
 
-__all__ = ["ScheduleRun", "candidates"]
+__all__ = ["ScheduleRun", "schedule_runs"]
 
 CRITERION = "criterion.jsonl"
 _PROBE_BATCHES = 4, 16
@@ -92,7 +95,12 @@ class ScheduleRun:
         began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
         u = ahead(spec.controller, now, driver)
         analysis = Driver(
-            driver.model, driver.method, driver.ball, driver.optimizer, self.seed, None, driver.channels_last
+            model=driver.model,
+            method=driver.method,
+            ball=driver.ball,
+            optimizer=driver.optimizer,
+            seed=self.seed,
+            channels_last=driver.channels_last,
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
         total = 1 + (len(self.grid.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
@@ -113,6 +121,26 @@ class ScheduleRun:
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
         return line | {"seconds": time.perf_counter() - began}
 
+    def measure_cost(self, u: Control, phi: Price) -> float:
+        """Gradient evaluations of `measure` where u is the control, in samples."""
+        method, s = self.method, self.settings
+        tried = self.grid.cost(method, u)
+        if s.maximiser == "tpe":
+            tried = s.trials * self.grid.mean_cost(method, u) + method.controls.cost(u)
+        return tried * min(s.probe, len(self.experiment.training)) + phi.gradient
+
+    def objective(self, driver: Driver, tally: Tally) -> Outcome:
+        """J's parts at the trained network, sum n as it was counted in training.
+
+        Where it was not, in a run of before, the network is trained once more in memory.
+        """
+        s = self.settings
+        if tally.evaluations is None:
+            return self.experiment.objective(self.taken, self.seed, s.terminal)
+        terminal = self.experiment.terminal(self.seed, s.terminal)
+        total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
+        return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+
     def look_back(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
         s = self.settings
@@ -126,19 +154,42 @@ class ScheduleRun:
             lambda what, total: progress_bar(total, " steps", s.progress, what),
         )
 
+    @property
+    def method(self) -> Method:
+        """The training system."""
+        return build(self.settings.method, self.settings.method_options)
+
+    def cost(self, phi: Price, replays: int) -> dict[str, float]:
+        """What `run` costs at most, by part, in gradient evaluations, but for `Experiment.evaluation_cost`.
+
+        Args:
+            phi: of the terminal cost.
+            replays: how often steps are taken again at most in the full criterion.
+        """
+        s, spec = self.settings, self.experiment.spec(self.controller, self.seed)
+        first = spec.plan()[:: spec.batches_per_epoch]
+        full = full_criterion_cost(s, spec, self.method, self.grid, phi, replays) if s.full else 0.0
+        return {
+            "training": rollout_cost(spec, self.method),
+            "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
+            "Phi": phi.value,
+            "criterion": sum(self.measure_cost(u, phi) for u in first),
+            "full criterion": full,
+        }
+
     def run(self, label: str) -> dict[str, Any]:
         """Train, score and attack; what is already there is read, not made again.
 
-        Several processes train together; the first of them scores, attacks and returns what was found.
+        Several processes train together; the first of them scores, attacks and returns the results.
         """
-        s, file, path = self.settings, self.directory / "evaluation.json", self.directory / CRITERION
+        s, path = self.settings, self.directory / CRITERION
         driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.controller, self.seed)
         scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
         tally = fit(
             driver,
             spec,
             self.directory,
-            held_out=self.experiment.held_out,
+            held_out=self.experiment.validation,
             settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
             at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
             progress=s.progress,
@@ -149,25 +200,26 @@ class ScheduleRun:
             return {}
         if lost := missing(self._surfaces(tally.epoch), tally.epoch):
             self._score_again(lost, tally.epoch, driver.model)
+        objective, file, full = (self.directory / f"{n}.json" for n in ("objective", "evaluation", "full"))
+        if not objective.exists():
+            write_json(objective, self.objective(driver, tally).to_json(spec.price(number(s.gamma, "gamma"))))
         if not file.exists():
-            found = self.experiment.evaluate(driver.model, s, self.seed)
-            write_json(file, found.to_json())
-        full = self.directory / "full.json"
+            measured = self.experiment.evaluate(driver.model, s, self.seed)
+            write_json(file, measured.to_json())
         if s.full and not full.exists():
             write_json(full, self.look_back(driver.model))
-        shown = {}
+        payload = {}
         if s.full:
-            shown["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
+            payload["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
         return {
             "seed": self.seed,
             "directory": self.directory.name,
             "epochs": read_log(self.directory),
+            "objective": read_record(objective, Objective),
             "criterion": self.criterion(tally.epoch),
             "evaluation": self._evaluation(file),
-            **shown,
-            "gradients": tally.gradients,
-            "forwards": tally.forwards,
-            "seconds": tally.seconds,
+            **payload,
+            **{name: getattr(tally, name) for name in ("gradients", "forwards", "seconds")},
         }
 
     def _surfaces(self, epochs: int) -> list[dict[str, Any]]:
@@ -193,45 +245,26 @@ class ScheduleRun:
 
     def _evaluation(self, path: Path) -> dict[str, Any]:
         """evaluation.json, which has every attack that was asked for."""
-        found: dict[str, Any] = read_record(path, Evaluation)
+        evaluation: dict[str, Any] = read_record(path, Evaluation)
         names = [parse_attack(a).name for a in self.settings.attacks]
-        if list(found["after"]) != names:
-            raise ValueError(
-                f"{path}: after has {', '.join(found['after'])}, asked for was {', '.join(names)}"
-            )
-        return found
+        if list(evaluation["after"]) != names:
+            there = ", ".join(evaluation["after"])
+            raise ValueError(f"{path}: after has {there}, asked for was {', '.join(names)}")
+        return evaluation
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
-        found = []
+        gamma, gaps = number(self.settings.gamma, "gamma"), []
         for line in self._surfaces(epochs):
-            surface, gamma = Surface.from_json(line["surface"]), number(self.settings.gamma, "gamma")
             try:
-                gaps: dict[str, Gap] = {
-                    form: surface.gap(Control(**line["control"]), gamma, form) for form in FORMS
-                }
+                gaps.append(gaps_of(line, gamma))
             except ValueError as error:
                 where = f"{self.directory / CRITERION}, epoch {line['epoch']}"
                 raise ValueError(f"{where}: {error}") from None
-            found.append(
-                {
-                    "epoch": line["epoch"],
-                    **{form: gap.to_json() for form, gap in gaps.items()},
-                    "prices": [
-                        {"gamma": g}
-                        | {form: surface.gap(gaps[form].control, g, form).value for form in FORMS}
-                        for g in (gamma / 4, 4 * gamma)
-                    ],
-                    "scale": surface.scale,
-                    "candidates": len(surface.controls),
-                    "gradients": surface.spent,
-                    "seconds": line["seconds"],
-                }
-            )
-        return found
+        return gaps
 
 
-def candidates(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
+def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path) -> Iterator[ScheduleRun]:
     """Every run of an evaluation: controllers in turn, each under all seeds, searched over one common set."""
     eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
     space = build(settings.method, settings.method_options).controls

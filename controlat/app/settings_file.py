@@ -38,9 +38,9 @@ def read_settings(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         ValueError: it is missing, no regular file, too large, not UTF-8, not YAML, no mapping at the top, or
             has something in it that plain data has not; the message names the file and the line.
     """
-    found = expanded(path)
+    file = expanded(path)
     try:
-        content = read_bytes(found, _BYTES)
+        content = read_bytes(file, _BYTES)
         text = content.decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
@@ -125,10 +125,10 @@ class _Reader:
         if depth == _DEPTH:
             raise self.refuse(event, f"nested more than {_DEPTH} levels deep")
         if isinstance(event, yaml.SequenceStartEvent):
-            found = []
+            items = []
             while not isinstance(event := self.next(), yaml.SequenceEndEvent):
-                found.append(self.value(event, depth + 1, {}))
-            return found
+                items.append(self.value(event, depth + 1, {}))
+            return items
         mapping: dict[str, Any] = {}
         while not isinstance(event := self.next(), yaml.MappingEndEvent):
             key = event.value if isinstance(event, yaml.ScalarEvent) else None

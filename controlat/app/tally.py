@@ -30,6 +30,8 @@ class Tally:
         best: best robust accuracy on held-out data so far, -1 before the first.
         best_epoch: its epoch.
         dropped: smooth dependences on theta that the method detached.
+        evaluations: sum over the steps so far of n, gradient evaluations per sample; None in a run that was
+            begun before it was counted.
     """
 
     epoch: int = 0
@@ -46,6 +48,7 @@ class Tally:
     best_epoch: int = -1
     dropped: list[str] = field(default_factory=list)
     controls: list[list[Any]] = field(default_factory=list)
+    evaluations: float | None = 0.0
 
     def add(self, step: Step) -> None:
         """Count one outer step."""
@@ -54,6 +57,8 @@ class Tally:
             self.controls.append([step.batch, dict(step.control)])
         self.loss += step.loss * step.samples
         self.samples += step.samples
+        if self.evaluations is not None:
+            self.evaluations += step.evaluations
         self.dropped = sorted({*self.dropped, *step.dropped})
 
     def spend(self, spent: Meter, seconds: float) -> None:
@@ -65,8 +70,19 @@ class Tally:
         self.epoch_gradients += spent.gradients
         self.epoch_seconds += seconds
 
-    def next_epoch(self) -> None:
-        """Begin a new epoch."""
+    def next_epoch(self, robust: float | None = None) -> bool:
+        """Begin a new epoch.
+
+        Args:
+            robust: robust accuracy on held-out data at the end of the last one, where it was measured.
+
+        Returns:
+            Whether it is the best so far.
+        """
+        better = robust is not None and robust > self.best
+        if better:
+            self.best, self.best_epoch = robust, self.epoch  # type: ignore[assignment]
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss, self.samples, self.epoch_gradients, self.epoch_seconds = 0.0, 0, 0, 0.0
         self.controls = []
+        return better

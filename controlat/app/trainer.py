@@ -9,11 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import append_json_line, plain
 from controlat.app import checkpoints
@@ -24,53 +21,23 @@ from controlat.app.tally import Tally
 from controlat.control.controller import as_schedule, is_open, nominal, unrolled
 from controlat.control.schedules import Schedule
 from controlat.data import Samples
-from controlat.dynamics.driver import Driver, Step
-from controlat.dynamics.rollout import rollout
+from controlat.dynamics.driver import Driver
+from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.models.frozen.layout import channels_last
-from controlat.models.frozen.view import runs_channels_last
+from controlat.robust_accuracy import parse_attack
 from controlat.robust_accuracy.robust import measure
 
-__all__ = ["Tally", "deterministic", "fit", "load_checkpoint", "place", "read_log"]
+__all__ = ["Tally", "fit", "load_checkpoint", "read_log", "validation_cost"]
 
 BEST, SCHEDULE = "best.pt", "schedule.json"
 VALIDATION = "pgd-10"  # what picks the best checkpoint
 
 
-def place(
-    model: nn.Module,
-    device: torch.device | str,
-    nhwc: bool = True,
-    in_shape: tuple[int, int, int] | None = None,
-) -> nn.Module:
-    """Move a model to its device and, where `nhwc`, its convolution weights to NHWC layout.
-
-    Where the shape of its inputs is given, it is tried first whether the model runs in that layout.
-    """
-    model = model.to(device)
-    if nhwc and (in_shape is None or runs_channels_last(model, in_shape)):
-        for p in model.parameters():
-            p.data = channels_last(p.data)
-    return model
-
-
-@contextlib.contextmanager
-def deterministic(threads: int | None = None) -> Iterator[None]:
-    """Deterministic kernels, and a number of CPU threads, inside the block only."""
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     """Clean and PGD-10 accuracy on the held-out slice."""
     if held_out is None:
-        return {"clean": None, "robust": None, "validation_gradients": 0, "validation_seconds": 0.0}
+        spent = {"validation_gradients": 0, "validation_seconds": 0.0}
+        return {"clean": None, "robust": None, "validation_points": 0} | spent
     how: dict[str, Any] = {
         "attacks": [VALIDATION],
         "seed": driver.seed,
@@ -80,9 +47,15 @@ def _validate(driver: Driver, held_out: Samples | None) -> dict[str, Any]:
     return {
         "clean": accuracy.clean.value,
         "robust": accuracy.robust.value,
+        "validation_points": accuracy.clean.points,
         "validation_gradients": accuracy.spent.gradients,
         "validation_seconds": accuracy.seconds,
     }
+
+
+def validation_cost(points: int) -> float:
+    """Gradient evaluations of one validation at most, in samples."""
+    return parse_attack(VALIDATION).cost() * points
 
 
 def _bar(spec: RunSpec, driver: Driver, tally: Tally, label: str, show: bool) -> Any:
@@ -131,7 +104,7 @@ def fit(
         driver: the system at its initial state.
         spec: data, controller, rates, and the processes: the first alone writes, validates and scores.
         directory: the run directory.
-        held_out: samples for validation, never trained on.
+        held_out: samples for validation, never trained on; Phi has others.
         settings: plain data to store in checkpoints.
         at_epoch: called with each epoch's number before its first step, in the first process.
         checkpoint_minutes: longest time between checkpoints within an epoch.
@@ -148,20 +121,15 @@ def fit(
         NonFiniteError: a loss or gradient is not finite; names epoch, batch, control and the last checkpoint.
     """
     directory, world = Path(directory), spec.world
-    data = {}
-    if world.first:
-        data = {"training": _fingerprint(spec.data), "held-out": _fingerprint(held_out)}
-        directory.mkdir(parents=True, exist_ok=True)
-        if isinstance(spec.controller, Schedule) and not (directory / SCHEDULE).exists():
-            spec.controller.save(directory / SCHEDULE)
+    data = _begin(spec, directory, held_out) if world.first else {}
     tally, log = resume(driver, spec, directory, data)
 
     def save(file: str) -> None:
         state = _state(driver, spec, tally, settings or {}) | {"log": log, "data": data}
         checkpoints.save(directory / file, state)
 
-    writer = _writer(directory) if tensorboard and world.first else None
-    with _bar(spec, driver, tally, label, progress and world.first) as bar:
+    scalars = _scalars(directory if tensorboard and world.first else None)
+    with scalars as write_scalars, _bar(spec, driver, tally, label, progress and world.first) as bar:
         while tally.epoch < spec.epochs and not (driver.stopped and tally.batch == 0):
             if tally.batch == 0 and at_epoch is not None and world.first:
                 at_epoch(tally.epoch)
@@ -169,27 +137,27 @@ def fit(
             try:
                 _epoch(driver, spec, tally, save, checkpoint_minutes, bar)
                 world.check(driver.fingerprint())
-                if not world.first:
-                    tally.next_epoch()
-                    continue
-                record = plain(_record(driver, spec, tally, held_out))
+                record = plain(_record(driver, spec, tally, held_out)) if world.first else {}
             except NonFiniteError as error:
                 raise _diverged(error, directory / LAST) from None
-            append_json_line(directory / LOG, record)
-            log.append(record)
-            better = record["robust"] is not None and record["robust"] > tally.best
-            if better:
-                tally.best, tally.best_epoch = record["robust"], tally.epoch
-            tally.next_epoch()
-            for file in (BEST, LAST) if better else (LAST,):
-                save(file)
-            if writer is not None:
-                _write_scalars(writer, record)
-    if writer is not None:
-        writer.close()
+            better = tally.next_epoch(record.get("robust"))
+            if world.first:
+                append_json_line(directory / LOG, record)
+                log.append(record)
+                for file in (BEST, LAST) if better else (LAST,):
+                    save(file)
+                write_scalars(record)
     if world.first and not (directory / SCHEDULE).exists():
         _save_taken(log, spec, directory / SCHEDULE, name)
     return Tally(**world.broadcast(asdict(tally)))
+
+
+def _begin(spec: RunSpec, directory: Path, held_out: Samples | None) -> dict[str, str | None]:
+    """Make the run directory, with the schedule of an open loop; what tells the run's data from others."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(spec.controller, Schedule) and not (directory / SCHEDULE).exists():
+        spec.controller.save(directory / SCHEDULE)
+    return {"training": _fingerprint(spec.data), "held-out": _fingerprint(held_out)}
 
 
 def _diverged(error: NonFiniteError, last: Path) -> NonFiniteError:
@@ -236,19 +204,12 @@ def _epoch(
         before = driver.meter.copy()
         bar.update(step.spent.gradients)
         if spec.world.first and now - saved > 60 * minutes and tally.batch < spec.batches_per_epoch:
-            _check_parameters(driver, step)
+            check_parameters(driver, step)  # none that are infinite in a checkpoint
             save(LAST)
             saved = time.perf_counter()
         began = time.perf_counter()
-    _check_parameters(driver, step)
+    check_parameters(driver, step)
     tally.spend(driver.meter.since(before), time.perf_counter() - began)
-
-
-def _check_parameters(driver: Driver, step: Step) -> None:
-    """Keep parameters that the last step made infinite out of checkpoints; its loss was still finite."""
-    if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
-        where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
-        raise NonFiniteError(f"a parameter is not finite after the step ({where})")
 
 
 def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | None) -> dict[str, Any]:
@@ -266,6 +227,7 @@ def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | Non
         "carried": _numbers(driver),
         "seconds": tally.epoch_seconds,
         "total_gradients": tally.gradients,
+        "total_evaluations": tally.evaluations,
         "total_seconds": tally.seconds,
         "dropped": tally.dropped,
         "stopped": driver.stopped,
@@ -278,22 +240,22 @@ def _numbers(driver: Driver) -> dict[str, float]:
     return {name: float(t) for name, t in driver.memory.items() if t.dim() == 0}
 
 
-def _writer(directory: Path) -> Any:
+@contextlib.contextmanager
+def _scalars(directory: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What writes a line of the log for TensorBoard into a run directory; nothing where there is none."""
+    if directory is None:
+        yield lambda record: None
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("TensorBoard is not installed: pip install 'controlat[tensorboard]'") from None
-    return SummaryWriter(str(directory / "tensorboard"))
+    with SummaryWriter(str(directory / "tensorboard")) as writer:
 
+        def write(record: Mapping[str, Any]) -> None:
+            values = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "epoch"}
+            values |= {f"control/{k}": v for k, v in record["control"].items()}
+            for name, value in values.items():
+                writer.add_scalar(name, value, record["epoch"])
 
-def _write_scalars(writer: Any, record: Mapping[str, Any]) -> None:
-    values = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "epoch"}
-    values |= {f"control/{k}": v for k, v in record["control"].items()}
-    for name, value in values.items():
-        writer.add_scalar(name, value, record["epoch"])
-
-
-def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a model with initial weights that are a function of the seed."""
-    with rng.scoped(seed, "model"):
-        return build()
+        yield write

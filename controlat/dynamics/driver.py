@@ -52,6 +52,11 @@ class Step(NamedTuple):
     dropped: tuple[str, ...]
     moves: int
 
+    @property
+    def evaluations(self) -> float:
+        """n(u): gradient evaluations per sample."""
+        return self.spent.gradients / self.samples
+
 
 @dataclass
 class Driver:

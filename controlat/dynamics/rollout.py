@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat._util import rng
+from controlat._util.errors import NonFiniteError
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.feedback import forget_epoch
 from controlat.dynamics.run_spec import RunSpec
@@ -15,7 +16,7 @@ from controlat.dynamics.state import State
 from controlat.methods import Batch
 from controlat.models.frozen.view import FrozenModel
 
-__all__ = ["arrivals", "check_rows", "rollout"]
+__all__ = ["arrivals", "check_parameters", "check_rows", "rollout"]
 
 
 def rollout(
@@ -51,6 +52,17 @@ def rollout(
         step = driver.step(b, spec.control(b, driver), spec.learning_rate(b.epoch, b.number))
         spec.observe(step, driver)
         yield step
+
+
+def check_parameters(driver: Driver, step: Step) -> None:
+    """Refuse parameters that a step made infinite, whose loss was still finite: the next one would show it.
+
+    Raises:
+        NonFiniteError: one is not finite; the message names epoch, batch and control.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
+        where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
+        raise NonFiniteError(f"a parameter is not finite after the step ({where})")
 
 
 def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> None:

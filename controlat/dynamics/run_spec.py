@@ -186,6 +186,10 @@ class RunSpec:
         """eta of one step, taken at its middle."""
         return self.rate(epoch + (number + 0.5) / self.batches_per_epoch, self.epochs)
 
+    def price(self, gamma: float) -> float:
+        """gamma eta: the price of one gradient evaluation per sample, in units of J."""
+        return gamma * self.mean_rate()
+
     def mean_rate(self, epoch: int | None = None) -> float:
         """Mean learning rate of an epoch, or of the whole run: the unit of time and of cost."""
         epochs = range(self.epochs) if epoch is None else (epoch,)

@@ -2,17 +2,11 @@
 
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
-from controlat.pmp.full_criterion import (
-    HALVINGS,
-    LAMBDAS,
-    Calibration,
-    Criterion,
-    calibrate,
-    examine,
-    looked_at,
-)
+from controlat.pmp.examination import examine, looked_at
+from controlat.pmp.full_criterion import Criterion
 from controlat.pmp.greedy import criterion, probe_batches, score
 from controlat.pmp.maximise import MAXIMISERS
+from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
@@ -27,6 +21,7 @@ from controlat.pmp.terminal import (
     price,
     try_terminal,
 )
+from controlat.pmp.trust import HALVINGS, LAMBDAS, Trust, trust
 
 __all__ = [
     "FORMS",
@@ -34,27 +29,31 @@ __all__ = [
     "LAMBDAS",
     "MAXIMISERS",
     "AdversarialLoss",
-    "Calibration",
     "Candidates",
     "Criterion",
     "Gap",
+    "Outcome",
     "Price",
     "Surface",
     "Terminal",
+    "Trust",
     "Weighted",
     "backward",
     "build_terminal",
-    "calibrate",
     "criterion",
     "described",
     "differentiated",
     "examine",
     "interval",
     "looked_at",
+    "objective",
+    "outcome_at",
     "parse_terminal",
     "price",
     "probe_batches",
     "relaxed",
+    "rollout_cost",
     "score",
+    "trust",
     "try_terminal",
 ]

@@ -1,4 +1,4 @@
-"""Amata's criterion (13) over any horizon, from exact costates, and what its size means.
+"""Amata's criterion (13) over any horizon, from exact costates.
 
 With DeltaH_t(v) of `controlat.pmp.hamiltonian`, in units of the objective J = Phi + gamma eta sum n:
 
@@ -13,30 +13,19 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
-from controlat._util.checks import instance, number
-from controlat._util.errors import NonFiniteError
-from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.dynamics.recording import Recording
-from controlat.pmp.candidates import Candidates
-from controlat.pmp.costate import backward
-from controlat.pmp.hamiltonian import Gains, gains
-from controlat.pmp.relaxed import Outcome, relaxed
+from controlat.pmp.hamiltonian import Gains
+from controlat.pmp.objective import Outcome
 from controlat.pmp.surface import Array
-from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Block", "Calibration", "Criterion", "calibrate", "examine"]
-
-LAMBDAS = (0.5, 0.25)
-HALVINGS = 1
-RELIABLE = 0.25
+__all__ = ["Block", "Criterion"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ class Criterion:
     @property
     def objective(self) -> float:
         """J = Phi + gamma eta sum n."""
-        return self.phi + self.price * self.evaluations
+        return Outcome(phi=self.phi, evaluations=self.evaluations).objective(self.price)
 
     def best(self, horizon: int | None = None, rho: float = 0.0) -> list[Block]:
         """For every block the candidate with the largest gain, less (rho/2) ||DeltaS||^2.
@@ -162,7 +151,7 @@ class Criterion:
         for g in self.looked:
             members[self.blocks[g.number - self.first]].append(g)
         steps = Counter(self.blocks)
-        return {index: _Part.of(found, steps[index]) for index, found in members.items()}
+        return {index: _Part.of(looked, steps[index]) for index, looked in members.items()}
 
     def _table(self, index: int, h: int) -> tuple[Array, Array]:
         """Values and sizes (steps looked at, candidates) of a block's candidates, u_t of each step first."""
@@ -192,11 +181,11 @@ class Criterion:
         Near 0 the costate hardly sees what the maximiser does, and noise decides.
         """
         h = self._known(horizon)
-        found = []
+        means = []
         for block in self.best(h):
             members = self._parts[block.index].members
-            found.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
-        return found
+            means.append(float(np.mean([g.cosine(h)[_index(g, block.maximiser)] for g in members])))
+        return means
 
     @property
     def growth(self) -> float:
@@ -252,265 +241,14 @@ class Criterion:
         return plain | {"looked": [g.to_json() for g in self.looked]}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Criterion:
+    def from_json(cls, plain: Mapping[str, Any]) -> Criterion:
         """The criterion that `to_json` described."""
-        looked = tuple(Gains.from_json(g) for g in found["looked"])
-        norms = tuple((int(n), float(p)) for n, p in found["norms"])
-        others = {"blocks": tuple(found["blocks"]), "dropped": tuple(found["dropped"]), "norms": norms}
-        known = {f.name: found[f.name] for f in fields(cls)}
-        return cls(**{**known, **others, "lower": float(found["lower"]), "looked": looked})
+        looked = tuple(Gains.from_json(g) for g in plain["looked"])
+        norms = tuple((int(n), float(p)) for n, p in plain["norms"])
+        others = {"blocks": tuple(plain["blocks"]), "dropped": tuple(plain["dropped"]), "norms": norms}
+        known = {f.name: plain[f.name] for f in fields(cls)}
+        return cls(**{**known, **others, "lower": float(plain["lower"]), "looked": looked})
 
 
 def _index(g: Gains, v: Control) -> int:
     return g.controls.index(v) if v in g.controls else 0
-
-
-def examine(
-    recording: Recording,
-    terminal: Terminal,
-    grid: Candidates,
-    *,
-    gamma: float | str,
-    horizons: Sequence[int] | None = None,
-    looks: int | None = None,
-    progress: Callable[[], object] | None = None,
-) -> Criterion:
-    """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
-
-    Args:
-        recording: of the roll-out under u; its driver is left at its end.
-        terminal: Phi.
-        grid: what is searched, around u_t.
-        gamma: price of one gradient evaluation per sample.
-        horizons: numbers of steps; the whole roll-out is always among them.
-        looks: number of steps of each block that are looked at, spread evenly; all of them by default.
-        progress: called after every step of the backward pass.
-
-    Returns:
-        The criterion over all horizons.
-
-    Raises:
-        ValueError: a number is out of range.
-        NonFiniteError: a costate is not finite.
-
-    Source:
-        Ye et al. (2021), equation 13.
-    """
-    for name, value, kind in (("recording", recording, Recording), ("grid", grid, Candidates)):
-        instance(value, kind, name)
-    check_terminal(terminal, "terminal")
-    instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
-    gamma = number(gamma, "gamma")
-    if gamma < 0:
-        raise ValueError(f"gamma must be >= 0, got {gamma:g}")
-    if looks is not None and (type(looks) is not int or looks < 1):
-        raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
-    spec, driver, entire = recording.spec, recording.driver, recording.last - recording.first
-    blocks = spec.blocks(recording.first, recording.last)
-    numbers = {recording.first + n for n in looked_at(blocks, looks)}
-    meter, replayed = Meter(), recording.spent.gradients
-    found, norms = [], []
-    with recording.put_back():
-        driver.restore(recording.end)
-        phi, dropped = terminal.value(driver, meter), terminal.dropped(driver)
-        if not math.isfinite(phi):
-            raise NonFiniteError(f"the terminal cost is {phi}")
-        for step in backward(
-            recording, terminal, [*(horizons or []), entire], looked=sorted(numbers), meter=meter
-        ):
-            visit, costates, of, dropped = step
-            norms.append((visit.number, of[entire]))
-            if visit.number in numbers:
-                found.append(gains(driver, visit, costates, of, grid, meter))
-            if progress is not None:
-                progress()
-    return Criterion(
-        tuple(reversed(found)),
-        blocks,
-        recording.first,
-        spec.mean_rate(),
-        gamma,
-        phi,
-        sum(step.spent.gradients / step.samples for step in recording.steps),
-        terminal.lower,
-        tuple(reversed(norms)),
-        dropped,
-        meter.gradients,
-        recording.spent.gradients - replayed,
-    )
-
-
-def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
-    """Positions of some steps of each block, spread evenly.
-
-    >>> looked_at([0, 0, 0, 0, 1], 2)
-    [1, 3, 4]
-    """
-    members: dict[int, list[int]] = {}
-    for i, index in enumerate(blocks):
-        members.setdefault(index, []).append(i)
-    found: list[int] = []
-    for steps in members.values():
-        n = len(steps)
-        k = n if looks is None else min(looks, n)
-        found += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
-    return sorted(found)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the size of G means, from relaxed roll-outs towards its maximisers.
-
-    The roll-outs go a part lambda of the way. Where a quarter of the way reaches less than a quarter of what
-    G promises for it, lambda is halved (Armijo's rule).
-
-    Args:
-        gain: G.
-        objective: J of the roll-out.
-        outcomes: J(lambda) of the relaxed roll-outs; inf where training diverged.
-        sizes: sum over all steps of ||S(z, v) - S(z, u)||^2.
-        bound: a lower bound of J.
-        spent: gradient evaluations that it took, in samples.
-    """
-
-    gain: float
-    objective: float
-    outcomes: Mapping[float, float]
-    sizes: float
-    bound: float
-    spent: int
-
-    @property
-    def certificate(self) -> float:
-        """D = max over lambda of [J - J(lambda)]_+: the largest decrease that was really reached."""
-        return max(0.0, *(self.objective - j for j in self.outcomes.values()))  # inf where one diverged
-
-    def reliability(self, part: float) -> float:
-        """r(lambda) = (J - J(lambda)) / (lambda G): near 1 where first order rules; NaN where G is 0."""
-        if self.gain <= 0:
-            return math.nan
-        return (self.objective - self.outcomes[part]) / (part * self.gain)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether r(1/4) >= 1/4, or that at the lambda nearest below (else the smallest); also if G is 0."""
-        parts = [part for part in self.outcomes if part <= 0.25]
-        return self.gain <= 0 or self.reliability(max(parts, default=min(self.outcomes))) >= RELIABLE
-
-    @property
-    def reach(self) -> float | None:
-        """The largest lambda with r >= 1/4: how far first order reaches. None without one, or if G is 0."""
-        parts = [part for part in self.outcomes if self.gain > 0 and self.reliability(part) >= RELIABLE]
-        return max(parts, default=None)
-
-    @property
-    def kappa(self) -> float:
-        """G / (J - its lower bound): above 1, G cannot be a decrease. NaN without a bound."""
-        room = self.objective - self.bound
-        return self.gain / room if 0 < room < math.inf else math.nan
-
-    @property
-    def curvature(self) -> float:
-        """M = 2 [J(lambda) - J + lambda G] / lambda^2, at the largest lambda; inf where that diverged."""
-        part = max(self.outcomes)
-        return 2 * (self.outcomes[part] - self.objective + part * self.gain) / part**2
-
-    @property
-    def model_gain(self) -> float:
-        """The largest decrease of J - lambda G + lambda^2 M / 2 over lambda in [0, 1]: an estimate."""
-        m = self.curvature
-        return self.gain**2 / (2 * m) if m > self.gain else self.gain - m / 2
-
-    @property
-    def rho(self) -> float:
-        """[M]_+ / sum ||DeltaS||^2: the trust region's price of leaving the roll-out."""
-        return max(0.0, self.curvature) / self.sizes if self.sizes > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields and what follows from them, as plain data."""
-        names = ("gain", "objective", "sizes", "bound", "spent", "certificate", "calibrated")
-        more = ("kappa", "curvature", "model_gain", "rho")
-        return {
-            **{name: _finite(getattr(self, name)) for name in (*names, *more)},
-            "reach": self.reach,
-            "outcomes": {str(k): _finite(v) for k, v in self.outcomes.items()},
-            "reliability": {str(k): _finite(self.reliability(k)) for k in self.outcomes},
-        }
-
-
-def _finite(value: float) -> float | None:
-    """A number, or None where it means nothing."""
-    return value if math.isfinite(value) else None
-
-
-def calibrate(
-    recording: Recording,
-    criterion: Criterion,
-    terminal: Terminal,
-    *,
-    lambdas: Sequence[float] = LAMBDAS,
-    halvings: int = HALVINGS,
-    progress: Callable[[float], object] | None = None,
-) -> Calibration:
-    """Roll out relaxed controls towards the maximisers of a criterion, one roll-out for each lambda.
-
-    From the smallest lambda on it is halved while r < 1/4 (Armijo's rule): a decrease of that size is certain
-    for lambda -> 0 where G is exact, and how small lambda has to be says how far first order reaches.
-
-    Args:
-        recording: of the roll-out that `criterion` is of.
-        criterion: what `examine` found; its maximisers over the whole roll-out are gone towards.
-        terminal: Phi.
-        lambdas: parts of the way, in (0, 1].
-        halvings: how often the smallest of them is halved at most. Below about 0.1 rounding to float32 and
-            signs that change rule.
-        progress: called with lambda after every step.
-
-    Raises:
-        ValueError: a lambda is out of range.
-
-    Source:
-        Armijo (1966), for the rule; `relaxed` for the gap.
-    """
-    if criterion.first != recording.first or criterion.steps != recording.last - recording.first:
-        raise ValueError(
-            f"the criterion is of steps {criterion.first}..{criterion.first + criterion.steps - 1}, the "
-            f"roll-out has {recording.first}..{recording.last - 1}: they do not belong together"
-        )
-    if not lambdas or not all(0 < part <= 1 for part in lambdas):
-        raise ValueError(f"lambdas must be in (0, 1], got {list(lambdas)}")
-    best = {b.index: b for b in criterion.best()}
-    others = {
-        criterion.first + i: best[index].maximiser
-        for i, index in enumerate(criterion.blocks)
-        if best[index].gain > 0
-    }
-    found: dict[float, Outcome] = {}
-
-    def roll_out(part: float) -> float:
-        """r(lambda)."""
-        if not others:  # G = 0: nothing to go towards
-            found[part] = Outcome(criterion.phi, criterion.evaluations, 0)
-            return 1.0
-        broadcast = None if progress is None else functools.partial(progress, part)
-        try:
-            found[part] = relaxed(recording, others, part, terminal, progress=broadcast)
-        except NonFiniteError:  # the maximisers promise what training does not survive: that is an answer
-            found[part] = Outcome(math.inf, 0.0, 0)
-        return (criterion.objective - found[part].objective(criterion.price)) / (part * gain)
-
-    gain, part = sum(b.gain for b in best.values()), min(lambdas)
-    trusted = [roll_out(part) for part in sorted(lambdas, reverse=True)][-1] >= RELIABLE
-    for _ in range(halvings):
-        if not trusted:
-            part /= 2
-            trusted = roll_out(part) >= RELIABLE
-    cheapest = min(float(g.evaluations.min()) for g in criterion.looked)
-    return Calibration(
-        gain,
-        criterion.objective,
-        {part: outcome.objective(criterion.price) for part, outcome in found.items()},
-        sum(b.size for b in best.values() if b.gain > 0),
-        criterion.lower + criterion.price * criterion.steps * cheapest,
-        sum(outcome.spent for outcome in found.values()),
-    )

@@ -9,7 +9,7 @@ For a method of one update this is the step with the mixed gradient. dJ/dlambda 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
@@ -18,29 +18,10 @@ from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.recording import Recording
 from controlat.methods import Batch
 from controlat.pmp.costate import momentum_tail
+from controlat.pmp.objective import Outcome, outcome_at
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "relaxed"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a roll-out ended.
-
-    Args:
-        phi: the terminal cost; where the roll-out ends before training, with what the optimiser's buffer will
-            still do, to first order around the recorded end: there the slope of J is -G, too.
-        evaluations: sum over steps of n, gradient evaluations per sample.
-        spent: gradient evaluations that it took, in samples.
-    """
-
-    phi: float
-    evaluations: float
-    spent: int
-
-    def objective(self, price: float) -> float:
-        """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation."""
-        return self.phi + price * self.evaluations
+__all__ = ["relaxed"]
 
 
 @dataclass
@@ -57,7 +38,7 @@ class _Mixing(Driver):
         v = (self.others or {}).get(batch.epoch * self.per_epoch + batch.number)
         if v is None or v == u or self.part == 0:
             done = super().step(batch, u, rate)
-            self.evaluations += done.spent.gradients / done.samples
+            self.evaluations += done.evaluations
             return done
         before = self.snapshot(batch.indices)
         other = super().step(batch, v, rate)
@@ -66,8 +47,7 @@ class _Mixing(Driver):
         del before
         done = super().step(batch, u, rate)
         self.restore(self.state().at(batch.indices).towards(theirs, self.part))
-        n = [s.spent.gradients / s.samples for s in (done, other)]
-        self.evaluations += (1 - self.part) * n[0] + self.part * n[1]
+        self.evaluations += (1 - self.part) * done.evaluations + self.part * other.evaluations
         return done
 
 
@@ -129,12 +109,14 @@ def relaxed(
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
-        phi = terminal.value(mixing)
+        outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
         left = momentum_tail(recording, recording.last)
         if left:
             after = mixing.momentum
             driver.restore(recording.end)
-            gradient = terminal.gradient(driver)[: len(driver.parameters)]
+            meter = Meter()
+            gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             parts = zip(gradient, after, driver.momentum, strict=True)
-            phi -= left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
-    return Outcome(phi, mixing.evaluations, mixing.meter.gradients)
+            phi = outcome.phi - left * sum(float((g * (a - b)).sum()) for g, a, b in parts)
+            outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
+    return outcome

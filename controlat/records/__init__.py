@@ -4,7 +4,7 @@ Types are strict: a text is not a number, 1.0 is no count, and numbers are finit
 are let through, so that files of later releases can be read. What is written as null has no value.
 """
 
-from controlat.records.criterion import CriterionLine, Full
+from controlat.records.criterion import CriterionLine, Full, Objective
 from controlat.records.evaluation import Evaluation
 from controlat.records.fields import Settings, settings_of
 from controlat.records.reading import checked, missing, read_epochs, read_record
@@ -18,6 +18,7 @@ __all__ = [
     "Evaluation",
     "Full",
     "LogLine",
+    "Objective",
     "Result",
     "Settings",
     "checked",

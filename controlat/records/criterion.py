@@ -1,4 +1,4 @@
-"""What scoring leaves: criterion.jsonl and full.json."""
+"""What scoring leaves: objective.json, criterion.jsonl and full.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from controlat.records.fields import (
     numbered,
 )
 
-__all__ = ["Calibration", "CriterionLine", "Failed", "Full", "outcome"]
+__all__ = ["Calibration", "CriterionLine", "Failed", "Full", "Objective", "outcome"]
 
 
 def _surface(surface: Any) -> Any:
@@ -40,6 +40,17 @@ class _Surface(TypedDict):
     batches: Annotated[int, Field(ge=1, lt=2**16)]
     scale: Number
     spent: Count
+
+
+class Objective(TypedDict):
+    """J = Phi + price * evaluations of one run, and what it cost to know it."""
+
+    J: Number
+    phi: Number
+    evaluations: Number
+    price: Number
+    gradients: dict[str, Count]
+    seconds: Number
 
 
 class CriterionLine(TypedDict):

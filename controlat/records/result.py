@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from controlat.records.criterion import Calibration, Failed, outcome
+from controlat.records.criterion import Calibration, Failed, Objective, outcome
 from controlat.records.evaluation import Evaluation
 from controlat.records.fields import (
     Controls,
@@ -95,6 +95,7 @@ class _FullOfRun(TypedDict):
 class _Run(TypedDict):
     seed: int
     directory: str
+    objective: NotRequired[Objective]
     epochs: Annotated[list[LogLine], Field(min_length=1)]
     criterion: Annotated[list[_Epoch], Field(min_length=1)]
     evaluation: Evaluation
@@ -167,6 +168,7 @@ class _Forms(TypedDict):
 
 
 class _Summary(TypedDict):
+    objective: NotRequired[_Spread]
     criterion: _Forms
     clean: _Share
     robust: _Share
@@ -217,6 +219,8 @@ class _Settings(TypedDict):
 class _Sizes(TypedDict):
     train: Count
     held_out: Count
+    validation: NotRequired[Count]
+    phi: NotRequired[Count]
     test: Count
 
 

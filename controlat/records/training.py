@@ -36,11 +36,13 @@ class LogLine(TypedDict):
     carried: dict[str, Unbounded]
     seconds: Number
     total_gradients: Count
+    total_evaluations: NotRequired[Number | None]
     total_seconds: Number
     dropped: list[str]
     stopped: str
     clean: Share | None
     robust: Share | None
+    validation_points: NotRequired[Count]
     validation_gradients: Count
     validation_seconds: Number
 
@@ -62,6 +64,7 @@ class Tally(TypedDict):
     best: Annotated[float, Field(ge=-1, le=1)]
     best_epoch: Annotated[int, Field(ge=-1)]
     dropped: list[str]
+    evaluations: NotRequired[Number | None]
     controls: NotRequired[Runs]
 
 

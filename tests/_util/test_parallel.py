@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from systems import CASES, batch, constant, driver
 from torch import Tensor
 
+import controlat
 from controlat._util.files import read_json, read_json_lines
 from controlat._util.parallel import Share, World, current, joined
-from controlat.app import cli, jobs
+from controlat.app import cli
 from controlat.app.trainer import load_checkpoint
 from controlat.data import Augment
 
@@ -292,7 +293,7 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    jobs.train("one", progress=False, **SETTINGS)
+    controlat.train("one", progress=False, **SETTINGS)
     one, two = log(folder / "one"), log(folder / "two")
     for mine, theirs in zip(two, one, strict=True):
         assert mine.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-4)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import controlat
 from controlat._util.files import read_json, write_json
-from controlat.app import calibration, jobs
+from controlat.app import calibration
 from controlat.app.calibration import calibrate
 from controlat.app.calibration import calibration as kept_calibration
 
@@ -37,7 +38,7 @@ def noisy(in_shape, num_classes):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("calibrated") / "run"
-    jobs.train(folder, epochs=3, schedule="amata:min=1,max=4,tau=0.3", seed=2, **FEW)
+    controlat.train(folder, epochs=3, schedule="amata:min=1,max=4,tau=0.3", seed=2, **FEW)
     return folder
 
 
@@ -105,7 +106,7 @@ def test_losses_at_the_start_are_those_of_the_untrained_network(run: Path) -> No
 def test_batch_norm_and_dropout_behave_as_in_the_attacks_of_the_method(tmp_path: Path) -> None:
     """Measuring in training mode moves neither running statistics nor random numbers."""
     options = {"model": "calibrated_own:noisy", "schedule": "pgd:steps=2,alpha=0.1", "epochs": 2}
-    jobs.train(tmp_path / "run", method_options={"attack_mode": "train"}, **options, **FEW)
+    controlat.train(tmp_path / "run", method_options={"attack_mode": "train"}, **options, **FEW)
     found = _measured(tmp_path / "run", steps=10)
     assert found["same"] is True
     assert found["mode"] == "train"
@@ -114,7 +115,7 @@ def test_batch_norm_and_dropout_behave_as_in_the_attacks_of_the_method(tmp_path:
 @pytest.mark.usefixtures("own")
 def test_a_run_that_its_method_ended_is_measured_up_to_there(tmp_path: Path) -> None:
     options = {"method": "calibrated_own:Enough", "schedule": "fgsm:alpha=0.15", "epochs": 5}
-    jobs.train(tmp_path / "run", **options, **FEW)
+    controlat.train(tmp_path / "run", **options, **FEW)
     found = _measured(tmp_path / "run", steps=10)
     assert found["same"] is True
     assert found["times"] == [0, 1, 2]

@@ -8,8 +8,11 @@ import pytest
 from forks import talking
 from helpers import same
 
+import controlat
 from controlat._util.files import read_json, read_json_lines
-from controlat.app import cli, jobs
+from controlat.app import cli
+from controlat.app.estimate import estimate
+from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings, TrainSettings
 from controlat.app.trainer import load_checkpoint
 from controlat.control.controller import unrolled
@@ -50,7 +53,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run under a rule whose K rises within epochs."""
     out = tmp_path_factory.mktemp("looped") / "run"
-    jobs.train(out, controller=RULE, **SMALL)
+    controlat.train(out, controller=RULE, **SMALL)
     return out
 
 
@@ -81,14 +84,14 @@ def test_every_control_is_logged_and_saved_as_a_schedule(looped: Path) -> None:
 def test_trainer_recording_and_replayed_schedule_end_with_the_same_bits(looped: Path, tmp_path: Path) -> None:
     stored = load_checkpoint(looped / "last.pt")
     chosen = TrainSettings(controller=RULE, **SMALL)
-    experiment = jobs.Experiment.of(chosen)
+    experiment = Experiment.of(chosen)
     driver = experiment.driver(0)
     rec = Recording.of(driver, experiment.spec(chosen.planned, 0))
     assert same(driver.model.state_dict(), stored["model"])
     assert [dict(s.control) for s in rec.steps] == [
         dict(u) for line in log(looped) for u in unrolled(line["controls"], 4)
     ]
-    jobs.train(tmp_path / "again", schedule=str(looped / "schedule.json"), **SMALL)
+    controlat.train(tmp_path / "again", schedule=str(looped / "schedule.json"), **SMALL)
     again = load_checkpoint(tmp_path / "again" / "last.pt")
     assert all(same(again[part], stored[part]) for part in STATE if part != "controller")
     assert log(tmp_path / "again") == log(looped)
@@ -120,7 +123,7 @@ def test_killed_in_the_middle_of_epochs_and_resumed_it_decides_the_same(looped: 
 
 
 def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Path, tmp_path: Path) -> None:
-    found = jobs.evaluate(tmp_path / "out", schedules=[RULE, "pgd:steps=2,alpha=0.05"], **FEW)
+    found = controlat.evaluate(tmp_path / "out", schedules=[RULE, "pgd:steps=2,alpha=0.05"], **FEW)
     loop, plain = found["schedules"]
     assert loop["text"] == RULE
     assert loop["schedule"] == read_json(looped / "schedule.json")
@@ -137,7 +140,7 @@ def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Pat
     assert read(tmp_path / "out" / "result.json") == read_json(tmp_path / "out" / "result.json")
 
     # The schedule that was taken is what the network of a finished run is evaluated under.
-    again = jobs.evaluate(
+    again = controlat.evaluate(
         tmp_path / "run",
         run=str(looped),
         probe=64,
@@ -149,28 +152,28 @@ def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Pat
     )
     assert again["reproduced"] is True
 
-    attacked = jobs.attack(looped, attacks=["pgd-5"], checks=0, points=50, threads=1, progress=False)
+    attacked = controlat.attack(looped, attacks=["pgd-5"], checks=0, points=50, threads=1, progress=False)
     assert attacked["schedule"] == RULE
 
 
 def test_lost_lines_of_the_criterion_are_scored_again_as_they_were(tmp_path: Path) -> None:
     options = FEW | {"schedules": [RULE], "full": False, "epochs": 2}
-    jobs.evaluate(tmp_path / "out", **options)
+    controlat.evaluate(tmp_path / "out", **options)
     (file,) = (tmp_path / "out").rglob("criterion.jsonl")
     lines = read_json_lines(file)
     file.write_text(file.read_text().splitlines(keepends=True)[0])
     (tmp_path / "out" / "result.json").unlink()
-    jobs.evaluate(tmp_path / "out", **options)
+    controlat.evaluate(tmp_path / "out", **options)
     assert [*map(timeless, read_json_lines(file))] == [*map(timeless, lines)]
 
 
 def test_an_estimate_takes_the_dearest_control_or_says_that_the_cost_is_not_known() -> None:
-    known = jobs.estimate(schedules=[RULE], full=False, **FEW)["gradients"]["training"]
+    known = estimate(schedules=[RULE], full=False, **FEW)["gradients"]["training"]
     assert known == 4 * 3 * 120
     with pytest.raises(ValueError, match=r"controller Rising will do is not known ahead.*`dearest`"):
-        jobs.estimate(schedules=["rules:unbounded", "pgd:steps=1,alpha=0.1"], **FEW)
+        estimate(schedules=["rules:unbounded", "pgd:steps=1,alpha=0.1"], **FEW)
     with pytest.raises(ValueError, match="max_steps is missing"):
-        jobs.estimate(schedules=["rules:unbounded"], **FEW)
+        estimate(schedules=["rules:unbounded"], **FEW)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +206,4 @@ def test_both_flags_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captu
 
 def test_another_controller_does_not_go_on_with_a_run(looped: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(controller: 'rules:rising' there, None here"):
-        jobs.train(looped, resume=True, schedule="none", **SMALL)
+        controlat.train(looped, resume=True, schedule="none", **SMALL)

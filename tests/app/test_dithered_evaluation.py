@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+import controlat
 from controlat import parse_schedule
-from controlat.app import jobs
+from controlat.app.estimate import estimate
 from controlat.report.sections import problem
 
 TEXT = "pgd:steps=2.5,alpha=0.1,rounding=dither"
@@ -31,13 +32,13 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dithered") / "out"
-    jobs.evaluate(folder, **SMALL)
+    controlat.evaluate(folder, **SMALL)
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(out: Path) -> dict[str, Any]:
-    return jobs.evaluate(out, **SMALL)  # read again
+    return controlat.evaluate(out, **SMALL)  # read again
 
 
 def taken() -> list[list[int]]:
@@ -52,7 +53,7 @@ def test_what_is_estimated_is_what_is_spent_and_within_a_batch_of_the_real_numbe
     spent = [epoch["gradients"] for epoch in run["epochs"]]
     assert spent == [28 * sum(k + 1 for k in ks) for ks in taken()]
     assert all(abs(n - 140 * 3.5) < 28 for n in spent)
-    told = jobs.estimate(**SMALL)["gradients"]
+    told = estimate(**SMALL)["gradients"]
     assert told["training"] == sum(spent)
     assert told["criterion"] == sum(epoch["gradients"] for epoch in run["criterion"])
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from controlat.app import jobs
+import controlat
+from controlat.app.estimate import estimate
 
 SMALL: dict[str, Any] = {
     "schedules": ["pgd:steps=2,alpha=0.1"],
     "seeds": [0],
     "epochs": 2,
-    "train_points": 160,
-    "held_out": 20,
+    "train_points": 180,
+    "held_out": 40,
     "test_points": 20,
     "batch_size": 70,
     "probe": 140,
@@ -33,7 +34,7 @@ class Own:
     def gradient(self, driver, meter=None): return self.inner.gradient(driver, meter)
     def dropped(self, driver): return ()
 """
-# Evaluations of one gradient of Phi on the 20 held-out samples: K + 1 each; forward passes are not counted.
+# Evaluations of one gradient of Phi on its 20 samples: K + 1 each; forward passes are not counted.
 CASES = [
     ("adversarial", ["fgsm"], 20 * 21),
     ("clean", ["pgd-5-2"], 20 * 1),
@@ -49,12 +50,13 @@ def test_every_part_of_an_estimate_is_that_of_what_is_run(
     (tmp_path / "estimated.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     settings = SMALL | {"terminal": terminal, "attacks": attacks}
-    told = jobs.estimate(**settings)["gradients"]
-    (run,) = jobs.evaluate(tmp_path / "out", **settings)["schedules"][0]["runs"]
+    told = estimate(**settings)["gradients"]
+    (run,) = controlat.evaluate(tmp_path / "out", **settings)["schedules"][0]["runs"]
     assert told["training"] == run["gradients"] == 2 * 140 * 3
     # Each epoch: u and no attack (3 + 1), two step sizes up to K = 2 (2 * 4), on the probe; Phi's gradient.
     counted = sum(epoch["gradients"] for epoch in run["criterion"])
     assert told["criterion"] == counted == 2 * (140 * (3 + 1 + 2 * 4) + gradient)
+    assert told["Phi"] == run["objective"]["gradients"]["Phi"]
     validation = sum(epoch["validation_gradients"] for epoch in run["epochs"])
     assert validation <= told["validation"] == 2 * 20 * 10
     spent = run["evaluation"]["gradients"] + run["evaluation"]["forwards"] / 3

@@ -13,8 +13,9 @@ from forks import forked
 from helpers import same
 from systems import CASES, PLAIN, Case
 
+import controlat
 from controlat._util.files import read_json_lines
-from controlat.app import jobs
+from controlat.app.experiment import Experiment
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import load_checkpoint
 from controlat.attacks.pgd import ascend
@@ -96,7 +97,7 @@ def _train(out: Path, settings: dict[str, Any], kill: Kill | None, seed: int) ->
     torch.manual_seed(seed)  # what else the process does with torch's generator must not matter
     if kill is not None:
         _kill_at(kill)
-    jobs.train(out, resume=True, **settings)
+    controlat.train(out, resume=True, **settings)
 
 
 def _process(out: Path, settings: dict[str, Any], kill: Kill | None = None, seed: int = 0) -> int | None:
@@ -202,7 +203,7 @@ def test_an_epoch_that_a_hook_made_the_last_is_finished_after_a_kill(tmp_path: P
 
 def test_what_a_hook_spends_counts_as_training(tmp_path: Path) -> None:
     settings = SMALL | {"method": "test_resume:Curious", "schedule": "pgd:steps=1,alpha=0.05"}
-    found = jobs.train(tmp_path / "run", **settings)
+    found = controlat.train(tmp_path / "run", **settings)
     assert [line["gradients"] for line in found["epochs"]] == 3 * [2 * 60 + 3 * 16]
     tally = load_checkpoint(tmp_path / "run" / "last.pt")["tally"]
     assert (tally["gradients"], tally["forwards"], tally["layers"]) == (3 * (2 * 60 + 3 * 16), 3 * 16, 3 * 16)
@@ -264,7 +265,7 @@ def test_a_run_that_its_method_ended_is_finished_and_stays_as_it_is(stopped: Pat
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in kept}
 
     before = files()
-    found = jobs.train(stopped, resume=resume, **FALL)
+    found = controlat.train(stopped, resume=resume, **FALL)
     assert found["finished_before"]
     assert len(found["epochs"]) == 5
     assert files() == before
@@ -272,7 +273,7 @@ def test_a_run_that_its_method_ended_is_finished_and_stays_as_it_is(stopped: Pat
 
 def test_hooks_that_draw_leave_torchs_generator_as_it_was(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    jobs.train(tmp_path / "run", **FALL | {"epochs": 1})
+    controlat.train(tmp_path / "run", **FALL | {"epochs": 1})
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -301,16 +302,16 @@ def test_cat_grows_stronger_over_epochs_and_its_validation_is_counted(grown: Pat
     assert len(log) == 12
     k = 0
     for line in log:
-        # k steps and an update for 60 samples, k steps for 20 held-out ones; and a look at strength k + 1.
-        grows = line["gradients"] > 60 * (k + 1) + 20 * k
-        assert line["gradients"] == 60 * (k + 1) + 20 * k + grows * 20 * (k + 1)
+        # k steps and an update for 60 samples, k steps for 10 of validation, and a look at strength k + 1.
+        grows = line["gradients"] > 60 * (k + 1) + 10 * k
+        assert line["gradients"] == 60 * (k + 1) + 10 * k + grows * 10 * (k + 1)
         k += grows
     assert 2 <= k <= 3
     found = load_checkpoint(grown / "last.pt")
     assert found["memory"]["strength"] == k
     assert list(found["kept"]) == ["best"]
     assert found["tally"]["gradients"] == sum(line["gradients"] for line in log)
-    assert found["tally"]["forwards"] == (12 + k) * 20
+    assert found["tally"]["forwards"] == (12 + k) * 10
 
 
 def test_cat_killed_while_it_grows_ends_with_the_same_bits(grown: Path, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def _atta(folder: Path, reset: int) -> tuple[dict[str, Any], dict[str, Any], tor
         _killed(folder / "run", settings, kill)["rows"]["delta"] for kill in (Kill(1, 0), Kill(1, 2))
     )
     chosen = TrainSettings(**settings)
-    spec = jobs.Experiment.of(chosen).spec(chosen.schedule_of(chosen.schedule), chosen.seed)
+    spec = Experiment.of(chosen).spec(chosen.schedule_of(chosen.schedule), chosen.seed)
     moved = torch.zeros(len(before["seen"]), dtype=torch.bool)
     moved[torch.cat(spec.order(1)[:2])] = True
     assert before["seen"].sum() == 60

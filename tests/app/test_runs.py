@@ -12,7 +12,6 @@ import torch
 from helpers import GUARD
 
 import controlat
-from controlat.app import jobs
 from controlat.app.runs import claimed, environment, slug
 
 SETTINGS = {"command": "train", "lr": 0.1, "schedules": [{"text": "none", "epochs": 2.0}]}
@@ -204,49 +203,49 @@ _TINY: dict[str, Any] = {"epochs": 1, "train_points": 100, "threads": 1, "progre
 
 
 def test_training_again_with_the_same_settings_returns_the_same_and_touches_nothing(tmp_path: Path) -> None:
-    first = jobs.train(tmp_path / "run", **_TINY)
+    first = controlat.train(tmp_path / "run", **_TINY)
     before = _state(tmp_path)
-    again = jobs.train(tmp_path / "run", **_TINY)
+    again = controlat.train(tmp_path / "run", **_TINY)
     assert _state(tmp_path) == before
     assert (first.pop("finished_before"), again.pop("finished_before")) == (False, True)
     assert first == again
 
 
 def test_a_number_and_its_text_are_the_same_setting(tmp_path: Path) -> None:
-    jobs.train(tmp_path / "run", **_TINY, lr=0.05, eps="0.15")
-    assert jobs.train(tmp_path / "run", **_TINY, lr="0.05", eps=0.15)["finished_before"]
-    assert jobs.train(tmp_path / "run", **_TINY, lr="5e-2")["finished_before"]
+    controlat.train(tmp_path / "run", **_TINY, lr=0.05, eps="0.15")
+    assert controlat.train(tmp_path / "run", **_TINY, lr="0.05", eps=0.15)["finished_before"]
+    assert controlat.train(tmp_path / "run", **_TINY, lr="5e-2")["finished_before"]
     with pytest.raises(ValueError, match=r"lr: 0\.05 there, 0\.06 here"):
-        jobs.train(tmp_path / "run", **_TINY, lr="0.06")
+        controlat.train(tmp_path / "run", **_TINY, lr="0.06")
 
 
 def test_what_decides_only_where_and_how_fast_does_not_count_as_other_settings(tmp_path: Path) -> None:
-    jobs.train(tmp_path / "run", **_TINY)
-    again = jobs.train(tmp_path / "run", **_TINY | {"device": "cpu", "checkpoint_minutes": 1.0})
+    controlat.train(tmp_path / "run", **_TINY)
+    again = controlat.train(tmp_path / "run", **_TINY | {"device": "cpu", "checkpoint_minutes": 1.0})
     assert again["finished_before"]
 
 
 def test_an_evaluation_again_with_the_same_settings_touches_nothing(tmp_path: Path) -> None:
     settings = _TINY | {"schedules": ["none"], "seeds": [0], "attacks": ["fgsm"], "test_points": 40}
     settings |= {"schedules": ["none", "fgsm:alpha=0.15"]}
-    first = jobs.evaluate(tmp_path / "run", **settings)
+    first = controlat.evaluate(tmp_path / "run", **settings)
     before = _state(tmp_path)
     assert len(before) > 10
-    assert jobs.evaluate(tmp_path / "run", **settings) == first
+    assert controlat.evaluate(tmp_path / "run", **settings) == first
     assert _state(tmp_path) == before
     with pytest.raises(ValueError, match=r"made with other settings.*seeds"):
-        jobs.evaluate(tmp_path / "run", **settings | {"seeds": [1]})
+        controlat.evaluate(tmp_path / "run", **settings | {"seeds": [1]})
     with pytest.raises(ValueError, match=r"made with other settings.*command"):
-        jobs.train(tmp_path / "run", **_TINY)
+        controlat.train(tmp_path / "run", **_TINY)
     assert _state(tmp_path) == before
 
 
 def test_a_deleted_summary_is_written_again_from_the_result(tmp_path: Path) -> None:
     settings = _TINY | {"schedules": ["none", "fgsm:alpha=0.15"], "seeds": [0], "attacks": ["fgsm"]}
-    jobs.evaluate(tmp_path, **settings)
+    controlat.evaluate(tmp_path, **settings)
     wanted = (tmp_path / "summary.md").read_bytes()
     (tmp_path / "summary.md").unlink()
-    jobs.evaluate(tmp_path, **settings)
+    controlat.evaluate(tmp_path, **settings)
     assert (tmp_path / "summary.md").read_bytes() == wanted
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from controlat.app import cli, jobs
+import controlat
+from controlat.app import cli
+from controlat.app.estimate import estimate
 from controlat.app.settings import EvaluateSettings
 
 SMALL: dict[str, Any] = {
@@ -30,8 +32,8 @@ SMALL: dict[str, Any] = {
 
 
 def test_all_of_them_are_scored_counted_as_estimated_and_told(tmp_path: Path) -> None:
-    told = jobs.estimate(**SMALL)["gradients"]
-    result = jobs.evaluate(tmp_path / "out", **SMALL)
+    told = estimate(**SMALL)["gradients"]
+    result = controlat.evaluate(tmp_path / "out", **SMALL)
     assert result["grid"]["more"] == {"beta": [1, 6]}
     assert result["grid"]["others"] == []
     (line,) = result["schedules"][0]["runs"][0]["criterion"]

@@ -18,9 +18,11 @@ from forks import talking
 from helpers import GUARD, guarded
 from torch import Tensor
 
+import controlat
+import controlat.app.train as job
 from controlat._util.files import read_json
 from controlat._util.parallel import PeerLost, _exchange, started
-from controlat.app import cli, jobs
+from controlat.app import cli
 from controlat.app.parser import build_parser
 from controlat.app.ranges import RANGES, Range, range_of
 from controlat.app.settings import (
@@ -125,7 +127,7 @@ def test_a_radius_is_never_taken_over_to_another_norm_or_data_set() -> None:
         TrainSettings(data="cifar11")
 
 
-@pytest.mark.parametrize("call", [jobs.train, jobs.evaluate])
+@pytest.mark.parametrize("call", [controlat.train, controlat.evaluate])
 def test_a_misspelt_setting_of_a_call_is_answered_with_the_nearest(call: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no setting epoch; did you mean 'epochs'"):
         call(tmp_path / "out", epoch=1)
@@ -217,7 +219,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
-    jobs.train("~/run", schedule="fgsm:alpha=0.1", data_dir="~/data", **SMALL)
+    controlat.train("~/run", schedule="fgsm:alpha=0.1", data_dir="~/data", **SMALL)
     assert (home / "run" / "best.pt").is_file()
     schedule = "~/run/schedule.json"
     assert TrainSettings(schedule=schedule, epochs=1).planned.text == "fgsm:alpha=0.1"
@@ -227,17 +229,17 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     assert chosen.surrogate == str(home / "run" / "last.pt")
     assert chosen.data_dir == str(home / "data"), "the run's own"
     assert DeriveSettings(calibrate="~/run").calibrate == str(home / "run")
-    found = jobs.attack("~/run", attacks=["fgsm"], checks=0, points=20, out="~/a.json", progress=False)
+    found = controlat.attack("~/run", attacks=["fgsm"], checks=0, points=20, out="~/a.json", progress=False)
     assert found["checkpoint"] == "best.pt"
     assert read_json(home / "a.json")["points"] == 20
     (home / "run" / "best.pt").unlink()
     assert AttackSettings("~/run").checkpoint == str(home / "run" / "last.pt")
     with pytest.raises(ValueError, match=r"eps is missing: 0\.15 is the radius of training in linf"):
-        jobs.attack("~/run", norm="l2")
+        controlat.attack("~/run", norm="l2")
     with pytest.raises(ValueError, match="no such checkpoint; the directory has neither"):
         AttackSettings("~")
     with pytest.raises(ValueError, match="no home folder of that name"):
-        jobs.train("~nobody-of-that-name/run", **SMALL)
+        controlat.train("~nobody-of-that-name/run", **SMALL)
     assert not (tmp_path / "~").exists()
 
 
@@ -282,7 +284,7 @@ def test_an_interruption_during_imports_is_one_line() -> None:
 
 
 def terminated(*words: str) -> int:
-    jobs.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
+    job.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
     return cli.main(list(words))
 
 

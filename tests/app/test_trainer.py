@@ -12,14 +12,16 @@ import torch
 from forks import Ended, talking
 from torch import nn
 
+import controlat
 from controlat import NonFiniteError, robustness
 from controlat._util.files import read_json_lines
-from controlat.app import cli, jobs
+from controlat.app import cli
+from controlat.app.experiment import Experiment
+from controlat.app.placement import deterministic, place
 from controlat.app.settings import TrainSettings
-from controlat.app.trainer import deterministic, fit, load_checkpoint, place
-from controlat.data import load
+from controlat.app.trainer import fit, load_checkpoint
 
-# 120 training samples in 4 batches of 32, 32, 32, 24; 40 held out; K = 0, 1, 2 in the three epochs.
+# 120 training samples in 4 batches of 32, 32, 32, 24; of 40 held out, 20 are validated on; K = 0, 1, 2.
 SMALL: dict[str, Any] = {
     "schedule": "amata:min=0,max=3,tau=0.15",
     "epochs": 3,
@@ -45,7 +47,7 @@ class Killable(nn.Module):
         self.net, self.seen = net, {"train": 0, "validate": 0, "attack": 0}
 
     def forward(self, x):
-        kind = "train" if self.training else "validate" if len(x) == 40 else "attack"
+        kind = "train" if self.training else "validate" if len(x) == 20 else "attack"
         self.seen[kind] += 1
         wanted = os.environ.get("KILL")
         if wanted == f"{kind} {self.seen[kind]}":
@@ -105,7 +107,7 @@ def _assert_same_end(a: Path, b: Path) -> None:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the small problem."""
     out = tmp_path_factory.mktemp("fitted") / "run"
-    jobs.train(out, **SMALL | {"lr": 0.2})
+    controlat.train(out, **SMALL | {"lr": 0.2})
     return out
 
 
@@ -115,11 +117,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _kill_and_resume(folder: Path, model: str, kills: list[tuple[str, float]]) -> None:
     (folder / "killable.py").write_text(KILLABLE)
     settings = SMALL | {"model": f"killable:{model}"}
-    jobs.train("undisturbed", **settings)
+    controlat.train("undisturbed", **settings)
     for kill, minutes in kills:
         code = _killed(folder, kill, settings | {"checkpoint_minutes": minutes}).code
         assert code == -(signal.SIGXFSZ if kill.startswith("write") else signal.SIGKILL), kill
-    jobs.train("killed", resume=True, **settings)
+    controlat.train("killed", resume=True, **settings)
     _assert_same_end(folder / "undisturbed", folder / "killed")
 
 
@@ -183,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(
         (run / "last.pt").write_bytes(damaged[damage])
     settings = SMALL | {"lr": 0.2}
     with pytest.raises(ValueError, match=r"run/last\.pt is (damaged or )?not a checkpoint"):
-        jobs.train(run, resume=True, **settings)
+        controlat.train(run, resume=True, **settings)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--out", str(run), "--resume", *_flags(settings)])
     error = capsys.readouterr().err
@@ -232,7 +234,7 @@ def test_lines_that_a_crash_left_beyond_the_checkpoint_are_dropped(
     run = _copy_of(fitted, tmp_path / "run")
     good = (run / "log.jsonl").read_text()
     (run / "log.jsonl").write_text(good + tail)
-    jobs.train(run, resume=True, **SMALL | {"lr": 0.2})
+    controlat.train(run, resume=True, **SMALL | {"lr": 0.2})
     assert (run / "log.jsonl").read_text() == good
 
 
@@ -246,7 +248,7 @@ def _all_finite(checkpoint: Path) -> bool:
 def test_divergence_names_the_place_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = SMALL | {"lr": "multistep:lr=0.05,at=1,factor=1e9"}  # epoch 0 goes well
     with pytest.raises(NonFiniteError) as stopped:
-        jobs.train(tmp_path / "run", **settings)
+        controlat.train(tmp_path / "run", **settings)
     message = str(stopped.value)
     assert "epoch 1, batch" in message
     assert "Control(alpha=0.15, steps=1)" in message
@@ -264,7 +266,7 @@ def test_no_checkpoint_of_a_diverging_run_holds_parameters_that_are_not_finite(
     tmp_path: Path, rate: str
 ) -> None:
     with pytest.raises(NonFiniteError, match="epoch 0, batch"):
-        jobs.train(tmp_path / "run", **SMALL | {"lr": rate, "checkpoint_minutes": 1e-9})
+        controlat.train(tmp_path / "run", **SMALL | {"lr": rate, "checkpoint_minutes": 1e-9})
     assert not (tmp_path / "run" / "last.pt").exists() or _all_finite(tmp_path / "run" / "last.pt")
 
 
@@ -291,7 +293,7 @@ def test_a_step_that_makes_parameters_infinite_is_noticed_before_the_checkpoint(
     monkeypatch.chdir(tmp_path)
     settings = SMALL | {"model": "steep:net", "lr": HUGE.format(3e38), "checkpoint_minutes": 1e-9}
     with pytest.raises(NonFiniteError, match=r"a parameter is not finite .*epoch 0, batch 0, Control"):
-        jobs.train("run", **settings)
+        controlat.train("run", **settings)
     assert not Path("run/last.pt").exists()
 
 
@@ -330,6 +332,8 @@ def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
         "stopped",
         "clean",
         "robust",
+        "total_evaluations",
+        "validation_points",
         "validation_gradients",
         "validation_seconds",
     }
@@ -341,7 +345,9 @@ def test_every_log_line_has_its_fields_and_they_add_up(fitted: Path) -> None:
         assert line["lr"] == pytest.approx(0.2)
         assert line["dropped"] == []
         assert 0 <= line["robust"] <= line["clean"] <= 1
-        assert line["validation_gradients"] <= 10 * 40
+        assert line["total_evaluations"] == 4 * sum(range(1, i + 2))  # steps of n = 1, 2, 3
+        assert line["validation_points"] == 20
+        assert line["validation_gradients"] <= 10 * 20
     assert log[-1]["loss"] < log[0]["loss"]
 
 
@@ -354,14 +360,14 @@ def test_counted_evaluations_are_n_of_u_times_samples(fitted: Path) -> None:
 
 def _network(run: Path, name: str) -> tuple[nn.Module, dict[str, Any]]:
     found = load_checkpoint(run / name)
-    model = jobs.Experiment.of(TrainSettings(**SMALL)).model(0)
+    model = Experiment.of(TrainSettings(**SMALL)).model(0)
     model.load_state_dict(found["model"])
     return model, found
 
 
 def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) -> None:
     settings = SMALL | {"lr": "multistep:lr=0.1,at=5,factor=60", "epochs": 6, "train_points": 800}
-    jobs.train(tmp_path / "run", **settings)
+    controlat.train(tmp_path / "run", **settings)
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     robust = [line["robust"] for line in log]
     assert 0 < max(robust) > robust[-1], "the last epochs must be worse, or this test says nothing"
@@ -369,8 +375,8 @@ def test_best_is_the_epoch_of_the_best_held_out_pgd_10_accuracy(tmp_path: Path) 
     best = robust.index(max(robust))
     assert found["tally"]["best_epoch"] == best == found["tally"]["epoch"] - 1
     assert found["tally"]["best"] == robust[best]
-    _, held_out = load("digits").limited(800, None).hold_out(40)
-    again = robustness(model, *held_out.take(torch.arange(40)), eps=0.15, attacks=["pgd-10"])
+    validation = Experiment.of(TrainSettings(**settings)).validation
+    again = robustness(model, *validation.take(torch.arange(20)), eps=0.15, attacks=["pgd-10"])
     assert (again.clean.value, again.robust.value) == (log[best]["clean"], robust[best])
 
 
@@ -386,7 +392,7 @@ def test_the_checkpoint_holds_settings_schedule_and_environment(fitted: Path) ->
 def test_tensorboard_files_hold_the_numbers_of_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    jobs.train(tmp_path / "run", **SMALL | {"tensorboard": True})
+    controlat.train(tmp_path / "run", **SMALL | {"tensorboard": True})
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -413,7 +419,7 @@ def test_training_without_tensorboard_writes_no_event_files(fitted: Path) -> Non
 
 
 def _losses(out: Path, **changes: Any) -> list[float]:
-    return [line["loss"] for line in jobs.train(out, **SMALL | changes)["epochs"]]
+    return [line["loss"] for line in controlat.train(out, **SMALL | changes)["epochs"]]
 
 
 def test_both_memory_layouts_train_alike(tmp_path: Path) -> None:
@@ -471,7 +477,7 @@ def test_deterministic_puts_threads_and_flags_back_even_after_an_error() -> None
 
 def test_fit_without_held_out_data_logs_no_accuracy_and_keeps_no_best(tmp_path: Path) -> None:
     settings = TrainSettings(**SMALL | {"epochs": 1})
-    experiment = jobs.Experiment.of(settings)
+    experiment = Experiment.of(settings)
     spec = experiment.spec(settings.schedule_of(settings.schedule), seed=0)
     tally = fit(experiment.driver(0), spec, tmp_path / "run", progress=False)
     (line,) = read_json_lines(tmp_path / "run" / "log.jsonl")

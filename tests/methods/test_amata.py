@@ -12,8 +12,9 @@ from helpers import flat, same
 from systems import OPTIONS, PLAIN, Case, batch, constant, driver, trained_on
 from torch import Tensor, nn
 
+import controlat
 from controlat._util.files import read_json_lines
-from controlat.app import cli, jobs
+from controlat.app import cli
 from controlat.app.settings import Problem
 from controlat.control.schedules import Schedule
 from controlat.control.space import Control
@@ -110,7 +111,7 @@ def test_a_control_that_a_method_lacks_is_refused_with_a_list_of_those_it_has(
     assert repr(wrong) in str(raised.value)
     assert "zeal" in str(raised.value)
     with pytest.raises(ValueError, match=message):
-        jobs.train(tmp_path / "run", method=name, method_options=OPTIONS.get(name, {}), schedule=wrong)
+        controlat.train(tmp_path / "run", method=name, method_options=OPTIONS.get(name, {}), schedule=wrong)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--out", str(tmp_path / "run"), "--method", name, "--schedule", wrong])
     output, error = capsys.readouterr()
@@ -153,7 +154,7 @@ ATTA = "pgd:steps=1,alpha=0.06,reset=2:10@5"
 def trained(tmp_path: Path, method: str, schedule: str, epochs: int) -> list[dict[str, Any]]:
     """The log of a real run on 180 digits, which is what it says about its controls."""
     few: dict[str, Any] = {"train_points": 200, "batch_size": 60, "threads": 1, "progress": False}
-    found = jobs.train(tmp_path / "run", method=method, schedule=schedule, epochs=epochs, eps=EPS, **few)
+    found = controlat.train(tmp_path / "run", method=method, schedule=schedule, epochs=epochs, eps=EPS, **few)
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     assert log == found["epochs"]
     planned = problem(method, epochs).schedule_of(schedule)

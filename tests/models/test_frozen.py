@@ -24,7 +24,7 @@ from controlat import (
     pgd,
     robustness,
 )
-from controlat.app.trainer import place
+from controlat.app.placement import place
 from controlat.attacks.inner_problem import inner_problem
 from controlat.control.space import Control
 from controlat.dynamics import pullback, verify

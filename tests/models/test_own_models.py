@@ -1,4 +1,4 @@
-"""Training and evaluating networks of the user's own factory through the jobs."""
+"""Training and evaluating networks of the user's own factory through the commands."""
 
 import warnings
 from pathlib import Path

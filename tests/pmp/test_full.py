@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,13 @@ from controlat.dynamics.recording import Recording
 from controlat.methods import Batch, Context, Update
 from controlat.pmp import (
     AdversarialLoss,
-    Calibration,
     Candidates,
     Criterion,
+    Trust,
     backward,
-    calibrate,
     examine,
-)
-from controlat.pmp import (
-    full_criterion as full,
+    looked_at,
+    trust,
 )
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.relaxed import relaxed
@@ -93,7 +92,7 @@ def test_the_work_of_c_grows_with_the_number_of_steps_and_not_with_its_square() 
             assert len(c.interval() or ()) == 2
             assert len(c.cosines()) == len(c.per_block()) == steps
             assert len([c.surface(block.index) for block in c.best()]) == steps
-            assert full.looked_at(blocks, 1) == list(range(steps))
+            assert looked_at(blocks, 1) == list(range(steps))
 
         return Counted.during(work)
 
@@ -219,18 +218,18 @@ def test_the_recorded_run_is_left_at_its_end(case: Case) -> None:
     r, terminal = recorded(case), phi()
     meter, end = r.driver.meter.copy(), r.driver.snapshot()
     found = examine(r, terminal, GRID, gamma=GAMMA, horizons=[2])
-    calibrate(r, found, terminal)
+    trust(r, found, terminal)
     assert same(r.driver.snapshot(), end)
     assert r.driver.meter == meter
     assert found.evaluations * 10 / 3 == pytest.approx(meter.gradients, rel=0.5)
 
 
-# ------------------------------------------------------------------------------------------------ calibration
+# ------------------------------------------------------------------------------------------------------ trust
 
 
-def model(outcomes: dict[float, float], gain: float = 2.0, **more: float) -> Calibration:
+def model(outcomes: dict[float, float], gain: float = 2.0, **more: float) -> Trust:
     given: dict[str, Any] = {"objective": 3.0, "sizes": 4.0, "bound": 1.0, "spent": 0} | more
-    return Calibration(gain, outcomes=outcomes, **given)
+    return Trust(gain, outcomes=outcomes, **given)
 
 
 def test_a_parabola_is_read_off_exactly() -> None:
@@ -241,28 +240,28 @@ def test_a_parabola_is_read_off_exactly() -> None:
     assert c.rho == pytest.approx(5 / 4)
     assert c.certificate == pytest.approx(max(1 - 0.625, 0.5 - 0.15625))
     assert c.reliability(0.25) == pytest.approx(0.34375 / 0.5)
-    assert c.calibrated
+    assert c.trusted
     assert c.kappa == pytest.approx(1.0)
     flat_ = model({0.5: 2.1, 0.25: 2.51})  # M = 0.8 < G: the whole way
     assert flat_.model_gain == pytest.approx(2 - flat_.curvature / 2)
 
 
-def test_what_is_not_calibrated_says_so() -> None:
-    assert not model({0.5: 4.0, 0.25: 2.9}).calibrated
+def test_what_is_not_trusted_says_so() -> None:
+    assert not model({0.5: 4.0, 0.25: 2.9}).trusted
     assert model({0.5: 4.0, 0.25: 2.9}).certificate == pytest.approx(0.1)
     assert model({0.5: 4.0, 0.25: 3.5}).certificate == 0
     nothing = model({0.5: 3.0, 0.25: 3.0}, gain=0.0)
-    assert nothing.calibrated
+    assert nothing.trusted
     assert math.isnan(nothing.reliability(0.5))
     assert math.isnan(model({0.5: 3.0}, bound=-math.inf).kappa)
     assert model({0.5: 3.0}, sizes=0.0).rho == 0
 
 
 @optimizers
-def test_relaxed_roll_outs_are_what_calibration_reports(o: SGDSettings) -> None:
+def test_relaxed_roll_outs_are_what_trust_reports(o: SGDSettings) -> None:
     r, terminal = recorded(PLAIN["pgd_at"], o), phi()
     found = examine(r, terminal, GRID, gamma=GAMMA)
-    c = calibrate(r, found, terminal, lambdas=(0.5, 1e-4))
+    c = trust(r, found, terminal, lambdas=(0.5, 1e-4))
     best = {b.index: b.maximiser for b in found.best()}
     others = {i: best[index] for i, index in enumerate(found.blocks)}
     assert c.outcomes[0.5] == relaxed(r, others, 0.5, terminal).objective(found.price)
@@ -271,7 +270,7 @@ def test_relaxed_roll_outs_are_what_calibration_reports(o: SGDSettings) -> None:
     assert c.bound == pytest.approx(found.price * 6)
     assert c.spent > 0
     with pytest.raises(ValueError, match=r"lambdas must be in \(0, 1\]"):
-        calibrate(r, found, terminal, lambdas=(0.0,))
+        trust(r, found, terminal, lambdas=(0.0,))
 
 
 def test_reach_is_the_largest_part_that_keeps_a_quarter_of_its_promise() -> None:
@@ -280,7 +279,7 @@ def test_reach_is_the_largest_part_that_keeps_a_quarter_of_its_promise() -> None
     for m, reach in ((2.0, 0.5), (6.0, 0.5), (6.1, 0.25), (20.0, 0.125), (40.0, 0.0625), (50.0, None)):
         c = model({part: 3 - 2 * part + m / 2 * part**2 for part in parts})
         assert c.reach == reach
-        assert c.calibrated == (m <= 12)
+        assert c.trusted == (m <= 12)
         assert c.certificate == pytest.approx(max(0, *(2 * part - m / 2 * part**2 for part in parts)))
     assert model(dict.fromkeys(parts, 3.0), gain=0.0).reach is None
 
@@ -289,17 +288,17 @@ def test_lambda_is_halved_until_a_quarter_of_the_promise_is_kept() -> None:
     """Armijo's rule on a run whose costate is made to promise more than there is."""
     r, terminal = recorded(PLAIN["pgd_at"]), phi()
     honest = examine(r, terminal, GRID, gamma=GAMMA)
-    kept = calibrate(r, honest, terminal)
+    kept = trust(r, honest, terminal)
     assert sorted(kept.outcomes) == [0.25, 0.5]
     looked = tuple(replace(g, rewards={h: 1e3 * v for h, v in g.rewards.items()}) for g in honest.looked)
     boastful = replace(honest, looked=looked)
     told: list[float] = []
-    c = calibrate(r, boastful, terminal, halvings=3, progress=told.append)
+    c = trust(r, boastful, terminal, halvings=3, progress=told.append)
     assert sorted(c.outcomes) == [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
     assert told == [part for part in sorted(c.outcomes, reverse=True) for _ in r.steps]
-    assert not c.calibrated
+    assert not c.trusted
     assert c.reach is None
-    assert sorted(calibrate(r, boastful, terminal, halvings=0).outcomes) == [0.25, 0.5]
+    assert sorted(trust(r, boastful, terminal, halvings=0).outcomes) == [0.25, 0.5]
     best = {b.index: b.maximiser for b in boastful.best()}
     others = {i: best[index] for i, index in enumerate(boastful.blocks)}
     again = relaxed(r, others, 1 / 16, terminal).objective(boastful.price)
@@ -313,9 +312,9 @@ def test_nothing_is_rolled_out_where_nothing_is_to_be_gained() -> None:
         replace(g, rewards={h: 0 * v - 1e9 * (v != 0) for h, v in g.rewards.items()}) for g in found.looked
     )
     flat_ = replace(found, looked=looked, gamma=0.0)
-    c = calibrate(r, flat_, terminal)
+    c = trust(r, flat_, terminal)
     assert (c.gain, c.spent, c.certificate, c.reach) == (0, 0, 0, None)
-    assert c.calibrated
+    assert c.trusted
 
 
 @optimizers
@@ -378,7 +377,7 @@ def test_numbers_out_of_range_are_refused() -> None:
             ask(7)
     other = Recording.of(driver(PLAIN["pgd_at"], optimizer=SETTINGS["momentum"]), r.spec, last=4)
     with pytest.raises(ValueError, match=r"steps 0\.\.5, the roll-out has 0\.\.3"):
-        calibrate(other, found, phi())
+        trust(other, found, phi())
 
 
 @dataclass(frozen=True)
@@ -417,8 +416,8 @@ def test_a_relaxed_roll_out_that_diverges_keeps_nothing_of_its_promise(
             raise NonFiniteError("training loss inf")
         return relaxed(recording, others, part, *rest, **more)
 
-    monkeypatch.setattr(full, "relaxed", diverges)
-    c = calibrate(r, found, terminal)
+    monkeypatch.setattr(import_module("controlat.pmp.trust"), "relaxed", diverges)
+    c = trust(r, found, terminal)
     assert c.outcomes[0.5] == math.inf
     assert c.reliability(0.5) == -math.inf
     assert c.certificate == pytest.approx(max(0, c.objective - c.outcomes[0.25]))
@@ -488,7 +487,7 @@ def test_a_linear_quadratic_problem_has_its_criterion_in_closed_form(o: SGDSetti
     r = Recording.of(d, constant(Control(alpha=u), 32, epochs=3, rate=rate), stride=5)
     grid, steps = Candidates.of((0.1, 0.3, 0.8), 1), r.last
     found = examine(r, Square(), grid, gamma=GAMMA)
-    worth = calibrate(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
+    worth = trust(r, found, Square(), lambdas=(1.0, 0.5, 0.25))
 
     # One row of W and of its buffer: z = (W, v).
     a = x.flatten(1).T @ x.flatten(1) / len(x) + o.weight_decay * torch.eye(16, dtype=torch.float64)

@@ -524,7 +524,17 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
 ) -> None:
     settings = SimpleNamespace(batch_size=size, probe=probe, augmentation=None)
     training = split(2048, (1, 2, 2))
-    found = ScheduleRun(SimpleNamespace(training=training), settings, None, 0, None, None).probe(3)  # type: ignore[arg-type]
+    unused: Any = None
+    run = ScheduleRun(
+        experiment=SimpleNamespace(training=training),  # type: ignore[arg-type]
+        settings=settings,  # type: ignore[arg-type]
+        text="",
+        controller=unused,
+        seed=0,
+        directory=unused,
+        grid=unused,
+    )
+    found = run.probe(3)
     assert [len(b.x) for b in found] == [probe // count] * count
 
 

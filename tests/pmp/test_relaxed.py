@@ -38,7 +38,8 @@ from controlat.methods.pgd_at import PgdAT
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.hamiltonian import Gains, gains
-from controlat.pmp.relaxed import Outcome, relaxed
+from controlat.pmp.objective import Outcome
+from controlat.pmp.relaxed import relaxed
 from controlat.pmp.terminal import AdversarialLoss
 
 SIZE, H, GAMMA, PER_EPOCH = (1, 4, 4), 1e-5, 0.01, 3
@@ -518,8 +519,8 @@ def test_costs_mix_linearly(name: str) -> None:
 
 
 def test_an_outcome_has_its_objective() -> None:
-    assert Outcome(0.5, 12.0, 96).objective(0.01) == pytest.approx(0.62)
-    assert Outcome(0.5, 12.0, 96).objective(0.0) == 0.5
+    assert Outcome(phi=0.5, evaluations=12.0).objective(0.01) == pytest.approx(0.62)
+    assert Outcome(phi=0.5, evaluations=12.0).objective(0.0) == 0.5
 
 
 def test_the_driver_is_left_at_its_end_after_an_error_too() -> None:

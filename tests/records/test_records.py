@@ -17,8 +17,9 @@ from helpers import mlp, spec, split
 from mutations import EVALUATE, TARGETS, TRAIN, Attempts
 from torch import Tensor
 
+import controlat
 from controlat._util.files import read_json, read_json_lines, write_json
-from controlat.app import checkpoints, jobs
+from controlat.app import checkpoints
 from controlat.app import settings as config
 from controlat.app.checkpoints import load_checkpoint
 from controlat.app.trainer import fit
@@ -81,10 +82,10 @@ def test_a_flipped_bit_is_told_wherever_a_checkpoint_is_read(runs: Path, name: s
     content[draw.randrange(len(content))] ^= 16
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is damaged or not a checkpoint .its checksum is wrong"):
-        jobs.attack(path, attacks=["fgsm"], points=20, checks=0)
+        controlat.attack(path, attacks=["fgsm"], points=20, checks=0)
     if name == "last.pt":
         with pytest.raises(ValueError, match="its checksum is wrong"):
-            jobs.train(runs / "train", resume=True, **TRAIN)
+            controlat.train(runs / "train", resume=True, **TRAIN)
 
 
 def test_torch_reads_a_checkpoint_with_a_checksum(runs: Path) -> None:
@@ -97,11 +98,11 @@ def test_torch_reads_a_checkpoint_with_a_checksum(runs: Path) -> None:
 
 def test_checkpoints_of_before_are_read_and_damage_to_their_tensors_noticed(runs: Path) -> None:
     path = runs / "train" / "last.pt"
-    state, before = load_checkpoint(path), jobs.train(runs / "train", **TRAIN)["epochs"]
+    state, before = load_checkpoint(path), controlat.train(runs / "train", **TRAIN)["epochs"]
     old = _old(state)
     path.write_bytes(old)
     assert torch.equal(load_checkpoint(path)["model"]["1.weight"], state["model"]["1.weight"])
-    assert jobs.train(runs / "train", **TRAIN)["epochs"] == before
+    assert controlat.train(runs / "train", **TRAIN)["epochs"] == before
     weights = state["model"]["1.weight"].numpy().tobytes()
     place = old.index(weights) + len(weights) // 2
     path.write_bytes(old[:place] + bytes([old[place] ^ 1]) + old[place + 1 :])
@@ -147,7 +148,7 @@ def test_a_wrong_value_in_a_checkpoint_is_named(runs: Path, field: str, value: A
     _wrong(state, field, value)
     checkpoints.save(path, state)
     with pytest.raises(ValueError, match=rf"last\.pt.*{told}") as e:
-        jobs.train(runs / "train", resume=True, **TRAIN)
+        controlat.train(runs / "train", resume=True, **TRAIN)
     assert "\n" not in str(e.value)
 
 
@@ -168,8 +169,8 @@ def test_lines_of_the_log_that_were_lost_come_back_from_the_checkpoint(
     with pytest.raises(ValueError, match=told):
         config.EvaluateSettings(run=str(runs / "train"))
     with pytest.raises(ValueError, match="go on with --resume"):
-        jobs.train(runs / "train", **TRAIN)
-    found = jobs.train(runs / "train", resume=True, **TRAIN)
+        controlat.train(runs / "train", **TRAIN)
+    found = controlat.train(runs / "train", resume=True, **TRAIN)
     assert log.read_bytes() == sound
     assert found["epochs"] == [*map(json.loads, sound.splitlines())]
     assert "written again from last.pt" in capsys.readouterr().err
@@ -180,9 +181,9 @@ def test_a_log_that_says_other_than_the_checkpoint_is_refused(runs: Path) -> Non
     log = runs / "train" / "log.jsonl"
     log.write_text(log.read_text().replace('"gradients": 1', '"gradients": 2', 1))
     with pytest.raises(ValueError, match=r"log\.jsonl: epoch 0 is not as last\.pt has it; delete the file"):
-        jobs.train(runs / "train", resume=True, **TRAIN)
+        controlat.train(runs / "train", resume=True, **TRAIN)
     log.unlink()
-    assert len(jobs.train(runs / "train", resume=True, **TRAIN)["epochs"]) == 2
+    assert len(controlat.train(runs / "train", resume=True, **TRAIN)["epochs"]) == 2
 
 
 def test_a_lost_line_that_no_copy_has_is_named(runs: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_lost_line_that_no_copy_has_is_named(runs: Path) -> None:
     path.write_bytes(_old(load_checkpoint(path)))
     log.write_bytes(log.read_bytes().splitlines(True)[1])
     with pytest.raises(ValueError, match=r"log\.jsonl lacks epoch 0; last\.pt has no copy"):
-        jobs.train(runs / "train", resume=True, **TRAIN)
+        controlat.train(runs / "train", resume=True, **TRAIN)
 
 
 def test_epochs_whose_surface_was_lost_are_scored_again(
@@ -202,7 +203,7 @@ def test_epochs_whose_surface_was_lost_are_scored_again(
     surfaces = [read_json_lines(run / "criterion.jsonl") for run in (one, two)]
     (one / "criterion.jsonl").write_text("")
     (two / "criterion.jsonl").write_text(json.dumps(surfaces[1][1]) + "\n")
-    found = jobs.evaluate(runs / "eval", **EVALUATE)
+    found = controlat.evaluate(runs / "eval", **EVALUATE)
     told = capsys.readouterr().err
     assert "lacked epoch 0, 1; trained again" in told
     assert "lacked epoch 0; trained again" in told
@@ -240,7 +241,7 @@ def test_a_line_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    jobs.train(tmp_path / "run", **TRAIN | {"epochs": 1})
+    controlat.train(tmp_path / "run", **TRAIN | {"epochs": 1})
     wanted = ["log.jsonl on the disk", "checkpoint on the disk", "last.pt renamed", "run on the disk"]
     places = [max(i for i, event in enumerate(events) if event == what) for what in wanted]
     assert places == sorted(places)
@@ -395,4 +396,4 @@ def test_pipes_devices_and_huge_files_are_refused_at_once(runs: Path, odd: Any, 
 def test_a_lock_that_is_a_pipe_does_not_hang(runs: Path) -> None:
     (runs / "train" / ".lock").unlink()
     os.mkfifo(runs / "train" / ".lock")
-    assert jobs.train(runs / "train", **TRAIN)["finished_before"]
+    assert controlat.train(runs / "train", **TRAIN)["finished_before"]

@@ -10,7 +10,7 @@ import torch
 from helpers import Counting, cnn_bn, mlp, same, samples, trace
 from torch import Tensor, nn
 
-from controlat.app import jobs
+import controlat
 from controlat.app.experiment import Experiment
 from controlat.app.settings import Problem
 from controlat.attacks.balls import Ball
@@ -255,7 +255,7 @@ def data(root=None):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("surrogate") / "run"
-    jobs.train(out, schedule="none", seed=7, model="cnn_bn", **FEW)
+    controlat.train(out, schedule="none", seed=7, model="cnn_bn", **FEW)
     return out / "last.pt"
 
 
@@ -300,5 +300,5 @@ def test_weights_that_do_not_fit_the_data_are_refused(checkpoint: Path) -> None:
 def test_a_bad_surrogate_stops_an_evaluation_before_it_trains(tmp_path: Path) -> None:
     settings = FEW | {"schedules": ["none"], "seeds": [0], "attacks": ["fgsm"], "test_points": 20}
     with pytest.raises(ValueError, match="no such checkpoint"):
-        jobs.evaluate(tmp_path / "out", surrogate=str(tmp_path / "none.pt"), **settings)
+        controlat.evaluate(tmp_path / "out", surrogate=str(tmp_path / "none.pt"), **settings)
     assert not list(tmp_path.rglob("*.pt"))

@@ -1,4 +1,4 @@
-"""The full criterion of a run that is over: roll it out again, recorded, and look back along its costates."""
+"""The full criterion of a finished run: rolled out again, recorded, with costates from its end backward."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from controlat.pmp import (
     Candidates,
     Criterion,
     Price,
-    calibrate,
+    Trust,
     described,
     examine,
     looked_at,
+    rollout_cost,
+    trust,
 )
 
-__all__ = ["full_criterion", "most_evaluations", "report_payload"]
+__all__ = ["full_criterion", "full_criterion_cost", "report_payload"]
 
 
 def full_criterion(
@@ -47,7 +49,7 @@ def full_criterion(
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
-    """The criterion over all horizons, and its calibration, for one controller under one seed.
+    """The criterion over all horizons, and what its size means, for one controller under one seed.
 
     Args:
         experiment: the problem with its data.
@@ -63,17 +65,15 @@ def full_criterion(
         roll-out ended with the bits of `trained`; None without it), ``stride``, ``gradients`` by part,
         ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
-    began = time.perf_counter()
+    began, terminal = time.perf_counter(), experiment.terminal(seed, settings.terminal)
     driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
-    terminal = experiment.terminal(seed, settings.terminal)
-    total = spec.epochs * spec.batches_per_epoch
-    with bar("roll-out", total) as b:
+    with bar("roll-out", spec.epochs * spec.batches_per_epoch) as b:
         recording = Recording.of(driver, spec, limit=settings.memory * GIBI, progress=_told(b))
     same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
     steps = recording.last - recording.first
     try:
         with bar("costates", steps) as b:
-            found = examine(
+            criterion = examine(
                 recording,
                 terminal,
                 grid,
@@ -85,24 +85,29 @@ def full_criterion(
     except NonFiniteError as error:
         return {"failed": str(error)}
     with bar("relaxed roll-outs", (len(LAMBDAS) + HALVINGS) * steps) as b:  # mostly fewer
-        calibration = calibrate(recording, found, terminal, progress=_told(b))
+        trusted = trust(recording, criterion, terminal, progress=_told(b))
     return {
-        "criterion": found.to_json(),
-        "calibration": calibration.to_json(),
+        "criterion": criterion.to_json(),
+        "calibration": trusted.to_json(),
         "terminal": described(terminal),
         "same": same,
         "stride": recording.stride,
-        "gradients": {
-            "roll-out": sum(step.spent.gradients for step in recording.steps),
-            "steps again": found.replayed,
-            "costates and scores": found.spent,
-            "calibration": calibration.spent,
-        },
+        "gradients": _gradients(recording, criterion, trusted),
         "seconds": time.perf_counter() - began,
     }
 
 
-def most_evaluations(
+def _gradients(recording: Recording, criterion: Criterion, trusted: Trust) -> dict[str, int]:
+    """Gradient evaluations by part, in samples."""
+    return {
+        "roll-out": sum(step.spent.gradients for step in recording.steps),
+        "steps again": criterion.replayed,
+        "costates and scores": criterion.spent,
+        "calibration": trusted.spent,
+    }
+
+
+def full_criterion_cost(
     settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Candidates, phi: Price, replays: int
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
@@ -118,7 +123,7 @@ def most_evaluations(
     per_epoch, n = spec.batches_per_epoch, len(spec.data)
     steps = spec.epochs * per_epoch
     controls = spec.plan()
-    rolled = sum(map(method.controls.cost, controls)) * n / per_epoch
+    rolled = rollout_cost(spec, method)
     looked = looked_at(spec.blocks(0, steps), settings.looks)
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
@@ -141,47 +146,22 @@ def _thinned(norms: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
     return (*norms[::stride], *last)
 
 
-def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
-    """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, calibration.
+def report_payload(stored: Mapping[str, Any], schedule: Schedule, surfaces: bool = True) -> dict[str, Any]:
+    """What a report needs of `full_criterion`'s data: C by horizon, block and price, costates, trust.
 
     Args:
-        found: that data.
+        stored: that data.
         schedule: of the run; the control of a block is u(t), real where a knob is dithered.
         surfaces: with the Hamiltonian over all candidates, in an early, a middle and a late block.
     """
-    if "failed" in found:
-        return dict(found)
-    criterion, rho = Criterion.from_json(found["criterion"]), found["calibration"]["rho"]
-    gamma = number(criterion.gamma, "gamma")
-    horizons = [
-        {
-            "steps": h,
-            "value": criterion.value(h),
-            "interval": criterion.interval(h),
-            "per_step": float(criterion.per_step(h).mean()),
-            "blocks": criterion.per_block(h),
-        }
-        for h in criterion.horizons
-    ]
-    best = criterion.best()
-    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
-    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
-    blocks: list[dict[str, Any]] = []
-    for b, cosine in zip(best, criterion.cosines(), strict=True):
-        t = begins[b.index] / per_epoch
-        u = dict(schedule(t))
-        v = dict(b.maximiser) if b.gain > 0 else u
-        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
-    chosen = sorted({0, len(best) // 2, len(best) - 1})
-    drawn: list[dict[str, Any]] = []
-    for i in chosen if surfaces else ():
-        (_, own), *others = criterion.surface(best[i].index)
-        scored = [(blocks[i]["control"], own), *others]
-        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
+    if "failed" in stored:
+        return dict(stored)
+    criterion, rho = Criterion.from_json(stored["criterion"]), stored["calibration"]["rho"]
+    gamma, blocks = number(criterion.gamma, "gamma"), _blocks(criterion, schedule)
     return {
-        "horizons": horizons,
+        "horizons": [_horizon(criterion, h) for h in criterion.horizons],
         "blocks": blocks,
-        "surfaces": drawn,
+        "surfaces": _surfaces(criterion, blocks) if surfaces else [],
         "cosine": float(np.mean(criterion.cosines())),
         "growth": criterion.growth if math.isfinite(criterion.growth) else None,
         "C_rho": None if rho is None else criterion.value(rho=rho),
@@ -194,5 +174,40 @@ def report_payload(found: Mapping[str, Any], schedule: Schedule, surfaces: bool 
         "evaluations": criterion.evaluations,
         "norms": [list(pair) for pair in _thinned(criterion.norms)],
         "dropped": list(criterion.dropped),
-        **{name: found[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
+        **{name: stored[name] for name in ("calibration", "same", "stride", "gradients", "seconds")},
     }
+
+
+def _horizon(criterion: Criterion, h: int) -> dict[str, Any]:
+    """C over one horizon."""
+    return {
+        "steps": h,
+        "value": criterion.value(h),
+        "interval": criterion.interval(h),
+        "per_step": float(criterion.per_step(h).mean()),
+        "blocks": criterion.per_block(h),
+    }
+
+
+def _blocks(criterion: Criterion, schedule: Schedule) -> list[dict[str, Any]]:
+    """When every block begins, its control, the maximiser, and what that would gain."""
+    begins = {index: i for i, index in reversed(list(enumerate(criterion.blocks)))}
+    per_epoch = criterion.steps / max(1, len({g.epoch for g in criterion.looked}))
+    blocks: list[dict[str, Any]] = []
+    for b, cosine in zip(criterion.best(), criterion.cosines(), strict=True):
+        t = begins[b.index] / per_epoch
+        u = dict(schedule(t))
+        v = dict(b.maximiser) if b.gain > 0 else u
+        blocks.append({"t": t, "control": u, "maximiser": v, "gain": b.gain, "cosine": cosine})
+    return blocks
+
+
+def _surfaces(criterion: Criterion, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gain of every candidate in an early, a middle and a late block."""
+    best = criterion.best()
+    drawn: list[dict[str, Any]] = []
+    for i in sorted({0, len(best) // 2, len(best) - 1}):
+        (_, own), *others = criterion.surface(best[i].index)
+        scored = [(blocks[i]["control"], own), *others]
+        drawn.append(blocks[i] | {"candidates": [{"control": dict(v), "gain": gain} for v, gain in scored]})
+    return drawn

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from controlat._util.files import read_json
-from controlat.app.look_back import report_payload
+from controlat.app.full_criterion import report_payload
 from controlat.control.schedules import load_schedule
 from controlat.pmp import Criterion
 

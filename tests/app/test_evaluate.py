@@ -1,4 +1,4 @@
-"""The jobs as Python calls, end to end on real data: what they write, and that it is what was computed."""
+"""`evaluate`, `train` and `attack` as Python calls on real data: they write what was computed."""
 
 import json
 import math
@@ -17,11 +17,13 @@ from forks import forked
 from helpers import shorten_autoattack
 from PIL import Image
 
+import controlat
 from controlat import Surface, load_schedule, parse_schedule
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import read_json, read_json_lines
-from controlat.app import jobs
-from controlat.app import look_back as hindsight
+from controlat.app import full_criterion
+from controlat.app.estimate import estimate
+from controlat.app.evaluate import labels
 from controlat.app.settings import EvaluateSettings
 from controlat.app.trainer import load_checkpoint
 from controlat.pmp import FORMS, Criterion
@@ -69,7 +71,7 @@ def net(in_shape, num_classes):
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished evaluation."""
     folder = tmp_path_factory.mktemp("evaluated") / "out"
-    jobs.evaluate(folder, **SMALL)
+    controlat.evaluate(folder, **SMALL)
     return folder
 
 
@@ -105,7 +107,8 @@ def _timeless(value: Any) -> Any:
 
 def test_the_result_holds_every_schedule_seed_and_epoch(result: dict[str, Any]) -> None:
     assert result["format"] == "controlat evaluation"
-    assert result["sizes"] == {"train": TRAINED, "held_out": HELD_OUT, "test": TESTED}
+    parts = {"validation": HELD_OUT // 2, "phi": HELD_OUT // 2}
+    assert result["sizes"] == {"train": TRAINED, "held_out": HELD_OUT, "test": TESTED} | parts
     assert [s["text"] for s in result["schedules"]] == SMALL["schedules"]
     assert result["environment"]["torch"] == str(torch.__version__)
     for schedule, run in _runs(result):
@@ -131,7 +134,7 @@ def test_the_result_holds_no_nan_and_nothing_infinite(out: Path, result: dict[st
 
 
 def test_the_returned_result_is_the_file(out: Path, result: dict[str, Any]) -> None:
-    assert jobs.evaluate(out, **SMALL) == result
+    assert controlat.evaluate(out, **SMALL) == result
 
 
 def test_seeds_differ(result: dict[str, Any]) -> None:
@@ -196,7 +199,7 @@ def test_c_in_the_table_follows_from_the_stored_surfaces(out: Path, result: dict
 
 
 def test_c_for_another_gamma_needs_no_other_run(out: Path, result: dict[str, Any], tmp_path: Path) -> None:
-    again = jobs.evaluate(tmp_path / "again", **SMALL | {"gamma": "0.5", "seeds": [1]})
+    again = controlat.evaluate(tmp_path / "again", **SMALL | {"gamma": "0.5", "seeds": [1]})
     for before, after in zip(result["schedules"], again["schedules"], strict=True):
         u = parse_schedule(before["text"], SMALL["epochs"])
         folder = out / "runs" / before["runs"][1]["directory"]
@@ -227,7 +230,7 @@ TINY: dict[str, Any] = SMALL | {"seeds": [0], "train_points": 100, "test_points"
 @pytest.mark.slow
 def test_the_terminal_cost_is_what_is_asked_for(tmp_path: Path) -> None:
     """It enters the costate form and J, not the norm form; results say which it was."""
-    found = {t: jobs.evaluate(tmp_path / t[:3], terminal=t, **TINY) for t in ("adversarial", "clean")}
+    found = {t: controlat.evaluate(tmp_path / t[:3], terminal=t, **TINY) for t in ("adversarial", "clean")}
     for schedule in range(2):
         ours = [f["schedules"][schedule]["runs"][0] for f in found.values()]
         assert [e["norm"]["value"] for e in ours[0]["criterion"]] == [
@@ -241,7 +244,7 @@ def test_the_terminal_cost_is_what_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mixed_precision_is_looked_back_upon_as_it_was_trained(tmp_path: Path) -> None:
-    found = jobs.evaluate(tmp_path, bf16=True, **TINY)
+    found = controlat.evaluate(tmp_path, bf16=True, **TINY)
     for schedule in found["schedules"]:
         full = schedule["runs"][0]["full"]
         assert full["same"] is True
@@ -258,7 +261,7 @@ def test_mixed_precision_is_looked_back_upon_as_it_was_trained(tmp_path: Path) -
 def test_settings_that_contradict_the_run_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     """Who asks for eps 0.3 would otherwise publish the numbers of 0.15."""
     few = {"epochs": 1, "train_points": 100, "test_points": 40, "threads": 1, "progress": False}
-    jobs.train(tmp_path / "run", schedule="fgsm:alpha=0.15", **few)
+    controlat.train(tmp_path / "run", schedule="fgsm:alpha=0.15", **few)
     with pytest.raises(ValueError, match=f"{name} .* contradicts .*, which has"):
         EvaluateSettings(run=str(tmp_path / "run"), **{name: value})
     assert EvaluateSettings(run=str(tmp_path / "run"), epochs=1, eps=0.15).seeds == [0]
@@ -269,32 +272,33 @@ def test_settings_that_contradict_the_run_are_refused(tmp_path: Path, name: str,
 def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = hindsight.examine
+    plain = full_criterion.examine
 
     def examine(recording: Any, *arguments: Any, **options: Any) -> Criterion:
         if recording.steps[0].control["steps"] == 3:
             raise NonFiniteError("the costate after step 4 (horizon 7) is not finite")
         return plain(recording, *arguments, **options)
 
-    monkeypatch.setattr(hindsight, "examine", examine)
-    found = jobs.evaluate(tmp_path / "out", **TINY)
+    monkeypatch.setattr(full_criterion, "examine", examine)
+    found = controlat.evaluate(tmp_path / "out", **TINY)
     none, pgd = (s["summary"]["full"] for s in found["schedules"])
     assert none["objective"]["mean"] > 0
     assert "costate after step 4" in pgd["failed"]
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "WARNING, pgd:steps=3,alpha=0.06: no C full, seed 0: the costate after step 4" in text
     row = next(line for line in text.splitlines() if line.startswith("| pgd:steps=3"))
-    assert [c.strip() for c in row.split("|")][2:5] == ["-", "not finite", "-"]
+    cells = [c.strip() for c in row.split("|")][2:5]
+    assert cells == [f"{found['schedules'][1]['summary']['objective']['mean']:.3g}", "not finite", "-"]
     for name in FIGURES:
         assert (tmp_path / "out" / name).exists()
 
 
 def test_states_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"full criterion: .*--full false"):
-        jobs.evaluate(tmp_path / "out", memory=1e-6, **TINY)
+        controlat.evaluate(tmp_path / "out", memory=1e-6, **TINY)
     assert not (tmp_path / "out" / "runs").exists()
     with pytest.raises(ValueError, match="full criterion"):
-        jobs.estimate(memory=1e-6, **TINY)
+        estimate(memory=1e-6, **TINY)
 
 
 FIGURES = ["schedules.png", "criterion.png", "tradeoff.png", "horizons.png", "costates.png", "surfaces.png"]
@@ -308,7 +312,7 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
     assert "02-pgd-steps=3-alpha=0.06-seed1" in names
     for schedule, run in _runs(result):
         folder = out / "runs" / run["directory"]
-        wanted = {"criterion.jsonl", "full.json", "evaluation.json", "last.pt", "best.pt"}
+        wanted = {"criterion.jsonl", "objective.json", "full.json", "evaluation.json", "last.pt", "best.pt"}
         wanted |= {"log.jsonl", "schedule.json"}
         assert {p.name for p in folder.iterdir()} == wanted
         assert load_schedule(folder / "schedule.json") == parse_schedule(schedule["text"], 2)
@@ -321,7 +325,7 @@ def test_every_run_leaves_its_checkpoints_schedule_log_and_surfaces(
 def _evaluate(folder: Path, passes: int) -> None:
     os.chdir(folder)
     os.environ["KILL"] = str(passes)
-    jobs.evaluate("killed", **SMALL | {"model": "stoppable:net"})
+    controlat.evaluate("killed", **SMALL | {"model": "stoppable:net"})
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
@@ -331,7 +335,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
     (tmp_path / "stoppable.py").write_text(STOPPABLE)
     monkeypatch.chdir(tmp_path)
     settings = SMALL | {"model": "stoppable:net"}
-    wanted = jobs.evaluate("undisturbed", **settings)
+    wanted = controlat.evaluate("undisturbed", **settings)
     moments = [
         (20, 0, 0),  # in the criterion of epoch 0
         (70, 1, 0),  # in the training of epoch 0
@@ -345,7 +349,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
         scored = [read_json_lines(file) for file in tmp_path.glob("killed/runs/*/criterion.jsonl")]
         assert sum(map(len, scored)) == instants
         assert len(list(tmp_path.glob("killed/runs/*/last.pt"))) == checkpoints
-    found = jobs.evaluate("killed", **settings)
+    found = controlat.evaluate("killed", **settings)
     assert _timeless(found) == _timeless(wanted)
 
 
@@ -355,7 +359,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
 @pytest.mark.slow
 def test_tpe_searches_with_hyperopt_and_scores_the_schedules_own_control(tmp_path: Path) -> None:
     settings = SMALL | {"maximiser": "tpe", "trials": 8, "seeds": [0], "epochs": 1}
-    found = jobs.evaluate(tmp_path / "tpe", **settings)
+    found = controlat.evaluate(tmp_path / "tpe", **settings)
     for schedule, run in _runs(found):
         (epoch,) = run["criterion"]
         assert epoch["norm"]["value"] >= 0
@@ -365,7 +369,7 @@ def test_tpe_searches_with_hyperopt_and_scores_the_schedules_own_control(tmp_pat
         assert dict(parse_schedule(schedule["text"], 1)(0)) == line["control"] == controls[0]
         low, high = 0.15 / 40, 2 * 0.15
         assert all(low * 0.999 <= u["alpha"] <= high * 1.001 for u in controls if u["steps"])
-    again = jobs.evaluate(tmp_path / "again", **settings)
+    again = controlat.evaluate(tmp_path / "again", **settings)
     assert _timeless(again) == _timeless(found), "the search is a function of the seed"
     assert "8 trials of hyperopt's TPE" in (tmp_path / "tpe" / "summary.md").read_text()
 
@@ -377,14 +381,14 @@ def test_a_schedule_file_is_a_candidate_like_its_text(
     text = "step:steps=0:2,at=1,alpha=0.05"
     parse_schedule(text, 2).save("mine.json")
     settings = TINY | {"schedules": ["mine.json", text]}
-    found = jobs.evaluate("out", **settings)
+    found = controlat.evaluate("out", **settings)
     one, other = (_timeless(s["runs"][0]) for s in found["schedules"])
     assert one.pop("directory") == "01-mine.json-seed0"
     other.pop("directory")
     assert one == other
     parse_schedule("pgd:steps=1,alpha=0.1", 2).save("mine.json", overwrite=True)
     with pytest.raises(ValueError, match=r"made with other settings.*schedules"):
-        jobs.evaluate("out", **settings)
+        controlat.evaluate("out", **settings)
 
 
 OWN = """
@@ -410,9 +414,9 @@ def test_the_users_own_network_and_data_from_the_current_directory(
     (tmp_path / "own_code.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     own = {"data": "own_code:data", "model": "own_code:net", "eps": "8/255", "lr": 0.5, "threads": 1}
-    found = jobs.train("run", schedule="pgd:steps=2,alpha=4/255", epochs=6, progress=False, **own)
+    found = controlat.train("run", schedule="pgd:steps=2,alpha=4/255", epochs=6, progress=False, **own)
     assert found["gradients"] == 6 * 3 * 180
-    measured = jobs.attack("run/last.pt", attacks=["pgd-10"], progress=False)
+    measured = controlat.attack("run/last.pt", attacks=["pgd-10"], progress=False)
     assert measured["points"] == 40
     assert measured["warnings"] == []
     assert measured["robust"]["value"] > 0.9
@@ -424,9 +428,9 @@ def test_a_data_factory_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "wrong_code.py").write_text("def data():\n    return 3\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"gave a int; it must be a controlat\.data\.Dataset"):
-        jobs.train("run", data="wrong_code:data", eps=0.1)
+        controlat.train("run", data="wrong_code:data", eps=0.1)
     with pytest.raises(ValueError, match="accepts no keyword 'root'"):
-        jobs.train("run", data="wrong_code:data", eps=0.1, data_dir="folder")
+        controlat.train("run", data="wrong_code:data", eps=0.1, data_dir="folder")
     assert not list(tmp_path.rglob("settings.json")), "the directory is free for another try"
 
 
@@ -437,7 +441,7 @@ def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cost = jobs.estimate(**SMALL)
+    cost = estimate(**SMALL)
     runs = [run for _, run in _runs(result)]
     gradients = cost["gradients"]
     assert gradients["training"] == sum(run["gradients"] for run in runs)
@@ -446,7 +450,8 @@ def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
     evaluation = sum(run["evaluation"]["gradients"] + run["evaluation"]["forwards"] / 3 for run in runs)
     assert evaluation <= gradients["evaluation"] == 4 * ((1 + 5) + (1 + 2) / 3) * TESTED
     validation = sum(e["validation_gradients"] for run in runs for e in run["epochs"])
-    assert validation <= gradients["validation"] == 4 * 2 * 10 * HELD_OUT
+    assert validation <= gradients["validation"] == 4 * 2 * 10 * HELD_OUT // 2
+    assert gradients["Phi"] == sum(run["objective"]["gradients"]["Phi"] for run in runs)
     assert gradients["total"] == sum(v for k, v in gradients.items() if k != "total")
     assert 0 < cost["seconds"] < math.inf
     assert not list(tmp_path.iterdir())
@@ -455,12 +460,12 @@ def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
 def test_the_estimate_of_a_schedule_that_varies_within_an_epoch_is_close(tmp_path: Path) -> None:
     settings = SMALL | {"schedules": ["linear:start=4,end=0,tau=0.2,resolution=0.25"], "seeds": [0]}
     settings |= {"batch_size": 50, "epochs": 1, "attacks": ["fgsm"]}
-    (entry,) = jobs.evaluate(tmp_path / "run", **settings)["schedules"]
+    (entry,) = controlat.evaluate(tmp_path / "run", **settings)["schedules"]
     steps = [parse_schedule(entry["text"], 1)(b / 4)["steps"] for b in range(4)]
     assert steps == [4, 3, 2, 1]
     counted = entry["runs"][0]["gradients"]
     assert counted == 50 * 5 + 50 * 4 + 50 * 3 + 30 * 2
-    estimated = jobs.estimate(**settings)["gradients"]["training"]
+    estimated = estimate(**settings)["gradients"]["training"]
     assert estimated == pytest.approx(counted, rel=0.05), "but for the smaller last batch"
 
 
@@ -470,7 +475,7 @@ def test_the_estimate_of_a_schedule_that_varies_within_an_epoch_is_close(tmp_pat
 def test_attack_repeats_the_evaluation_of_the_run(out: Path, result: dict[str, Any]) -> None:
     for schedule, run in _runs(result):
         checkpoint = out / "runs" / run["directory"] / "last.pt"
-        found = jobs.attack(
+        found = controlat.attack(
             checkpoint, attacks=SMALL["attacks"], points=TESTED, seed=run["seed"], checks=0, progress=False
         )
         for name in ("clean", "after", "robust", "gradients"):
@@ -481,27 +486,27 @@ def test_attack_repeats_the_evaluation_of_the_run(out: Path, result: dict[str, A
 def test_attack_with_another_radius_norm_and_file(out: Path, result: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = out / "runs" / result["schedules"][0]["runs"][0]["directory"] / "best.pt"
     few = {"attacks": ["pgd-3"], "points": 50, "checks": 0, "progress": False}
-    weak, strong = (jobs.attack(checkpoint, eps=eps, **few) for eps in ("1/255", 0.5))
+    weak, strong = (controlat.attack(checkpoint, eps=eps, **few) for eps in ("1/255", 0.5))
     assert weak["eps"] == 1 / 255
     assert weak["clean"] == strong["clean"]
     assert strong["robust"]["value"] < weak["robust"]["value"]
-    none = jobs.attack(checkpoint, eps=0, **few)
+    none = controlat.attack(checkpoint, eps=0, **few)
     assert none["robust"] == none["clean"]
-    other = jobs.attack(checkpoint, eps=0.2, norm="l2", out=tmp_path / "l2.json", **few)
+    other = controlat.attack(checkpoint, eps=0.2, norm="l2", out=tmp_path / "l2.json", **few)
     assert other["norm"] == "l2"
     assert read_json(tmp_path / "l2.json") == json.loads(json.dumps(other))
     before = (tmp_path / "l2.json").read_bytes()
     with pytest.raises(ValueError, match=r"l2\.json exists; give another name"):
-        jobs.attack(checkpoint, out=tmp_path / "l2.json", **few)
+        controlat.attack(checkpoint, out=tmp_path / "l2.json", **few)
     assert (tmp_path / "l2.json").read_bytes() == before
 
 
 def test_attack_of_something_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"x\.pt is damaged or not a checkpoint"):
-        jobs.attack(tmp_path / "x.pt")
+        controlat.attack(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no such checkpoint"):
-        jobs.attack(tmp_path / "y.pt")
+        controlat.attack(tmp_path / "y.pt")
 
 
 # --------------------------------------------------------------- checks, AutoAttack, transfer attacks, sweeps
@@ -550,10 +555,10 @@ def downhill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shorten_autoattack(patch, queries=200)
-        jobs.train("honest", schedule="fgsm:alpha=0.1", seed=9, **FITTED)
-        jobs.train("masked", schedule="none", model="downhill:net", **FITTED)
+        controlat.train("honest", schedule="fgsm:alpha=0.1", seed=9, **FITTED)
+        controlat.train("masked", schedule="none", model="downhill:net", **FITTED)
         settings = FITTED | EXTRAS | {"schedules": ["none", "fgsm:alpha=0.05"], "attacks": ["pgd-5"]}
-        jobs.evaluate("out", seeds=[0, 1], model="downhill:net", **settings)
+        controlat.evaluate("out", seeds=[0, 1], model="downhill:net", **settings)
         yield folder
 
 
@@ -600,7 +605,7 @@ def test_the_estimate_bounds_every_part_of_an_evaluation(
     result = read_json("out/result.json")
     settings = FITTED | EXTRAS | {"schedules": ["none", "fgsm:alpha=0.05"], "attacks": ["pgd-5"]}
     settings |= {"seeds": [0, 1], "model": "downhill:net"}
-    bound = jobs.estimate(**settings)["gradients"]["evaluation"]
+    bound = estimate(**settings)["gradients"]["evaluation"]
     parts = ("masking", "transfer", "curves", "autoattack")
     spent = [
         part["gradients"] + part["forwards"] / 3
@@ -608,18 +613,18 @@ def test_the_estimate_bounds_every_part_of_an_evaluation(
         for part in (run["evaluation"], *(run["evaluation"][name] for name in parts))
     ]
     assert 0.5 * bound < sum(spent) <= bound
-    without = jobs.estimate(**settings | {"checks": 0, "autoattack": 0, "sweeps": False, "surrogate": None})
+    without = estimate(**settings | {"checks": 0, "autoattack": 0, "sweeps": False, "surrogate": None})
     assert without["gradients"]["evaluation"] == round(4 * 80 * (5 + 2 / 3))
     for name in EXTRAS:
         less = {"checks": 0, "autoattack": 0, "sweeps": False, "surrogate": None}[name]
-        assert jobs.estimate(**settings | {name: less})["gradients"]["evaluation"] < bound
+        assert estimate(**settings | {name: less})["gradients"]["evaluation"] < bound
 
 
 @pytest.mark.slow
 def test_attack_repeats_every_part_of_the_evaluation(downhill: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(downhill)
     (_, run), *_ = _runs(read_json("out/result.json"))
-    found = jobs.attack(
+    found = controlat.attack(
         f"out/runs/{run['directory']}/last.pt",
         attacks=["pgd-5"],
         points=80,
@@ -636,8 +641,8 @@ def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
 ) -> None:
     checkpoint = out / "runs" / result["schedules"][0]["runs"][0]["directory"] / "last.pt"
     few: dict[str, Any] = {"attacks": ["fgsm"], "checks": 0, "points": 10, "threads": 1, "progress": False}
-    jobs.attack(checkpoint, out=tmp_path / "plain.json", **few)
-    jobs.attack(checkpoint, out=tmp_path / "f.json", sweeps=True, **few)
+    controlat.attack(checkpoint, out=tmp_path / "plain.json", **few)
+    controlat.attack(checkpoint, out=tmp_path / "f.json", sweeps=True, **few)
     assert {p.name for p in tmp_path.iterdir()} == {"plain.json", "f.json", "f.png"}
     assert read_json(tmp_path / "f.json")["curves"]["eps"][0]["eps"] == 0
     with Image.open(tmp_path / "f.png") as image:
@@ -646,11 +651,11 @@ def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
     (tmp_path / "g.png").write_bytes(b"mine")
     for name, reason in [("f.json", r"f\.json exists"), ("g.json", r"g\.png exists")]:
         with pytest.raises(ValueError, match=reason):
-            jobs.attack(checkpoint, out=tmp_path / name, sweeps=True, **few)
+            controlat.attack(checkpoint, out=tmp_path / name, sweeps=True, **few)
     with pytest.raises(ValueError, match=r"new\.png would be the name of the figure too"):
-        jobs.attack(checkpoint, out=tmp_path / "new.png", sweeps=True, **few)
+        controlat.attack(checkpoint, out=tmp_path / "new.png", sweeps=True, **few)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before | {tmp_path / "g.png": b"mine"}
-    jobs.attack(checkpoint, out=tmp_path / "g.json", **few)
+    controlat.attack(checkpoint, out=tmp_path / "g.json", **few)
     assert (tmp_path / "g.png").read_bytes() == b"mine", "no figure is made without sweeps"
 
     def fail(*args: Any, **options: Any) -> None:
@@ -659,7 +664,7 @@ def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        jobs.attack(checkpoint, out=tmp_path / "h.json", sweeps=True, **few)
+        controlat.attack(checkpoint, out=tmp_path / "h.json", sweeps=True, **few)
     assert not (tmp_path / "h.png").exists()
     assert not [p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".png")]
 
@@ -669,7 +674,7 @@ def test_autoattack_needs_its_library_before_anything_is_trained(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ValueError, match=r"pip install 'controlat\[autoattack\]'"):
-        jobs.evaluate(tmp_path / "out", **SMALL | {"autoattack": 5})
+        controlat.evaluate(tmp_path / "out", **SMALL | {"autoattack": 5})
     assert not list(tmp_path.iterdir())
 
 
@@ -686,7 +691,9 @@ def test_what_training_never_comes_to_is_noted_once(
     texts = ["set:steps=1..3@9,alpha=0.1:0.2@1", str(tmp_path / "late.json"), "amata:min=1,max=2,tau=0.1"]
     notes = []
     for i, text in enumerate(texts):
-        jobs.train(tmp_path / str(i), schedule=text, lr="multistep:lr=0.1,at=1:2:3" if i == 2 else 0.1, **few)
+        controlat.train(
+            tmp_path / str(i), schedule=text, lr="multistep:lr=0.1,at=1:2:3" if i == 2 else 0.1, **few
+        )
         notes.append([line for line in capsys.readouterr().err.splitlines() if "note:" in line])
     pieces = "it has 2 epochs, in pieces of 1"
     assert notes == [
@@ -703,12 +710,12 @@ def test_a_schedule_longer_than_a_file_name_trains_under_a_short_label(tmp_path:
     steps = ":".join(str(i % 2) for i in range(200))
     texts = [f"table:steps={steps},alpha={a},resolution=1/100" for a in (0.1, 0.2)]
     few: dict[str, Any] = {"epochs": 2, "train_points": 40, "threads": 1, "progress": False}
-    jobs.train(tmp_path / "out", schedule=texts[0], **few)
+    controlat.train(tmp_path / "out", schedule=texts[0], **few)
     assert load_schedule(tmp_path / "out" / "schedule.json").text == texts[0]
-    labels = jobs.labels([*texts, texts[0].replace(":0:", ":1:"), "none"])
-    assert [len(label) <= 110 for label in labels] == [True] * 4
-    assert len(set(labels)) == 4
-    assert labels[3] == "none"
+    names = labels([*texts, texts[0].replace(":0:", ":1:"), "none"])
+    assert [len(label) <= 110 for label in names] == [True] * 4
+    assert len(set(names)) == 4
+    assert names[3] == "none"
 
 
 # ---------------------------------------------------------------------------------------------------- MNIST
@@ -721,7 +728,7 @@ MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 def test_mnist_end_to_end_with_lenet(tmp_path: Path) -> None:
     settings = SMALL | {"data": "mnist", "data_dir": str(MNIST), "model": "lenet", "eps": "0.3", "lr": 0.05}
     settings |= {"schedules": ["none", "amata:min=1,max=3,tau=0.6"], "seeds": [0], "test_points": 50}
-    found = jobs.evaluate(tmp_path / "mnist", **settings | {"alphas": ["0.1", 0.3], "probe": 64})
+    found = controlat.evaluate(tmp_path / "mnist", **settings | {"alphas": ["0.1", 0.3], "probe": 64})
     none, amata = found["schedules"]
     assert found["grid"] == {"alphas": [0.1, 0.3], "least": 0, "max_steps": 2, "others": []}
     assert none["runs"][0]["gradients"] == 2 * 180

@@ -1,0 +1,153 @@
+"""The job `evaluate`: train under several schedules and seeds, and compare them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from controlat import report
+from controlat._util.files import expanded, write_json
+from controlat._util.parallel import World
+from controlat._util.texts import short
+from controlat.app.experiment import Experiment
+from controlat.app.notes import alphas, note_far, note_unreached, step_sizes
+from controlat.app.runs import environment
+from controlat.app.schedule_run import ScheduleRun, schedule_runs
+from controlat.app.session import session
+from controlat.app.settings import EvaluateSettings, names_factory, settings_from
+from controlat.app.trainer import load_checkpoint
+from controlat.dynamics.recording import GIBI, Recording
+from controlat.dynamics.state import same_bits
+from controlat.methods import build
+from controlat.pmp import Candidates, described, try_terminal
+
+__all__ = ["evaluate", "labels", "strides", "tried_terminal"]
+
+
+def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
+    """Train under each schedule and seed, and compare them: `controlat evaluate`.
+
+    Called again with the same settings it goes on where it was stopped, or returns what is finished.
+
+    Args:
+        out: directory for result.json, summary.md, figures and one run directory per schedule and seed.
+        **settings: the fields of `controlat.app.settings.EvaluateSettings`.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: bad settings, or a directory that holds something else.
+        NonFiniteError: a training diverged.
+    """
+    chosen, out = settings_from(EvaluateSettings, settings, "evaluate"), expanded(out)
+    with session(out, {"command": "evaluate"} | chosen.to_json(), chosen, chosen.run) as (world, _, shared):
+        if not world.broadcast((out / "result.json").exists()):
+            result = _compared(Experiment.of(chosen, shared), chosen, out, world)
+            if world.first:
+                write_json(out / "result.json", result)
+        result = world.once(lambda: report.read(out / "result.json"))
+        if world.first:
+            report.write(result, out)
+    return dict(result)
+
+
+def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world: World) -> dict[str, Any]:
+    """The content of result.json, in the first process."""
+    every = list(schedule_runs(experiment, chosen, out))
+    if world.first:
+        _note(chosen)
+    experiment.surrogate(chosen.surrogate)  # what is bad is refused before anything is trained
+    phi = tried_terminal(experiment, chosen)
+    if chosen.full:
+        strides(experiment, chosen, every[0])
+    results = [
+        _run(run, f"[{i}/{len(every)}] {short(run.text)}, seed {run.seed}", world)
+        for i, run in enumerate(every, start=1)
+    ]
+    if not world.first:
+        return {}
+    n, names = len(chosen.seeds), labels(chosen.schedules)
+    schedules = [
+        {"text": name, "schedule": every[i * n].taken.to_json(), "runs": results[i * n : (i + 1) * n]}
+        for i, name in enumerate(names)
+    ]
+    return report.assemble(
+        settings=chosen.to_json(),
+        environment=environment(experiment.device),
+        sizes=experiment.sizes,
+        grid=_searched(every[0].grid, chosen),
+        terminal=phi,
+        schedules=schedules,
+        reproduced=_reproduced(chosen.run, every[0].directory),
+    )
+
+
+def _run(run: ScheduleRun, label: str, world: World) -> dict[str, Any]:
+    """What one run came to, told on a line."""
+    result = run.run(label)
+    if run.settings.progress and world.first:
+        robust = result["evaluation"]["robust"]["value"]
+        tqdm.write(f"{label}: J {result['objective']['J']:.3g}, robust {robust:.1%}", file=sys.stderr)
+    return result
+
+
+def _note(chosen: EvaluateSettings) -> None:
+    """Say what is likely a mistake, and still allowed."""
+    planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
+    note_unreached(chosen, planned)
+    for text, schedule in planned.items():
+        note_far(short(text), alphas(schedule), chosen.ball)
+    note_far("the grid of G", map(float, chosen.alphas or ()), chosen.ball)
+    note_far("attacks", step_sizes(chosen.attacks), chosen.ball)
+
+
+def labels(texts: Sequence[str]) -> list[str]:
+    """The schedules' texts for tables and figures: long ones cut, and numbered if that makes them equal."""
+    names = list(map(short, texts))
+    return [n if names.count(n) == 1 else f"{i}: {n}" for i, n in enumerate(names, start=1)]
+
+
+def tried_terminal(experiment: Experiment, chosen: EvaluateSettings) -> str:
+    """The terminal cost in words; the user's own is tried on the untrained network first."""
+    terminal = experiment.terminal(chosen.seeds[0], chosen.terminal)
+    if ":" in chosen.terminal:
+        try_terminal(terminal, experiment.driver(chosen.seeds[0]), chosen.terminal)
+    return described(terminal)
+
+
+def strides(experiment: Experiment, chosen: EvaluateSettings, run: ScheduleRun) -> tuple[int, ...]:
+    """How the full criterion records a run; an error where it does not fit in memory."""
+    spec = replace(experiment.spec(run.controller, run.seed), world=World())
+    driver = experiment.driver(run.seed)
+    try:
+        return Recording.check(driver, spec, limit=chosen.memory * GIBI)
+    except ValueError as error:
+        raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
+
+
+def _searched(grid: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
+    """What the maximum is over: as far as the method has these controls."""
+    knobs = build(chosen.method, chosen.method_options).controls
+    values = grid.within(knobs)
+    alphas_, steps = values.pop("alpha", ()), values.pop("steps", (0,))
+    return {
+        "alphas": list(alphas_),
+        "least": steps[0],
+        "max_steps": steps[-1],
+        "others": [n for n, k in knobs.items() if n not in grid.values and k.low < k.high],
+        **({"more": {name: list(listed) for name, listed in values.items()}} if values else {}),
+    }
+
+
+def _reproduced(run: str | None, directory: Path) -> bool | None:
+    """Whether training ended with the bits of a finished run; None where none was given."""
+    if run is None:
+        return None
+    theirs, ours = (load_checkpoint(d / "last.pt")["model"] for d in (Path(run), directory))
+    return same_bits(theirs, ours)

@@ -1,0 +1,119 @@
+"""The backward pass of the criterion: costates through a recorded roll-out, and gains on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from controlat._util.checks import instance, number
+from controlat.control.cost import Meter
+from controlat.dynamics.recording import Recording
+from controlat.pmp.candidates import Candidates
+from controlat.pmp.costate import backward
+from controlat.pmp.full_criterion import Criterion
+from controlat.pmp.hamiltonian import gains
+from controlat.pmp.objective import evaluations, outcome_at
+from controlat.pmp.terminal import Terminal, check_terminal
+
+__all__ = ["examine", "looked_at"]
+
+
+def examine(
+    recording: Recording,
+    terminal: Terminal,
+    grid: Candidates,
+    *,
+    gamma: float | str,
+    horizons: Sequence[int] | None = None,
+    looks: int | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Criterion:
+    """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
+
+    Args:
+        recording: of the roll-out under u; its driver is left at its end.
+        terminal: Phi.
+        grid: what is searched, around u_t.
+        gamma: price of one gradient evaluation per sample.
+        horizons: numbers of steps; the whole roll-out is always among them.
+        looks: number of steps of each block that are looked at, spread evenly; all of them by default.
+        progress: called after every step of the backward pass.
+
+    Returns:
+        The criterion over all horizons.
+
+    Raises:
+        ValueError: a number is out of range.
+        NonFiniteError: Phi or a costate is not finite.
+
+    Source:
+        Ye et al. (2021), equation 13.
+    """
+    gamma = _checked(recording, terminal, grid, gamma, horizons, looks)
+    spec, driver, entire = recording.spec, recording.driver, recording.last - recording.first
+    blocks = spec.blocks(recording.first, recording.last)
+    numbers = {recording.first + n for n in looked_at(blocks, looks)}
+    meter, replayed = Meter(), recording.spent.gradients
+    scores, norms, every = [], [], [*(horizons or []), entire]
+    with recording.put_back():
+        driver.restore(recording.end)
+        outcome = outcome_at(driver, terminal, evaluations(recording.steps))
+        dropped = terminal.dropped(driver)
+        for step in backward(recording, terminal, every, looked=sorted(numbers), meter=meter):
+            visit, costates, of, dropped = step
+            norms.append((visit.number, of[entire]))
+            if visit.number in numbers:
+                scores.append(gains(driver, visit, costates, of, grid, meter))
+            if progress is not None:
+                progress()
+    return Criterion(
+        looked=tuple(reversed(scores)),
+        blocks=blocks,
+        first=recording.first,
+        rate=spec.mean_rate(),
+        gamma=gamma,
+        phi=outcome.phi,
+        evaluations=outcome.evaluations,
+        lower=terminal.lower,
+        norms=tuple(reversed(norms)),
+        dropped=dropped,
+        spent=meter.gradients + outcome.judging,
+        replayed=recording.spent.gradients - replayed,
+    )
+
+
+def _checked(
+    recording: Recording,
+    terminal: Terminal,
+    grid: Candidates,
+    gamma: float | str,
+    horizons: Sequence[int] | None,
+    looks: int | None,
+) -> float:
+    """gamma as a number, where every argument of `examine` is what it must be."""
+    instance(recording, Recording, "recording")
+    instance(grid, Candidates, "grid")
+    check_terminal(terminal, "terminal")
+    instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
+    price = number(gamma, "gamma")
+    if price < 0:
+        raise ValueError(f"gamma must be >= 0, got {price:g}")
+    if looks is not None and (type(looks) is not int or looks < 1):
+        raise ValueError(f"looks must be a whole number >= 1, got {looks!r}")
+    return price
+
+
+def looked_at(blocks: Sequence[int], looks: int | None) -> list[int]:
+    """Positions of some steps of each block, spread evenly.
+
+    >>> looked_at([0, 0, 0, 0, 1], 2)
+    [1, 3, 4]
+    """
+    members: dict[int, list[int]] = {}
+    for i, index in enumerate(blocks):
+        members.setdefault(index, []).append(i)
+    chosen: list[int] = []
+    for steps in members.values():
+        n = len(steps)
+        k = n if looks is None else min(looks, n)
+        chosen += [steps[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    return sorted(chosen)

@@ -1,0 +1,157 @@
+"""The objective of training, J = Phi(theta_T) + gamma eta sum_t n(u_t), and what it costs to know it.
+
+gamma eta is the price of one gradient evaluation per sample in units of J, eta the mean learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from controlat._util.checks import instance
+from controlat._util.errors import NonFiniteError
+from controlat.control.cost import Meter
+from controlat.dynamics.driver import Driver, Step
+from controlat.dynamics.rollout import check_parameters, rollout
+from controlat.dynamics.run_spec import RunSpec
+from controlat.methods import Method
+from controlat.pmp.terminal import Terminal, check_terminal
+
+__all__ = ["Outcome", "evaluations", "objective", "outcome_at", "rollout_cost"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a roll-out ended, and what it took to know that.
+
+    Args:
+        phi: the terminal cost; where the roll-out ends before training, with what the optimiser's buffer will
+            still do, to first order around the recorded end: there the slope of J is -G, too.
+        evaluations: sum over steps of n, gradient evaluations per sample.
+        training: gradient evaluations that the roll-out took, in samples, hooks between epochs included.
+        judging: gradient evaluations that Phi took, in samples.
+        seconds: wall time of both.
+
+    >>> Outcome(phi=0.5, evaluations=12.0).objective(0.01)
+    0.62
+    """
+
+    phi: float
+    evaluations: float
+    training: int = 0
+    judging: int = 0
+    seconds: float = 0.0
+
+    def objective(self, price: float) -> float:
+        """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation (`RunSpec.price`)."""
+        return self.phi + price * self.evaluations
+
+    @property
+    def spent(self) -> int:
+        """All gradient evaluations that it took, in samples."""
+        return self.training + self.judging
+
+    def to_json(self, price: float) -> dict[str, Any]:
+        """J at a price, its parts and its cost, as plain data."""
+        return {
+            "J": self.objective(price),
+            "phi": self.phi,
+            "evaluations": self.evaluations,
+            "price": price,
+            "gradients": {"training": self.training, "Phi": self.judging},
+            "seconds": self.seconds,
+        }
+
+
+def objective(
+    driver: Driver, spec: RunSpec, terminal: Terminal, *, progress: Callable[[], object] | None = None
+) -> Outcome:
+    """Train under a controller, nothing recorded, and take Phi at the end: J without costates.
+
+        J = Phi(theta_T) + gamma eta sum_t n(u_t)
+
+    gamma enters by the price alone, so that one outcome serves for all of them.
+
+    Args:
+        driver: the system at its initial state; it is left at the end of training.
+        spec: data, controller, learning rate, seed.
+        terminal: Phi.
+        progress: called after every step.
+
+    Returns:
+        Phi, sum n and the cost of both; ``objective(spec.price(gamma))`` is J.
+
+    Raises:
+        NonFiniteError: training diverged, or Phi is not finite; the message names the step.
+
+    Source:
+        Ye et al. (2021), equation 6.
+
+    >>> import torch
+    >>> from controlat.attacks.balls import Ball
+    >>> from controlat.control.learning_rate import parse_rate
+    >>> from controlat.control.schedule_text import parse_schedule
+    >>> from controlat.data import Split
+    >>> from controlat.methods import build
+    >>> from controlat.pmp.terminal import AdversarialLoss
+    >>> x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> driver = Driver(model, build("pgd_at"), Ball(0.1))
+    >>> schedule, rate = parse_schedule("pgd:steps=2,alpha=0.1", 3), parse_rate(0.1)
+    >>> spec = RunSpec(Split(x, y), 4, 3, schedule, rate)
+    >>> outcome = objective(driver, spec, AdversarialLoss(x, y, Ball(0.1), steps=5))
+    >>> outcome.evaluations, outcome.training, outcome.judging  # 6 steps of n = 2 + 1
+    (18.0, 72, 40)
+    >>> outcome.objective(spec.price(0.01)) == outcome.phi + 0.01 * 0.1 * 18
+    True
+    """
+    instance(driver, Driver, "driver")
+    instance(spec, RunSpec, "spec")
+    check_terminal(terminal, "terminal")
+    began, before, total = time.perf_counter(), driver.meter.copy(), 0.0
+    for step in rollout(driver, spec):
+        total += step.evaluations
+        if progress is not None:
+            progress()
+    check_parameters(driver, step)
+    training, seconds = driver.meter.since(before).gradients, time.perf_counter() - began
+    return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+
+
+def rollout_cost(spec: RunSpec, method: Method) -> float:
+    """Gradient evaluations of a roll-out, in samples, at most, by the cost that its method declares."""
+    return sum(map(method.controls.cost, spec.plan())) * len(spec.data) / spec.batches_per_epoch
+
+
+def outcome_at(
+    driver: Driver, terminal: Terminal, total: float, *, training: int = 0, seconds: float = 0.0
+) -> Outcome:
+    """The outcome of a roll-out that has led to the driver's present state.
+
+    Args:
+        driver: at the end of the roll-out.
+        terminal: Phi.
+        total: sum over its steps of n.
+        training: gradient evaluations that it took, in samples.
+        seconds: wall time that it took.
+
+    Raises:
+        NonFiniteError: Phi is not finite.
+    """
+    meter, began = Meter(), time.perf_counter()
+    phi = float(terminal.value(driver, meter))
+    if not math.isfinite(phi):
+        raise NonFiniteError(f"the terminal cost is {phi}")
+    seconds += time.perf_counter() - began
+    return Outcome(phi=phi, evaluations=total, training=training, judging=meter.gradients, seconds=seconds)
+
+
+def evaluations(steps: Iterable[Step]) -> float:
+    """sum over steps of n, added one by one: the same bits wherever the same steps are counted."""
+    total = 0.0
+    for step in steps:  # not sum(), which makes up for rounding from Python 3.12 on
+        total += step.evaluations
+    return total
