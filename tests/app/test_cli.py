@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from forks import talking
-from helpers import GUARD, shorten_autoattack
+from helpers import GUARD, shorten_autoattack, slow
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -211,12 +211,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _cases(command: str, usual: list[str], *tables: list[tuple[list[str], str]]) -> list[Any]:
-    found = [
-        ([command, "--out", "run", *usual, *words], reason) for table in tables for words, reason in table
-    ]
+    """Every third runs always, the others with all tests."""
     return [
-        pytest.param(words, reason, id=" ".join([command, *words[3 + len(usual) :]]))
-        for words, reason in found
+        (slow if i % 3 else pytest.param)(
+            [command, "--out", "run", *usual, *words], reason, id=" ".join([command, *words])
+        )
+        for table in tables
+        for i, (words, reason) in enumerate(table)
     ]
 
 
