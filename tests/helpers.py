@@ -22,6 +22,11 @@ CLASSES = 3
 GUARD = 600.0  # seconds: ends a test that hangs, on the busiest machine no other
 
 
+def slow(*values: Any, id: str | None = None) -> Any:  # noqa: A002
+    """Values of a parametrised test that run with all tests only: they repeat what others of them show."""
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
+
+
 def samples(
     n: int, shape: tuple[int, int, int] = (1, 2, 2), classes: int = CLASSES, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

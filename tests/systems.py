@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import CLASSES, samples, split
+from helpers import CLASSES, samples, slow, split
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -119,14 +119,15 @@ REPEATS = (
 
 def long(names: Iterable[str]) -> list[Any]:
     """Names of cases for a test that is long."""
-    return [pytest.param(n, id=n, marks=[pytest.mark.slow] * (n in REPEATS)) for n in names]
+    return [slow(n, id=n) if n in REPEATS else pytest.param(n, id=n) for n in names]
 
 
-def each_optimizer(settings: Mapping[str, SGDSettings]) -> pytest.MarkDecorator:
-    """Each optimiser as `o`; momentum without Nesterov's look ahead only where all tests run."""
-    marks = {"momentum": [pytest.mark.slow]}
+def each_optimizer(
+    settings: Mapping[str, SGDSettings], few: Iterable[str] = ("plain", "Nesterov")
+) -> pytest.MarkDecorator:
+    """Each optimiser as `o`; those that are not among a few only where all tests run."""
     return pytest.mark.parametrize(
-        "o", [pytest.param(o, id=name, marks=marks.get(name, [])) for name, o in settings.items()]
+        "o", [pytest.param(o, id=name) if name in few else slow(o, id=name) for name, o in settings.items()]
     )
 
 
@@ -137,8 +138,8 @@ FOLLOWED = long(name for name, case in CASES.items() if not (case.own.counts or 
 
 def those(kept: Callable[[Case], bool], cases: Mapping[str, Case] = CASES) -> pytest.MarkDecorator:
     """A test for some of the cases."""
-    some = {name: case for name, case in cases.items() if kept(case)}
-    return pytest.mark.parametrize("case", some.values(), ids=some)
+    some = long(name for name, case in cases.items() if kept(case))
+    return pytest.mark.parametrize("case", [pytest.param(cases[p.id], id=p.id, marks=p.marks) for p in some])
 
 
 def sample(method: Method, **knobs: float) -> Control:

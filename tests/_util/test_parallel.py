@@ -16,7 +16,7 @@ import processes
 import pytest
 import torch
 from forks import Ended, talking
-from helpers import GUARD, same
+from helpers import GUARD, same, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from systems import CASES, batch, constant, driver
@@ -29,9 +29,12 @@ from controlat.app import cli
 from controlat.app.trainer import load_checkpoint
 from controlat.data import Augment
 
-RUNS = [f"{name}, {norm}" for name in CASES for norm in ("linf", "l2")]
-every = pytest.mark.parametrize("case", RUNS)
-counts = pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+counts = pytest.mark.parametrize("count", [2, slow(3)])
+
+
+def of_each(cases: dict[int, list[Any]]) -> list[Any]:
+    """The cases of two processes, and of three where all tests run."""
+    return [*((2, case) for case in cases[2]), *(slow(3, case) for case in cases[3])]
 
 
 def free_port() -> str:
@@ -72,11 +75,6 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], di
     return lambda count, rank: ranks(count)[rank]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return processes.every_case(World())
-
-
 def tensors(value: Any) -> list[Tensor]:
     """All tensors of a nested structure, in order."""
     if isinstance(value, Tensor):
@@ -89,25 +87,25 @@ def tensors(value: Any) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------- the driver
 
 
-@counts
-@every
+@pytest.mark.parametrize(("count", "case"), of_each(processes.RUNS))
 def test_several_processes_take_the_steps_of_one_on_whole_batches(
-    several: Any, alone: dict[str, Any], case: str, count: int
+    several: Any, case: tuple[str, str], count: int
 ) -> None:
-    found, expected = several(count, 0)[case], alone[case]
-    for name in ("model", "optimizer", "memory", "rows", "kept"):
-        assert list(found[name]) == list(expected[name])
-        for mine, theirs in zip(tensors(found[name]), tensors(expected[name]), strict=True):
+    name, norm = case
+    found, expected = several(count, 0)[f"{name}, {norm}"], processes.one_case(World(), name, norm)
+    for part in ("model", "optimizer", "memory", "rows", "kept"):
+        assert list(found[part]) == list(expected[part])
+        for mine, theirs in zip(tensors(found[part]), tensors(expected[part]), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
     assert found["stopped"] == expected["stopped"]
     # In training mode a process attacks its rows no longer than one of its own still moves.
-    counted = not case.startswith("fat train")
+    counted = name != "fat train"
     assert found["meter"] == expected["meter"] or (not counted and found["meter"][0] < expected["meter"][0])
     for mine, theirs in zip(found["steps"], expected["steps"], strict=True):
         assert mine[1] == pytest.approx(theirs[1], rel=1e-9)
         assert (mine[0], mine[3]) == (theirs[0], theirs[3])
         assert mine[2] == theirs[2] or not counted
-    first = torch.cat([t.flatten() for t in driver(CASES[case.partition(",")[0]]).parameters])
+    first = torch.cat([t.flatten() for t in driver(CASES[name]).parameters])
     assert (torch.cat([t.flatten() for t in found["model"].values()]) - first).norm() > 1e-3
 
 
@@ -128,7 +126,9 @@ def test_several_processes_agree_on_dithered_knobs(several: Any, count: int) -> 
 def test_all_processes_hold_the_same_bits(several: Any, count: int) -> None:
     for rank in range(1, count):
         mine, first = several(count, rank), several(count, 0)
-        for name in (*RUNS, *CASES):
+        names = [name for name in mine if name.partition(",")[0] in CASES]
+        assert len(names) == len(processes.RUNS[count]) + len(processes.NAMES[count])
+        for name in names:
             assert same(mine[name], first[name]), name
 
 
@@ -149,8 +149,7 @@ def test_the_first_process_decides_for_all_and_one_alone_decides_the_same(
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
-@counts
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("count", "case"), of_each(processes.NAMES))
 def test_batchnorm_dropout_and_mixed_precision_are_no_obstacle(several: Any, case: str, count: int) -> None:
     found = several(count, count - 1)[case]
     assert {t.dtype for t in found["model"].values()} == {torch.float32, torch.int64}

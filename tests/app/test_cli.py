@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from forks import talking
-from helpers import GUARD, shorten_autoattack
+from helpers import GUARD, shorten_autoattack, slow
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -211,12 +211,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _cases(command: str, usual: list[str], *tables: list[tuple[list[str], str]]) -> list[Any]:
-    found = [
-        ([command, "--out", "run", *usual, *words], reason) for table in tables for words, reason in table
-    ]
+    """Every third runs always, the others with all tests."""
     return [
-        pytest.param(words, reason, id=" ".join([command, *words[3 + len(usual) :]]))
-        for words, reason in found
+        (slow if i % 3 else pytest.param)(
+            [command, "--out", "run", *usual, *words], reason, id=" ".join([command, *words])
+        )
+        for table in tables
+        for i, (words, reason) in enumerate(table)
     ]
 
 
@@ -247,9 +248,9 @@ def test_bad_usage_of_attack_is_one_line_and_code_2(
 
 
 def test_a_process_refuses_bad_usage_in_one_line_without_a_traceback(tmp_path: Path) -> None:
-    done = _child(tmp_path, "train", "--out", "run", "--eps", "8 / 255 pixels")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "Traceback" not in done.stderr
+    done = talking(cli.main, ["train", "--out", "run", "--eps", "8 / 255 pixels"], cwd=tmp_path)()
+    assert (done.code, done.output, done.error.count("\n")) == (2, "", 1)
+    assert "Traceback" not in done.error
     debug = _child(tmp_path, "train", "--out", "run", "--eps", "8 / 255 pixels", CONTROLAT_DEBUG="1")
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr, "asked for"

@@ -1,14 +1,12 @@
 """A closed loop in the commands: trained, killed and resumed, saved as a schedule, evaluated."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import GUARD, same
+from forks import talking
+from helpers import same
 
 import controlat
 from controlat._util.files import read_json, read_json_lines
@@ -22,7 +20,6 @@ from controlat.control.schedules import load_schedule
 from controlat.dynamics.recording import Recording
 from controlat.report import read
 
-HERE = Path(__file__).parent.parent
 RULE = "rules:rising"
 # 120 training samples in 4 batches of 32, 32, 32, 24; 40 held out.
 SMALL: dict[str, Any] = {
@@ -101,13 +98,10 @@ def test_trainer_recording_and_replayed_schedule_end_with_the_same_bits(looped: 
     assert read_json(tmp_path / "again" / "schedule.json") == read_json(looped / "schedule.json")
 
 
-def _killed(out: Path, kill: str) -> int:
+def _killed(out: Path, kill: str) -> int | None:
     words = [f"--{name}={value}" for name, value in SMALL.items()]
     words += ["--controller", RULE, "--checkpoint_minutes", "1e-9", "--resume"]
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    variables = os.environ | {"KILL": kill, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "controlat", "train", "--out", str(out), *words]
-    return subprocess.run(command, env=variables, capture_output=True, timeout=GUARD).returncode
+    return talking(cli.main, ["train", "--out", str(out), *words], cwd=out.parent, KILL=kill)().code
 
 
 def test_killed_in_the_middle_of_epochs_and_resumed_it_decides_the_same(looped: Path, tmp_path: Path) -> None:

@@ -637,12 +637,12 @@ def test_attack_repeats_every_part_of_the_evaluation(downhill: Path, monkeypatch
 
 
 def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
-    downhill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(downhill)
+    checkpoint = out / "runs" / result["schedules"][0]["runs"][0]["directory"] / "last.pt"
     few: dict[str, Any] = {"attacks": ["fgsm"], "checks": 0, "points": 10, "threads": 1, "progress": False}
-    controlat.attack("masked/last.pt", out=tmp_path / "plain.json", **few)
-    controlat.attack("masked/last.pt", out=tmp_path / "f.json", sweeps=True, **few)
+    controlat.attack(checkpoint, out=tmp_path / "plain.json", **few)
+    controlat.attack(checkpoint, out=tmp_path / "f.json", sweeps=True, **few)
     assert {p.name for p in tmp_path.iterdir()} == {"plain.json", "f.json", "f.png"}
     assert read_json(tmp_path / "f.json")["curves"]["eps"][0]["eps"] == 0
     with Image.open(tmp_path / "f.png") as image:
@@ -651,11 +651,11 @@ def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
     (tmp_path / "g.png").write_bytes(b"mine")
     for name, reason in [("f.json", r"f\.json exists"), ("g.json", r"g\.png exists")]:
         with pytest.raises(ValueError, match=reason):
-            controlat.attack("masked/last.pt", out=tmp_path / name, sweeps=True, **few)
+            controlat.attack(checkpoint, out=tmp_path / name, sweeps=True, **few)
     with pytest.raises(ValueError, match=r"new\.png would be the name of the figure too"):
-        controlat.attack("masked/last.pt", out=tmp_path / "new.png", sweeps=True, **few)
+        controlat.attack(checkpoint, out=tmp_path / "new.png", sweeps=True, **few)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before | {tmp_path / "g.png": b"mine"}
-    controlat.attack("masked/last.pt", out=tmp_path / "g.json", **few)
+    controlat.attack(checkpoint, out=tmp_path / "g.json", **few)
     assert (tmp_path / "g.png").read_bytes() == b"mine", "no figure is made without sweeps"
 
     def fail(*args: Any, **options: Any) -> None:
@@ -664,7 +664,7 @@ def test_attack_writes_its_file_and_figure_whole_and_over_nothing(
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        controlat.attack("masked/last.pt", out=tmp_path / "h.json", sweeps=True, **few)
+        controlat.attack(checkpoint, out=tmp_path / "h.json", sweeps=True, **few)
     assert not (tmp_path / "h.png").exists()
     assert not [p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".png")]
 

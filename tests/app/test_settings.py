@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forks import talking
 from helpers import GUARD, guarded
 from torch import Tensor
 
 import controlat
+import controlat.app.train as job
 from controlat._util.files import read_json
 from controlat._util.parallel import PeerLost, _exchange, started
 from controlat.app import cli
@@ -281,14 +283,15 @@ def test_an_interruption_during_imports_is_one_line() -> None:
     assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
 
 
+def terminated(*words: str) -> int:
+    job.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
+    return cli.main(list(words))
+
+
 def test_sigterm_ends_as_an_interruption_does(tmp_path: Path) -> None:
-    code = (
-        "import os, signal\nimport controlat.app.train as job\n"
-        "job.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
-    )
-    done = _child(code + MAIN, "train", "--out", str(tmp_path / "run"))
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "controlat: interrupted; the same command with --resume goes on\n"
+    done = talking(terminated, "train", "--out", str(tmp_path / "run"), cwd=tmp_path)()
+    assert done.code == 128 + signal.SIGTERM
+    assert done.error == "controlat: interrupted; the same command with --resume goes on\n"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import same, split, trace
+from helpers import same, slow, split, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import CASES, HEAVY, LONG, PLAIN, Case, constant, driver, smooth
@@ -168,7 +168,7 @@ def test_windows_may_begin_and_end_anywhere(first: int, last: int, stride: int) 
 
 
 @pytest.mark.parametrize("name", ["atta", "atta reset", "free", "cat", "cat curriculum", "fast early stop"])
-@pytest.mark.parametrize(("first", "last", "stride"), [(1, 5, 2), (4, 9, 3), (2, 7, 5)])
+@pytest.mark.parametrize(("first", "last", "stride"), [(1, 5, 2), slow(4, 9, 3), (2, 7, 5)])
 def test_windows_of_methods_that_carry_something(name: str, first: int, last: int, stride: int) -> None:
     states, _, steps, batches = reference(*setup(CASES[name]))
     d, spec = setup(CASES[name])
@@ -391,7 +391,9 @@ def systems(name: str) -> tuple[Driver, RunSpec]:
     return driver(Counting(saves=2, stops=6 if name == "stops" else -1)), planned(Control(), epochs=8)
 
 
-@pytest.mark.parametrize("name", ["pgd_at", "atta", "atta reset", "free", "cat curriculum", "hooks", "stops"])
+@pytest.mark.parametrize(
+    "name", [*map(slow, ("pgd_at", "atta reset", "free")), "atta", "cat curriculum", "hooks", "stops"]
+)
 def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> None:
     states, end, steps, batches = reference(*systems(name))
     assert len(states) == (LONG if name != "stops" else 7 * PER_EPOCH)

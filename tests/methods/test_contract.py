@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, cnn_bn, flat, same, samples, split, trace
-from systems import CASES, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, those, trained_on
+from helpers import SHAPE, cnn_bn, flat, same, samples, slow, split, trace
+from systems import LONG, PLAIN, VARIANTS, Case, batch, constant, driver, passes, smooth, those, trained_on
 from torch import nn
 
 from controlat.attacks.balls import Ball
@@ -17,7 +17,7 @@ from controlat.methods import Context, Prefixes, names
 
 EPS = 0.1
 PLAIN_SGD = SGDSettings(momentum=0.0)
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 plain = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -249,13 +249,13 @@ def carried_on(case: Case, cut: int, fresh: bool) -> None:
 
 
 @every
-@pytest.mark.parametrize("cut", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 8)), 5])
+@pytest.mark.parametrize("cut", [*(slow(n) for n in (1, 3, 6, 8)), 5])
 def test_a_snapshot_is_continued_bit_for_bit_in_another_driver(case: Case, cut: int) -> None:
     carried_on(case, cut, fresh=True)
 
 
 @every
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("cut", [slow(1), 4])
 def test_a_snapshot_is_continued_bit_for_bit_in_the_same_driver(case: Case, cut: int) -> None:
     carried_on(case, cut, fresh=False)
 
@@ -271,7 +271,7 @@ def test_a_snapshot_between_two_epochs_is_continued_bit_for_bit(case: Case) -> N
 
 
 @every
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [slow(1), 2])
 def test_from_every_recorded_state_the_steps_up_to_the_next_can_be_repeated(case: Case, stride: int) -> None:
     p, store = constant(case.control(), held_out=split(8, (1, 4, 4), seed=5)), {}
     d = driver(case)

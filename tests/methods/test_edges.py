@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, SHAPE, cnn_bn, flat, same, samples, split
-from systems import CASES, PLAIN, Case, batch, constant, driver, trained_on
+from systems import LONG, PLAIN, Case, batch, constant, driver, trained_on
 from torch import Tensor, nn
 
 from controlat._util import rng
@@ -20,7 +20,7 @@ from controlat.models.frozen.hook import first_layer
 from controlat.models.frozen.view import FrozenModel
 
 SGD = SGDSettings(momentum=0.0)
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", LONG)
 
 
 def convolutional(in_place: bool) -> nn.Module:

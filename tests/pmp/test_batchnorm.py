@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, same, samples
+from helpers import CLASSES, flat, same, samples, slow
 from systems import CASES, FOLLOWED, PLAIN, Case, driver, trained_on
 from test_costate import PHI, SETTINGS, SIZE, last_point, planned
 from test_relaxed import check, mixing
@@ -47,6 +47,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "instances": lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
 }
 norms = pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
+FULL = "Nesterov, decay"  # the optimiser with all terms: the others repeat it for each kind of statistics
 
 
 class Network(nn.Module):
@@ -160,7 +161,7 @@ def run_by_hand(rec: Recording, points: list[Tensor], o: SGDSettings) -> tuple[f
 
 
 @norms
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name if name == FULL else slow(name) for name in SETTINGS])
 def test_costates_are_minus_the_gradient_of_phi_through_training(
     make: Callable[[], nn.Module], name: str
 ) -> None:
@@ -194,7 +195,7 @@ def test_the_derivative_of_the_objective_is_minus_the_sum_of_gains(name: str) ->
 
 
 @norms
-@pytest.mark.parametrize("name", ["plain", "Nesterov, decay"])
+@pytest.mark.parametrize("name", [slow("plain"), FULL])
 def test_so_it_is_for_every_kind_of_statistics(make: Callable[[], nn.Module], name: str) -> None:
     check(mixed(PLAIN["pgd_at"], SETTINGS[name], make))
 

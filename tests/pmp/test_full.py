@@ -55,7 +55,7 @@ def recorded(case: Case, o: SGDSettings = SETTINGS["momentum"], **spec: Any) -> 
 
 
 @every
-@optimizers
+@each_optimizer(SETTINGS, ["Nesterov"])
 def test_g_is_the_slope_of_the_objective_towards_the_maximisers(case: Case, o: SGDSettings) -> None:
     """One control per epoch: the whole block switches, and dJ/dlambda at 0 is -G."""
     r, terminal = recorded(case, o), phi()

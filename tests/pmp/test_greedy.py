@@ -1,6 +1,7 @@
 """The greedy criterion (14), against sets G that are enumerated by hand and gradients of plain loops."""
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -129,6 +130,9 @@ def surface(u: Control = INSIDE, **options: Any) -> Surface:
     return score(driver, given.pop("batches"), u, given.pop("grid"), **given)
 
 
+usual = functools.cache(surface)  # of a control alone
+
+
 # -------------------------------------------------------------------------------- (14) itself, by enumeration
 
 
@@ -138,7 +142,7 @@ def surface(u: Control = INSIDE, **options: Any) -> Surface:
 def test_c_is_that_of_the_enumerated_set(form: str, u: Control, gamma: float) -> None:
     phi = hand_terminal(mlp(), *samples(9, seed=5))
     expected, best = brute_force(mlp(), probe(), u, gamma, form, scale=2.5, phi=phi)
-    gap = surface(u, scale=2.5).gap(u, gamma, form)
+    gap = usual(u, scale=2.5).gap(u, gamma, form)
     assert gap.value == pytest.approx(expected, rel=1e-9, abs=1e-15)
     assert gap.maximiser == best
     assert gap.value == pytest.approx(
@@ -202,13 +206,13 @@ def test_c_of_a_logistic_model_is_that_of_its_closed_form() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gamma", [0.0, 1e-3, 0.3])
 def test_c_is_zero_exactly_where_the_control_is_the_maximiser(form: str, gamma: float) -> None:
-    found = surface()
+    found = usual()
     best = found.gap(INSIDE, gamma, form).maximiser
     for v in found.controls:
-        gap = surface(v).gap(v, gamma, form)
+        gap = usual(v).gap(v, gamma, form)
         assert (gap.value == 0) == (v == best)
         assert gap.maximiser == best
-    gap = surface(best).gap(best, gamma, form)
+    gap = usual(best).gap(best, gamma, form)
     assert gap.value == 0.0
     assert gap.reward[0] == gap.reward[1]
     assert gap.cost[0] == gap.cost[1]
@@ -224,7 +228,7 @@ def test_where_the_control_ties_with_the_best_it_is_its_own_maximiser() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_high_price_makes_no_attack_the_maximiser(form: str) -> None:
-    found = surface()
+    found = usual()
     for gamma in (1e2, 1e9):
         gap = found.gap(INSIDE, gamma, form)
         assert gap.maximiser == NONE
@@ -234,7 +238,7 @@ def test_a_high_price_makes_no_attack_the_maximiser(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_maximiser_spends_no_more_as_the_price_rises(form: str) -> None:
-    found = surface()
+    found = usual()
     spent = [found.gap(INSIDE, g, form).maximiser["steps"] for g in np.geomspace(1e-6, 10, 40)]
     assert spent == sorted(spent, reverse=True)
 
@@ -270,7 +274,7 @@ def test_c_is_never_negative_and_u_is_always_among_the_candidates(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_scale_multiplies_the_reward_only(form: str) -> None:
-    one, three = (surface(OUTSIDE, scale=s) for s in (1.0, 3.0))
+    one, three = (usual(OUTSIDE, scale=s) for s in (1.0, 3.0))
     a, b = (s.gap(OUTSIDE, 0.0, form) for s in (one, three))
     assert b.reward == pytest.approx([3 * r for r in a.reward], rel=1e-14)
     assert (b.value, b.unbiased) == pytest.approx((3 * a.value, 3 * a.unbiased), rel=1e-12)
@@ -306,7 +310,7 @@ def test_the_sweep_equals_running_every_candidate_by_itself(
 
 
 def test_gram_and_costate_are_the_inner_products_of_the_batch_gradients() -> None:
-    found, model = surface(), mlp()
+    found, model = usual(), mlp()
     phi = hand_terminal(model, *samples(9, seed=5))
     for i, v in enumerate(found.controls):
         g = torch.stack([hand_gradient(model, b, v) for b in probe()])
@@ -489,7 +493,7 @@ def test_the_interval_covers_the_true_gap_also_where_noise_hides_it(lead: float)
 
 
 def test_where_u_is_the_best_the_interval_ends_with_what_another_may_gain() -> None:
-    found = surface(NONE)
+    found = usual(NONE)
     gap = found.gap(NONE, 0.1)
     assert gap.maximiser == NONE
     price, every = 0.1 * found.evaluations, list(range(found.batches))
@@ -504,7 +508,7 @@ def test_where_u_is_the_best_the_interval_ends_with_what_another_may_gain() -> N
 
 
 def test_an_unbiased_squared_norm_needs_two_batches() -> None:
-    found = surface()
+    found = usual()
     with pytest.raises(ValueError, match="needs at least two probe batches, got 1"):
         found.reward("norm", [0], unbiased=True)
     assert (found.reward("costate", [0], unbiased=True) == found.reward("costate", [0])).all()
@@ -696,7 +700,7 @@ def test_c_at_another_gamma_follows_from_the_surface_without_a_run(form: str, ga
 
 
 def test_a_gap_is_plain_data() -> None:
-    gap = surface().gap(INSIDE, 1e-3)
+    gap = usual().gap(INSIDE, 1e-3)
     found = json.loads(json.dumps(gap.to_json(), allow_nan=False))
     assert found["value"] == gap.value
     assert Control(**found["control"]) == INSIDE
@@ -708,13 +712,13 @@ def test_a_gap_is_plain_data() -> None:
 
 def test_a_control_that_was_not_scored_has_no_gap() -> None:
     with pytest.raises(ValueError, match=r"Control\(alpha=0.11, steps=5\) is not among the 7 candidates"):
-        surface(INSIDE).gap(OUTSIDE, 0.1)
+        usual(INSIDE).gap(OUTSIDE, 0.1)
 
 
 @pytest.mark.parametrize("gamma", [-1, math.nan, math.inf])
 def test_a_surface_refuses_a_price_that_is_none(gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma must be"):
-        surface().gap(INSIDE, gamma)
+        usual().gap(INSIDE, gamma)
 
 
 def test_the_costate_form_needs_a_terminal_cost_and_unknown_forms_are_named() -> None:
@@ -844,7 +848,7 @@ def test_an_optimizer_that_is_not_sgd_is_named_with_a_warning(kind: Any) -> None
 
 
 def test_a_gap_says_itself_in_one_line() -> None:
-    found = surface()
+    found = usual()
     gap = found.gap(INSIDE, 0.0)
     knobs = f"alpha={gap.maximiser['alpha']:.3g}, steps={gap.maximiser['steps']}"
     low, high = gap.interval

@@ -105,7 +105,7 @@ def check(found: Mixed, dropped: tuple[str, ...] = ()) -> None:
 # ------------------------------------------------------------------------------------------ mixing derivative
 
 
-@optimizers
+@each_optimizer(SETTINGS, ["Nesterov"])
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_the_derivative_of_the_objective_is_minus_the_sum_of_gains(name: str, o: SGDSettings) -> None:
     check(mixing(recorded(CASES[name], o)))
@@ -223,7 +223,7 @@ def window(case: Case, first: int, last: int, o: SGDSettings = SETTINGS["plain"]
     return Recording.of(d, spec, first=first, last=last, stride=2)
 
 
-@optimizers
+@each_optimizer(SETTINGS, ["Nesterov"])
 @pytest.mark.parametrize("name", ["pgd_at", "free", "atta", "atta reset"])
 @pytest.mark.parametrize(("first", "last"), WINDOWS)
 def test_a_window_of_training_has_the_derivative_of_its_own_objective(
@@ -266,7 +266,7 @@ def reverting(method: Method, o: SGDSettings, epochs: int) -> Recording:
     return Recording.of(d, planned(PLAIN["free"], epochs, rate=0.05), stride=2)
 
 
-@optimizers
+@each_optimizer(SETTINGS, ["Nesterov"])
 @pytest.mark.parametrize(
     "reloads",
     [{1: "a", 2: "a"}, {1: "a", 2: "b"}, {2: "b"}, {1: "b", 2: "a"}, {0: "a", 3: "b"}],

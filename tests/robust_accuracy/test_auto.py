@@ -11,7 +11,7 @@ import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import same, shorten_autoattack, trace
+from helpers import same, shorten_autoattack, slow, trace
 from torch import Tensor, nn
 
 from controlat._util.errors import NonFiniteError
@@ -124,7 +124,7 @@ def test_the_standard_version_in_full_on_a_few_points(ten: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("linf", 0.12), ("l2", 0.6)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), slow("linf", 0.12), ("l2", 0.6)])
 def test_few_steps_break_the_same_points(ten: nn.Module, norm: str, eps: float) -> None:
     x, y = digits_of(10, 60)
     wanted = directly(ten, x, y, eps, {"linf": "Linf", "l2": "L2"}[norm])
@@ -187,7 +187,7 @@ def test_logits_with_a_graph_count_each_pass_once(ten: nn.Module) -> None:
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [slow(1), 3, 64])
 def test_the_bound_is_met_by_samples_that_survive_everything(classes: int, batch_size: int) -> None:
     x, y = digits_of(classes, 4)
     counting = Counting(fitted(classes))

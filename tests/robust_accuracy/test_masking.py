@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Counting, cnn_bn, same, trace
+from helpers import Counting, cnn_bn, same, slow, trace
 from torch import Tensor, nn
 
 import controlat
@@ -113,7 +113,7 @@ def told(found: Robustness) -> list[str]:
 
 
 @pytest.mark.parametrize("hidden", [0, 128])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_nothing_is_said_of_honest_networks(digits: tuple[Tensor, Tensor], hidden: int, seed: int) -> None:
     x, y = digits
     with warnings.catch_warnings():

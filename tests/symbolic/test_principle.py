@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow
 
 from controlat.symbolic import verification
 from controlat.symbolic.bolza import Bolza
@@ -124,7 +125,7 @@ def test_costate_of_a_held_k_is_minus_the_slope_of_j(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["constant at the largest K*", "constant at the mean K*", "linear from K*(T) to K*(0)"]
+    "name", ["constant at the largest K*", slow("constant at the mean K*"), "linear from K*(T) to K*(0)"]
 )
 def test_costate_of_a_fixed_schedule_is_minus_the_slope_of_j(name: str) -> None:
     problem, h = Bolza(follow(PAPER, 1.0), 1.0, 4, 1, 0.05), 1e-4
@@ -265,11 +266,11 @@ def test_a_flow_that_leaves_the_branch_is_an_error() -> None:
 
 LANDSCAPES = [
     ("theta^4/4 - (x - theta)^2*(1 + theta^2)/2", 1.0, 0.0),
-    ("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5),
-    ("theta^2/2 + 1 - cosh(x - theta)", 1.0, 0.0),
-    ("theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4", 1.2, 0.0),
+    slow("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5),
+    slow("theta^2/2 + 1 - cosh(x - theta)", 1.0, 0.0),
+    slow("theta^2/2 - (x - theta)^2/2 - (x - theta)^4/4", 1.2, 0.0),
     (LOG, 0.8, 0.0),
-    ("(theta - 1)^2/2 - (x - theta)^2*exp(theta)", -0.5, 0.0),
+    slow("(theta - 1)^2/2 - (x - theta)^2*exp(theta)", -0.5, 0.0),
 ]
 
 
@@ -305,7 +306,7 @@ def check(found: Verification) -> None:
     assert found.holds is (data["better"] is None and data["derived"]["satisfies"])
 
 
-@pytest.mark.parametrize(("text", "theta0", "x0"), LANDSCAPES, ids=[text for text, _, _ in LANDSCAPES])
+@pytest.mark.parametrize(("text", "theta0", "x0"), LANDSCAPES)
 def test_other_landscapes(text: str, theta0: float, x0: float) -> None:
     found = verify(follow(text, theta0, x0), theta0, 3, 1, 0.01)
     check(found)
@@ -410,7 +411,7 @@ def test_a_search_without_an_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         assert "was not found out" in " ".join(found.conclusion)
 
 
-@pytest.mark.parametrize("transcription", [False, True])
+@pytest.mark.parametrize("transcription", [slow(False), True])
 def test_the_failure_on_the_paper_landscape_is_reported_with_something_better(transcription: bool) -> None:
     found = verify(follow(PAPER, 2.0), 2.0, 1, 3, 0.1, transcription=transcription)
     check(found)
@@ -424,7 +425,7 @@ def test_the_failure_on_the_paper_landscape_is_reported_with_something_better(tr
     assert found.gamma["high"] == pytest.approx(0.006274, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["integer", "free", "overshoot"])
+@pytest.mark.parametrize("name", ["integer", "free", slow("overshoot")])
 def test_verification_given_other_sets(name: str) -> None:
     found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, name)
     assert found.holds is (name == "integer")

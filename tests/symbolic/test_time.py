@@ -66,7 +66,7 @@ def test_what_was_checked_in_time_is_as_without_a_limit(monkeypatch: pytest.Monk
     monkeypatch.setattr("controlat.symbolic.landscape.check", clock)
     whole = verify(there, 1.0, 10.0, 1.0, 0.01)
     total = clock.calls
-    for share in (0.2, 0.6, 0.9, 0.99):
+    for share in (0.2, 0.99):
         clock.calls, clock.last = 0, int(share * total)
         found = verify(there, 1.0, 10.0, 1.0, 0.01)
         seen.add(len(found.left_out))

@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers import slow
 from scipy.integrate import solve_ivp
 
 from controlat.symbolic.bolza import Bolza
@@ -62,7 +63,7 @@ def test_discretisation_is_of_fourth_order() -> None:
 
 @pytest.mark.parametrize(
     ("theta0", "tau", "horizon", "gamma"),
-    [(1, 10, 1, 0.01), (0.5, 1, 3, 0.1), (2, 1, 1, 0.1), (-1, 10, 1, 0.01)],
+    [slow(1, 10, 1, 0.01), slow(0.5, 1, 3, 0.1), (2, 1, 1, 0.1), (-1, 10, 1, 0.01)],
 )
 def test_nothing_is_better_where_the_principle_holds(
     theta0: float, tau: float, horizon: float, gamma: float
@@ -80,7 +81,7 @@ def test_a_worse_start_comes_back() -> None:
     assert transcribe(problem, starts=2).best == pytest.approx(float(cost(problem, np.ones(40))), abs=1e-9)
 
 
-@pytest.mark.parametrize(("horizon", "gamma"), [(1, 1.0), (3, 0.01), (3, 0.1)])
+@pytest.mark.parametrize(("horizon", "gamma"), [slow(1, 1.0), (3, 0.01), (3, 0.1)])
 def test_something_is_better_above_the_limit_of_gamma(horizon: float, gamma: float) -> None:
     problem = make(PAPER, 2.0, 1, horizon, gamma)
     found = transcribe(problem, intervals=20, starts=2)
