@@ -886,10 +886,10 @@ def test_awp_moves_every_layer_by_the_radius_times_its_length_and_neither_biases
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-30, 1e-44])
 def test_awp_moves_a_layer_by_its_radius_however_small_the_gradient(scale: float) -> None:
     w, g = torch.full((2, 3), 2.0), scale * torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
-    shift = Awp._uphill("weight", w, g, 0.05)
+    shift = Awp._perturbation("weight", w, g, 0.05)
     assert float(shift.norm()) == pytest.approx(0.05 * float(w.norm()), rel=1e-5)
     assert torch.allclose(shift.sign(), g.sign())
-    assert not bool(Awp._uphill("weight", w, 0 * g, 0.05).any())
+    assert not bool(Awp._perturbation("weight", w, 0 * g, 0.05).any())
 
 
 def test_awp_with_rate_zero_leaves_the_weights_and_lets_batchnorm_see_the_batch_once() -> None:
