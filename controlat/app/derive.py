@@ -32,7 +32,7 @@ _POINTS = 101  # of t in the result file
 
 @dataclass(frozen=True)
 class Derived:
-    """What `derive` found: formulas, functions of time, checks, and the schedule for the trainer.
+    """What `derive` returns: formulas, functions of time, checks, and the schedule for the trainer.
 
     Args:
         derivation: x*(theta), alpha*(theta), theta(t), K*(t) and the rest, as formulas and as functions.
@@ -102,10 +102,10 @@ def derive(landscape: str = AMATA, *, out: str | Path | None = None, **settings:
         ValueError: bad settings; a formula that is refused; a landscape without an inner maximum, with a flat
             one, or whose flow leaves its domain; a directory that holds something else.
 
-    >>> found = derive(theta0=1, tau=10, horizon=3, checks=False)
-    >>> print(found.derivation.formula("K"))
+    >>> derived = derive(theta0=1, tau=10, horizon=3, checks=False)
+    >>> print(derived.derivation.formula("K"))
     2*tau*exp(2*t)/(theta_0**2 + exp(2*t))
-    >>> [found.schedule(epoch)["steps"] for epoch in range(12)]
+    >>> [derived.schedule(epoch)["steps"] for epoch in range(12)]
     [1, 3, 5, 7, 8, 9, 9, 10, 10, 10, 10, 10]
     """
     chosen = settings_from(DeriveSettings, {"landscape": landscape, **settings}, "derive")
@@ -122,15 +122,15 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     measured = _measured(chosen)
     began = time.perf_counter()
     with progress_bar(4, "", chosen.progress) as bar:
-        found, fit, verification, bound, late = _solved(chosen, measured, bar)
-        handover = _hand_over(chosen, found, measured, fit)
+        derivation, fit, verification, bound, late = _solved(chosen, measured, bar)
+        handover = _hand_over(chosen, derivation, measured, fit)
         result = {
             "format": FORMAT,
             "version": VERSION,
             "settings": plain,
             "environment": environment(),
-            "task": _task(found),
-            **_solution(found),
+            "task": _task(derivation),
+            **_solution(derivation),
             "verification": None if verification is None else verification.to_json(),
             "bound": None if bound is None else bound.to_json(),
             "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
@@ -141,7 +141,7 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
         if out is not None:
             bar.set_description("figures")
             _write(result, out)
-    return Derived(found, handover, verification, bound, fit, result)
+    return Derived(derivation, handover, verification, bound, fit, result)
 
 
 def _solved(
@@ -152,28 +152,26 @@ def _solved(
     Raises:
         ValueError: the time was over before the numbers were there.
     """
-    from controlat.symbolic import Derivation, convergence, verify
+    from controlat.symbolic import convergence, verify
     from controlat.symbolic.limits import LATE, TimeLimit, within
 
-    task, fit = chosen.task, None
     verification, bound = None, None
-    began, least = time.monotonic(), max(chosen.seconds, _NUMBERS)
+    began = time.monotonic()
     bar.set_description("deriving")
-    try:
-        with within(least):
-            if measured is not None:
-                task, fit = _fitted(chosen, measured)
-            found = Derivation(task)
-    except TimeLimit:
-        raise ValueError(
-            f"seconds: the numbers alone take longer than {least:g} seconds; give more, or a shorter horizon"
-        ) from None
+    derivation, fit = _derived(chosen, measured)
     bar.update()
-    late = list(found.budget.late)
+    late = list(derivation.budget.late)
     with within(chosen.seconds - (time.monotonic() - began)):
         if chosen.checks:
             bar.set_description("the maximum principle")
-            where = found.branch, float(task.theta0), float(task.tau), float(task.horizon), float(task.gamma)
+            task = derivation.task
+            where = (
+                derivation.branch,
+                float(task.theta0),
+                float(task.tau),
+                float(task.horizon),
+                float(task.gamma),
+            )
             try:
                 verification = verify(
                     *where,
@@ -186,11 +184,28 @@ def _solved(
                 late.append("the check against the maximum principle")
             bar.update()
             bar.set_description("Theorem 1")
-            bound = convergence(found.branch, float(task.theta0), sigma=(0.0, 0.5))
+            bound = convergence(derivation.branch, float(task.theta0), sigma=(0.0, 0.5))
             if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
                 late.append("rows of Theorem 1")
             bar.update()
-    return found, fit, verification, bound, late
+    return derivation, fit, verification, bound, late
+
+
+def _derived(chosen: DeriveSettings, measured: dict[str, Any] | None) -> tuple[Derivation, Fit | None]:
+    """The derivation of the landscape, calibrated first where a run was measured, within the time limit."""
+    from controlat.symbolic import Derivation
+    from controlat.symbolic.limits import TimeLimit, within
+
+    task, fit, least = chosen.task, None, max(chosen.seconds, _NUMBERS)
+    try:
+        with within(least):
+            if measured is not None:
+                task, fit = _fitted(chosen, measured)
+            return Derivation(task), fit
+    except TimeLimit:
+        raise ValueError(
+            f"seconds: the numbers alone take longer than {least:g} seconds; give more, or a shorter horizon"
+        ) from None
 
 
 def _measured(chosen: DeriveSettings) -> dict[str, Any] | None:
@@ -212,11 +227,11 @@ def _fitted(chosen: DeriveSettings, measured: dict[str, Any]) -> tuple[Any, Fit]
 
     values = measured["measures"][chosen.measure]["values"]
     try:
-        found = fit(chosen.task, measured["times"], values, chosen.since)
+        fitted = fit(chosen.task, measured["times"], values, chosen.since)
     except ValueError as error:
         raise ValueError(f"calibration to {chosen.measure}: {error}") from None
     scale = 1.0 if chosen.measure == "convergence" else _tau_net(chosen, measured)
-    return found.task(chosen.task, found.amplitude * scale), found
+    return fitted.task(chosen.task, fitted.amplitude * scale), fitted
 
 
 def _tau_net(chosen: DeriveSettings, measured: dict[str, Any] | None) -> float:
@@ -226,13 +241,13 @@ def _tau_net(chosen: DeriveSettings, measured: dict[str, Any] | None) -> float:
 
 
 def _hand_over(
-    chosen: DeriveSettings, found: Derivation, measured: dict[str, Any] | None, fit: Fit | None
+    chosen: DeriveSettings, derivation: Derivation, measured: dict[str, Any] | None, fit: Fit | None
 ) -> Handover:
     epochs = chosen.epochs or (DEMO_EPOCHS if measured is None else measured["epochs"])
     since = 0.0 if fit is None else fit.times[0] / fit.times[-1]
     return hand_over(
-        found.K,
-        float(found.task.horizon),
+        derivation.K,
+        float(derivation.task.horizon),
         epochs=epochs,
         since=since,
         k_min=chosen.k_min,
@@ -244,10 +259,10 @@ def _hand_over(
     )
 
 
-def _task(found: Derivation) -> dict[str, Any]:
+def _task(derivation: Derivation) -> dict[str, Any]:
     import sympy  # slow to import, as whatever is symbolic
 
-    task, landscape = found.task, found.landscape
+    task, landscape = derivation.task, derivation.landscape
     names = ("theta0", "tau", "horizon", "gamma")
     return {
         "landscape": landscape.text,
@@ -262,22 +277,34 @@ def _task(found: Derivation) -> dict[str, Any]:
     }
 
 
-def _solution(found: Derivation) -> dict[str, Any]:
+def _solution(derivation: Derivation) -> dict[str, Any]:
     """Formulas, curves and what the figures need, as plain data."""
-    t = np.linspace(0, float(found.task.horizon), _POINTS)
-    curves = {"theta": found.theta, "alpha": found.alpha, "K": found.K, "linear": found.linear}
+    t = np.linspace(0, float(derivation.task.horizon), _POINTS)
+    curves = {
+        "theta": derivation.theta,
+        "alpha": derivation.alpha,
+        "K": derivation.K,
+        "linear": derivation.linear,
+    }
     return {
-        "formulas": {key: answer.to_json() for key, answer in found.answers.items()},
-        "stationary": [point._asdict() for point in found.points],
-        "branch": {"rank": found.index, "x": found.point.x, "domain": list(found.branch.domain)},
-        "minima": found.minima,
-        "series": {"values": found.series_numbers, "formulas": [str(c) for c in found.coefficients]},
+        "formulas": {key: answer.to_json() for key, answer in derivation.answers.items()},
+        "stationary": [point._asdict() for point in derivation.points],
+        "branch": {
+            "rank": derivation.index,
+            "x": derivation.point.x,
+            "domain": list(derivation.branch.domain),
+        },
+        "minima": derivation.minima,
+        "series": {
+            "values": derivation.series_numbers,
+            "formulas": [str(c) for c in derivation.coefficients],
+        },
         "curves": {"t": t.tolist(), **{name: f(t).tolist() for name, f in curves.items()}}
-        | {"series": found.series(t).tolist()},
-        "rising": found.rising,
-        "cost": {"J": found.cost, **found.parts},
-        "pictures": found.pictures(),
-        "notes": found.notes,
+        | {"series": derivation.series(t).tolist()},
+        "rising": derivation.rising,
+        "cost": {"J": derivation.cost, **derivation.parts},
+        "pictures": derivation.pictures(),
+        "notes": derivation.notes,
     }
 
 
