@@ -22,10 +22,11 @@ from scipy.integrate import solve_ivp
 from controlat._util.files import write_json, write_text
 from controlat._util.texts import table
 from controlat.app.runs import environment
-from controlat.symbolic import Branch, Landscape, convergence
-from controlat.symbolic.bolza import SETS, Bolza
-from controlat.symbolic.principle import criterion, derived_path, gamma_limit
-from controlat.symbolic.programming import programme
+from controlat.bolza import convergence
+from controlat.bolza.principle import criterion, derived_path, gamma_limit
+from controlat.bolza.problem import SETS, Bolza
+from controlat.bolza.programming import programme
+from controlat.symbolic import Branch, Landscape
 
 HERE = Path(__file__).resolve().parent
 CASES = list(itertools.product((0.5, 1.0, 2.0), (1.0, 10.0), (1.0, 3.0), (0.0, 1e-3, 1e-2, 0.1, 1.0)))

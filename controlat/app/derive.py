@@ -14,12 +14,13 @@ from controlat._util.files import expanded, write_json, write_text
 from controlat.app.experiment import progress_bar
 from controlat.app.runs import claimed, environment
 from controlat.app.settings import DeriveSettings, settings_from
+from controlat.control.handover import Handover, hand_over
 from controlat.control.schedules import Schedule
 from controlat.symbolic import AMATA
-from controlat.symbolic.handover import Handover, hand_over
 
 if TYPE_CHECKING:
-    from controlat.symbolic import Bound, Derivation, Fit, Verification
+    from controlat.bolza import Bound, Verification
+    from controlat.symbolic import Derivation, Fit
 
 __all__ = ["Derived", "derive"]
 
@@ -58,7 +59,7 @@ class Derived:
     def for_network(
         self, *, epochs: float, k_min: float, k_max: float, tau: float, **options: Any
     ) -> Schedule:
-        """The schedule for another network: as `controlat.symbolic.hand_over`."""
+        """The schedule for another network: as `controlat.control.handover.hand_over`."""
         horizon = float(self.derivation.task.horizon)
         options = {"epochs": epochs, "k_min": k_min, "k_max": k_max, "tau": tau} | options
         return hand_over(self.derivation.K, horizon, **options).schedule
@@ -152,8 +153,8 @@ def _solved(
     Raises:
         ValueError: the time was over before the numbers were there.
     """
-    from controlat.symbolic import convergence, verify
-    from controlat.symbolic.limits import LATE, TimeLimit, within
+    from controlat._util.limits import LATE, TimeLimit, within
+    from controlat.bolza import convergence, verify
 
     verification, bound = None, None
     began = time.monotonic()
@@ -193,8 +194,8 @@ def _solved(
 
 def _derived(chosen: DeriveSettings, measured: dict[str, Any] | None) -> tuple[Derivation, Fit | None]:
     """The derivation of the landscape, calibrated first where a run was measured, within the time limit."""
+    from controlat._util.limits import TimeLimit, within
     from controlat.symbolic import Derivation
-    from controlat.symbolic.limits import TimeLimit, within
 
     task, fit, least = chosen.task, None, max(chosen.seconds, _NUMBERS)
     try:

@@ -13,13 +13,13 @@ import numpy as np
 import sympy
 from scipy.integrate import fixed_quad
 
+from controlat._util.limits import unhurried
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
 from controlat.symbolic.formula import ALPHA, HORIZON, TAU, THETA, T, X
 from controlat.symbolic.landscape import Array, LandscapeError, roots
-from controlat.symbolic.limits import unhurried
 from controlat.symbolic.task import Task
 
 __all__ = ["Derivation"]

@@ -1,7 +1,7 @@
 """Formulas l(theta, x): read from Python's syntax tree, of which a short list of nodes is allowed.
 
 A formula comes from a configuration or a command line, so it is never given to `eval`, nor to `sympify` and
-`parse_expr`, which call it. It is read in the child process of `controlat.symbolic.limits`: sympy computes at
+`parse_expr`, which call it. It is read in the child process of `controlat._util.limits`: sympy computes at
 once what it can, and a short text can ask for any amount of time and memory. Numbers and exponents are
 bounded besides, because what is read here is differentiated and evaluated later, in this process.
 """
@@ -23,7 +23,7 @@ import sympy
 from sympy import Expr, Rational, Symbol
 
 from controlat._util.checks import number
-from controlat.symbolic.limits import NotFound, TimeLimit, check, limited
+from controlat._util.limits import NotFound, TimeLimit, check, limited
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "THETA", "FormulaError", "X", "exact", "parameter_symbols", "parse"]
 
@@ -81,7 +81,7 @@ def parse(
         FormulaError: the text is no formula of the known names, it is too long, it holds a constant that is
             not a real number of reasonable size, or sympy does not come to an end with it; the message names
             the position, counted from 1.
-        TimeLimit: the deadline of `controlat.symbolic.limits.within` has passed.
+        TimeLimit: the deadline of `controlat._util.limits.within` has passed.
 
     >>> parse("x - 0.1*θ^2")
     -theta**2/10 + x

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from controlat._util.limits import SECONDS
 from controlat.symbolic.formula import GAMMA, HORIZON, TAU, exact, signed
 from controlat.symbolic.landscape import Landscape
-from controlat.symbolic.limits import SECONDS
 
 __all__ = ["Task"]
 

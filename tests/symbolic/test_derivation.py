@@ -13,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
 
-from controlat.symbolic import (
-    AMATA,
-    Derivation,
-    Landscape,
-    LandscapeError,
-    Task,
-    verify,
-)
+from controlat.bolza import verify
+from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task
 from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T
 
 THETA0 = Task().start

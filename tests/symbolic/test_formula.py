@@ -13,6 +13,7 @@ from helpers import slow
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from controlat._util.limits import TimeLimit, within
 from controlat.symbolic import formula
 from controlat.symbolic.formula import (
     FUNCTIONS,
@@ -23,7 +24,6 @@ from controlat.symbolic.formula import (
     parameter_symbols,
     parse,
 )
-from controlat.symbolic.limits import TimeLimit, within
 
 R = sympy.Rational
 

@@ -14,11 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from controlat.symbolic.bolza import SETS, Bolza, Search, candidates, chosen_set
-from controlat.symbolic.branch import Branch
-from controlat.symbolic.landscape import LandscapeError
-from controlat.symbolic.limits import LATE, TimeLimit
-from controlat.symbolic.principle import (
+from controlat._util.limits import LATE, TimeLimit
+from controlat.bolza.principle import (
     ALIKE,
     POINTS,
     Path,
@@ -31,8 +28,11 @@ from controlat.symbolic.principle import (
     multiplier,
     schedule_path,
 )
-from controlat.symbolic.programming import programme
-from controlat.symbolic.transcription import transcribe
+from controlat.bolza.problem import SETS, Bolza, Search, candidates, chosen_set
+from controlat.bolza.programming import programme
+from controlat.bolza.transcription import transcribe
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import LandscapeError
 
 __all__ = ["Verification", "verify"]
 

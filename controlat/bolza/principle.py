@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.integrate import OdeSolution, solve_bvp, solve_ivp, trapezoid
 
-from controlat.symbolic.bolza import Bolza, candidates, grid_of_q, no_whole_k, whole_cap
+from controlat.bolza.problem import Bolza, candidates, grid_of_q, no_whole_k, whole_cap
 from controlat.symbolic.landscape import Array, LandscapeError
 
 __all__ = ["Criterion", "Path", "boundary_problem", "comparisons", "criterion", "derived_cost"]

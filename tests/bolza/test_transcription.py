@@ -8,11 +8,11 @@ import pytest
 from helpers import slow
 from scipy.integrate import solve_ivp
 
-from controlat.symbolic.bolza import Bolza
+from controlat.bolza.principle import derived_path
+from controlat.bolza.problem import Bolza
+from controlat.bolza.transcription import _with_slope, cost, transcribe
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import derived_path
-from controlat.symbolic.transcription import _with_slope, cost, transcribe
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 
@@ -119,7 +119,7 @@ def test_the_gain_is_that_of_the_controls_whatever_the_optimiser_says(
 
         x, success = best, False
 
-    monkeypatch.setattr("controlat.symbolic.transcription.minimize", lambda *_, **__: Stopped)
+    monkeypatch.setattr("controlat.bolza.transcription.minimize", lambda *_, **__: Stopped)
     result = transcribe(problem)
     assert not result.about["success"]
     assert result.better

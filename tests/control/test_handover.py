@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import controlat
-from controlat.symbolic import Derivation, Task, hand_over
+from controlat.control.handover import hand_over
+from controlat.symbolic import Derivation, Task
 
 
 def rising(t: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
-from controlat.symbolic.bolza import Bolza, Search, candidates, no_whole_k
+from controlat.bolza.problem import Bolza, Search, candidates, no_whole_k
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
 
 __all__ = ["programme", "reachable"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from helpers import slow
 
-from controlat.symbolic.bolza import SETS, Bolza
+from controlat.bolza.principle import derived_path, gamma_limit
+from controlat.bolza.problem import SETS, Bolza
+from controlat.bolza.programming import programme, reachable
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import derived_path, gamma_limit
-from controlat.symbolic.programming import programme, reachable
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 

@@ -14,9 +14,9 @@ from types import FrameType
 import pytest
 import sympy
 
-from controlat.symbolic import limits
+from controlat._util import limits
+from controlat._util.limits import NotFound, TimeLimit, limited
 from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.limits import NotFound, TimeLimit, limited
 from controlat.symbolic.questions import tidy
 
 ENDLESS = (2**607 - 1) * (2**521 - 1)  # two primes: nobody finds them by trial
@@ -198,8 +198,8 @@ def test_nothing_is_left_over_at_exit_and_torch_is_not_loaded(tmp_path: Path) ->
     (tmp_path / "random.py").write_text("raise SystemExit('the folder of the user was imported from')")
     code = """
 import sys
-from controlat.symbolic.limits import limited
-from controlat.symbolic import limits
+from controlat._util.limits import limited
+from controlat._util import limits
 assert "sympy" not in sys.modules and "torch" not in sys.modules
 import sympy
 print(limited(sympy.factorint, 12, seconds=60), limits._child.process.pid)
@@ -213,8 +213,8 @@ assert "torch" not in sys.modules
 def test_a_fork_has_a_child_of_its_own(tmp_path: Path) -> None:
     code = """
 import os, sys, sympy
-from controlat.symbolic import limits
-from controlat.symbolic.limits import limited
+from controlat._util import limits
+from controlat._util.limits import limited
 assert limited(sympy.factorint, 12, seconds=60) == {2: 2, 3: 1}
 first = limits._child.process.pid
 with limits._lock:
@@ -232,8 +232,8 @@ assert limits._child.process.pid == first
 def test_the_child_ends_when_its_parent_is_killed_while_it_computes(tmp_path: Path) -> None:
     code = f"""
 import os, signal, threading, sympy
-from controlat.symbolic import limits
-from controlat.symbolic.limits import limited
+from controlat._util import limits
+from controlat._util.limits import limited
 limited(sympy.factorint, 12, seconds=60)
 print(limits._child.process.pid, flush=True)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()

@@ -7,8 +7,9 @@ import pytest
 from scipy.optimize import brentq
 
 import controlat
-from controlat.symbolic import Branch, Landscape, convergence, verify
-from controlat.symbolic.limits import LATE, TimeLimit, limited, within
+from controlat._util.limits import LATE, TimeLimit, limited, within
+from controlat.bolza import convergence, verify
+from controlat.symbolic import Branch, Landscape
 from controlat.symbolic.questions import tidy
 
 HANGS = "erf(x)*theta - x^2*theta^2"  # sympy integrates 1/theta' for minutes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, chosen_set, whole_cap
+from controlat.bolza.problem import SETS, Bolza, candidates, chosen_set, whole_cap
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
 

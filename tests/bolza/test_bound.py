@@ -12,7 +12,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat.symbolic.bound import constants, convergence
+from controlat.bolza.bound import constants, convergence
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.formula import THETA
 from controlat.symbolic.landscape import Landscape

@@ -31,9 +31,9 @@ import numpy as np
 from scipy.ndimage import maximum_filter
 
 from controlat._util.checks import whole
+from controlat._util.limits import TimeLimit
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Array, LandscapeError, roots
-from controlat.symbolic.limits import TimeLimit
 
 __all__ = ["Bound", "Constants", "constants", "convergence"]
 

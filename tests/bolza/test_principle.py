@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 from helpers import slow
 
-from controlat.symbolic import verification
-from controlat.symbolic.bolza import Bolza
-from controlat.symbolic.branch import Branch
-from controlat.symbolic.formula import THETA
-from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import (
+from controlat.bolza import verification
+from controlat.bolza.principle import (
     boundary_problem,
     comparisons,
     criterion,
@@ -27,9 +23,13 @@ from controlat.symbolic.principle import (
     multiplier,
     schedule_path,
 )
-from controlat.symbolic.programming import programme
-from controlat.symbolic.transcription import transcribe
-from controlat.symbolic.verification import Verification, verify
+from controlat.bolza.problem import Bolza
+from controlat.bolza.programming import programme
+from controlat.bolza.transcription import transcribe
+from controlat.bolza.verification import Verification, verify
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.formula import THETA
+from controlat.symbolic.landscape import Landscape, LandscapeError
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 LOG = "theta^2/2 - log(1 + (x - theta)^2)"
