@@ -23,8 +23,10 @@ from controlat._util.files import write_json, write_text
 from controlat._util.texts import table
 from controlat.app.runs import environment
 from controlat.bolza import convergence
-from controlat.bolza.principle import criterion, derived_path, gamma_limit
-from controlat.bolza.problem import SETS, Bolza
+from controlat.bolza.admissible import SETS
+from controlat.bolza.path import derived_path
+from controlat.bolza.principle import criterion, gamma_limit
+from controlat.bolza.problem import Bolza
 from controlat.bolza.programming import programme
 from controlat.symbolic import Branch, Landscape
 

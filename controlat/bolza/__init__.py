@@ -11,8 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from controlat.bolza.admissible import SETS
     from controlat.bolza.bound import Bound, convergence
-    from controlat.bolza.problem import SETS, Bolza
+    from controlat.bolza.problem import Bolza
     from controlat.bolza.verification import Verification, verify
 
 __all__ = ["SETS", "Bolza", "Bound", "Verification", "convergence", "verify"]

@@ -18,8 +18,8 @@ from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget
 from controlat.symbolic.branch import Branch, choose, higher
 from controlat.symbolic.flow import integrate
-from controlat.symbolic.formula import ALPHA, HORIZON, TAU, THETA, T, X
 from controlat.symbolic.landscape import Array, LandscapeError, roots
+from controlat.symbolic.symbols import ALPHA, HORIZON, TAU, THETA, T, X
 from controlat.symbolic.task import Task
 
 __all__ = ["Derivation"]

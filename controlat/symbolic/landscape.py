@@ -17,7 +17,8 @@ from scipy.optimize import brentq
 
 from controlat._util.limits import check
 from controlat.symbolic import AMATA
-from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
+from controlat.symbolic.formula import parse
+from controlat.symbolic.symbols import THETA, X, exact, parameter_symbols
 
 __all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "roots", "stretch"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import sympy
 
 from controlat._util.limits import SECONDS
-from controlat.symbolic.formula import GAMMA, HORIZON, TAU, exact, signed
 from controlat.symbolic.landscape import Landscape
+from controlat.symbolic.symbols import GAMMA, HORIZON, TAU, exact, signed
 
 __all__ = ["Task"]
 

@@ -16,8 +16,8 @@ import sympy
 
 from controlat._util import limits
 from controlat._util.limits import NotFound, TimeLimit, limited
-from controlat.symbolic.formula import THETA, X
 from controlat.symbolic.questions import tidy
+from controlat.symbolic.symbols import THETA, X
 
 ENDLESS = (2**607 - 1) * (2**521 - 1)  # two primes: nobody finds them by trial
 AT_EASE = 60.0  # a limit that plays no part

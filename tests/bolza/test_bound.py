@@ -12,10 +12,11 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat.bolza.bound import constants, convergence
+from controlat.bolza.bound import convergence
+from controlat.bolza.constants import constants
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.formula import THETA
 from controlat.symbolic.landscape import Landscape
+from controlat.symbolic.symbols import THETA
 
 
 def branch(

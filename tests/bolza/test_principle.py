@@ -12,24 +12,22 @@ import pytest
 from helpers import slow
 
 from controlat.bolza import verification
+from controlat.bolza.path import comparisons, derived_path, schedule_path
 from controlat.bolza.principle import (
     boundary_problem,
-    comparisons,
     criterion,
-    derived_path,
     gamma_limit,
     gamma_range,
     maximise,
     multiplier,
-    schedule_path,
 )
 from controlat.bolza.problem import Bolza
 from controlat.bolza.programming import programme
 from controlat.bolza.transcription import transcribe
 from controlat.bolza.verification import Verification, verify
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.formula import THETA
 from controlat.symbolic.landscape import Landscape, LandscapeError
+from controlat.symbolic.symbols import THETA
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 LOG = "theta^2/2 - log(1 + (x - theta)^2)"

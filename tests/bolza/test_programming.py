@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from helpers import slow
 
-from controlat.bolza.principle import derived_path, gamma_limit
-from controlat.bolza.problem import SETS, Bolza
+from controlat.bolza.admissible import SETS
+from controlat.bolza.path import derived_path
+from controlat.bolza.principle import gamma_limit
+from controlat.bolza.problem import Bolza
 from controlat.bolza.programming import programme, reachable
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError

@@ -8,7 +8,7 @@ import pytest
 from helpers import slow
 from scipy.integrate import solve_ivp
 
-from controlat.bolza.principle import derived_path
+from controlat.bolza.path import derived_path
 from controlat.bolza.problem import Bolza
 from controlat.bolza.transcription import _with_slope, cost, transcribe
 from controlat.symbolic.branch import Branch

@@ -15,7 +15,7 @@ from scipy.integrate import quad, solve_ivp
 
 from controlat.bolza import verify
 from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task
-from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T
+from controlat.symbolic.symbols import GAMMA, HORIZON, TAU, THETA, T
 
 THETA0 = Task().start
 A = sympy.Symbol("a", positive=True)

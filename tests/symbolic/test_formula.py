@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 
 from controlat._util.limits import TimeLimit, within
 from controlat.symbolic import formula
-from controlat.symbolic.formula import (
-    FUNCTIONS,
-    THETA,
-    FormulaError,
-    X,
-    exact,
-    parameter_symbols,
-    parse,
-)
+from controlat.symbolic.formula import FormulaError, parse
+from controlat.symbolic.symbols import FUNCTIONS, THETA, X, exact, parameter_symbols
 
 R = sympy.Rational
 

@@ -123,7 +123,7 @@ class DeriveSettings:
             raise ValueError(f"K needs k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
-        from controlat.bolza.problem import chosen_set  # here, because sympy is slow to import
+        from controlat.bolza.admissible import chosen_set  # here, because sympy is slow to import
 
         self.admissible = chosen_set(self.task.landscape, self.admissible)
         if self.transcription and self.admissible != "product":
