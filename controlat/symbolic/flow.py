@@ -143,7 +143,7 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> float | None:
 
 
 def _rest(rates: Sequence[float], u: float) -> float | None:
-    """The time from u to infinity, by dt/du at 0.6 u, 0.8 u and u; None where it is not finite for certain."""
+    """The time from u to infinity, by dt/du at 0.6 u, 0.8 u and u; None where it may be infinite."""
     before, middle, last = rates
     if last == 0:  # theta' is beyond all floats
         return 0.0
