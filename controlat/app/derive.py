@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlat._util.checks import number
-from controlat._util.files import expanded, write_json, write_text
+from controlat._util.files import expanded
+from controlat.app.derive_result import content, write
 from controlat.app.experiment import progress_bar
-from controlat.app.runs import claimed, environment
+from controlat.app.runs import claimed
 from controlat.app.settings import DeriveSettings, settings_from
 from controlat.control.handover import Handover, hand_over
 from controlat.control.schedules import Schedule
@@ -24,11 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Derived", "derive"]
 
-FORMAT, VERSION = "controlat derivation", 1
 DEMO_TAU, RUN_TAU = 0.3, 2.0  # alpha K of the network: that of the demo; in units of eps of a run
 DEMO_EPOCHS = 12
 _NUMBERS = 10.0  # seconds that the numbers alone may take, however short the time limit
-_POINTS = 101  # of t in the result file
 
 
 @dataclass(frozen=True)
@@ -125,23 +124,18 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     with progress_bar(4, "", chosen.progress) as bar:
         derivation, fit, verification, bound, late = _solved(chosen, measured, bar)
         handover = _hand_over(chosen, derivation, measured, fit)
-        result = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": plain,
-            "environment": environment(),
-            "task": _task(derivation),
-            **_solution(derivation),
-            "verification": None if verification is None else verification.to_json(),
-            "bound": None if bound is None else bound.to_json(),
-            "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
-            "network": handover.to_json(),
-            "left_out": late,
-            "seconds": time.perf_counter() - began,
-        }
+        result = content(
+            plain,
+            derivation,
+            verification=verification,
+            bound=bound,
+            calibration=None if fit is None else {"fit": fit.to_json(), "measured": measured},
+            handover=handover,
+        )
+        result |= {"left_out": late, "seconds": time.perf_counter() - began}
         if out is not None:
             bar.set_description("figures")
-            _write(result, out)
+            write(result, out)
     return Derived(derivation, handover, verification, bound, fit, result)
 
 
@@ -258,64 +252,3 @@ def _hand_over(
         resolution=chosen.resolution,
         label=("calibrated" if measured is not None else "derived") + f"({chosen.k_min:g}..{chosen.k_max:g})",
     )
-
-
-def _task(derivation: Derivation) -> dict[str, Any]:
-    import sympy  # slow to import, as whatever is symbolic
-
-    task, landscape = derivation.task, derivation.landscape
-    names = ("theta0", "tau", "horizon", "gamma")
-    return {
-        "landscape": landscape.text,
-        "latex": sympy.latex(landscape.expression),
-        "x0": landscape.point,
-        "parameters": {str(k): float(v) for k, v in landscape.values.items()},
-        "x_range": list(landscape.ends),
-        "theta_range": list(task.reach),
-        **{name: float(getattr(task, name)) for name in names},
-        "order": task.order,
-        "quadratic": landscape.quadratic,
-    }
-
-
-def _solution(derivation: Derivation) -> dict[str, Any]:
-    """Formulas, curves and what the figures need, as plain data."""
-    t = np.linspace(0, float(derivation.task.horizon), _POINTS)
-    curves = {
-        "theta": derivation.theta,
-        "alpha": derivation.alpha,
-        "K": derivation.K,
-        "linear": derivation.linear,
-    }
-    return {
-        "formulas": {key: answer.to_json() for key, answer in derivation.answers.items()},
-        "stationary": [point._asdict() for point in derivation.points],
-        "branch": {
-            "rank": derivation.index,
-            "x": derivation.point.x,
-            "domain": list(derivation.branch.domain),
-        },
-        "minima": derivation.minima,
-        "series": {
-            "values": derivation.series_numbers,
-            "formulas": [str(c) for c in derivation.coefficients],
-        },
-        "curves": {"t": t.tolist(), **{name: f(t).tolist() for name, f in curves.items()}}
-        | {"series": derivation.series(t).tolist()},
-        "rising": derivation.rising,
-        "cost": {"J": derivation.cost, **derivation.parts},
-        "pictures": derivation.pictures(),
-        "notes": derivation.notes,
-    }
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
-    from controlat.report.derivation.document import markdown
-    from controlat.report.derivation.figures import FIGURES
-
-    write_json(out / "schedule.json", result["network"]["schedule"])
-    for name, figure in FIGURES.items():
-        if figure.wanted(result):
-            figure.draw(result, out / name)
-    write_text(out / "summary.md", markdown(result))
-    write_json(out / "result.json", result)  # last: where it is, the others are
