@@ -147,43 +147,55 @@ def _solved(
     Raises:
         ValueError: the time was over before the numbers were there.
     """
-    from controlat._util.limits import LATE, TimeLimit, within
-    from controlat.bolza import convergence, verify
+    from controlat._util.limits import within
 
-    verification, bound = None, None
     began = time.monotonic()
     bar.set_description("deriving")
     derivation, fit = _derived(chosen, measured)
     bar.update()
     late = list(derivation.budget.late)
+    if not chosen.checks:
+        return derivation, fit, None, None, late
     with within(chosen.seconds - (time.monotonic() - began)):
-        if chosen.checks:
-            bar.set_description("the maximum principle")
-            task = derivation.task
-            where = (
-                derivation.branch,
-                float(task.theta0),
-                float(task.tau),
-                float(task.horizon),
-                float(task.gamma),
-            )
-            try:
-                verification = verify(
-                    *where,
-                    admissible=chosen.admissible,
-                    overshoot=chosen.overshoot,
-                    transcription=chosen.transcription,
-                )
-                late += verification.left_out
-            except TimeLimit:
-                late.append("the check against the maximum principle")
-            bar.update()
-            bar.set_description("Theorem 1")
-            bound = convergence(derivation.branch, float(task.theta0), sigma=(0.0, 0.5))
-            if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
-                late.append("rows of Theorem 1")
-            bar.update()
-    return derivation, fit, verification, bound, late
+        bar.set_description("the maximum principle")
+        verification = _verified(chosen, derivation)
+        late += ["the check against the maximum principle"] if verification is None else verification.left_out
+        bar.update()
+        bar.set_description("Theorem 1")
+        bound, told = _bound(derivation)
+        bar.update()
+    return derivation, fit, verification, bound, late + told
+
+
+def _verified(chosen: DeriveSettings, derivation: Derivation) -> Verification | None:
+    """The check against the maximum principle; None where the deadline stopped it."""
+    from controlat._util.limits import TimeLimit
+    from controlat.bolza import verify
+
+    task = derivation.task
+    try:
+        return verify(
+            derivation.branch,
+            theta0=float(task.theta0),
+            tau=float(task.tau),
+            horizon=float(task.horizon),
+            gamma=float(task.gamma),
+            admissible=chosen.admissible,
+            overshoot=chosen.overshoot,
+            transcription=chosen.transcription,
+        )
+    except TimeLimit:
+        return None
+
+
+def _bound(derivation: Derivation) -> tuple[Bound, list[str]]:
+    """Theorem 1 beside actual runs, and whether the deadline left rows out."""
+    from controlat._util.limits import LATE
+    from controlat.bolza import convergence
+
+    bound = convergence(derivation.branch, float(derivation.task.theta0), sigma=(0.0, 0.5))
+    late = LATE in (bound.reason, *(row["reason"] for row in bound.rows))
+    return bound, ["rows of Theorem 1"] * late
 
 
 def _derived(chosen: DeriveSettings, measured: dict[str, Any] | None) -> tuple[Derivation, Fit | None]:

@@ -23,47 +23,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from controlat._util.checks import whole
 from controlat._util.limits import TimeLimit
 from controlat.bolza.constants import FLAT, LINE, Constants, Range, constants_on, interval, peak
+from controlat.bolza.descent import Case, Seen, inner_ascent, minimiser, run
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.landscape import Array, LandscapeError, roots
+from controlat.symbolic.landscape import LandscapeError
 
 __all__ = ["Bound", "convergence"]
 
 _ENLARGEMENTS, _MARGIN = 60, 0.25
-Inner = Callable[[Array, Array], Array]  # where the inner loop ends, from theta and x*(theta)
 Known = dict[tuple[Range, Range], "Constants"]
 _BOUNDS = ("printed", "corrected", "sharper", "fosc_bound")
 _KEYS = ["theta_range", "x_range", "enlarged", "L_tt", "L_tx", "mu", "beta", "Delta", "eta", "delta", "fosc"]
 _KEYS += ["left", "standard_error", "long_enough", *_BOUNDS, *(f"{name}_holds" for name in _BOUNDS)]
-
-
-class _Case(NamedTuple):
-    """What all rows share."""
-
-    branch: Branch
-    theta0: float
-    inner: Inner
-    runs: int
-    seed: int
-
-
-class _Seen(NamedTuple):
-    """What runs did: left side of each run, largest errors, and where they were."""
-
-    left: Array
-    delta: float
-    fosc: float
-    theta: Range
-    x: Range
-    finite: bool
 
 
 @dataclass(frozen=True)
@@ -101,72 +80,6 @@ class Bound:
         return asdict(self) | {"rows": [dict(row) for row in self.rows]}
 
 
-def _minimiser(branch: Branch, theta0: float) -> float:
-    """Where the robust flow from theta_0 ends."""
-    slope = float(branch.robust_slope(theta0))
-    if slope == 0:
-        return theta0
-    end = branch.domain[0 if slope > 0 else 1]
-    grid = np.linspace(min(theta0, end), max(theta0, end), 4001)
-    below = [v for v, _, _ in roots(branch.robust_slope, grid)]
-    below += [end] if branch.robust_slope(end) == 0 else []
-    if not below:
-        raise LandscapeError(
-            f"the robust loss falls from theta_0 = {theta0:.6g} as far as the inner maximum is followed "
-            f"(theta = {end:.6g}): no minimum, Delta is infinite or unknown; give a theta_range"
-        )
-    return min(below, key=lambda v: abs(v - theta0))
-
-
-def _inner(branch: Branch, alpha: float | None, steps: int | None, delta: float) -> Inner:
-    """An inner loop of steps of size alpha from x0, or one that ends delta from x*, where it hinders most."""
-    if (alpha is None) != (steps is None):
-        raise ValueError(
-            f"an inner ascent needs alpha and steps, got alpha {alpha} and steps {steps}: give both"
-        )
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    if not 0 <= delta < math.inf or (delta > 0 and alpha is not None):
-        raise ValueError(
-            f"delta must be at least 0, and 0 beside alpha and steps, got {delta}: leave one out"
-        )
-    if steps is not None:
-        count = whole(steps, "steps", 0)
-        return lambda theta, _: branch.landscape.ascent(theta, alpha, count)
-    slope = branch.landscape("t")
-
-    def away(theta: Array, best: Array) -> Array:
-        exact, above, below = slope(theta, best), best + delta, best - delta
-        return np.where(exact * slope(theta, above) < exact * slope(theta, below), above, below)
-
-    return away if delta > 0 else lambda _, best: best
-
-
-def _run(case: _Case, k: Constants, eta: float, T: int, sigma: float) -> _Seen:
-    """T steps of all runs at once; without noise they are all alike, so there is one."""
-    l, rng = case.branch.landscape, np.random.default_rng(case.seed)  # noqa: E741
-    theta, delta, fosc = np.full(case.runs if sigma > 0 else 1, case.theta0), 0.0, 0.0
-    left, ends = np.zeros_like(theta), ([np.inf], [-np.inf], [np.inf], [-np.inf])
-    for step in range(T + 1):
-        best = case.branch(theta)
-        point = case.inner(theta, best)
-        for i, values in ((0, theta), (2, np.concatenate([best, point]))):
-            fine = values[np.isfinite(values)]
-            ends[i].append(float(fine.min(initial=np.inf)))
-            ends[i + 1].append(float(fine.max(initial=-np.inf)))
-        if step == T:  # theta_T is in no sum, but L(theta_T) >= min L is used: it has to be in range
-            break
-        slope = l("x")(theta, point)
-        gap = np.maximum((k.x_range[1] - point) * slope, (k.x_range[0] - point) * slope)
-        delta, fosc = max(delta, float(np.abs(point - best).max())), max(fosc, float(gap.max()))
-        left += l("t")(theta, best) ** 2 / T
-        noise = sigma * rng.standard_normal(len(theta)) if sigma > 0 else 0.0
-        theta = theta - eta * (l("t")(theta, point) + noise)
-    finite = bool(np.isfinite([left, point, best]).all())
-    low, high, bottom, top = min(ends[0]), max(ends[1]), min(ends[2]), max(ends[3])
-    return _Seen(left, delta, fosc, (low, high), (bottom, top), finite)
-
-
 def _covering(old: Range, seen: Range, most: Range = LINE) -> Range:
     """A range around both, with a margin where the old one was left, but within what is possible."""
     slack = 1e-9 * (old[1] - old[0]) + 1e-12 * max(map(abs, old))
@@ -177,7 +90,7 @@ def _covering(old: Range, seen: Range, most: Range = LINE) -> Range:
     )
 
 
-def _checked(k: Constants, seen: _Seen, eta: float, T: int, sigma: float) -> dict[str, Any]:
+def _checked(k: Constants, seen: Seen, eta: float, T: int, sigma: float) -> dict[str, Any]:
     """Both sides: the measured one with its standard error, and every bound with whether it holds."""
     left, drop = float(seen.left.mean()), k.beta * k.drop
     error = float(seen.left.std(ddof=1) / math.sqrt(len(seen.left))) if len(seen.left) > 1 else 0.0
@@ -197,7 +110,7 @@ def _checked(k: Constants, seen: _Seen, eta: float, T: int, sigma: float) -> dic
     return row
 
 
-def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known) -> dict[str, Any]:
+def _row(case: Case, T: int, sigma: float, theta: Range, x: Range, known: Known) -> dict[str, Any]:
     """One horizon and one sigma: constants, runs, and again on a larger range while runs leave it."""
     branch, most = case.branch, case.branch.domain
     for enlarged in range(_ENLARGEMENTS):  # noqa: B007
@@ -208,7 +121,7 @@ def _row(case: _Case, T: int, sigma: float, theta: Range, x: Range, known: Known
             known[theta, x] = constants_on(branch, case.theta0, theta, x)
         k = known[theta, x]
         eta = 1 / k.beta if sigma == 0 else min(1 / k.beta, math.sqrt(k.drop / (T * k.beta)) / sigma)
-        seen = _run(case, k, eta, T, sigma)
+        seen = run(case, k, eta, T, sigma)
         wider = _covering(theta, seen.theta, most), _covering(x, seen.x)
         if wider == (theta, x):
             break
@@ -276,8 +189,8 @@ def convergence(
     """
     if not branch.domain[0] <= theta0 <= branch.domain[1]:
         raise ValueError(f"theta0 must be where the inner maximum is followed, {branch.domain}, got {theta0}")
-    end, count = _inner(branch, alpha, steps, delta), whole(runs, "runs", 2)
-    case = _Case(branch, float(theta0), inner=end, runs=count, seed=whole(seed, "seed", 0))
+    end, count = inner_ascent(branch, alpha, steps, delta), whole(runs, "runs", 2)
+    case = Case(branch, float(theta0), inner=end, runs=count, seed=whole(seed, "seed", 0))
     sigmas = [float(s) for s in np.atleast_1d(np.asarray(sigma, dtype=float))]
     if not sigmas or not all(0 <= s < math.inf for s in sigmas):
         raise ValueError(f"sigma must be one or several finite numbers of at least 0, got {sigma}")
@@ -288,7 +201,7 @@ def convergence(
     begin = None if theta_range is None else interval("theta_range", theta_range, theta0, branch.domain)
     reason, rows, known = "", list[dict[str, Any]](), Known()
     try:
-        theta = begin or (min(ends := (case.theta0, _minimiser(branch, case.theta0))), max(ends))
+        theta = begin or (min(ends := (case.theta0, minimiser(branch, case.theta0))), max(ends))
         for s, T in itertools.product(sigmas, horizons):
             rows.append({"T": T, "sigma": s, "reason": ""} | dict.fromkeys(_KEYS))
             try:

@@ -1,5 +1,6 @@
 """Questions with a time limit: answers, errors, and what happens when the child process is slow or dies."""
 
+import math
 import os
 import pickle
 import signal
@@ -53,6 +54,50 @@ def test_answers_come_back_from_one_process() -> None:
     assert limited(tidy, X * X, seconds=AT_EASE) == X**2
     assert limited(sympy.factorint, 12, seconds=AT_EASE) == {2: 2, 3: 1}
     assert _pid() == first
+
+
+def test_the_child_imports_the_module_that_is_asked_for_and_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lightweight.py").write_text("import sys\n\ndef knows(name): return name in sys.modules\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from lightweight import knows  # type: ignore[import-not-found]
+
+    limits.close()
+    assert not limited(knows, "sympy", seconds=AT_EASE)
+    assert not limited(knows, "numpy", seconds=AT_EASE)
+    _works()
+    assert limited(knows, "sympy", seconds=AT_EASE)
+    limits.close()
+
+
+def test_the_time_of_a_question_begins_after_its_module_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "import os, time", "time.sleep(2 * (os.getpid() != {}))", "def answer(): return 42"
+    (tmp_path / "heavyweight.py").write_text("\n".join(lines).format(os.getpid()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from heavyweight import answer  # type: ignore[import-not-found]
+
+    limits.close()
+    assert limited(math.gcd, 12, 18, seconds=AT_EASE) == 6  # not for the first question alone
+    assert limited(answer, seconds=1.5) == 42
+    limits.close()
+
+
+def test_a_module_that_the_child_cannot_import_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shortlived.py").write_text("def answer(): return 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from shortlived import answer  # type: ignore[import-not-found]
+
+    (tmp_path / "shortlived.py").unlink()
+    limits.close()
+    with pytest.raises(NotFound, match="ModuleNotFoundError: No module named 'shortlived'"):
+        limited(answer, seconds=AT_EASE)
+    _works()
+    limits.close()
 
 
 def test_symbols_come_back_as_the_same_symbols() -> None:
