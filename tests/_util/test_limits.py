@@ -107,8 +107,8 @@ def test_symbols_come_back_as_the_same_symbols() -> None:
 
 def test_large_questions_and_answers_pass_through_the_pipes() -> None:
     many = [X**k for k in range(20_000)]
-    found = limited(sympy.flatten, [many], seconds=AT_EASE)
-    assert found == many
+    answer = limited(sympy.flatten, [many], seconds=AT_EASE)
+    assert answer == many
 
 
 def test_an_endless_computation_ends_with_the_time_and_the_next_question_is_answered() -> None:
@@ -213,17 +213,17 @@ def test_the_limit_is_a_positive_number(seconds: float) -> None:
 
 
 def test_several_threads_get_each_their_own_answer() -> None:
-    found: dict[int, object] = {}
+    answer: dict[int, object] = {}
 
     def ask(k: int) -> None:
-        found[k] = limited(sympy.factorint, 2**k, seconds=AT_EASE)
+        answer[k] = limited(sympy.factorint, 2**k, seconds=AT_EASE)
 
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(1, 21)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {k: {2: k} for k in range(1, 21)}
+    assert answer == {k: {2: k} for k in range(1, 21)}
 
 
 # ------------------------------------------------------------------------------- in a process of their own
