@@ -89,7 +89,8 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     """function(*args), computed in the child process.
 
     Args:
-        function: a function of a module; it is sent by its name.
+        function: a function of a module; it is sent by its name, and the module imported before its time
+            begins.
         args: its arguments; they and the result are copied by pickle.
         seconds: the time limit; the deadline of `within`, where it comes earlier.
 

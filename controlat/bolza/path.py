@@ -32,6 +32,10 @@ class Path:
     """A schedule with its state and costate at instants t; p = p0 + gamma p1, the two parts kept apart.
 
     Args:
+        name: of the schedule.
+        t, theta, q, k: instants, the state there, alpha/alpha*(theta) and K.
+        p0, p1: the costate without the price of steps, and its slope in gamma.
+        gamma: price of one inner step per unit of time.
         raised: fraction of the time in which K(t) was raised to K*(theta), being too small to be admissible.
         cost: J, by quadrature.
     """
@@ -53,7 +57,7 @@ class Path:
         return np.asarray(self.p0 + self.gamma * self.p1, dtype=float)
 
 
-class _Course(NamedTuple):
+class _Trajectory(NamedTuple):
     """A state that was followed: J, (theta, integral of K) of t, and the stretches (begin, end, whole K)."""
 
     cost: float
@@ -79,7 +83,7 @@ def _joined(paths: list[Any]) -> Callable[[Any], Array]:
     return OdeSolution(np.concatenate(times), [each for path in paths for each in path.sol.interpolants])
 
 
-def _forward(problem: Bolza, control: Control) -> _Course:
+def _forward(problem: Bolza, control: Control) -> _Trajectory:
     """State and cost, in stretches on which a whole K is held; real K have one.
 
     Raises:
@@ -117,7 +121,7 @@ def _forward(problem: Bolza, control: Control) -> _Course:
                 f"known on [{low:g}, {high:g}]. Shorten the horizon or follow the maximum further"
             )
     cost = float(problem.branch.robust(y[0]) + problem.gamma * y[1])
-    return _Course(cost, _joined(paths), stretches)
+    return _Trajectory(cost, _joined(paths), stretches)
 
 
 def _follow(problem: Bolza, name: str, control: Control) -> Path:
@@ -126,26 +130,26 @@ def _follow(problem: Bolza, name: str, control: Control) -> Path:
     Raises:
         LandscapeError: as of `_forward`, or a derivative of l is not finite.
     """
-    course, paths = _forward(problem, control), list[Any]()
+    trajectory, paths = _forward(problem, control), list[Any]()
 
     def slopes(s: float, y: Array, held: float) -> list[Any]:
-        theta = course.states(s)[0]
+        theta = trajectory.states(s)[0]
         q, k, bound = control(s, theta, held)
         a = problem.robust_flow_slope(theta) if bound else problem.flow_slope(theta, q, k)
         b = problem.count_slope(theta) if bound and problem.admissible == "product" else 0.0
         return [-a * y[0], b - a * y[1]]
 
-    p = np.array([-float(problem.branch.robust_slope(course.states(problem.horizon)[0])), 0.0])
-    for begin, end, held in reversed(course.stretches):
+    p = np.array([-float(problem.branch.robust_slope(trajectory.states(problem.horizon)[0])), 0.0])
+    for begin, end, held in reversed(trajectory.stretches):
         paths.append(_solve(slopes, (end, begin), p, held, None))
         p = paths[-1].y[:, -1]
         if paths[-1].status < 0 or not np.isfinite(p).all():
             raise LandscapeError(f"the costate of the schedule {name!r} is not finite: a derivative is not")
     t = np.linspace(0, problem.horizon, POINTS)
-    theta = course.states(t)[0]
-    theta, q, k, bound = np.broadcast_arrays(theta, *control(t, theta, course.held(t)))
+    theta = trajectory.states(t)[0]
+    theta, q, k, bound = np.broadcast_arrays(theta, *control(t, theta, trajectory.held(t)))
     p0, p1, raised = *_joined(paths)(t), float(trapezoid(bound.astype(float), t)) / problem.horizon
-    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=course.cost)
+    return Path(name, t, theta, q, k, p0, p1, gamma=problem.gamma, raised=raised, cost=trajectory.cost)
 
 
 def _derived(problem: Bolza) -> Control:

@@ -1,4 +1,4 @@
-"""Pontryagin's principle for a schedule on a landscape: trajectories, costates and the criterion
+"""Pontryagin's principle for a schedule on a landscape: Hamiltonian, multiplier and the criterion
 
     H = p F(theta, u) - gamma K,   p' = -dH/dtheta,   p(T) = -L'(theta_T),
     C(u) = 1/T integral [ max over v in G(theta_t) of H(theta_t, p_t, v) - H(theta_t, p_t, u_t) ] dt.

@@ -1,4 +1,4 @@
-"""The optimal-control problem of a landscape: how far and how often to step on the way to the inner maximum.
+"""The Bolza problem of a landscape: how far and how often to step on the way to the inner maximum.
 
     min over u of  J = L(theta_T) + gamma * integral_0^T K dt,    theta' = F(theta, u) = -l_theta(theta, x_K)
 
