@@ -167,10 +167,13 @@ def test_lost_lines_of_the_criterion_are_scored_again_as_they_were(tmp_path: Pat
     assert [*map(timeless, read_json_lines(file))] == [*map(timeless, lines)]
 
 
-def test_an_estimate_takes_the_dearest_control_or_says_that_the_cost_is_not_known() -> None:
+def test_an_estimate_takes_the_most_expensive_control_or_says_that_the_cost_is_not_known() -> None:
     known = estimate(schedules=[RULE], full=False, **FEW)["gradients"]["training"]
     assert known == 4 * 3 * 120
-    with pytest.raises(ValueError, match=r"controller Rising will do is not known ahead.*`dearest`"):
+    with pytest.raises(
+        ValueError,
+        match=r"closed loop Rising are not known before the run: give it an attribute `most_expensive`",
+    ):
         estimate(schedules=["rules:unbounded", "pgd:steps=1,alpha=0.1"], **FEW)
     with pytest.raises(ValueError, match="max_steps is missing"):
         estimate(schedules=["rules:unbounded"], **FEW)
