@@ -21,6 +21,7 @@ from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.session import session
 from controlat.app.settings import EvaluateSettings, names_factory, settings_from
 from controlat.app.trainer import load_checkpoint
+from controlat.control.controller import is_open
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
@@ -74,7 +75,12 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
         return {}
     n, names = len(chosen.seeds), labels(chosen.schedules)
     schedules = [
-        {"text": name, "schedule": every[i * n].taken.to_json(), "runs": results[i * n : (i + 1) * n]}
+        {
+            "text": name,
+            "schedule": every[i * n].taken.to_json(),
+            **({} if is_open(every[i * n].controller) else {"closed_loop": True}),
+            "runs": results[i * n : (i + 1) * n],
+        }
         for i, name in enumerate(names)
     ]
     return report.assemble(

@@ -118,7 +118,7 @@ def backward(
         terminal: Phi.
         horizons: the horizons h in steps; a longer one than the roll-out is cut to its length, which is the
             default.
-        steps: numbers of the steps at which costates are wanted; all by default. Costates that no such step
+        steps: numbers of the steps at which costates are wanted; all by default. Costates that none of them
             needs are not computed.
         meter: where evaluations of the backward pass are counted. Those of recomputing states are counted in
             ``recording.spent``.
