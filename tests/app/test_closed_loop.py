@@ -139,7 +139,7 @@ def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Pat
     )
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert f"Closed loop ({RULE}): controls depend on the state, and so on the seed" in summary
-    assert "show those that were taken under seed 0." in summary
+    assert "tables of controls show those that were taken under seed 0." in summary
     assert {p.name for p in (tmp_path / "out").glob("*.png")} >= {"schedules.png", "tradeoff.png"}
     assert read(tmp_path / "out" / "result.json") == read_json(tmp_path / "out" / "result.json")
 

@@ -30,7 +30,7 @@ def notes(result: Result) -> list[str]:
     if loops := [entry["text"] for entry in result["schedules"] if entry.get("closed_loop")]:
         lines.append(
             f"Closed loop ({', '.join(loops)}): controls depend on the state, and so on the seed; figures "
-            f"and tables by epoch show those that were taken under seed {first_seed(result)}."
+            f"and tables of controls show those that were taken under seed {first_seed(result)}."
         )
     if result.get("reproduced") is None:
         return lines
