@@ -141,6 +141,13 @@ class Curve:
         """The number of epochs in `at` that are <= t. By bisection: a table may have a million."""
         return bisect_right(self.at, t, key=lambda edge: edge - SLACK)
 
+    def unreached(self, starts: Iterable[float], epochs: float) -> tuple[float, ...]:
+        """The epochs in `at` without effect on the values at the times `starts`, in a run of T = `epochs`."""
+        if self.kind == "step":
+            reached = {self.place(t) for t in starts}
+            return tuple(e for i, e in enumerate(self.at, start=1) if i not in reached)
+        return self.at if self.kind == "ramp" and self.at[0] > epochs + SLACK else ()
+
     def __call__(self, t: float, epochs: float) -> float:
         """The value at time t, before rounding, in a run of T = `epochs`; tau for a ``ratio``."""
         return CURVES[self.kind](self, t, epochs)

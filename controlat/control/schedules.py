@@ -266,13 +266,7 @@ class Schedule:
         {'steps': (8.0,)}
         """
         starts = [piece * self.resolution for piece in range(self.pieces)]
-        late = {}
-        for knob, curve in self.curves.items():
-            if curve.kind == "step":
-                reached = {curve.place(t) for t in starts}
-                late[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in reached)
-            elif curve.kind == "ramp" and curve.at[0] > self.epochs + SLACK:
-                late[knob] = curve.at
+        late = {knob: curve.unreached(starts, self.epochs) for knob, curve in self.curves.items()}
         return {knob: at for knob, at in late.items() if at}
 
     def __hash__(self) -> int:
