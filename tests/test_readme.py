@@ -96,6 +96,7 @@ def test_the_stored_surfaces_give_c_for_another_gamma_as_the_mathematics_says(tm
         attacks=["fgsm"],
         checks=0,
         probe=64,
+        full=False,
         threads=1,
         progress=False,
     )
