@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import flat, same
+from helpers import flat, same, slow
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MART = "own_method:Mart"
 TINY = ["--train_points", "200", "--epochs", "3", "--threads", "1", "--progress", "false"]
 OWN_TESTS = {"own_method.py", "own_controller.py"}  # run below, and more is asked of what they print
+OTHERS = sorted({path.name for path in EXAMPLES.glob("*.py")} - OWN_TESTS - {"own_loop.py"})
 EPS, RATE = 0.1, 0.1
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -77,9 +78,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 # ------------------------------------------------------------------------------------- as a script, as a name
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in OWN_TESTS)
-)
+@pytest.mark.parametrize("name", [*OTHERS, slow("own_loop.py")])  # README's loop, which test_readme runs
 def test_the_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

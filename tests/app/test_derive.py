@@ -22,7 +22,7 @@ FEW: dict[str, Any] = {"train_points": 300, "test_points": 50, "progress": False
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training run."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    controlat.train(out, epochs=6, schedule="amata:min=1,max=10,tau=0.3", seed=3, threads=1, progress=False)
+    controlat.train(out, epochs=12, schedule="amata:min=1,max=10,tau=0.3", seed=3, threads=1, progress=False)
     return out
 
 
@@ -181,13 +181,13 @@ def test_calibration_fits_the_run_and_repeats_without_measuring_again(run: Path,
     calibration = found.result["calibration"]
     assert calibration["measured"]["same"] is True
     assert found.fit is not None
-    assert found.fit.times[-1] == 6
+    assert found.fit.times[-1] == 12
     assert len(found.fit.residuals) == len(found.fit.times)
     # K* is in steps of the network: at the end it is what was needed there, but for the residual.
     assert float(found.K(float(found.derivation.task.horizon))) == pytest.approx(
         found.fit.fitted[-1], rel=1e-3
     )
-    assert found.schedule.epochs == 6
+    assert found.schedule.epochs == 12
     assert found.schedule(0)["alpha"] * found.schedule(0)["steps"] == pytest.approx(0.3)
     assert (out / "calibration.png").exists()
     before = (run / "calibration.json").stat().st_mtime_ns
