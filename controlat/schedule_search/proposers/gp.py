@@ -1,0 +1,133 @@
+"""Bayesian optimisation with a Gaussian process that expects noise (scikit-learn's)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+from scipy.stats.qmc import Sobol
+
+from controlat._util.checks import whole
+from controlat.schedule_search.proposers import Told
+from controlat.schedule_search.space import Space
+
+__all__ = ["GP", "PROPOSER"]
+
+_POOL = 10  # 2^10 points of the cube on which the acquisition is compared, and as many near the best
+_SPREAD = 0.1  # standard deviation of those, in units of the cube
+_UNKNOWN = 1e-3  # smallest variance of the noise, J being scaled to variance 1
+Array = NDArray[np.float64]
+
+
+class GP:
+    """Expected improvement over the best posterior mean, under a Gaussian process with a noise term.
+
+        J(x) = m + f(x) + e,    f ~ GP(0, Matern 5/2, one length for each parameter),    e ~ N(0, s^2)
+
+    m, s and the lengths maximise the likelihood after every call of `tell`. The improvement is over the
+    smallest posterior mean at a point that was tried, as the smallest J that was seen owes much to luck.
+    Points of one `ask` are spread by believing the posterior mean at those before (kriging believer). Failed
+    trials count as the largest J that was seen.
+
+    Args:
+        space: what is searched.
+        seed: of its random numbers.
+        startup: points of a Sobol sequence before the model is used.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed; the message says how.
+
+    Source:
+        Jones et al. (1998); Ginsbourger et al. (2010), kriging believer; Vazquez et al. (2008), expected
+        improvement under noise.
+    """
+
+    def __init__(self, space: Space, seed: int, startup: int = 10) -> None:
+        try:
+            import sklearn.gaussian_process  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "the proposer gp needs scikit-learn: pip install 'controlat[gp]', or take tpe"
+            ) from error
+        self.space, self._startup = space, whole(startup, "startup", 2)
+        self._rng = np.random.default_rng(seed)
+        self._sobol = Sobol(len(space.parameters), rng=self._rng)
+        self._x, self._y = list[list[float]](), list[float | None]()
+
+    def ask(self, count: int) -> list[dict[str, float]]:
+        """The next points, one after the other with the model's mean in place of what is not told yet."""
+        known = [y for y in self._y if y is not None]
+        chosen: list[Array] = []
+        model = self._fitted() if len(self._y) >= self._startup and len(set(known)) > 1 else None
+        for _ in range(count):
+            if model is None:
+                chosen.append(self._random(1)[0])
+                continue
+            x = np.array([*self._x, *chosen])
+            mean_at = model.predict(x)
+            pool = self._pool(x[int(mean_at.argmin())])
+            believed = self._believing(model, x, mean_at)
+            mean, total = believed.predict(pool, return_std=True)
+            noise = believed.kernel_.k2.noise_level * believed._y_train_std**2  # part of sklearn's deviation
+            deviation = np.sqrt(np.maximum(total**2 - noise, 0.0))
+            chosen.append(pool[int(_improvement(float(mean_at.min()), mean, deviation).argmax())])
+        return [self.space.point(x) for x in chosen]
+
+    def tell(self, trials: Sequence[Told]) -> None:
+        """Take in what was found."""
+        for told in trials:
+            self._x.append(self.space.shares(told.point))
+            self._y.append(told.value)
+
+    def _targets(self) -> Array:
+        known = [y for y in self._y if y is not None]
+        return np.array([max(known) if y is None else y for y in self._y])
+
+    def _fitted(self) -> Any:
+        """The process with the parameters of largest likelihood."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        lengths = np.full(len(self.space.parameters), 0.5)
+        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(lengths, (0.05, 20.0), nu=2.5)
+        kernel = kernel + WhiteKernel(0.1, (_UNKNOWN, 10.0))
+        draw = int(self._rng.integers(2**31 - 1))
+        model = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=draw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a length at the end of its range is fine
+            return model.fit(np.array(self._x), self._targets())
+
+    def _believing(self, model: Any, x: Array, mean: Array) -> Any:
+        """The process given its own mean at points that were asked for and not told."""
+        from sklearn.base import clone
+
+        if len(x) == len(self._x):
+            return model
+        believed = clone(model).set_params(kernel=model.kernel_, optimizer=None)
+        return believed.fit(x, np.append(self._targets(), mean[len(self._x) :]))
+
+    def _random(self, count: int) -> Array:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The balance properties")
+            return np.asarray(self._sobol.random(count))
+
+    def _pool(self, best: Array) -> Array:
+        """Where the acquisition is compared: everywhere, and near the best."""
+        far = self._random(2**_POOL)
+        near = best + _SPREAD * self._rng.standard_normal(far.shape)
+        return np.clip(np.concatenate([far, near]), 0, 1)
+
+
+def _improvement(best: float, mean: Array, deviation: Array) -> Array:
+    """Expected improvement E max(best - f, 0) of f ~ N(mean, deviation^2)."""
+    deviation = np.maximum(deviation, 1e-12)
+    z = (best - mean) / deviation
+    return np.asarray((best - mean) * norm.cdf(z) + deviation * norm.pdf(z))
+
+
+PROPOSER = GP
