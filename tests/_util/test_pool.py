@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 def test_results_come_in_the_order_of_the_tasks_whatever_the_order_of_their_ends(tmp_path: Path) -> None:
     with Pool(2) as pool:
         first, last = tmp_path / "first", tmp_path / "last"
-        tasks = [
+        work = [
             Task("0", tasks.after, (last, 0)),
             Task("1", tasks.leave, (first, 1)),
             Task("2", tasks.leave, (last, 2)),
         ]
-        assert pool.map(tasks) == [0, 1, 2]
+        assert pool.map(work) == [0, 1, 2]
         a, b = tmp_path / "a", tmp_path / "b"
         assert pool.map([Task("a", tasks.meet, (a, b)), Task("b", tasks.meet, (b, a))]) == ["a", "b"], (
             "at the same time"
@@ -50,9 +50,9 @@ def test_workers_stay_for_the_next_tasks_and_end_with_the_block() -> None:
 
 
 def test_workers_take_their_environments_in_turn() -> None:
-    tasks = [Task(str(i), tasks.variable, ("CARD",)) for i in range(2)]
+    work = [Task(str(i), tasks.variable, ("CARD",)) for i in range(2)]
     with Pool(1, environments=[{"CARD": "7"}]) as pool:
-        assert pool.map(tasks) == ["7", "7"]
+        assert pool.map(work) == ["7", "7"]
 
 
 def test_what_a_task_prints_is_printed_by_the_parent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_the_first_error_by_order_is_raised_when_those_before_have_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hanging = tmp_path / "hanging"
-    tasks = [
+    work = [
         Task("first", tasks.fail_after_the_end_of, (hanging,)),
         Task("second", tasks.fail, (hanging, ArithmeticError("earlier, but the second"))),
         Task("third", tasks.hang, (hanging,)),
@@ -101,7 +101,7 @@ def test_the_first_error_by_order_is_raised_when_those_before_have_ended(
     ]
     with Pool(3) as pool:
         with pytest.raises(ValueError, match="the first") as caught:
-            pool.map(tasks)
+            pool.map(work)
         assert caught.value.__notes__ == ["a note"]
         assert "in fail_after_the_end_of\n" in str(caught.value.__cause__)
         assert not tasks.alive(int(hanging.read_text())), "a later task was stopped"
@@ -134,8 +134,8 @@ def test_a_function_of_the_program_itself_is_refused() -> None:
 
 def test_a_process_that_dies_costs_one_more_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Pool(2) as pool:
-        tasks = [Task("other", math.gcd, (4, 6)), Task("mortal", tasks.die, (tmp_path / "tries", 1))]
-        assert pool.map(tasks) == [2, ".."]
+        work = [Task("other", math.gcd, (4, 6)), Task("mortal", tasks.die, (tmp_path / "tries", 1))]
+        assert pool.map(work) == [2, ".."]
     told = "controlat: warning: mortal: its process was killed by SIGKILL; begun once more\n"
     assert capsys.readouterr().err == told
 
