@@ -1,0 +1,142 @@
+"""What is asked of a judge and what it answers; every answer is kept in a file, and never asked for twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from controlat._util.files import append_json_line, read_json_lines
+from controlat.schedule_search.space import Point, Space
+
+__all__ = ["Answer", "Ledger", "Question", "Trial"]
+
+
+class Question(NamedTuple):
+    """One training that is to be judged.
+
+    Args:
+        text: of the schedule, for a run of full length.
+        seed: of initial weights, order of samples and random starts.
+        epochs: length of the run; the schedule is compressed to it.
+        points: training samples; None for all.
+    """
+
+    text: str
+    seed: int
+    epochs: int
+    points: int | None = None
+
+
+class Answer(NamedTuple):
+    """What a training came to.
+
+    Args:
+        phi: the terminal cost Phi(theta_T); None if the training failed.
+        mean_cost: n, gradient evaluations per sample and step, mean over the steps.
+        gradients: gradient evaluations that it took to train and to take Phi, in samples.
+        seconds: wall time of both.
+        error: why it failed; empty if it did not.
+    """
+
+    phi: float | None
+    mean_cost: float
+    gradients: float
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of a space with the answers of one or more seeds at one fidelity."""
+
+    space: Space
+    point: Point
+    questions: tuple[Question, ...]
+    answers: tuple[Answer, ...]
+
+    @property
+    def text(self) -> str:
+        """The schedule."""
+        return self.space.text_of(self.point)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a training failed under any seed."""
+        return any(answer.phi is None for answer in self.answers)
+
+    def values(self, price: float) -> list[float]:
+        """J of every seed, at a price of the mean cost n of a step; infinite where training failed."""
+        return [math.inf if a.phi is None else a.phi + price * a.mean_cost for a in self.answers]
+
+    def mean(self, price: float) -> float:
+        """Mean J; infinite if any training failed."""
+        return math.inf if self.failed else float(np.mean(self.values(price)))
+
+    def error(self, price: float) -> float | None:
+        """Standard error of the mean over seeds; None for fewer than two."""
+        values = self.values(price)
+        if self.failed or len(values) < 2:
+            return None
+        return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+Judge = Callable[[Sequence[Question], Callable[[int, Answer], None]], None]
+
+
+class Ledger:
+    """All answers so far, by their questions, in a file with a line for each.
+
+    A search asks the same questions again when it goes on after an interruption; those that the file answers
+    take no time, so that it comes to where it was and goes on with the same trials.
+
+    Args:
+        path: of the file, of JSON lines.
+        judge: judge(questions, done) trains, and calls done(i, answer) as each training ends.
+
+    Raises:
+        ValueError: a line of the file cannot be read; the message names it. A last line that an interruption
+            cut off is left out.
+    """
+
+    def __init__(self, path: Path, judge: Judge) -> None:
+        self.path, self._judge = path, judge
+        self._known: dict[Question, Answer] = {}
+        for number, row in enumerate(read_json_lines(path), start=1):
+            try:
+                self._known[Question(**row["question"])] = Answer(**row["answer"])
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number}: no answer of a search ({error})") from None
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def answers(self) -> dict[Question, Answer]:
+        """All of them."""
+        return dict(self._known)
+
+    def ask(self, questions: Iterable[Question], each: Callable[[], object] = lambda: None) -> list[Answer]:
+        """The answers, in the order of the questions; those that are not known are found out together.
+
+        Args:
+            questions: what to judge.
+            each: called as each of them is answered.
+        """
+        questions = list(questions)
+        new = [q for q in dict.fromkeys(questions) if q not in self._known]
+
+        def done(i: int, answer: Answer) -> None:
+            append_json_line(self.path, {"question": new[i]._asdict(), "answer": answer._asdict()})
+            self._known[new[i]] = answer
+            each()
+
+        for _ in range(len(set(questions)) - len(new)):
+            each()
+        if new:
+            self._judge(new, done)
+        return [self._known[q] for q in questions]

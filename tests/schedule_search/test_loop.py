@@ -1,0 +1,120 @@
+"""The search on a judge whose J is known: what it finds, what it spends, and that it goes on where it was."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
+from controlat.schedule_search.proposers import build
+from controlat.schedule_search.space import Space
+from controlat.schedule_search.trials import Answer, Ledger, Question
+
+BOWL = Space("anneal:steps=0~8,alpha=0.01~0.1~log", 12)
+FLAT = Space("delayed:steps=4,alpha=0.05,since=1~9", 12)
+
+
+def phi_of(text: str) -> float:
+    """0 at K = 6, alpha = 0.03; larger for other schedules, and 1 larger for all of `delayed`."""
+    values = dict(part.split("=") for part in text.partition(":")[2].split(","))
+    if text.startswith("delayed"):
+        return 1.0
+    return (float(values["steps"]) / 8 - 0.75) ** 2 + np.log10(float(values["alpha"]) / 0.03) ** 2
+
+
+class Exact:
+    """A judge that knows J up to noise of a given size, which depends on text and seed alone."""
+
+    def __init__(self, noise: float = 0.0, fails: Callable[[Question], bool] = lambda _: False) -> None:
+        self.noise, self.fails = noise, fails
+        self.asked: list[Question] = []
+
+    def __call__(self, questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
+        for i, q in enumerate(questions):
+            self.asked.append(q)
+            if self.fails(q):
+                done(i, Answer(None, 0.0, 50.0, 0.1, "diverged"))
+                continue
+            rng = np.random.default_rng([q.seed, *q.text.encode()])
+            done(i, Answer(phi_of(q.text) + self.noise * rng.standard_normal(), 5.0, 100.0, 0.1))
+
+
+def plan(**changes: object) -> Plan:
+    settings = {"budget": 8000.0, "price": 0.01, "rungs": (Rung(12), Rung(12, seeds=3, keep=6))}
+    return Plan(**{**settings, "seeds": tuple(range(100, 116)), **changes})  # type: ignore[arg-type]
+
+
+def search(path: Path, judge: Exact, name: str = "tpe", **changes: object) -> Search:
+    branches = [Branch(BOWL, build(name, BOWL, 0), 0.8), Branch(FLAT, build("random", FLAT, 0), 0.2)]
+    return Search(branches, Ledger(path, judge), plan(**changes))
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_it_finds_what_is_best_under_noise(tmp_path: Path, name: str) -> None:
+    winner = search(tmp_path / "trials.jsonl", Exact(0.02), name).run()
+    assert winner.space is BOWL
+    assert phi_of(winner.text) < 0.05
+    assert len(winner.answers) >= 3
+
+
+def test_a_budget_is_kept_and_shared(tmp_path: Path) -> None:
+    s = search(tmp_path / "trials.jsonl", Exact())
+    s.run()
+    bowl, flat = s.branches
+    assert 0.8 * 8000 <= bowl.spent < 0.8 * 8000 + 8 * 100  # one ask more at most
+    assert 0.2 * 8000 <= flat.spent < 0.2 * 8000 + 8 * 100
+
+
+def test_a_search_that_goes_on_asks_nothing_twice_and_ends_the_same(tmp_path: Path) -> None:
+    whole = Exact(0.02)
+    first = search(tmp_path / "whole.jsonl", whole).run()
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for cut in (0, 1, 17, len(lines) - 2):
+        path = tmp_path / f"{cut}.jsonl"
+        path.write_text("".join(lines[:cut]) + '{"question": {"te')  # a line that was being written
+        judge = Exact(0.02)
+        again = search(path, judge).run()
+        assert (again.text, again.answers) == (first.text, first.answers)
+        assert judge.asked == whole.asked[cut:]
+        assert path.read_text() == "".join(lines)
+
+
+def test_failed_trainings_are_recorded_and_never_best(tmp_path: Path) -> None:
+    judge = Exact(0.02, lambda q: "steps=6" in q.text or q.text.startswith("delayed"))
+    s = search(tmp_path / "trials.jsonl", judge)
+    winner = s.run()
+    assert not winner.failed
+    assert any(t.failed for b in s.branches for t in b.trials)
+    everything = Exact(fails=lambda _: True)
+    with pytest.raises(ValueError, match="every training of the search failed; the first one: diverged"):
+        search(tmp_path / "failed.jsonl", everything).run()
+
+
+def test_the_race_drops_what_is_decided_and_uses_the_same_seeds(tmp_path: Path) -> None:
+    s = search(tmp_path / "trials.jsonl", Exact(0.001), race=4)
+    winner = s.run()
+    assert len({tuple(q.seed for q in t.questions)[:3] for t in s.raced}) == 1
+    assert len(winner.answers) < 8 or len(s.raced[1].answers) == 8  # it ended when there was one left
+    for loser in s.raced[1:]:
+        n = min(len(loser.answers), len(winner.answers))
+        assert np.mean(loser.values(0.01)[:n]) >= np.mean(winner.values(0.01)[:n])
+
+
+def test_paired_differences_by_hand() -> None:
+    d = paired([1.0, 3.0, 2.0, 4.0], [0.0, 1.0, 1.0, 1.0])  # 1, 2, 1, 3: mean 1.75, deviation 0.957
+    assert d.mean == 1.75
+    assert d.high - d.mean == pytest.approx(3.1824 * 0.9574 / 2, rel=1e-4)
+    assert d.decided
+    assert not paired([1.0], [0.0]).decided
+
+
+def test_too_few_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 8 for this plan, got 5"):
+        plan(seeds=(0, 1, 2, 3, 4))
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match=r"other.jsonl, line 1: no answer of a search"):
+        Ledger(tmp_path / "other.jsonl", Exact())
