@@ -156,6 +156,24 @@ class Schedule:
             raise ValueError(f"a schedule starts at t = 0, got t = {t:g}")
         return self._pieces[self._piece_at(t)]
 
+    def stretched(self, epochs: float) -> Schedule:
+        """The same controls over a run of another length: u'(t) = u(t T/T').
+
+        >>> from controlat import parse_schedule
+        >>> s = parse_schedule("step:steps=0:4,at=6,alpha=0.1", epochs=12).stretched(3)
+        >>> s(1.4)["steps"], s(1.5)["steps"]
+        (0, 4)
+        """
+        factor = number(epochs, "epochs") / self.epochs
+        timed = {
+            k: replace(c, at=tuple(t * factor for t in c.at))
+            for k, c in self.curves.items()
+            if c.at and c.kind != "table"
+        }
+        return replace(
+            self, curves={**self.curves, **timed}, epochs=epochs, resolution=self.resolution * factor
+        )
+
     def at(self, epoch: int, batch: int, batches: int) -> Control:
         """The control of one step, u(epoch + batch/batches), with dithered knobs rounded to whole numbers.
 

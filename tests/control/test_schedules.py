@@ -69,6 +69,15 @@ def test_anneal_is_real_k_on_lines_through_knots_and_a_line_of_log_alpha() -> No
     assert alphas("anneal:steps=1:3,tau=0.3,rounding=half_up", 2) == pytest.approx([0.3, 0.15])
 
 
+@pytest.mark.filterwarnings("ignore:.* never comes to")  # fewer epochs than the example has
+@pytest.mark.parametrize("text", [f.example for f in FAMILIES.values()])
+def test_a_stretched_schedule_has_the_same_controls_at_the_same_share_of_training(text: str) -> None:
+    for epochs in (4, 8, 24):
+        plain, other = parse_schedule(text, 8), parse_schedule(text, 8).stretched(epochs)
+        assert other.epochs == epochs
+        assert [dict(other(t * epochs / 8)) for t in range(8)] == [dict(plain(t)) for t in range(8)]
+
+
 def test_delayed_starts_late() -> None:
     assert steps("delayed:steps=7,alpha=0.1,since=2", 4) == [0, 0, 7, 7]
 
