@@ -1,12 +1,12 @@
 """The search itself: proposers ask, the ledger answers; the best are judged again, longer and on more seeds.
 
-1. **Explore.** Every space has a proposer. In turn each asks for a few points, which are trained under one seed,
-   possibly shorter and on fewer samples, until the space's share of the budget is spent.
+1. **Explore.** Every space has a proposer. In turn each asks for a few points, which are trained under one
+   seed, possibly shorter and on fewer samples, until the space's share of the budget is spent.
 2. **Promote.** The best of each space are trained at full length under more seeds, in one or more rungs
    (successive halving: Jamieson and Talwalkar, 2016).
-3. **Race.** The best of these get further seeds, one by one, all under the same ones. One that is worse than the
-   leader by a paired difference whose interval excludes 0 drops out (Maron and Moore, 1994: Hoeffding races;
-   here with Student's interval).
+3. **Race.** The best of these get further seeds, one by one, all under the same ones. One that is worse than
+   the leader by a paired difference whose interval excludes 0 drops out (Maron and Moore, 1994: Hoeffding
+   races; here with Student's interval).
 """
 
 from __future__ import annotations

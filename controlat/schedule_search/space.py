@@ -195,8 +195,8 @@ def named_space(
         return Space(name, epochs, knobs)
     if name not in SPACES:
         raise ValueError(
-            f"unknown space {short(name)!r}; {meant(name, SPACES)}it is one of {', '.join(SPACES)}, or the text "
-            "of a schedule with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
+            f"unknown space {short(name)!r}; {meant(name, SPACES)}it is one of {', '.join(SPACES)}, or the "
+            "text of a schedule with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
         )
     text = SPACES[name].format(
         eps=eps,

@@ -15,7 +15,7 @@ __all__ = ["PROPOSER", "Grid"]
 
 
 class Grid:
-    """Every combination of `levels` evenly spaced values of each parameter, its ends among them, in random order.
+    """Every combination of `levels` evenly spaced values of each parameter, ends included, in random order.
 
     The order is random so that a search that runs out of its budget has looked everywhere.
 
