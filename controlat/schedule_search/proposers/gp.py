@@ -120,7 +120,7 @@ class GP:
         """Where the acquisition is compared: everywhere, and near the best."""
         far = self._random(2**_POOL)
         near = best + _SPREAD * self._rng.standard_normal(far.shape)
-        return np.clip(np.concatenate([far, near]), 0, 1)
+        return np.asarray(np.clip(np.concatenate([far, near]), 0, 1))
 
 
 def _improvement(best: float, mean: Array, deviation: Array) -> Array:
