@@ -137,8 +137,10 @@ class Pool:
         for w in workers:
             self._end(w)
 
-    def map(self, tasks: Sequence[Task]) -> list[Any]:
-        """The results of tasks, in their order.
+    def map(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], object] = lambda i, result: None
+    ) -> list[Any]:
+        """The results of tasks, in their order; done(i, result) is called as the i-th of them ends.
 
         A task whose process dies (killed by the system where memory is short, say) is begun once more. Where
         a task raises an error, tasks after it are stopped, those before it end first, and the error of the
@@ -149,7 +151,7 @@ class Pool:
             ValueError: a function cannot be sent to workers.
         """
         sent = [_pickled(task) for task in tasks]
-        work = _Work(tasks)
+        work = _Work(tasks, done)
         bar_format = f"{{n_fmt}}/{{total_fmt}} {self.unit}, {{elapsed}}{{postfix}}"
         try:
             with progress_bar(len(tasks), "", self.show, bar_format=bar_format) as bar:
@@ -215,7 +217,8 @@ def _pickled(task: Task) -> bytes:
 class _Work:
     """Tasks under way: which are waiting, and what has come of the others."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], done: Callable[[int, Any], object]) -> None:
+        self.done = done
         self.tasks, self.waiting = tasks, list(range(len(tasks)))
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
@@ -236,6 +239,7 @@ class _Work:
             (self.states[number],) = content
         elif kind == "result":
             (self.results[number],) = content
+            self.done(number, self.results[number])
         else:
             self._fail(number, _error(*content))
         return kind in ("result", "error")

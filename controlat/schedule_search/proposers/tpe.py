@@ -15,7 +15,7 @@ __all__ = ["PROPOSER", "TPE"]
 
 
 class TPE:
-    """hyperopt's TPE: it models where good points and where others lie, and proposes where the ratio is large.
+    """hyperopt's TPE: it models where good points and where others lie, and proposes by their ratio.
 
     J differs from seed to seed; TPE does not model that, but orders points by J alone, which noise disturbs
     little as long as the good quarter is mostly right. Failed trials are left out.
