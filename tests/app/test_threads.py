@@ -89,7 +89,7 @@ def test_an_evaluation_goes_on_with_the_threads_of_the_runs_it_has(tmp_path: Pat
     )
 
 
-# ------------------------------------------------------------------------------------------- precision of a job
+# ----------------------------------------------------------------------------------------- precision of a job
 
 
 def test_the_record_of_a_run_says_what_was_on(tmp_path: Path) -> None:

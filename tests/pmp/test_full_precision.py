@@ -91,10 +91,8 @@ def test_costates_and_scores_are_those_of_the_step_in_float32(net: Watched) -> N
 def test_the_greedy_criterion_and_robust_accuracy_run_without_tf32(net: Watched) -> None:
     driver, spec = Driver(net, build("pgd_at"), BALL), driver_and_spec(net)[1]
     candidates = Candidates.read(None, driver.method.controls, eps=BALL.eps, max_steps=2)
-    control = spec.control(next(spec.batches(0)))
-    score(
-        driver, probe_batches(*samples(), 4), control, candidates, terminal=AdversarialLoss(*samples(), BALL)
-    )
+    control, terminal = spec.control(next(spec.batches(0))), AdversarialLoss(*samples(), BALL)
+    score(driver, probe_batches(*samples(), 4), control, candidates, terminal=terminal)
     assert net.seen[False] == {ANALYSIS}
     net.seen[False].clear()
     robustness(net, *samples(), eps=0.05, attacks=["fgsm", "pgd-2"], checks=8)
