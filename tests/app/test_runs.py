@@ -277,9 +277,7 @@ def test_the_environment_is_plain_data_and_names_what_ran() -> None:
     parts = {name: found[name] for name in ("cudnn", "tf32")}
     values = [v for v in found.values() if v not in parts.values()]
     values += [v for part in parts.values() for v in part.values()]
-    assert {type(v) for v in values} <= {str, int, bool, type(None)}, (
-        "no subclass, which a checkpoint refuses"
-    )
+    assert {type(v) for v in values} <= {str, int, bool, type(None)}, "which a checkpoint takes"
     assert parts["cudnn"] == {"enabled": torch.backends.cudnn.enabled, "deterministic": False}
     assert list(parts["tf32"]) == ["convolutions", "matmul"]
     assert found["controlat"] == controlat.__version__

@@ -1,4 +1,4 @@
-"""Steps are taken, and taken again, as training takes them; all that is measured runs in float32, without TF32."""
+"""Steps are taken, and taken again, as in training; all analysis runs in float32, without TF32."""
 
 from collections.abc import Iterator
 
