@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, same, samples, trace
+from helpers import CLASSES, flat, same, samples, slow, trace
 from rules import Follow
 from systems import CASES, FOLLOWED, LONG, PLAIN, Case, constant, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ def test_a_perturbation_that_comes_to_the_edge_from_inside_is_named(name: str) -
     assert 1e-6 < abs(found.slope - found.gap) / abs(found.slope) < share
 
 
-WINDOWS = [(0, 4), (1, 5), (2, 9), (4, 9)]
+WINDOWS = [slow(0, 4), (1, 5), (2, 9), slow(4, 9)]
 
 
 def window(case: Case, first: int, last: int, o: SGDSettings = SETTINGS["plain"]) -> Recording:
@@ -237,7 +237,7 @@ def test_a_window_of_training_has_the_derivative_of_its_own_objective(
 
 
 @every
-@pytest.mark.parametrize(("first", "last"), [(1, 5), (4, 9)])
+@pytest.mark.parametrize(("first", "last"), [(1, 5), slow(4, 9)])
 def test_lambda_0_repeats_a_window_to_the_bit(case: Case, first: int, last: int) -> None:
     """Also where samples of later steps carry something from before the window."""
     rec = window(case, first, last, SETTINGS["momentum"])
@@ -382,7 +382,7 @@ def test_lambda_0_repeats_the_run_to_the_bit(case: Case) -> None:
         found = relaxed(rec, others, 0.0, PHI)
         assert found.phi == PHI.value(d)
         assert found.evaluations == sum(s.spent.gradients / s.samples for s in rec.steps)
-        assert sum(s.spent.gradients for s in rec.steps) <= found.training <= counts.gradients
+        assert sum(s.spent.gradients for s in rec.steps) <= found.training_gradients <= counts.gradients
         assert same(d.snapshot(), end)
         assert same(trace(d.model), left)
         assert d.meter is meter
@@ -515,7 +515,7 @@ def test_costs_mix_linearly(name: str) -> None:
         assert found.evaluations == pytest.approx((1 - part) * n[0] + part * n[1])
         assert found.objective(0.3) == pytest.approx(found.phi + 0.3 * found.evaluations)
         both = [cost(s.control) + (part > 0) * cost(others[i]) for i, s in enumerate(rec.steps)]
-        assert found.training == sum(b * size for b, size in zip(both, sizes, strict=True))
+        assert found.training_gradients == sum(b * size for b, size in zip(both, sizes, strict=True))
 
 
 def test_an_outcome_has_its_objective() -> None:
