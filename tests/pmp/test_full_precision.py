@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from controlat import Ball, Split, parse_schedule
 from controlat._util.precision import TF32, tf32, tf32_state
-from controlat.control import parse_rate
-from controlat.dynamics import Driver, Recording, RunSpec
+from controlat.control import Control, parse_rate
+from controlat.dynamics import Driver, Recording, RunSpec, SGDSettings
 from controlat.dynamics.adjoint import pullback
 from controlat.methods import build
-from controlat.pmp import AdversarialLoss, Candidates, examine, outcome_at, probe_batches, score, trust
+from controlat.pmp import (
+    AdversarialLoss,
+    Candidates,
+    examine,
+    outcome_at,
+    probe_batches,
+    relaxed,
+    score,
+    trust,
+)
 from controlat.robust_accuracy import robustness
 
 ON, OFF = TF32(convolutions=True, matmul=True), TF32(convolutions=False, matmul=False)
@@ -76,6 +85,14 @@ def test_the_full_criterion_looks_in_float32_at_a_run_in_bf16_and_tf32(net: Watc
     assert driver.autocast == torch.bfloat16
     assert tf32_state() == ON
     assert "rounding to bfloat16" in criterion.dropped
+
+
+def test_the_momentum_left_at_the_end_of_a_window_is_weighed_in_float32(net: Watched) -> None:
+    _, spec = driver_and_spec(net)
+    driver = Driver(net, build("pgd_at"), BALL, SGDSettings(momentum=0.9), autocast=torch.bfloat16)
+    recording = Recording.of(driver, spec, last=3)
+    relaxed(recording, {0: Control(alpha=0, steps=0)}, 0.5, AdversarialLoss(*samples(), BALL, steps=2))
+    assert net.seen == {True: {TRAINING}, False: {ANALYSIS}}
 
 
 def test_costates_and_scores_are_those_of_the_step_in_float32(net: Watched) -> None:
