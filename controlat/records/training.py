@@ -100,6 +100,7 @@ class Environment(TypedDict):
     cudnn: NotRequired[dict[str, bool]]
     tf32: NotRequired[dict[str, bool]]
     processes: NotRequired[Annotated[int, Field(ge=1)]]
+    jobs: NotRequired[Annotated[int, Field(ge=1)]]
 
 
 class _Stored(TypedDict):

@@ -89,6 +89,18 @@ def test_an_evaluation_goes_on_with_the_threads_of_the_runs_it_has(tmp_path: Pat
     )
 
 
+def test_workers_run_with_the_threads_and_the_precision_of_the_problem(tmp_path: Path) -> None:
+    schedules = ["none", SCHEDULE]
+    result = controlat.evaluate(
+        tmp_path, schedules=schedules, seeds=[0], jobs=2, threads=2, tf32="on", **EVALUATED
+    )
+    for run in (tmp_path / "runs").iterdir():
+        assert made_with(run) == (2, "given")
+        there = load_checkpoint(run / "last.pt")["environment"]
+        assert there["tf32"] == result["environment"]["tf32"] == {"convolutions": True, "matmul": True}
+    assert result["environment"]["jobs"] == 2
+
+
 # ----------------------------------------------------------------------------------------- precision of a job
 
 
