@@ -1,0 +1,124 @@
+"""The settings of `search`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from controlat._util.checks import number, whole
+from controlat.app.settings.attack import check_attacks
+from controlat.app.settings.problem import Problem, tidy
+from controlat.methods import build
+from controlat.pmp.terminal import parse_terminal
+from controlat.schedule_search.space import Space, named_space
+
+__all__ = ["SearchSettings"]
+
+_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
+_FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
+
+
+@dataclass
+class SearchSettings(Problem):
+    """Search for a schedule, and judge it against plain ones under seeds that the search has not seen.
+
+    Args:
+        spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, or your own: the text
+            of a schedule with ranges, such as pgd:steps=1~9~whole,alpha=0.01~0.1~log. The first gets half of
+            the budget, the others share the rest.
+        proposer: Who proposes schedules: tpe, gp, random, grid, or your own package.module:Class.
+        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, or gradient
+            evaluations, such as 2e8gradients.
+        max_steps: K_max, the largest K.
+        weight: What the whole cost of PGD-K_max weighs in J, in units of the loss (nats): it decides gamma.
+        gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm, in the
+            place of weight.
+        terminal: Terminal cost Phi on held-out samples, as in evaluate.
+        attacks: Evaluation attacks of the judgement, on test samples.
+        judge_seeds: Seeds of the judgement; 0 to 7 for digits, 0 to 4 for other data if left out.
+        against: Schedules that the one that is found is judged against, beside the best of every space; plain
+            ones if left out.
+        jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
+    """
+
+    spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
+    proposer: str = "tpe"
+    budget: str = "3trainings"
+    max_steps: int = 10
+    weight: float = 0.2
+    gamma: str | float | None = None
+    terminal: str = "adversarial"
+    attacks: Sequence[str] = ("pgd-50-10",)
+    judge_seeds: Sequence[int] = field(default_factory=tuple)
+    against: Sequence[str] = ()
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_steps = whole(self.max_steps, "max_steps", 1)
+        self.spaces = list(self.spaces)
+        if not self.spaces or len(set(self.spaces)) < len(self.spaces):
+            raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
+        self.space_list()
+        if not _BUDGET.fullmatch(self.budget):
+            raise ValueError(f"budget must read 3trainings or 2e8gradients, got {self.budget!r}")
+        if self.gamma is not None:
+            self.gamma = tidy(self.gamma)
+        if not self.weight > 0:
+            raise ValueError(f"weight must be > 0, got {self.weight:g}")
+        parse_terminal(self.terminal)
+        self.attacks = list(self.attacks)
+        check_attacks(self.attacks, 0)
+        count = 8 if self.data == "digits" else 5
+        self.judge_seeds = [whole(s, "a judging seed", 0) for s in self.judge_seeds or range(count)]
+        if len(set(self.judge_seeds)) < len(self.judge_seeds) or max(self.judge_seeds) >= _FIRST:
+            raise ValueError(
+                f"judge_seeds must be different ones below {_FIRST}, from where on the search has its own, got "
+                f"{self.judge_seeds}"
+            )
+        self.against = list(self.against) or self._plain()
+        for text in self.against:
+            self.schedule_of(text)
+
+    @property
+    def most(self) -> str:
+        """PGD-K_max: the unit of budgets and of weight."""
+        return f"pgd:steps={self.max_steps},alpha={self._alpha(self.max_steps)}"
+
+    def _alpha(self, steps: float) -> str:
+        """2.5 eps/K, which reaches every point of the ball (Madry et al., 2018), but at most 2 eps."""
+        return f"{min(2.5 / steps, 2) * self.ball.eps:.4g}"
+
+    def _plain(self) -> list[str]:
+        """No attack, PGD at several K, Amata, delayed, and plain ramps up from 0."""
+        most, eps = self.max_steps, self.ball.eps
+        ks = sorted({1, max(2, round(most / 5)), max(2, round(most / 2.5)), most})
+        return [
+            "none",
+            *(f"pgd:steps={k},alpha={self._alpha(k)}" for k in ks),
+            f"amata:min=1,max={most},tau={2 * eps:.4g}",
+            f"delayed:steps={most},alpha={self._alpha(most)},since={max(1, round(0.4 * self.epochs))}",
+            f"anneal:steps=0:{most},alpha={eps / 1.5:.4g}",
+        ]
+
+    def space_list(self) -> list[Space]:
+        """The spaces."""
+        knobs = build(self.method, self.method_options).controls
+        return [
+            named_space(s, eps=self.ball.eps, max_steps=self.max_steps, epochs=self.epochs, knobs=knobs)
+            for s in self.spaces
+        ]
+
+    def evaluations(self, training: float) -> float:
+        """The budget in gradient evaluations, in samples.
+
+        Args:
+            training: what a training of `most` takes.
+        """
+        value, unit = _BUDGET.fullmatch(self.budget).groups()  # type: ignore[union-attr]
+        return number(value, "budget") * (training if unit == "trainings" else 1.0)
+
+    def search_seeds(self, count: int) -> tuple[int, ...]:
+        """Seeds of the search, none of which the judgement uses."""
+        return tuple(range(_FIRST, _FIRST + count))
