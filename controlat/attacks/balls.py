@@ -69,9 +69,19 @@ class Norm:
 
     draw: Callable[[Tensor, float, torch.Generator | None], Tensor]
     direction: Callable[[Tensor], Tensor]
-    shrink: Callable[[Tensor, float], Tensor]
+    shrink: Callable[[Tensor, float | Tensor], Tensor]
     size: Callable[[Tensor], Tensor]
     dual: Callable[[Tensor], Tensor]
+
+    def step(
+        self, x: Tensor, gradient: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor
+    ) -> Tensor:
+        """Pi(x + alpha direction(gradient)): one step of projected steepest ascent in the ball around x0."""
+        return self.project(x + alpha * self.direction(gradient), x0, eps)
+
+    def project(self, x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+        """x - x0 shrunk to the ball, then x clamped to [0, 1]."""
+        return (x0 + self.shrink(x - x0, eps)).clamp_(0, 1)
 
 
 def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
@@ -89,7 +99,11 @@ def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Ten
     return unit(delta) * (radius * eps)
 
 
-def _shrink_l2(delta: Tensor, eps: float) -> Tensor:
+def _shrink_linf(delta: Tensor, eps: float | Tensor) -> Tensor:
+    return torch.clamp(delta, -eps, eps)  # type: ignore[arg-type]  # two numbers or two tensors
+
+
+def _shrink_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
     direction, length = _polar(delta)
     inside = _per_sample(length <= eps, delta)  # false for NaN
     return torch.where(inside, delta, eps * direction)
@@ -100,7 +114,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "linf": Norm(
             draw=_draw_linf,
             direction=_sign,
-            shrink=lambda delta, eps: delta.clamp(-eps, eps),
+            shrink=_shrink_linf,
             size=lambda delta: delta.flatten(1).abs().amax(1),
             dual=lambda g: g.flatten(1).abs().sum(1),
         ),
@@ -169,7 +183,8 @@ class Ball:
         return f"alpha {alpha:g} is {times} (eps {self.eps:g}): every step leaves the ball{meant}"
 
     @property
-    def _norm(self) -> Norm:
+    def functions(self) -> Norm:
+        """The functions of its norm."""
         return NORMS[self.norm]
 
     def start(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -178,28 +193,29 @@ class Ball:
         The numbers are drawn in one call of the shape of x0, as torchattacks draws them.
         """
         self.check(x0.shape[1:])
-        return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
+        return (x0 + self.functions.draw(x0, self.eps, generator)).clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
-        return self._norm.direction(gradient)
+        return self.functions.direction(gradient)
 
     def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
         """The nearest perturbation with ||delta|| <= radius * eps, regardless of the pixel box."""
-        return self._norm.shrink(delta, radius * self.eps)
+        return self.functions.shrink(delta, radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
         """A random perturbation of norm at most radius * eps, regardless of the pixel box."""
-        return self._norm.draw(like, radius * self.eps, generator)
+        return self.functions.draw(like, radius * self.eps, generator)
 
     def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
         """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        return self.project(x + alpha * self.direction(gradient), x0)
+        self.check(x0.shape[1:])
+        return self.functions.step(x, gradient, x0, alpha, self.eps)
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
         self.check(x0.shape[1:])
-        return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
+        return self.functions.project(x, x0, self.eps)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""
@@ -212,8 +228,8 @@ class Ball:
 
     def support(self, gradient: Tensor) -> Tensor:
         """max of <d, gradient> over ||d|| <= eps: eps times the dual norm, per sample, shape (N,)."""
-        return self.eps * self._norm.dual(gradient)
+        return self.eps * self.functions.dual(gradient)
 
     def distance(self, x: Tensor, x0: Tensor) -> Tensor:
         """||x - x0|| per sample, shape (N,)."""
-        return self._norm.size(x - x0)
+        return self.functions.size(x - x0)

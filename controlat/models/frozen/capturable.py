@@ -1,0 +1,146 @@
+"""Whether a network's computation can be captured as a CUDA graph: the same kernels in every pass.
+
+A graph repeats kernels, and nothing that Python does. A network is not captured if it has hooks or is
+compiled, or if one pass shows that it draws random numbers, reads values on the CPU (Python control flow on
+tensors), or changes its attributes.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["ATTRIBUTES", "Contents", "observed", "unsuited"]
+
+ATTRIBUTES = "its attributes change as it runs"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+class Contents:
+    """All that a forward pass depends on beside the values of tensors: modules, attributes, tensors' places.
+
+    It holds weak references, so that a network is freed as without it.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> before = Contents(model)
+    >>> before.same(model)
+    True
+    >>> model[1].inplace = True
+    >>> before.same(model)
+    False
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._parts = [] if model is None else [_reference(part) for part in _parts(model)]
+
+    def same(self, model: nn.Module) -> bool:
+        """Whether a network holds the same objects, or equal numbers and texts, as at construction."""
+        parts = _parts(model)
+        return len(parts) == len(self._parts) and all(map(_same, self._parts, parts))
+
+
+def _parts(model: nn.Module) -> list[object]:
+    parts: list[object] = []
+    for module in model.modules():
+        parts.append(module)
+        for value in vars(module).values():
+            if isinstance(value, dict):
+                parts.extend(value.values())
+            elif isinstance(value, (list, tuple, set, frozenset)):
+                parts.extend(value)
+            else:
+                parts.append(value)
+    return parts + [p.data_ptr() for p in parts if isinstance(p, Tensor) and p.layout == torch.strided]
+
+
+def _reference(part: object) -> object:
+    if part is None or isinstance(part, _PLAIN):
+        return part
+    try:
+        return weakref.ref(part)
+    except TypeError:
+        return part
+
+
+def _same(before: object, now: object) -> bool:
+    if isinstance(before, weakref.ref):
+        return now is not None and before() is now
+    return before is now or (type(before) is type(now) and isinstance(now, _PLAIN) and before == now)
+
+
+def unsuited(model: nn.Module, tensors: Sequence[Tensor]) -> str:
+    """Why a network cannot be captured, as far as its structure tells; an empty text if nothing speaks
+    against it.
+
+    Args:
+        model: the network.
+        tensors: its parameters and buffers.
+    """
+    modules = [*model.modules()]
+    if any(getattr(m, name) for m in modules for name in _HOOKS):
+        return "it has hooks, which run in Python"
+    if any(isinstance(m, torch.jit.ScriptModule) or m._compiled_call_impl is not None for m in modules):
+        return "it is compiled"
+    if any("_orig_mod" in m._modules for m in modules):  # of torch.compile
+        return "it is compiled"
+    if len({t.device for t in tensors}) > 1:
+        return "its tensors are on several devices"
+    return ""
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[list[str]]:
+    """Yields a list which, after the block, says why the passes inside it cannot be captured.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> with observed(model) as reasons:
+    ...     y = model(torch.ones(1, 2))
+    >>> reasons
+    ['it draws random numbers']
+    """
+    reasons: list[str] = []
+    before, drawn, reads = Contents(model), _random_states(model), _Reads()  # type: ignore[no-untyped-call]
+    with reads:
+        yield reasons
+    if reads.name:
+        reasons.append(f"it reads values of tensors in Python ({reads.name})")
+    if drawn != _random_states(model):
+        reasons.append("it draws random numbers")
+    if not before.same(model):
+        reasons.append(ATTRIBUTES)
+
+
+def _random_states(model: nn.Module) -> list[object]:
+    """States of all generators that a network may draw from."""
+    generators = [torch.default_generator, *(g for g in _parts(model) if isinstance(g, torch.Generator))]
+    if torch.cuda.is_initialized():
+        generators += torch.cuda.default_generators
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states = [g.get_state().numpy().tobytes() for g in generators]
+    return [*states, random.getstate(), np.asarray(keys).tobytes(), rest]
+
+
+class _Reads(TorchDispatchMode):
+    """Notes an operation whose result, or the shape of it, is read from a tensor: the device must wait."""
+
+    name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if tags & set(func.tags) and (func is not torch.ops.aten.index.Tensor or _masks(args[1])):
+            self.name = func.name().removeprefix("aten::")
+        return func(*args, **(kwargs or {}))
+
+
+def _masks(indices: Sequence[Tensor | None]) -> bool:
+    """Whether an index selects by a mask: so many rows as are true."""
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
