@@ -91,12 +91,12 @@ class FrozenModel:
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        check_model(model)
+        parts = check_model(model)
         choice(mode, "mode", MODES)
         flag(channels_last, "channels_last")
         instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
-        self.channels_last = channels_last and is_convolutional(model)
+        self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
 
@@ -104,8 +104,8 @@ class FrozenModel:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(exclusive(self.model))
-            stack.enter_context(in_mode(self.model, self.mode == "train"))
+            parts = stack.enter_context(exclusive(self.model))
+            self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
@@ -123,18 +123,18 @@ class FrozenModel:
         layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
         frozen: dict[int, Tensor] = {
             id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
-            for p in self.model.parameters()
+            for p in self._parts.parameters
         }
         if self.channels_last:
-            for i in kernels.one_channel_weights(self.model) & frozen.keys():
+            for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
                 frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
-        frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
-        self._weights.enter_context(swapped(self.model, frozen))
+        frozen |= {id(b): b.detach().clone() for b in self._parts.buffers}
+        self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
-        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else _CPU_CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
