@@ -30,27 +30,30 @@ class Contents:
 
     It holds weak references, so that a network is freed as without it.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> before = Contents(model)
-    >>> before.same(model)
+    Args:
+        modules: all modules of the network.
+
+    >>> modules = [nn.Linear(2, 2), nn.ReLU()]
+    >>> before = Contents(modules)
+    >>> before.same(modules)
     True
-    >>> model[1].inplace = True
-    >>> before.same(model)
+    >>> modules[1].inplace = True
+    >>> before.same(modules)
     False
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._parts = [] if model is None else [_reference(part) for part in _parts(model)]
+    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
+        self._held = [*map(_reference, _held(modules))]
 
-    def same(self, model: nn.Module) -> bool:
-        """Whether a network holds the same objects, or equal numbers and texts, as at construction."""
-        parts = _parts(model)
-        return len(parts) == len(self._parts) and all(map(_same, self._parts, parts))
+    def same(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether modules hold the same objects, or equal numbers and texts, as at construction."""
+        held = _held(modules)
+        return len(held) == len(self._held) and all(map(_same, self._held, held))
 
 
-def _parts(model: nn.Module) -> list[object]:
+def _held(modules: Sequence[nn.Module]) -> list[object]:
     parts: list[object] = []
-    for module in model.modules():
+    for module in modules:
         parts.append(module)
         for value in vars(module).values():
             if isinstance(value, dict):
@@ -77,15 +80,14 @@ def _same(before: object, now: object) -> bool:
     return before is now or (type(before) is type(now) and isinstance(now, _PLAIN) and before == now)
 
 
-def unsuited(model: nn.Module, tensors: Sequence[Tensor]) -> str:
+def unsuited(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> str:
     """Why a network cannot be captured, as far as its structure tells; an empty text if nothing speaks
     against it.
 
     Args:
-        model: the network.
+        modules: all of the network.
         tensors: its parameters and buffers.
     """
-    modules = [*model.modules()]
     if any(getattr(m, name) for m in modules for name in _HOOKS):
         return "it has hooks, which run in Python"
     if any(isinstance(m, torch.jit.ScriptModule) or m._compiled_call_impl is not None for m in modules):
@@ -98,30 +100,30 @@ def unsuited(model: nn.Module, tensors: Sequence[Tensor]) -> str:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[list[str]]:
+def observed(modules: Sequence[nn.Module]) -> Iterator[list[str]]:
     """Yields a list which, after the block, says why the passes inside it cannot be captured.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    >>> with observed(model) as reasons:
+    >>> with observed([*model.modules()]) as reasons:
     ...     y = model(torch.ones(1, 2))
     >>> reasons
     ['it draws random numbers']
     """
     reasons: list[str] = []
-    before, drawn, reads = Contents(model), _random_states(model), _Reads()  # type: ignore[no-untyped-call]
+    before, drawn, reads = Contents(modules), _random_states(modules), _Reads()  # type: ignore[no-untyped-call]
     with reads:
         yield reasons
     if reads.name:
         reasons.append(f"it reads values of tensors in Python ({reads.name})")
-    if drawn != _random_states(model):
+    if drawn != _random_states(modules):
         reasons.append("it draws random numbers")
-    if not before.same(model):
+    if not before.same(modules):
         reasons.append(ATTRIBUTES)
 
 
-def _random_states(model: nn.Module) -> list[object]:
+def _random_states(modules: Sequence[nn.Module]) -> list[object]:
     """States of all generators that a network may draw from."""
-    generators = [torch.default_generator, *(g for g in _parts(model) if isinstance(g, torch.Generator))]
+    generators = [torch.default_generator, *(g for g in _held(modules) if isinstance(g, torch.Generator))]
     if torch.cuda.is_initialized():
         generators += torch.cuda.default_generators
     _, keys, *rest = np.random.get_state()  # noqa: NPY002

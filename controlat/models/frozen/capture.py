@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
 from typing import Protocol, TypeAlias
 
 import torch
@@ -43,7 +42,7 @@ class Cuda:
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # shared memory needs one
             current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             # The pool of a living graph: one whose graphs are all gone cannot be captured into again.
-            pool = beside.__self__.pool() if isinstance(beside, MethodType) else None
+            pool = getattr(beside, "__self__", graph).pool() if beside is not None else None
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from controlat._util.checks import choice
+from controlat._util.checks import brief, choice
 from controlat.models.frozen import capture
 from controlat.models.frozen.capturable import ATTRIBUTES, Contents, observed, unsuited
+from controlat.models.frozen.parts import Parts
 
 __all__ = ["MODES", "Graphs", "Store", "graphs_of", "iterate", "status", "using"]
 
@@ -47,9 +48,9 @@ class _Use:
     captured: int = 0
     reasons: list[str] = field(default_factory=list)
 
-    def note(self, model: nn.Module, reason: str) -> None:
+    def note(self, parts: Parts, reason: str) -> None:
         """Say once why a network runs without graphs."""
-        reason = f"{type(model).__name__}: {reason}"
+        reason = f"{type(parts.model).__name__}: {reason}"
         if reason not in self.reasons:
             self.reasons.append(reason)
             self.tell(f"no CUDA graphs for {reason}")
@@ -108,16 +109,16 @@ class Store:
         # None: observed, to be captured when it is used again
         self._graphs: OrderedDict[Hashable, capture.Captured | None] = OrderedDict()
 
-    def frozen(self, model: nn.Module, freeze: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+    def frozen(self, parts: Parts, freeze: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
         """Frozen tensors for a network's own, by their ids: those of the last view if they fit.
 
         Of these, copies are written again.
 
         Args:
-            model: the network, with its own parameters and buffers in place.
+            parts: of the network, with its own parameters and buffers.
             freeze: makes new frozen tensors for them.
         """
-        own = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        own = {id(t): t for t in (*parts.parameters, *parts.buffers)}
         if self._fits(own):
             pairs = zip(self.tensors, own.values(), self._shared, strict=True)
             copies = [(f, t.detach()) for f, t, shared in pairs if not shared]
@@ -142,31 +143,33 @@ class Store:
             for f, t, shared in zip(self.tensors, own.values(), self._shared, strict=True)
         )
 
-    def check(self, model: nn.Module) -> str:
+    def check(self, parts: Parts) -> str:
         """Why the network cannot be captured; its graphs are dropped if it has changed since."""
-        if not self._contents.same(model):
-            self._contents = Contents(model)
+        if not self._contents.same(parts.modules):
+            self._contents = Contents(parts.modules)
             self._graphs.clear()
-            self._reason = ATTRIBUTES if self._unstable >= _UNSTABLE else unsuited(model, self.tensors)
+            self._reason = (
+                ATTRIBUTES if self._unstable >= _UNSTABLE else unsuited(parts.modules, self.tensors)
+            )
         return self._reason
 
-    def observed(self, model: nn.Module, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
+    def observed(self, parts: Parts, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
         """run(), a pass without a graph which decides whether the next one like it is captured."""
-        with observed(model) as reasons:
+        with observed(parts.modules) as reasons:
             result = run()
         if not reasons:
             self._add(key, None)
         elif reasons == [ATTRIBUTES] and self._unstable < _UNSTABLE:  # it may have been the first pass of all
             self._unstable += 1
-            self._contents = Contents(model)
+            self._contents = Contents(parts.modules)
         else:
             self._reason = reasons[0]
-            _USE.get().note(model, self._reason)
+            _USE.get().note(parts, self._reason)
         return result
 
     def captured(
         self,
-        model: nn.Module,
+        parts: Parts,
         key: Hashable,
         step: capture.Step,
         x: Tensor,
@@ -183,9 +186,14 @@ class Store:
             values = [f.clone() for f in copies]
             try:
                 graph = capture.Captured(backend, step, x, inputs, numbers, beside)
-            except Exception as error:  # whatever the user's own network does there: it runs without a graph
-                self._reason = f"its capture failed ({str(error).partition(chr(10))[0]})"
-                _USE.get().note(model, self._reason)
+            except (
+                Exception
+            ) as failure:  # whatever the user's own network does there: it runs without a graph
+                error: BaseException = failure
+                while error.__context__ is not None:  # the end of a capture that was broken off fails too
+                    error = error.__context__
+                self._reason = f"its capture failed ({brief(str(error))})"
+                _USE.get().note(parts, self._reason)
                 return None
             finally:  # passes before the capture have updated running statistics
                 with torch.no_grad():
@@ -234,15 +242,15 @@ class Graphs:
 _GRAPHS: dict[int, tuple[weakref.ref[nn.Module], Graphs]] = {}
 
 
-def graphs_of(model: nn.Module) -> Graphs | None:
+def graphs_of(parts: Parts) -> Graphs | None:
     """The graphs of a network; None where there are none: switched off, on a CPU, own classes of tensors."""
-    parts = [*model.parameters(), *model.buffers()]
-    if not parts or _USE.get().mode == "off" or capture.backend_of(parts[0].device) is None:
+    tensors = [*parts.parameters, *parts.buffers]
+    if not tensors or _USE.get().mode == "off" or capture.backend_of(tensors[0].device) is None:
         return None
-    if any(type(t) not in (Tensor, nn.Parameter) for t in parts):
-        _USE.get().note(model, "its weights are tensors of a class of their own")
+    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        _USE.get().note(parts, "its weights are tensors of a class of their own")
         return None
-    key = id(model)
+    model, key = parts.model, id(parts.model)
     reference, graphs = _GRAPHS.get(key, (None, None))
     if graphs is None or reference is None or reference() is not model:
         graphs = Graphs()
@@ -252,7 +260,7 @@ def graphs_of(model: nn.Module) -> Graphs | None:
 
 def iterate(
     store: Store | None,
-    model: nn.Module,
+    parts: Parts,
     step: capture.Step,
     x: Tensor,
     inputs: Sequence[Tensor],
@@ -267,7 +275,7 @@ def iterate(
 
     Args:
         store: of the view that has the network in place; None for no graphs.
-        model: the network that `step` evaluates.
+        parts: of the network that `step` evaluates.
         step: computes the next point; with a graph the numbers are 0-d tensors.
         x: x^0.
         inputs: tensors that stay the same in all steps.
@@ -279,13 +287,13 @@ def iterate(
     """
     full = None
     if store is not None and count and key is not None and not _differentiated(x, inputs):
-        if reason := store.check(model) or _unsuited(x, inputs):
-            _USE.get().note(model, reason)
+        if reason := store.check(parts) or _unsuited(x, inputs):
+            _USE.get().note(parts, reason)
         else:
             full = (key, *map(_form, (x, *inputs)), len(numbers), _kernels())
     if store is not None and full in store:
         check(store.classes)
-        graph = store.captured(model, full, step, x, inputs, numbers)
+        graph = store.captured(parts, full, step, x, inputs, numbers)
         if graph is not None and not graph.running:
             for point in graph.steps(x, inputs, numbers, count):
                 yield point.clone() if keep else point
@@ -293,7 +301,7 @@ def iterate(
         full = None
     for _ in range(count):
         advance = functools.partial(step, x, *inputs, *numbers)
-        x = advance() if store is None or full is None else store.observed(model, full, advance)
+        x = advance() if store is None or full is None else store.observed(parts, full, advance)
         full = None  # the first pass tells
         yield x
 

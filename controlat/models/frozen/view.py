@@ -92,12 +92,12 @@ class FrozenModel:
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        check_model(model)
+        parts = check_model(model)
         choice(mode, "mode", MODES)
         flag(channels_last, "channels_last")
         instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
-        self.channels_last = channels_last and is_convolutional(model)
+        self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
 
@@ -105,9 +105,9 @@ class FrozenModel:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(exclusive(self.model))
-            stack.enter_context(in_mode(self.model, self.mode == "train"))
-            self._graphs = graphs.graphs_of(self.model)
+            parts = stack.enter_context(exclusive(self.model))
+            self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
+            self._graphs = graphs.graphs_of(self._parts)
             if self._graphs is not None:  # a view within a view has tensors of its own, and no graphs
                 self._graphs = stack.enter_context(self._graphs.taken_by_one())
             self._weights = stack.enter_context(contextlib.ExitStack())
@@ -129,23 +129,23 @@ class FrozenModel:
         def freeze() -> dict[int, Tensor]:
             frozen: dict[int, Tensor] = {
                 id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
-                for p in self.model.parameters()
+                for p in self._parts.parameters
             }
             if self.channels_last:
-                for i in kernels.one_channel_weights(self.model) & frozen.keys():
+                for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
                     frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
-            return frozen | {id(b): b.detach().clone() for b in self.model.buffers()}
+            return frozen | {id(b): b.detach().clone() for b in self._parts.buffers}
 
         self._store = None
         if self._graphs is not None:
             self._store = self._graphs.store(self.mode, self.channels_last, nhwc)
-        frozen = freeze() if self._store is None else self._store.frozen(self.model, freeze)
-        self._weights.enter_context(swapped(self.model, frozen))
+        frozen = freeze() if self._store is None else self._store.frozen(self._parts, freeze)
+        self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
-        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else _CPU_CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
@@ -256,7 +256,7 @@ class FrozenModel:
         """
         points = graphs.iterate(
             self._store,
-            self.model,
+            self._parts,
             step,
             x,
             inputs,
