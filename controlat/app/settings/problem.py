@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlat._util.checks import number
+from controlat._util.checks import choice, number
 from controlat._util.files import expanded
 from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
@@ -21,6 +21,7 @@ from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
+from controlat.models.frozen import graphs
 from controlat.records import checked, settings_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
-RUNTIME = ("memory", "device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+RUNTIME = (
+    *("memory", "device", "threads", "cuda_graphs", "progress", "tensorboard", "checkpoint_minutes"),
+    "data_dir",
+)
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -104,6 +108,8 @@ class Problem:
         channels_last: Run convolutional networks in NHWC layout (faster).
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         threads: CPU threads; torch's default if left out.
+        cuda_graphs: auto (on a CUDA device, inner ascents as CUDA graphs where the network can be captured)
+            or off.
         progress: Show progress bars (on a terminal).
     """
 
@@ -129,10 +135,12 @@ class Problem:
     channels_last: bool = True
     device: str = "auto"
     threads: int | None = None
+    cuda_graphs: str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        choice(self.cuda_graphs, "cuda_graphs", graphs.MODES)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
             self.augment = usual

@@ -65,17 +65,21 @@ def _held(modules: Sequence[nn.Module]) -> list[object]:
     return parts + [p.data_ptr() for p in parts if isinstance(p, Tensor) and p.layout == torch.strided]
 
 
+class _Reference(weakref.ref[Any]):
+    """A weak reference of ours, beside those that modules hold themselves."""
+
+
 def _reference(part: object) -> object:
     if part is None or isinstance(part, _PLAIN):
         return part
     try:
-        return weakref.ref(part)
+        return _Reference(part)
     except TypeError:
         return part
 
 
 def _same(before: object, now: object) -> bool:
-    if isinstance(before, weakref.ref):
+    if isinstance(before, _Reference):
         return now is not None and before() is now
     return before is now or (type(before) is type(now) and isinstance(now, _PLAIN) and before == now)
 
@@ -88,12 +92,12 @@ def unsuited(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> str:
         modules: all of the network.
         tensors: its parameters and buffers.
     """
-    if any(getattr(m, name) for m in modules for name in _HOOKS):
-        return "it has hooks, which run in Python"
     if any(isinstance(m, torch.jit.ScriptModule) or m._compiled_call_impl is not None for m in modules):
         return "it is compiled"
     if any("_orig_mod" in m._modules for m in modules):  # of torch.compile
         return "it is compiled"
+    if any(getattr(m, name) for m in modules for name in _HOOKS):
+        return "it has hooks, which run in Python"
     if len({t.device for t in tensors}) > 1:
         return "its tensors are on several devices"
     return ""
@@ -137,12 +141,16 @@ class _Reads(TorchDispatchMode):
     name = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if tags & set(func.tags) and (func is not torch.ops.aten.index.Tensor or _masks(args[1])):
+        if _reads(func, args, kwargs := kwargs or {}):
             self.name = func.name().removeprefix("aten::")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def _masks(indices: Sequence[Tensor | None]) -> bool:
-    """Whether an index selects by a mask: so many rows as are true."""
-    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+def _reads(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation reads values, such as how many of a mask are true, or copies between devices."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if func is torch.ops.aten._to_copy.default:
+        there, here = kwargs.get("device"), args[0].device
+        return there is not None and torch.device(there).type != here.type
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

@@ -69,7 +69,6 @@ class Captured:
 
     def __init__(
         self,
-        backend: Backend,
         step: Step,
         x: Tensor,
         inputs: Sequence[Tensor],
@@ -80,9 +79,10 @@ class Captured:
         self.numbers = [x.new_full((), value) for value in numbers]
         self.running = False
         # Nothing of self in it: a graph is freed with the last reference to it, not by the garbage collector.
-        self.replay = backend.capture(
-            functools.partial(_run, step, self.x, self.inputs, self.numbers), x.device, beside
-        )
+        run = functools.partial(_run, step, self.x, self.inputs, self.numbers)
+        backend = backend_of(x.device)
+        assert backend is not None
+        self.replay = backend.capture(run, x.device, beside)
 
     def steps(
         self, x: Tensor, inputs: Sequence[Tensor], numbers: Sequence[float], count: int

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from controlat._util.checks import brief, choice
+from controlat._util.checks import choice
 from controlat.models.frozen import capture
 from controlat.models.frozen.capturable import ATTRIBUTES, Contents, observed, unsuited
 from controlat.models.frozen.parts import Parts
@@ -179,29 +179,30 @@ class Store:
         """The graph of an observed form, captured now if it is not yet; None if that fails."""
         graph = self._graphs[key]
         if graph is None:
-            backend = capture.backend_of(x.device)
-            assert backend is not None
             beside = next((g.replay for g in self._graphs.values() if g is not None), None)
-            copies = [f for f, shared in zip(self.tensors, self._shared, strict=True) if not shared]
-            values = [f.clone() for f in copies]
             try:
-                graph = capture.Captured(backend, step, x, inputs, numbers, beside)
-            except (
-                Exception
-            ) as failure:  # whatever the user's own network does there: it runs without a graph
-                error: BaseException = failure
-                while error.__context__ is not None:  # the end of a capture that was broken off fails too
-                    error = error.__context__
-                self._reason = f"its capture failed ({brief(str(error))})"
+                with self._preserved():
+                    graph = capture.Captured(step, x, inputs, numbers, beside)
+            except Exception as error:  # by the user's own network: it runs without a graph, as it did before
+                first = error.__context__ or error  # the end of a capture that was broken off fails too
+                self._reason = f"its capture failed ({str(first).partition(chr(10))[0]})"
                 _USE.get().note(parts, self._reason)
                 return None
-            finally:  # passes before the capture have updated running statistics
-                with torch.no_grad():
-                    for f, value in zip(copies, values, strict=True):
-                        f.copy_(value)
             _USE.get().captured += 1
         self._add(key, graph)
         return graph
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        """Running statistics and copies of weights as before after the block."""
+        copies = [f for f, shared in zip(self.tensors, self._shared, strict=True) if not shared]
+        values = [f.clone() for f in copies]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for f, value in zip(copies, values, strict=True):
+                    f.copy_(value)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
