@@ -9,7 +9,6 @@ from typing import Any
 
 from controlat.app.evaluate import strides, tried_terminal
 from controlat.app.experiment import Experiment
-from controlat.app.placement import deterministic
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
 from controlat.control.cost import Meter
@@ -46,7 +45,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
     for run in runs:
         parts.update(run.cost(phi, replays))
     parts["evaluation"] = len(runs) * experiment.evaluation_cost(chosen)  # type: ignore[assignment]
-    with deterministic(chosen.threads):
+    with experiment.running():
         seconds = _seconds_per_evaluation(experiment, runs[0])
     total = sum(parts.values())
     gradients = {k: round(v) for k, v in parts.items()} | {"total": round(total)}

@@ -18,7 +18,7 @@ from controlat.app.experiment import Experiment
 from controlat.app.notes import alphas, note_far, note_unreached, step_sizes
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
-from controlat.app.session import session
+from controlat.app.session import begun_threads, session
 from controlat.app.settings import EvaluateSettings, names_factory, settings_from
 from controlat.app.trainer import load_checkpoint
 from controlat.dynamics.recording import GIBI, Recording
@@ -48,7 +48,10 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     chosen, out = settings_from(EvaluateSettings, settings, "evaluate"), expanded(out)
     with session(out, {"command": "evaluate"} | chosen.to_json(), chosen, chosen.run) as (world, _, shared):
         if not world.broadcast((out / "result.json").exists()):
-            result = _compared(Experiment.of(chosen, shared), chosen, out, world)
+            experiment = Experiment.of(chosen, shared)
+            directories = [out] if chosen.run is None else [out, chosen.run]
+            with experiment.running(world.once(lambda: begun_threads(*directories))):
+                result = _compared(experiment, chosen, out, world)
             if world.first:
                 write_json(out / "result.json", result)
         result = world.once(lambda: report.read(out / "result.json"))

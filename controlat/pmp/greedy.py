@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from controlat._util.errors import NonFiniteError
+from controlat._util.precision import full_precision
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.data import Augment
@@ -40,6 +41,7 @@ from controlat.pmp.terminal import Terminal
 __all__ = ["probe_batches", "score"]
 
 
+@full_precision()
 def score(
     driver: Driver,
     batches: Sequence[Batch],

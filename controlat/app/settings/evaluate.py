@@ -122,7 +122,11 @@ class EvaluateSettings(Problem):
         if self.data_dir is None:
             self.data_dir = load_checkpoint(run / "last.pt")["settings"].get("data_dir")
         theirs = {f.name: stored[f.name] for f in fields(Problem) if f.name in stored}
-        theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [stored["seed"]]}
+        theirs |= {
+            "tf32": stored.get("tf32", "auto"),
+            "schedules": [str(run / "schedule.json")],
+            "seeds": [stored["seed"]],
+        }
         for f in fields(self):
             if f.name not in theirs:
                 continue

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from controlat._util.checks import choice
+from controlat._util.precision import tf32_state
 from controlat.models.frozen import capture
 from controlat.models.frozen.capturable import ATTRIBUTES, Contents, observed, unsuited
 from controlat.models.frozen.parts import Parts
@@ -343,13 +344,5 @@ def _kernels() -> Hashable:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
-        *_tf32(),
+        tf32_state(),
     )
-
-
-def _tf32() -> tuple[object, ...]:
-    """Whether matrix products and convolutions in float32 are rounded to TF32."""
-    precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-    if precision is None:  # before torch 2.9
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    return tuple(precision("cuda", operation) for operation in ("all", "conv", "rnn", "matmul"))
