@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from controlat.models.frozen import capture
-from controlat.models.frozen.graphs import using
+from controlat.models.frozen.graph_use import using
 
 
 class _Recording(TorchDispatchMode):

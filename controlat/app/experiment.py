@@ -39,7 +39,7 @@ from controlat.data import load as load_data
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
-from controlat.models.frozen import graphs
+from controlat.models.frozen import graph_use
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.objective import Outcome, objective
 from controlat.pmp.terminal import Terminal, build_terminal
@@ -182,7 +182,7 @@ class Experiment:
     def running(self, begun: int | None = None, jobs: int = 1) -> Iterator[None]:
         """The kernels of the problem in the block: deterministic, its precision, threads and CUDA graphs."""
         kernels = deterministic(self.threads(begun, jobs), TF32_CHOICES[self.problem.tf32])
-        with kernels, graphs.using(self.problem.cuda_graphs, note):
+        with kernels, graph_use.using(self.problem.cuda_graphs, note):
             yield
 
     def driver(self, seed: int) -> Driver:

@@ -16,7 +16,7 @@ from controlat._util.errors import NonFiniteError
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.space import Knob
-from controlat.models.frozen import graphs
+from controlat.models.frozen import graph_use
 from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
@@ -237,8 +237,8 @@ def pgd(
     if warning := ball.far(size):
         warnings.warn(warning, stacklevel=2)
     x, y = normal_tensor(x.detach()), normal_tensor(y)
-    choice(cuda_graphs, "cuda_graphs", graphs.MODES)
-    use = graphs.using("off") if cuda_graphs == "off" else contextlib.nullcontext()
+    choice(cuda_graphs, "cuda_graphs", graph_use.MODES)
+    use = graph_use.using("off") if cuda_graphs == "off" else contextlib.nullcontext()
     with use, FrozenModel(model, mode, channels_last=channels_last) as view:
         result = ascend(
             view,

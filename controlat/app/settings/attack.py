@@ -10,7 +10,7 @@ from controlat._util.checks import choice, number, whole
 from controlat._util.files import expanded
 from controlat.app.ranges import check_kinds, check_ranges
 from controlat.attacks.balls import Ball
-from controlat.models.frozen import graphs
+from controlat.models.frozen import graph_use
 from controlat.robust_accuracy import parse_attack
 from controlat.robust_accuracy.auto import require as require_autoattack
 from controlat.robust_accuracy.masking import CHECKS
@@ -62,7 +62,7 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        choice(self.cuda_graphs, "cuda_graphs", graphs.MODES)
+        choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         self.checkpoint = str(checkpoint_of(self.checkpoint))
         if self.data_dir is not None:
             self.data_dir = str(expanded(self.data_dir).absolute())

@@ -22,7 +22,7 @@ from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
-from controlat.models.frozen import graphs
+from controlat.models.frozen import graph_use
 from controlat.records import checked, settings_of
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        choice(self.cuda_graphs, "cuda_graphs", graphs.MODES)
+        choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
             self.augment = usual

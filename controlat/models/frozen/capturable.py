@@ -43,44 +43,55 @@ class Contents:
     """
 
     def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
-        self._held = [*map(_reference, _held(modules))]
+        held = _held(modules)
+        self._gone: list[object] = []  # weak references to what is no more
+        self._held = [self._reference(part) for part in held]
+        self._ids, self._places = [*map(id, held)], _places(held)
 
     def same(self, modules: Sequence[nn.Module]) -> bool:
         """Whether modules hold the same objects, or equal numbers and texts, as at construction."""
         held = _held(modules)
-        return len(held) == len(self._held) and all(map(_same, self._held, held))
+        if self._gone or len(held) != len(self._held) or self._places != _places(held):
+            return False
+        return self._ids == [*map(id, held)] or all(map(_same, self._held, held))
 
-
-def _held(modules: Sequence[nn.Module]) -> list[object]:
-    parts: list[object] = []
-    for module in modules:
-        parts.append(module)
-        for value in vars(module).values():
-            if isinstance(value, dict):
-                parts.extend(value.values())
-            elif isinstance(value, (list, tuple, set, frozenset)):
-                parts.extend(value)
-            else:
-                parts.append(value)
-    return parts + [p.data_ptr() for p in parts if isinstance(p, Tensor) and p.layout == torch.strided]
+    def _reference(self, part: object) -> object:
+        """What stands for an object without keeping it, if numbers and texts cannot."""
+        if part is None or isinstance(part, _PLAIN):
+            return part
+        try:
+            return _Reference(part, self._gone.append)
+        except TypeError:
+            return part
 
 
 class _Reference(weakref.ref[Any]):
     """A weak reference of ours, beside those that modules hold themselves."""
 
 
-def _reference(part: object) -> object:
-    if part is None or isinstance(part, _PLAIN):
-        return part
-    try:
-        return _Reference(part)
-    except TypeError:
-        return part
+def _held(modules: Sequence[nn.Module]) -> list[object]:
+    """Modules, their attributes, and what is in those that are collections."""
+    parts: list[object] = []
+    for module in modules:
+        parts.append(module)
+        for value in vars(module).values():
+            if isinstance(value, dict):
+                parts += value.values()
+            elif isinstance(value, (list, tuple, set, frozenset)):
+                parts += value
+            else:
+                parts.append(value)
+    return parts
+
+
+def _places(held: Sequence[object]) -> list[int]:
+    """Where tensors are in memory."""
+    return [t.data_ptr() for t in held if isinstance(t, Tensor) and t.layout == torch.strided]
 
 
 def _same(before: object, now: object) -> bool:
     if isinstance(before, _Reference):
-        return now is not None and before() is now
+        return before() is now
     return before is now or (type(before) is type(now) and isinstance(now, _PLAIN) and before == now)
 
 

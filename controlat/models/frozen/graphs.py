@@ -14,88 +14,26 @@ are: the captured function is the plain one.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from controlat._util.checks import choice
 from controlat._util.precision import tf32_state
 from controlat.models.frozen import capture
 from controlat.models.frozen.capturable import ATTRIBUTES, Contents, observed, unsuited
+from controlat.models.frozen.graph_use import USE
 from controlat.models.frozen.parts import Parts
 
-__all__ = ["MODES", "Graphs", "Store", "graphs_of", "iterate", "status", "using"]
+__all__ = ["Graphs", "Store", "graphs_of", "iterate"]
 
-MODES = ("auto", "off")
 _MOST = 16  # graphs of one network in one mode and layout
 _UNSTABLE = 3  # observed passes that changed attributes, after which none is observed any more
-
-
-@dataclass
-class _Use:
-    """Whether graphs are used, and what came of it."""
-
-    mode: str = "auto"
-    tell: Callable[[str], object] = logging.getLogger("controlat").info
-    captured: int = 0
-    reasons: list[str] = field(default_factory=list)
-
-    def note(self, parts: Parts, reason: str) -> None:
-        """Say once why a network runs without graphs."""
-        reason = f"{type(parts.model).__name__}: {reason}"
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-            self.tell(f"no CUDA graphs for {reason}")
-
-
-_USE: ContextVar[_Use] = ContextVar("controlat_cuda_graphs", default=_Use())  # noqa: B039  (one per process)
-
-
-@contextmanager
-def using(mode: str, tell: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Whether CUDA graphs are used inside the block: ``"auto"`` or ``"off"``.
-
-    Args:
-        mode: ``"auto"`` captures what can be captured, on CUDA devices.
-        tell: called once with each reason why something runs without a graph; by default it is logged.
-
-    >>> with using("off"):
-    ...     status("cuda")
-    'off'
-    """
-    use = _Use(choice(mode, "cuda_graphs", MODES))
-    if tell is not None:
-        use.tell = tell
-    token = _USE.set(use)
-    try:
-        yield
-    finally:
-        _USE.reset(token)
-
-
-def status(device: torch.device | str) -> str:
-    """Whether graphs are on, and for what they are not, for the record of a run.
-
-    >>> status("cpu")
-    'off (no CUDA device)'
-    """
-    use, reasons = _USE.get(), "; ".join(_USE.get().reasons)
-    if use.mode == "off":
-        return "off"
-    if capture.backend_of(torch.device(device)) is None:
-        return "off (no CUDA device)"
-    if not reasons:
-        return "on"
-    return f"on (not for {reasons})" if use.captured else f"off ({reasons})"
 
 
 class Store:
@@ -165,7 +103,7 @@ class Store:
             self._contents = Contents(parts.modules)
         else:
             self._reason = reasons[0]
-            _USE.get().note(parts, self._reason)
+            USE.get().note(parts, self._reason)
         return result
 
     def captured(
@@ -187,9 +125,9 @@ class Store:
             except Exception as error:  # by the user's own network: it runs without a graph, as it did before
                 first = error.__context__ or error  # the end of a capture that was broken off fails too
                 self._reason = f"its capture failed ({str(first).partition(chr(10))[0]})"
-                _USE.get().note(parts, self._reason)
+                USE.get().note(parts, self._reason)
                 return None
-            _USE.get().captured += 1
+            USE.get().captured += 1
         self._add(key, graph)
         return graph
 
@@ -247,10 +185,10 @@ _GRAPHS: dict[int, tuple[weakref.ref[nn.Module], Graphs]] = {}
 def graphs_of(parts: Parts) -> Graphs | None:
     """The graphs of a network; None where there are none: switched off, on a CPU, own classes of tensors."""
     tensors = [*parts.parameters, *parts.buffers]
-    if not tensors or _USE.get().mode == "off" or capture.backend_of(tensors[0].device) is None:
+    if not tensors or USE.get().mode == "off" or capture.backend_of(tensors[0].device) is None:
         return None
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
-        _USE.get().note(parts, "its weights are tensors of a class of their own")
+        USE.get().note(parts, "its weights are tensors of a class of their own")
         return None
     model, key = parts.model, id(parts.model)
     reference, graphs = _GRAPHS.get(key, (None, None))
@@ -290,7 +228,7 @@ def iterate(
     full = None
     if store is not None and count and key is not None and not _differentiated(x, inputs):
         if reason := store.check(parts) or _unsuited(x, inputs):
-            _USE.get().note(parts, reason)
+            USE.get().note(parts, reason)
         else:
             full = (key, *map(_form, (x, *inputs)), len(numbers), _kernels())
     if store is not None and full in store:

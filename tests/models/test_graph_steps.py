@@ -25,7 +25,7 @@ from controlat.attacks.pgd import ascend, path
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.models.frozen import graphs
-from controlat.models.frozen.graphs import status, using
+from controlat.models.frozen.graph_use import status, using
 from controlat.models.frozen.view import FrozenModel
 
 X, Y = samples(12, (1, 4, 4))
