@@ -39,12 +39,15 @@ def path(
     steps: int,
     loss: Loss,
     top: int = -1,
+    radius: float = 1.0,
     keep: bool = True,
 ) -> Iterator[Tensor]:
     """Yield x^1, ..., x^K of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k))), from x^0 = start.
 
     Args: as of `ascend`, and
 
+        top: the largest label, which is checked to be one of the model's classes; -1 for no check.
+        radius: projects on perturbations of norm radius * eps.
         keep: whether every x^k is kept; if not, it may be overwritten by the next.
     """
     x0, x = view.prepare(x0), view.prepare(start)
@@ -62,7 +65,7 @@ def path(
         step,
         x,
         (x0, y),
-        (alpha, ball.eps),
+        (alpha, radius * ball.eps),
         count=steps,
         key=None if (known := _formula(loss)) is None else (ball.norm, known),
         check=functools.partial(check_labels, top),
