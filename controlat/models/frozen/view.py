@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import Watch, finiteness
 from controlat.control.cost import Meter
 from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
 from controlat.models.frozen.hook import LayerHook
@@ -66,6 +66,7 @@ class FrozenModel:
             images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
         meter: where evaluations are counted.
         autocast: a dtype for mixed precision, None for none.
+        watch: looks whether results are finite; by default at once.
 
     Raises:
         TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
@@ -90,6 +91,7 @@ class FrozenModel:
         channels_last: bool = True,
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
+        watch: Watch | None = None,
     ) -> None:
         parts = check_model(model)
         choice(mode, "mode", MODES)
@@ -99,6 +101,7 @@ class FrozenModel:
         self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
+        self.watch = Watch() if watch is None else watch
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
@@ -160,13 +163,12 @@ class FrozenModel:
         """Logits, without a graph; counted as forward passes.
 
         Raises:
-            NonFiniteError: a logit is not finite.
+            NonFiniteError: a logit is not finite; raised when `watch` looks.
         """
         self.meter.forwards += len(x)
         with torch.no_grad():
             logits = self._forward(self.prepare(x))
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError("the network returns logits that are not finite")
+        self.watch.finite(finiteness(logits), "the network returns logits that are not finite")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
@@ -206,5 +208,6 @@ class FrozenModel:
         self.meter.gradients += len(x)
         x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+            losses = objective(self._forward(x))
+        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient
