@@ -61,8 +61,8 @@ class Norm:
 
     Args:
         draw: (like, eps, generator) -> a random perturbation of norm at most eps.
-        direction: gradient -> the unit step of steepest ascent.
-        shrink: (perturbation, eps) -> its projection on the ball.
+        direction: gradient -> the unit step of steepest ascent, a new tensor.
+        shrink: (perturbation, eps) -> its projection on the ball, a new tensor.
         size: perturbation -> its norm, per sample, shape (N,).
         dual: gradient -> its dual norm, per sample, shape (N,).
     """
@@ -77,11 +77,15 @@ class Norm:
         self, x: Tensor, gradient: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor
     ) -> Tensor:
         """Pi(x + alpha direction(gradient)): one step of projected steepest ascent in the ball around x0."""
-        return self.project(x + alpha * self.direction(gradient), x0, eps)
+        moved = x + self.direction(gradient).mul_(alpha)
+        return self._within(moved.sub_(x0), x0, eps)
 
     def project(self, x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
         """x - x0 shrunk to the ball, then x clamped to [0, 1]."""
-        return (x0 + self.shrink(x - x0, eps)).clamp_(0, 1)
+        return self._within(x - x0, x0, eps)
+
+    def _within(self, delta: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+        return self.shrink(delta, eps).add_(x0).clamp_(0, 1)
 
 
 def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
@@ -90,7 +94,7 @@ def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> T
 
 def _sign(g: Tensor) -> Tensor:
     """sign(g), and NaN where g is not finite: torch has sign(nan) = 0, which looks like a zero gradient."""
-    return g.sign() + 0 * g
+    return g.sign().add_(g, alpha=0)
 
 
 def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:

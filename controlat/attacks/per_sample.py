@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import finiteness
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
+from controlat.attacks.pgd import NON_FINITE
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Rule", "fosc", "stopped"]
@@ -74,8 +75,7 @@ def stopped(
         if noise is not None:
             point = point + noise(rows)
         x = x.index_copy(0, rows, ball.project(point, x0[rows]))
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError("the gradient of the loss with respect to the input is not finite")
+    view.watch.finite(finiteness(x), NON_FINITE)
     return x
 
 

@@ -223,7 +223,7 @@ def iterate(
         count: how many steps.
         key: what else decides the kernels of `step`, beside its arguments; None if that cannot be told.
         check: called with the number of classes before steps by a graph.
-        keep: whether every x^k is kept; otherwise it is overwritten by the next.
+        keep: whether every x^k is kept; otherwise all but the last are overwritten by the next.
     """
     full = None
     if store is not None and count and key is not None and not _differentiated(x, inputs):
@@ -235,8 +235,8 @@ def iterate(
         check(store.classes)
         graph = store.captured(parts, full, step, x, inputs, numbers)
         if graph is not None and not graph.running:
-            for point in graph.steps(x, inputs, numbers, count):
-                yield point.clone() if keep else point
+            for k, point in enumerate(graph.steps(x, inputs, numbers, count), start=1):
+                yield point.clone() if keep or k == count else point
             return
         full = None
     for _ in range(count):

@@ -56,4 +56,5 @@ def _walk(module: nn.Module, modules: dict[int, nn.Module]) -> None:
 
 
 def _tensors(modules: Any, of: Callable[[nn.Module], Any]) -> list[Tensor]:
-    return [*{id(t): t for m in modules for t in of(m).values() if t is not None}.values()]
+    # Dictionaries are copied, as another thread, whose view is open, may change them meanwhile.
+    return [*{id(t): t for m in modules for t in [*of(m).values()] if t is not None}.values()]

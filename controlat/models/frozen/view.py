@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import Watch, finiteness
 from controlat.control.cost import Meter
 from controlat.models.frozen import capture, graphs
 from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
@@ -67,6 +67,7 @@ class FrozenModel:
             images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
         meter: where evaluations are counted.
         autocast: a dtype for mixed precision, None for none.
+        watch: looks whether results are finite; by default at once.
 
     Raises:
         TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
@@ -91,6 +92,7 @@ class FrozenModel:
         channels_last: bool = True,
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
+        watch: Watch | None = None,
     ) -> None:
         parts = check_model(model)
         choice(mode, "mode", MODES)
@@ -100,6 +102,7 @@ class FrozenModel:
         self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
+        self.watch = Watch() if watch is None else watch
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
@@ -174,13 +177,12 @@ class FrozenModel:
         """Logits, without a graph; counted as forward passes.
 
         Raises:
-            NonFiniteError: a logit is not finite.
+            NonFiniteError: a logit is not finite; raised when `watch` looks.
         """
         self.meter.forwards += len(x)
         with torch.no_grad():
             logits = self._forward(self.prepare(x))
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError("the network returns logits that are not finite")
+        self.watch.finite(finiteness(logits), "the network returns logits that are not finite")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
@@ -224,7 +226,8 @@ class FrozenModel:
         """`gradient` for a step of `iterate`, which counts for it."""
         x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+            losses = objective(self._forward(x))
+        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient
 
     def iterate(
@@ -252,7 +255,7 @@ class FrozenModel:
             count: how many steps.
             key: what else the step depends on; None if that cannot be told.
             check: called with the number of classes before the steps of a graph, which check no labels.
-            keep: whether every x^k is kept; if not, it may be overwritten by the next.
+            keep: whether every x^k is kept; if not, all but the last may be overwritten by the next.
         """
         points = graphs.iterate(
             self._store,
