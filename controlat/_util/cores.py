@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["available_cores"]
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
@@ -26,7 +26,7 @@ def _quotas() -> list[float]:
     """Cores that the control groups of this process grant, as containers set them; empty without a limit."""
     files: list[Path] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue

@@ -36,14 +36,12 @@ def assigned(*assignments: tuple[Any, str, Any]) -> Iterator[None]:
     ...     torch.backends.cudnn.deterministic
     True
     """
-    before = [(of, name, getattr(of, name)) for of, name, _ in assignments]
-    try:
+    with contextlib.ExitStack() as stack:
         for of, name, value in assignments:
+            before = getattr(of, name)
             setattr(of, name, value)
+            stack.callback(setattr, of, name, before)
         yield
-    finally:
-        for of, name, value in reversed(before):
-            setattr(of, name, value)
 
 
 def _older() -> tuple[bool, str] | None:
