@@ -445,6 +445,6 @@ def test_training_by_every_method(case: Any) -> None:
     plain = trained()
     with tape() as backend:
         state, gradients = trained()
-    assert bool(backend.replays) == (case.name in ("atta", "awp", "cat", "fast", "pgd_at", "trades"))
+    assert bool(backend.replays) == (case.name in ("atta", "awp", "cat", "fast", "nfgsm", "pgd_at", "trades"))
     assert gradients == plain[1]
     assert same(state.to_dict(), plain[0].to_dict())
