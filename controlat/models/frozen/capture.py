@@ -43,6 +43,8 @@ class Cuda:
             current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             # The pool of a living graph: one whose graphs are all gone cannot be captured into again.
             pool = getattr(beside, "__self__", graph).pool() if beside is not None else None
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            state = generator.clone_state()
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):
@@ -50,6 +52,9 @@ class Cuda:
                         run()
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     run()
+            except BaseException:  # of torch up to 2.10: its generator counts as captured for good
+                generator.graphsafe_set_state(state)
+                raise
             finally:
                 torch.cuda.set_stream(current)  # torch does not where a capture fails
                 current.wait_stream(stream)
