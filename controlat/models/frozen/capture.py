@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Captured", "Cuda", "Replay", "Step", "backend_of"]
+__all__ = ["Backend", "Captured", "Cuda", "Replay", "Step", "backend_of", "follow"]
 
 _WARM = 2  # passes before a capture, in which libraries choose kernels and reserve memory
 
@@ -67,6 +67,19 @@ _CUDA = Cuda()
 def backend_of(device: torch.device) -> Backend | None:
     """What captures on a device; None if nothing does."""
     return _CUDA if device.type == "cuda" else None
+
+
+def follow(last: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream of a CUDA device, which from now on waits for all that `last` was given so far.
+
+    Kernels on different streams run at the same time: memory that they share needs an order.
+    """
+    if device.type != "cuda":
+        return None
+    current = torch.cuda.current_stream(device)
+    if last is not None and last != current:
+        current.wait_stream(last)
+    return current
 
 
 class Captured:

@@ -160,21 +160,24 @@ class Graphs:
     def __init__(self) -> None:
         self.taken = False
         self.stores: dict[Hashable, Store] = {}
+        self._stream: torch.cuda.Stream | None = None  # of the last view, whose kernels may still run
 
     def store(self, *key: Hashable) -> Store:
         """The store of one mode and layout."""
         return self.stores.setdefault(key, Store())
 
     @contextmanager
-    def taken_by_one(self) -> Iterator[Graphs | None]:
+    def taken_by_one(self, device: torch.device) -> Iterator[Graphs | None]:
         """The graphs, for one view at a time; None for a view within it."""
         if self.taken:
             yield None
             return
         self.taken = True
+        self._stream = capture.follow(self._stream, device)
         try:
             yield self
         finally:
+            self._stream = capture.follow(self._stream, device)
             self.taken = False
 
 

@@ -112,7 +112,8 @@ class FrozenModel:
             self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
             self._graphs = graphs.graphs_of(self._parts)
             if self._graphs is not None:  # a view within a view has tensors of its own, and no graphs
-                self._graphs = stack.enter_context(self._graphs.taken_by_one())
+                device = (*self._parts.parameters, *self._parts.buffers)[0].device
+                self._graphs = stack.enter_context(self._graphs.taken_by_one(device))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
