@@ -1,12 +1,18 @@
 """The calls that capture a CUDA graph, in their order, on fakes of torch's."""
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from tape import tape
+from torch import Tensor, nn
 
+from controlat.attacks.balls import NORMS
+from controlat.attacks.losses import Loss, cross_entropy, divergence, margin
+from controlat.models.frozen.capturable import observed
 from controlat.models.frozen.capture import Captured, Cuda, backend_of, follow
 
 CUDA = torch.device("cuda", 0)
@@ -115,9 +121,42 @@ def test_only_cuda_devices_have_graphs() -> None:
     assert backend_of(torch.device("mps")) is None
 
 
-def test_numbers_are_rounded_as_those_of_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tape import tape
+NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+FAR = torch.tensor(2.0)
 
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", [cross_entropy, margin, divergence])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_step_leaves_nothing_to_the_cpu(norm: str, loss: Loss, training: bool) -> None:
+    """On the device meta, as another device than the CPU: every operation and every number is there."""
+    net = copy.deepcopy(NET).to("meta").train(training)
+    x0, number = torch.empty(2, 3, 8, 8, device="meta"), torch.empty((), device="meta")
+    y = torch.empty(2, dtype=torch.int64, device="meta")
+    if loss is divergence:
+        y = torch.empty(2, 5, device="meta")
+    with observed([*net.modules()]) as reasons:
+        x = x0.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(net(x), y).sum(), x)
+        x0.copy_(NORMS[norm].step(x.detach(), gradient, x0, number, number))
+    assert reasons == []
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda x: x * FAR, "mul.Tensor"),
+        (lambda x: x[torch.tensor([1, 0])], "index.Tensor"),
+        (lambda x: x * torch.tensor([1.0, 2.0]).to(x.device), "_to_copy"),
+    ],
+)
+def test_numbers_that_are_elsewhere_are_noticed(run: Callable[[Tensor], Tensor], name: str) -> None:
+    with observed([nn.Identity()]) as reasons:
+        run(torch.empty(2, 2, device="meta"))
+    assert reasons == [f"it takes numbers from one device to another ({name})"]
+
+
+def test_numbers_are_rounded_as_those_of_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(5, generator=torch.Generator().manual_seed(0))
     alpha = 0.1 + 1e-9  # between two numbers of float32
     with tape():

@@ -2,7 +2,7 @@
 
 A graph repeats kernels, and nothing that Python does. A network is not captured if it has hooks or is
 compiled, or if one pass shows that it draws random numbers, reads values on the CPU (Python control flow on
-tensors), or changes its attributes.
+tensors), uses tensors of the CPU, or changes its attributes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["ATTRIBUTES", "Contents", "observed", "unsuited"]
 
@@ -125,11 +126,11 @@ def observed(modules: Sequence[nn.Module]) -> Iterator[list[str]]:
     ['it draws random numbers']
     """
     reasons: list[str] = []
-    before, drawn, reads = Contents(modules), _random_states(modules), _Reads()  # type: ignore[no-untyped-call]
-    with reads:
+    before, drawn, waits = Contents(modules), _random_states(modules), _Waits()  # type: ignore[no-untyped-call]
+    with waits:
         yield reasons
-    if reads.name:
-        reasons.append(f"it reads values of tensors in Python ({reads.name})")
+    if waits.reason:
+        reasons.append(waits.reason)
     if drawn != _random_states(modules):
         reasons.append("it draws random numbers")
     if not before.same(modules):
@@ -146,22 +147,28 @@ def _random_states(modules: Sequence[nn.Module]) -> list[object]:
     return [*states, random.getstate(), np.asarray(keys).tobytes(), rest]
 
 
-class _Reads(TorchDispatchMode):
-    """Notes an operation whose result, or the shape of it, is read from a tensor: the device must wait."""
+class _Waits(TorchDispatchMode):
+    """Notes why an operation makes the CPU wait for the device, or is given numbers that are not there."""
 
-    name = ""
+    reason = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _reads(func, args, kwargs := kwargs or {}):
-            self.name = func.name().removeprefix("aten::")
+        kwargs = kwargs or {}
+        self.reason = self.reason or _waits(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _reads(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation reads values, such as how many of a mask are true, or copies between devices."""
-    if func is torch.ops.aten.index.Tensor:
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if func is torch.ops.aten._to_copy.default:
-        there, here = kwargs.get("device"), args[0].device
-        return there is not None and torch.device(there).type != here.type
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+def _waits(func: Any, args: Any, kwargs: Any) -> str:
+    """Why an operation cannot be captured; an empty text if it can."""
+    name = func.name().removeprefix("aten::")
+    devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+        devices.add(torch.device(kwargs["device"]).type)
+    if len(devices) > 1 or (func is torch.ops.aten.lift_fresh.default and "cpu" not in devices):
+        return f"it takes numbers from one device to another ({name})"
+    if func is torch.ops.aten.index.Tensor:  # by a mask: so many rows as are true
+        reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    else:
+        tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+        reads = any(tag in func.tags for tag in tags)
+    return f"it reads values of tensors in Python ({name})" if reads else ""
