@@ -1,8 +1,6 @@
 """Finiteness is looked at every few steps: waits per step, the step that is named, what is not given out."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ import torch
 from helpers import mlp, same
 from systems import CASES, batch, constant, driver, long
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import waited
 
 from controlat._util.errors import NonFiniteError
 from controlat._util.watch import Watch
@@ -25,52 +22,11 @@ from controlat.dynamics.step import Step
 from controlat.methods.pgd_at import PgdAT
 from controlat.models.frozen.view import FrozenModel
 
-# Operations for whose results the CPU would wait for a GPU.
-WAITS = {
-    "aten::_local_scalar_dense",
-    "aten::equal",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::masked_select",
-}
-READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 # Methods whose control flow depends on values: which samples go on.
 DECIDES = {"fat", "dynamic"}
 # Numbers that are on the CPU with a GPU too: positions of samples, and the step size of each part of a batch.
 ON_CPU = {"atta": 1, "atta reset": 1, "cat": 3, "cat basic": 1, "cat curriculum": 1}
 U = Control(alpha=0.05, steps=1)
-
-
-class _Dispatched(TorchDispatchMode):
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        masks = name == "aten::index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if name in WAITS or masks:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class _Called(TorchFunctionMode):
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS:
-            self.waits.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def waited() -> Iterator[list[str]]:
-    """A list of the waits inside the block."""
-    waits: list[str] = []
-    with _Called(waits), _Dispatched(waits):
-        yield waits
 
 
 class Breaking(nn.Module):
