@@ -19,6 +19,7 @@ from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.step import Step
+from controlat.dynamics.window import window_steps
 from controlat.methods.pgd_at import PgdAT
 from controlat.models.frozen.view import FrozenModel
 
@@ -103,6 +104,8 @@ def test_a_state_is_not_given_out_before_it_was_looked_at() -> None:
 def test_a_recording_of_a_diverging_window_fails() -> None:
     with pytest.raises(NonFiniteError, match="epoch 0, batch 2"):
         Recording.of(breaking(2, look_every=100), constant(U, 32), last=5, stride=8)
+    with pytest.raises(NonFiniteError, match="epoch 0, batch 2"):  # before the network is used
+        list(window_steps(breaking(2, look_every=100), constant(U, 32), 0, 5))
 
 
 def test_a_closed_loop_decides_on_looked_at_states_only() -> None:
@@ -126,6 +129,7 @@ def test_no_checkpoint_is_written_from_a_state_that_was_not_looked_at(tmp_path: 
     kept = torch.load(tmp_path / "last.pt", weights_only=True)
     assert kept["tally"]["epoch"] == 1
     assert kept["tally"]["batch"] == (0 if minutes == 10 else 3)
+    assert (kept["tally"]["loss"] > 0) == (minutes < 10)  # the losses of the steps so far
     assert all(bool(torch.isfinite(t).all()) for t in kept["model"].values())
     assert not (tmp_path / "best.pt").exists()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
