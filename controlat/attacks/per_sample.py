@@ -37,7 +37,7 @@ def stopped(
     Before each step the rule gets the points, their logits and input gradients, which one pass computes, and
     decides which samples take the step; the others stop for good. In mode ``"train"``, where BatchNorm
     couples the samples, the whole batch is evaluated as long as one sample moves; in mode ``"eval"`` only
-    those that move.
+    those that move. As the rule decides what is computed next, the CPU waits for a GPU before every step.
 
     Args:
         view: the network.

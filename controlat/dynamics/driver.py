@@ -61,9 +61,9 @@ class Driver:
         controller_memory: plain data that the controller carries; part of the state.
         margin: as in `Context`.
         look_every: steps after which losses and gradients are looked at, to find that they are not finite;
-            0: within each step, before theta moves. Looking makes the CPU wait for a GPU. None: 0 on CPU, 16
-            on a GPU. The state is never given out before it was looked at, so that no checkpoint, costate or
-            hook of the method sees numbers that are not finite.
+            0: within each step, before theta moves. Looking makes the CPU wait for a GPU. None: 16 on CUDA,
+            else 0. `state`, `point` and the hooks look first, so that no checkpoint, costate or decision
+            comes from numbers that are not finite; before using the model itself call ``watch.look()``.
         notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and the name of the
             copy, ``"set"`` and the name of the memory that it assigned, ``"moved"`` and the name of what it
             wrote to in place.
@@ -113,7 +113,7 @@ class Driver:
             self.method.check_ball(self.ball)
         self.sgd = self.optimizer.build(self.parameters)
         if self.look_every is None:
-            self.look_every = 0 if self.device.type == "cpu" else 16
+            self.look_every = 16 if self.device.type == "cuda" else 0
         self.watch = Watch(whole(self.look_every, "look_every", 0))
 
     @property

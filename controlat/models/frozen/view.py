@@ -26,12 +26,12 @@ from controlat.models.frozen.layout import (
 )
 from controlat.models.frozen.logits import check_model, checked_logits
 
-__all__ = ["FrozenModel", "check_model", "runs_channels_last"]
+__all__ = ["CHUNK", "FrozenModel", "check_model", "runs_channels_last"]
 
 
 # On CPU, malloc keeps freed activations of this many samples; those of 256 samples it returns to the system
 # after every step, which costs page faults in the next (benchmarks/README.md).
-_CPU_CHUNK = 64
+CHUNK = 64
 
 
 def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -149,7 +149,7 @@ class FrozenModel:
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
-        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else _CPU_CHUNK
+        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
@@ -164,15 +164,18 @@ class FrozenModel:
             return self._run(x).float()
 
     def _run(self, x: Tensor) -> Tensor:
-        def run(x: Tensor, nhwc: bool) -> Tensor:
-            if nhwc != self._nhwc:
-                self._freeze(nhwc)
+        if self.channels_last:
+            logits = run_in_layout(self.model, x, self._run_in)
+        else:
             logits = checked_logits(self.model, x)
-            if self._store is not None:
-                self._store.classes = logits.shape[1]
-            return logits
+        if self._store is not None:
+            self._store.classes = logits.shape[1]
+        return logits
 
-        return run_in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
+    def _run_in(self, x: Tensor, nhwc: bool) -> Tensor:
+        if nhwc != self._nhwc:
+            self._freeze(nhwc)
+        return checked_logits(self.model, x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits, without a graph; counted as forward passes.
