@@ -78,10 +78,9 @@ def path(
 def _formula(loss: Loss) -> Hashable:
     """What identifies a loss that computes the same formula at all times; None if it may have a state."""
     if isinstance(loss, functools.partial):
-        values = (*loss.args, *loss.keywords.items())
-        inner = _formula(loss.func)
-        plain = all(isinstance(v, (int, float, str, tuple)) for v in values)
-        return (inner, values) if plain and inner is not None else None
+        inner, values = _formula(loss.func), (*loss.args, *loss.keywords.values())
+        plain = inner is not None and all(isinstance(value, (int, float, str)) for value in values)
+        return (inner, loss.args, *sorted(loss.keywords.items())) if plain else None
     return loss if isinstance(loss, types.FunctionType) and loss.__closure__ is None else None
 
 

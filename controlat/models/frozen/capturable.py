@@ -72,17 +72,17 @@ class _Reference(weakref.ref[Any]):
 
 def _held(modules: Sequence[nn.Module]) -> list[object]:
     """Modules, their attributes, and what is in those that are collections."""
-    parts: list[object] = []
+    held: list[object] = []
     for module in modules:
-        parts.append(module)
+        held.append(module)
         for value in vars(module).values():
             if isinstance(value, dict):
-                parts += value.values()
+                held += value.values()
             elif isinstance(value, (list, tuple, set, frozenset)):
-                parts += value
+                held += value
             else:
-                parts.append(value)
-    return parts
+                held.append(value)
+    return held
 
 
 def _places(held: Sequence[object]) -> list[int]:
