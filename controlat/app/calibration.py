@@ -28,7 +28,8 @@ from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
-from controlat.app.experiment import Experiment, progress_bar
+from controlat._util.progress import progress_bar
+from controlat.app.experiment import Experiment
 from controlat.app.runs import environment
 from controlat.app.session import shares_held_out
 from controlat.app.settings import EvaluateSettings
@@ -118,7 +119,7 @@ def _measured(run: Path, settings: EvaluateSettings, steps: int, theirs: dict[st
     """The inner problem before every epoch and at the end, and whether training ended with the run's bits."""
     began = time.perf_counter()
     experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
-    with experiment.running(theirs["threads"]):
+    with experiment.running(experiment.threads(theirs["threads"])):
         schedule = settings.schedule_of(settings.schedules[0])
         spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
@@ -157,7 +158,7 @@ def _key(run: Path, settings: EvaluateSettings, threads: int, steps: int) -> dic
     """All that decides a measurement, as plain data."""
     files = ("last.pt", "settings.json", "schedule.json")
     experiment = Experiment.of(settings)
-    with experiment.running(threads):
+    with experiment.running(experiment.threads(threads)):
         there = environment(experiment.device)
     return {
         "version": _VERSION,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from controlat import models
 from controlat._util import rng
 from controlat._util.parallel import World, current
+from controlat._util.progress import progress_bar
 from controlat._util.texts import count, duration
 from controlat.app.checkpoints import load_checkpoint, load_weights
 from controlat.app.notes import note
@@ -46,7 +46,7 @@ from controlat.pmp.terminal import Terminal, build_terminal
 from controlat.robust_accuracy import Evaluation, Extras, protocol
 from controlat.robust_accuracy.source import read_device
 
-__all__ = ["TERMINAL_POINTS", "Experiment", "pick_device", "progress_bar"]
+__all__ = ["TERMINAL_POINTS", "Experiment", "pick_device"]
 
 TERMINAL_POINTS = 256  # held-out samples of Phi at most
 
@@ -167,9 +167,9 @@ class Experiment:
         """CPU threads: those that are given, else those of a run that goes on, else what suits the network.
 
         Args:
-            begun: the number that the run was begun with, None for a new one; more than there are cores
-                would not end.
-            jobs: processes that share the cores, each with as many as `joined` brings together.
+            begun: the number that the run was begun with, None for a new one; not kept where there are
+                fewer cores.
+            jobs: runs that are made at a time and share the cores.
         """
         if self.problem.threads is not None:
             return Threads(self.problem.threads, "given")
@@ -179,9 +179,9 @@ class Experiment:
         return default_threads(self.model(0), jobs * current().size, in_shape=shape, batch_size=size)
 
     @contextlib.contextmanager
-    def running(self, begun: int | None = None, jobs: int = 1) -> Iterator[None]:
-        """The kernels of the problem in the block: deterministic, its precision, threads and CUDA graphs."""
-        kernels = deterministic(self.threads(begun, jobs), TF32_CHOICES[self.problem.tf32])
+    def running(self, threads: Threads | None = None) -> Iterator[None]:
+        """Deterministic kernels, the problem's precision and CUDA graphs, and CPU threads inside the block."""
+        kernels = deterministic(threads or self.threads(), TF32_CHOICES[self.problem.tf32])
         with kernels, graph_use.using(self.problem.cuda_graphs, note):
             yield
 
@@ -298,9 +298,3 @@ def fastest(call: Callable[[], object], repeats: int = 3) -> float:
         call()
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:
-    """A progress bar that is there while it is needed, on a terminal only."""
-    disable = None if show else True
-    return tqdm(total=total, unit=unit, desc=label, disable=disable, leave=False, mininterval=0.5)

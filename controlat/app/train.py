@@ -53,7 +53,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             note_unreached(chosen, {chosen.text: controller})
             note_step_size(short(chosen.text), alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen, shared)
-        with experiment.running(world.once(lambda: begun_threads(out))):
+        with experiment.running(experiment.threads(world.once(lambda: begun_threads(out)))):
             driver = experiment.driver(chosen.seed)
             tally = fit(
                 driver,

@@ -101,6 +101,7 @@ class Environment(TypedDict):
     tf32: NotRequired[dict[str, bool]]
     cuda_graphs: NotRequired[str]
     processes: NotRequired[Annotated[int, Field(ge=1)]]
+    jobs: NotRequired[Annotated[int, Field(ge=1)]]
 
 
 class _Stored(TypedDict):

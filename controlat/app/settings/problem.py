@@ -35,8 +35,8 @@ DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
 RUNTIME = (
-    *("memory", "device", "threads", "cuda_graphs", "progress", "tensorboard", "checkpoint_minutes"),
-    "data_dir",
+    *("memory", "device", "threads", "jobs", "cuda_graphs", "progress", "tensorboard"),
+    *("checkpoint_minutes", "data_dir"),
 )
 
 T = TypeVar("T", bound="DataclassInstance")
