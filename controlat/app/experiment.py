@@ -180,7 +180,7 @@ class Experiment:
 
     @contextlib.contextmanager
     def running(self, threads: Threads | None = None) -> Iterator[None]:
-        """Deterministic kernels, the problem's precision and CUDA graphs, and CPU threads inside the block."""
+        """Deterministic kernels, the problem's precision and CUDA graphs, and CPU threads in the block."""
         kernels = deterministic(threads or self.threads(), TF32_CHOICES[self.problem.tf32])
         with kernels, graph_use.using(self.problem.cuda_graphs, note):
             yield
