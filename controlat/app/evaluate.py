@@ -90,7 +90,9 @@ def _compared(
         return {}
     made_on = environment(experiment.device) | {"jobs": jobs}
     if jobs > 1:  # what workers have run without CUDA graphs, they alone know
-        made_on["cuda_graphs"] = load_checkpoint(every[0].directory / LAST)["environment"].get("cuda_graphs")
+        made_on["cuda_graphs"] = load_checkpoint(every[0].directory / "last.pt")["environment"].get(
+            "cuda_graphs"
+        )
     n, names = len(chosen.seeds), labels(chosen.schedules)
     schedules = [
         {

@@ -73,20 +73,6 @@ class Norm:
     size: Callable[[Tensor], Tensor]
     dual: Callable[[Tensor], Tensor]
 
-    def step(
-        self, x: Tensor, gradient: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor
-    ) -> Tensor:
-        """Pi(x + alpha direction(gradient)): one step of projected steepest ascent in the ball around x0."""
-        moved = x + self.direction(gradient).mul_(alpha)
-        return self._within(moved.sub_(x0), x0, eps)
-
-    def project(self, x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
-        """x - x0 shrunk to the ball, then x clamped to [0, 1]."""
-        return self._within(x - x0, x0, eps)
-
-    def _within(self, delta: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
-        return self.shrink(delta, eps).add_(x0).clamp_(0, 1)
-
 
 def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(like).uniform_(-eps, eps, generator=generator)
@@ -187,8 +173,7 @@ class Ball:
         return f"alpha {alpha:g} is {times} (eps {self.eps:g}): every step leaves the ball{meant}"
 
     @property
-    def functions(self) -> Norm:
-        """The functions of its norm."""
+    def _norm(self) -> Norm:
         return NORMS[self.norm]
 
     def start(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -197,29 +182,38 @@ class Ball:
         The numbers are drawn in one call of the shape of x0, as torchattacks draws them.
         """
         self.check(x0.shape[1:])
-        return (x0 + self.functions.draw(x0, self.eps, generator)).clamp_(0, 1)
+        return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
-        return self.functions.direction(gradient)
+        return self._norm.direction(gradient)
 
     def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
         """The nearest perturbation with ||delta|| <= radius * eps, regardless of the pixel box."""
-        return self.functions.shrink(delta, radius * self.eps)
+        return self._norm.shrink(delta, radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
         """A random perturbation of norm at most radius * eps, regardless of the pixel box."""
-        return self.functions.draw(like, radius * self.eps, generator)
+        return self._norm.draw(like, radius * self.eps, generator)
 
-    def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
-        """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        self.check(x0.shape[1:])
-        return self.functions.step(x, gradient, x0, alpha, self.eps)
+    def step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        alpha: float | Tensor,
+        x0: Tensor,
+        eps: float | Tensor | None = None,
+    ) -> Tensor:
+        """One step of projected steepest ascent, Pi(x + alpha direction(gradient)).
 
-    def project(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
+        alpha and `eps` (see `project`) may be 0-d tensors, as in CUDA graphs.
+        """
+        return self.project(x + self.direction(gradient).mul_(alpha), x0, eps)
+
+    def project(self, x: Tensor, x0: Tensor, eps: float | Tensor | None = None) -> Tensor:
+        """The point of the set for x: shrunk to the ball, then clamped to [0, 1]; `eps`: another radius."""
         self.check(x0.shape[1:])
-        return self.functions.project(x, x0, self.eps)
+        return self._norm.shrink(x - x0, self.eps if eps is None else eps).add_(x0).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""
@@ -232,8 +226,8 @@ class Ball:
 
     def support(self, gradient: Tensor) -> Tensor:
         """max of <d, gradient> over ||d|| <= eps: eps times the dual norm, per sample, shape (N,)."""
-        return self.eps * self.functions.dual(gradient)
+        return self.eps * self._norm.dual(gradient)
 
     def distance(self, x: Tensor, x0: Tensor) -> Tensor:
         """||x - x0|| per sample, shape (N,)."""
-        return self.functions.size(x - x0)
+        return self._norm.size(x - x0)

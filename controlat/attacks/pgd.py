@@ -53,23 +53,22 @@ def path(
         keep: whether every x^k is kept; if not, all but the last may be overwritten by the next.
     """
     x0, x = view.prepare(x0), view.prepare(start)
-    ball.check(x0.shape[1:])
-    norm = ball.functions
 
     def step(x: Tensor, x0: Tensor, y: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
         def objective(logits: Tensor) -> Tensor:
             check_labels(top, logits.shape[1])
             return loss(logits, y)
 
-        return norm.step(x, view.uncounted_gradient(x, objective), x0, alpha, eps)
+        return ball.step(x, view.uncounted_gradient(x, objective), alpha, x0, eps)
 
+    formula = _formula(loss) if type(ball) is Ball else None  # one that watches projections is not captured
     yield from view.iterate(
         step,
         x,
         (x0, y),
         (alpha, radius * ball.eps),
         count=steps,
-        key=None if (known := _formula(loss)) is None else (ball.norm, known),
+        key=None if formula is None else (ball.norm, formula),
         check=functools.partial(check_labels, top),
         keep=keep,
     )
@@ -157,8 +156,8 @@ def check_batch(x: Tensor, y: Tensor) -> int:
             f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
     real = torch.promote_types(x.dtype, torch.float32)
-    bounds = [torch.stack(torch.aminmax(t.detach())).to(real) for t in (x, y)]
-    low, high, least, top = torch.cat(bounds).tolist()  # one transfer from a GPU
+    bounds = [*torch.aminmax(x.detach()), *(t.to(real) for t in torch.aminmax(y))]
+    low, high, least, top = torch.stack(bounds).tolist()  # one transfer from a GPU
     if least < 0:  # torch's cross_entropy would silently ignore -100
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
     if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also for NaN

@@ -10,7 +10,7 @@ import torch
 from tape import tape
 from torch import Tensor, nn
 
-from controlat.attacks.balls import NORMS
+from controlat.attacks.balls import NORMS, Ball
 from controlat.attacks.losses import Loss, cross_entropy, divergence, margin
 from controlat.models.frozen.capturable import observed
 from controlat.models.frozen.capture import Captured, Cuda, backend_of, follow
@@ -138,7 +138,7 @@ def test_a_step_leaves_nothing_to_the_cpu(norm: str, loss: Loss, training: bool)
     with observed([*net.modules()]) as reasons:
         x = x0.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(net(x), y).sum(), x)
-        x0.copy_(NORMS[norm].step(x.detach(), gradient, x0, number, number))
+        x0.copy_(Ball(0.1, norm).step(x.detach(), gradient, number, x0, number))
     assert reasons == []
 
 
