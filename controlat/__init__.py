@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from controlat.app.derive import derive as derive
     from controlat.app.evaluate import evaluate as evaluate
     from controlat.app.objective import objective as objective
+    from controlat.app.search import search as search
     from controlat.app.train import train as train
     from controlat.attacks.balls import Ball as Ball
     from controlat.attacks.pgd import fgsm as fgsm
@@ -72,6 +73,7 @@ _HOME = {
     "pgd": "attacks",
     "relaxed": "pmp",
     "robustness": "robust_accuracy",
+    "search": "app.search",
     "train": "app.train",
 }
 

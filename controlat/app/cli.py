@@ -53,6 +53,16 @@ def _evaluate(parsed: Namespace) -> None:
         print(_NEXT)
 
 
+def _search(parsed: Namespace) -> None:
+    from controlat import report
+    from controlat._util.texts import speaker
+    from controlat.app.search import search
+
+    result = search(parsed.out, **_settings(parsed, ("config", "out")))
+    if not speaker():
+        print(report.search_text(result))
+
+
 _NEXT = """Next: your own schedules, for example
   controlat evaluate --out mine --schedules pgd:steps=5,alpha=0.06 linear:start=0,end=5,tau=0.3 --seeds 0 1 2
 or real data (the four MNIST files in a folder); --dry-run says first what it will cost:
@@ -176,6 +186,7 @@ def _underscored(argument: str) -> str:
 
 _COMMANDS = {
     "evaluate": _evaluate,
+    "search": _search,
     "train": _train,
     "derive": _derive,
     "attack": _attack,

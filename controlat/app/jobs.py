@@ -13,7 +13,7 @@ from tqdm import tqdm
 from controlat._util.cores import available_cores
 from controlat._util.parallel import started
 from controlat.app.experiment import Experiment
-from controlat.app.settings import EvaluateSettings, names_factory
+from controlat.app.settings import EvaluateSettings, Problem, names_factory
 from controlat.data import Samples
 from controlat.dynamics.recording import GIBI
 from controlat.pmp.terminal import parse_terminal
@@ -62,7 +62,7 @@ def _unknown_to_workers(chosen: EvaluateSettings) -> str | None:
     return None
 
 
-def cards(chosen: EvaluateSettings) -> list[dict[str, str]]:
+def cards(chosen: Problem) -> list[dict[str, str]]:
     """What tells each worker in turn which GPU it has: every one there is, unless one is named."""
     if chosen.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return [{}]

@@ -20,7 +20,13 @@ import controlat
 from controlat._util.registry import meant
 from controlat._util.texts import speaker
 from controlat.app.ranges import RANGES, range_of
-from controlat.app.settings import AttackSettings, DeriveSettings, EvaluateSettings, TrainSettings
+from controlat.app.settings import (
+    AttackSettings,
+    DeriveSettings,
+    EvaluateSettings,
+    SearchSettings,
+    TrainSettings,
+)
 from controlat.app.settings_file import parse_yaml, read_settings
 from controlat.pmp.terminal import names as terminals
 
@@ -45,6 +51,9 @@ LISTS: dict[str, Any] = {
     "alphas": str | float,
     "knobs": str,
     "horizons": _whole,
+    "spaces": str,
+    "judge_seeds": _whole,
+    "against": str,
     "x_range": str | float,
     "theta_range": str | float,
 }
@@ -249,8 +258,17 @@ def _models() -> Parser:
     return parser
 
 
+def _search() -> Parser:
+    parser = _command(SearchSettings, "Search for a schedule, and judge it under seeds of its own.")
+    parser.add_argument(
+        "--out", type=str, required=True, help="Directory for results; with it alone: the demo."
+    )
+    return parser
+
+
 _COMMANDS: dict[str, tuple[Callable[[], Parser], str]] = {
     "evaluate": (_evaluate, "compare schedules: criterion C, robustness, cost"),
+    "search": (_search, "search for a schedule, judge what was found"),
     "train": (_train, "train under one schedule"),
     "derive": (_derive, "solve a landscape and make it a schedule"),
     "attack": (_attack, "robust accuracy of a checkpoint"),

@@ -6,17 +6,159 @@ import functools
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from controlat._util.cores import available_cores
 from controlat._util.errors import NonFiniteError
+from controlat._util.files import expanded, write_json
 from controlat._util.pool import Pool, Task
+from controlat._util.progress import progress_bar
 from controlat.app.experiment import Experiment
+from controlat.app.jobs import cards
 from controlat.app.placement import Threads
+from controlat.app.runs import environment
+from controlat.app.session import session
+from controlat.app.settings import settings_from
 from controlat.app.settings.search import SearchSettings
-from controlat.schedule_search.trials import Answer, Judge, Question
+from controlat.pmp.objective import objective
+from controlat.robust_accuracy.robust import run_attacks
+from controlat.schedule_search import proposers
+from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
+from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
-__all__ = ["judge_in", "trained"]
+__all__ = ["search"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
+_RACE_SEEDS = 8
+_FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
+
+
+def search(out: str | Path, **settings: Any) -> dict[str, Any]:
+    """Search for a schedule, and judge it under other seeds: `controlat search`.
+
+    Called again with the same settings it goes on where it was stopped, with the same trials.
+
+    Args:
+        out: directory for result.json, schedule.json, and the answers of all trainings.
+        **settings: the fields of `controlat.app.settings.search.SearchSettings`.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: bad settings, a directory that holds something else, or every training failed.
+    """
+    chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
+    with session(out, {"command": "search"} | chosen.to_json(), chosen):
+        experiment = Experiment.of(chosen)
+        with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
+            result, found = _searched(
+                experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
+            )
+        chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
+        write_json(out / "result.json", result)
+    return result
+
+
+def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
+    """The content of result.json, and the text of the schedule that was found."""
+    plan = _plan(experiment, chosen, ledger)
+    spaces = chosen.space_list()
+    shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / (len(spaces) - 1)] * (len(spaces) - 1)]
+    branches = [
+        Branch(space, proposers.build(chosen.proposer, space, seed), share)
+        for seed, (space, share) in enumerate(zip(spaces, shares if len(spaces) > 1 else [1.0], strict=True))
+    ]
+    with progress_bar(None, " trainings", chosen.progress, "search") as bar:
+
+        def each(best: Trial | None) -> None:
+            bar.update(1)
+            bar.set_postfix_str("" if best is None else f"best J {best.mean(plan.price):.4g}: {best.text}")
+
+        work = Search(branches, ledger, plan, each)
+        winner = work.run()
+    spent = sum(a.gradients for a in ledger.answers.values())
+    rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
+    result = {
+        "format": "controlat search",
+        "version": 1,
+        "settings": chosen.to_json(),
+        "environment": environment(experiment.device),
+        "sizes": experiment.sizes,
+        "price": plan.price,
+        "found": winner.text,
+        "spent": {"gradients": spent, "trainings": len(ledger)},
+        "rows": rows,
+    }
+    return result, winner.text
+
+
+def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Plan:
+    """How the budget is spent; a training of PGD-K_max, which tells its unit, is the first of all."""
+    seeds = chosen.search_seeds(_RACE_SEEDS)
+    (most,) = ledger.ask([Question(chosen.most, seeds[0], chosen.epochs)])
+    if most.phi is None:
+        raise ValueError(f"PGD-K_max, {chosen.most}, cannot be trained: {most.error}")
+    price = chosen.weight / most.mean_cost
+    if chosen.gamma is not None:
+        spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
+        price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
+    return Plan(
+        budget=chosen.evaluations(most.gradients),
+        price=price,
+        rungs=(Rung(chosen.epochs), Rung(chosen.epochs, seeds=3, keep=4)),
+        seeds=seeds,
+        batch=4,
+        race_seeds=_RACE_SEEDS,
+    )
+
+
+def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
+    """Schedules of the judgement by their names: what was found, the best of every other space, plain ones."""
+    best = {
+        f"best {name}": next(t.text for t in work.promoted if t.space is branch.space)
+        for name, branch in zip(chosen.spaces, work.branches, strict=True)
+        if branch.space is not winner.space
+    }
+    return {"found": winner.text, **best, **{text: text for text in chosen.against}}
+
+
+def _judged(
+    chosen: SearchSettings, ledger: Ledger, plan: Plan, contenders: dict[str, str]
+) -> list[dict[str, Any]]:
+    """A row for every contender under the judging seeds, with its paired differences to what was found."""
+    questions = [
+        Question(text, seed, chosen.epochs, attacked=True)
+        for text in contenders.values()
+        for seed in chosen.judge_seeds
+    ]
+    with progress_bar(len(questions), " trainings", chosen.progress, "judgement") as bar:
+        ledger.ask(questions, bar.update)
+    known, rows = ledger.answers, list[dict[str, Any]]()
+    for name, text in contenders.items():
+        answers = [known[Question(text, s, chosen.epochs, attacked=True)] for s in chosen.judge_seeds]
+        row: dict[str, Any] = {
+            "name": name,
+            "schedule": text,
+            "errors": [a.error for a in answers if a.error],
+        }
+        if not row["errors"]:
+            row["J"] = [a.phi + plan.price * a.mean_cost for a in answers]  # type: ignore[operator]
+            row |= {
+                key: [getattr(a, key) for a in answers] for key in ("phi", "clean", "robust", "mean_cost")
+            }
+            row["gradients"] = float(np.mean([a.gradients for a in answers]))
+        rows.append(row)
+    for row in rows[1:]:
+        if not row["errors"] and not rows[0]["errors"]:
+            row["difference"] = {key: paired(rows[0][key], row[key])._asdict() for key in ("J", "robust")}
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- a training
 
 
 def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
@@ -25,24 +167,36 @@ def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
         tasks = [Task(f"{q.text}, seed {q.seed}", trained, (sent, q)) for q in questions]
-        pool.map(tasks, lambda i, answer: done(i, answer))
+        pool.map(tasks, done)
 
     return judge
 
 
 def trained(sent: bytes, question: Question) -> Answer:
-    """Train under the schedule of a question, and take Phi."""
-    experiment = _experiment(sent, question.epochs, question.points)
+    """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = pickle.loads(sent)
+    experiment = _experiment(sent, question.epochs, question.points)
     schedule = chosen.schedule_of(question.text).stretched(question.epochs)
-    steps = experiment.spec(schedule, question.seed)
+    spec = experiment.spec(schedule, question.seed)
     with experiment.running(_ONE):
         try:
-            outcome = experiment.objective(schedule, question.seed, chosen.terminal)
+            driver = experiment.driver(question.seed)
+            outcome = objective(driver, spec, experiment.terminal(question.seed, chosen.terminal))
         except NonFiniteError as error:
             return Answer(None, 0.0, 0.0, 0.0, str(error))
-    mean = outcome.evaluations / (steps.epochs * steps.batches_per_epoch)
-    return Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
+        mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
+        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
+        if not question.attacked:
+            return answer
+        robust = run_attacks(
+            driver.model,
+            experiment.test,
+            chosen.ball,
+            attacks=chosen.attacks,
+            seed=question.seed,
+            channels_last=chosen.channels_last,
+        )
+    return answer._replace(clean=robust.clean.value, robust=robust.robust.value)
 
 
 @functools.lru_cache(maxsize=4)

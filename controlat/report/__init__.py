@@ -4,6 +4,7 @@ from controlat._util.texts import table
 from controlat.report.aggregate import assemble
 from controlat.report.attacked import attack_figure, attack_notes, attack_table
 from controlat.report.lists import methods_table, terminals_table
+from controlat.report.search import search_table, search_text
 from controlat.report.summary import figures, notes, read, rows, summary, write
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "notes",
     "read",
     "rows",
+    "search_table",
+    "search_text",
     "summary",
     "table",
     "terminals_table",

@@ -24,12 +24,14 @@ class Question(NamedTuple):
         seed: of initial weights, order of samples and random starts.
         epochs: length of the run; the schedule is compressed to it.
         points: training samples; None for all.
+        attacked: whether accuracies on test samples are wanted too.
     """
 
     text: str
     seed: int
     epochs: int
     points: int | None = None
+    attacked: bool = False
 
 
 class Answer(NamedTuple):
@@ -41,6 +43,8 @@ class Answer(NamedTuple):
         gradients: gradient evaluations that it took to train and to take Phi, in samples.
         seconds: wall time of both.
         error: why it failed; empty if it did not.
+        clean: accuracy on test samples, where it was asked for.
+        robust: the share of them that survive every attack.
     """
 
     phi: float | None
@@ -48,6 +52,8 @@ class Answer(NamedTuple):
     gradients: float
     seconds: float
     error: str = ""
+    clean: float | None = None
+    robust: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from controlat.app.settings.derive import DeriveSettings
 from controlat.app.settings.evaluate import EvaluateSettings
 from controlat.app.settings.problem import DEMO_EPS, Problem, from_json, settings_from
 from controlat.app.settings.schedules import default_schedules, names_factory, read_schedule
+from controlat.app.settings.search import SearchSettings
 from controlat.app.settings.train import TrainSettings
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DeriveSettings",
     "EvaluateSettings",
     "Problem",
+    "SearchSettings",
     "TrainSettings",
     "checkpoint_of",
     "default_schedules",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from controlat._util.checks import number, whole
 from controlat.app.settings.attack import check_attacks
@@ -50,7 +50,7 @@ class SearchSettings(Problem):
     gamma: str | float | None = None
     terminal: str = "adversarial"
     attacks: Sequence[str] = ("pgd-50-10",)
-    judge_seeds: Sequence[int] = field(default_factory=tuple)
+    judge_seeds: Sequence[int] = ()
     against: Sequence[str] = ()
     jobs: int | None = None
 
@@ -65,8 +65,6 @@ class SearchSettings(Problem):
             raise ValueError(f"budget must read 3trainings or 2e8gradients, got {self.budget!r}")
         if self.gamma is not None:
             self.gamma = tidy(self.gamma)
-        if not self.weight > 0:
-            raise ValueError(f"weight must be > 0, got {self.weight:g}")
         parse_terminal(self.terminal)
         self.attacks = list(self.attacks)
         check_attacks(self.attacks, 0)
