@@ -72,8 +72,8 @@ class Controller(Protocol):
       upper bound of the cost;
     - ``decision_cost`` is an upper bound of the gradient evaluations that its decisions take in the run.
 
-    A controller must leave the network as it was. It keeps what it remembers in ``z.controller_memory``, not in
-    its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain
+    A controller must leave the network as it was. It keeps what it remembers in ``z.controller_memory``, not
+    in its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain
     data (numbers, strings, lists, dictionaries with string keys); keys with a leading underscore are reserved
     for the roll-out. Gradient evaluations that the controller spends are counted on ``z.meter``. Random
     numbers come from torch's global generator, which is seeded for each step. In training with several

@@ -203,8 +203,8 @@ class Problem:
         return known[key]
 
     def controller_of(self, given: str | os.PathLike[str] | Controller | Callable[..., Any]) -> Controller:
-        """A controller of this problem: a schedule, a closed loop by its text or the user's own by its name (made
-        anew), or one that is there already.
+        """A controller of this problem: a schedule, a closed loop by its text or the user's own by its name
+        (made anew), or one that is there already.
 
         Raises:
             ValueError: it is malformed, not admissible or no controller, or its factory cannot be called.

@@ -48,16 +48,14 @@ class TrainSettings(Problem):
                 )
             if not names_controller(self.controller):
                 raise ValueError(
-                    f"controller must read 'package.module:factory', such as 'my_rules:rule', or begin with one "
-                    f"of {', '.join(controllers.names())}, got {short(self.controller)!r}; a schedule is given as "
-                    "schedule"
+                    "controller must read 'package.module:factory', such as 'my_rules:rule', or begin with "
+                    f"one of {', '.join(controllers.names())}, got {short(self.controller)!r}; a schedule is "
+                    "given as schedule"
                 )
         elif self.schedule is None:
             self.schedule = default_schedules(self.eps or 0)[3]
         elif names_controller(self.schedule):
-            raise ValueError(
-                f"{short(self.schedule)!r} is a closed loop: give it as controller, not as schedule"
-            )
+            raise ValueError(f"schedule {short(self.schedule)!r} is a closed loop: give it as controller")
         self.planned  # noqa: B018  (raises)
         self.seed = whole(self.seed, "seed")
 
