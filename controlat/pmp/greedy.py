@@ -231,8 +231,8 @@ def training_probe(
 ) -> list[Batch]:
     """A probe of training samples, the same ones at all times, in batches of the training batch size.
 
-    There are four batches at least, which are smaller then, as cross-fitting needs two in each half; and 16 at
-    most.
+    There are four batches at least, which are smaller then, as cross-fitting needs two in each half; and 16
+    at most.
 
     Args:
         data: the training samples.

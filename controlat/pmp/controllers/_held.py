@@ -81,7 +81,7 @@ class Held:
         """
         if self.run is None:
             raise ValueError(
-                f"{type(self).__name__} measures on the samples of its run: give it to a RunSpec as controller"
+                f"{type(self).__name__} measures on the samples of its run: give it to a RunSpec"
             )
         return self.run
 
@@ -107,9 +107,7 @@ def searched(knobs: Mapping[str, str], method: Method, ball: Ball) -> Candidates
     candidates = Candidates.read(texts, space, eps=ball.eps, max_steps=_MOST_STEPS)
     cheapest(method, candidates)  # raises
     if len(candidates.around(method, cheapest(method, candidates))) < 2:
-        raise ValueError(
-            f"there is one candidate only: give several values of {varying}, such as steps=0..10"
-        )
+        raise ValueError(f"there is one candidate only: give several values, a:b or a..b, of {varying}")
     return candidates
 
 

@@ -1,4 +1,4 @@
-"""The controller ``ratio``: one more inner step whenever the inner problem is no longer solved well enough."""
+"""The controller ``ratio``: one more inner step where the inner problem is no longer solved well enough."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class Ratio(Held):
     """K <- K + 1 at the start of an epoch where l(x_most) > threshold l(x_K), on a probe of training samples.
 
     x_K is what K steps of PGD from a random start reach, and x_most what `most` steps do: the ratio of their
-    losses is how much of the inner maximum the present attack misses. K begins at `start`, as little as no
+    losses is how much of the inner maximum the present attack misses. K begins at `start`, which may be no
     attack, and never falls.
 
-    In the spirit of DEAT (Wang et al., 2021), which begins with one pass and adds another as training goes on.
-    DEAT goes by the magnitude of the gradient in the inputs, at no cost, but against a threshold that it sets
-    anew at every change, as magnitudes differ between networks and data. Two other signals were weighed: FOSC
-    has units, too, and is small wherever the gradient is, also where it is masked; the ratio of losses has none,
-    so that one threshold serves everywhere, and it rises steeply in catastrophic overfitting, where one step
-    fails against several (Wong et al., 2020). It costs K + most gradient evaluations per sample of the probe.
+    In the spirit of DEAT (Wang et al., 2021): it begins with one pass over a batch and adds another after an
+    epoch in which the l_1 norm of the gradient in the inputs exceeded a threshold, which is then set anew, to
+    a multiple of that norm. The norm comes for free, but has units, as FOSC has, and both are small wherever
+    the gradient is masked. The ratio of losses has no units, so that one threshold means the same for every
+    network and data set: the share of the inner maximum that is missed. It rises steeply in catastrophic
+    overfitting, where one step fails against several (Wong et al., 2020). It costs K + most gradient
+    evaluations per sample of the probe.
 
     Args:
         threshold: of the ratio, > 1.
         most: largest K.
-        start: K of the first decision, which may add one to it.
+        start: K before the first decision; the least that the method has by default.
         alpha: step size, fixed; or else `tau`.
         tau: the step size is tau/K.
         others: values of the other knobs; defaults if left out.
@@ -53,7 +54,7 @@ class Ratio(Held):
 
     threshold: float = 1.1
     most: int = 10
-    start: int = 0
+    start: int | None = None
     alpha: float | None = None
     tau: float | None = None
     others: Mapping[str, float] = field(default_factory=dict)
@@ -67,18 +68,23 @@ class Ratio(Held):
         object.__setattr__(self, "threshold", number(self.threshold, "threshold"))
         if not self.threshold > 1:
             raise ValueError(f"threshold must be > 1, got {self.threshold:g}")
-        for name, low in (("most", 1), ("start", 0), ("probe", 2)):
-            object.__setattr__(self, name, whole(getattr(self, name), name, low))
-        object.__setattr__(self, "start", max(self.start, int(space["steps"].low)))
-        if self.start >= self.most:
-            raise ValueError(f"most must be above the K to start from, {self.start}, got {self.most}")
+        object.__setattr__(self, "most", whole(self.most, "most", 1))
+        object.__setattr__(self, "probe", whole(self.probe, "probe", 2))
+        if self.least >= self.most:
+            raise ValueError(f"most must be above the K to start from, {self.least}, got {self.most}")
         if (self.alpha is None) == (self.tau is None):
             raise ValueError("give one of alpha (fixed) and tau (alpha = tau/K)")
         for name in ("alpha", "tau"):
             if (value := getattr(self, name)) is not None and not number(value, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
-        for k in (self.start, self.most):
+        for k in (self.least, self.most):
             self.with_steps(k)  # raises
+
+    @property
+    def least(self) -> int:
+        """K before the first decision."""
+        low = int(self.method.controls["steps"].low)
+        return low if self.start is None else whole(self.start, "start", low)
 
     def with_steps(self, k: int) -> Control:
         """The control with K steps."""
@@ -91,8 +97,8 @@ class Ratio(Held):
 
     @property
     def first(self) -> Control:
-        """That with `start` steps."""
-        return self.with_steps(self.start)
+        """That with the least K."""
+        return self.with_steps(self.least)
 
     @property
     def most_expensive(self) -> Control:
@@ -124,7 +130,7 @@ def build(
     *,
     threshold: str = "1.1",
     most: str = "10",
-    start: str = "0",
+    start: str = "",
     alpha: str = "",
     tau: str = "",
     every: str = "1",
@@ -138,7 +144,7 @@ def build(
         ball: the perturbation set.
         threshold: of the ratio of losses, > 1.
         most: largest K.
-        start: K to start from.
+        start: K to start from; the least that the method has if left out.
         alpha: step size; eps/2 if neither it nor tau is given.
         tau: the step size is tau/K.
         every: epochs from one decision to the next.
@@ -155,7 +161,7 @@ def build(
         method=method,
         threshold=number(threshold, "threshold"),
         most=whole(at_least(most, "most", 1), "most"),
-        start=whole(at_least(start, "start", 0), "start"),
+        start=whole(at_least(start, "start", 0), "start") if start else None,
         alpha=number(alpha, "alpha") if alpha else None if tau else ball.eps / 2,
         tau=number(tau, "tau") if tau else None,
         others={name: number(value, name) for name, value in knobs.items()},
