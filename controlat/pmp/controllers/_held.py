@@ -125,9 +125,7 @@ def cheapest(method: Method, candidates: Candidates) -> Control:
     least = {name: float(values[0]) for name, values in candidates.within(space).items()}
     for name, knob in space.items():
         if name not in least and knob.default is None:
-            raise ValueError(
-                f"{name} has no default: give its value, {name}=a, or several to search, {name}=a:b"
-            )
+            raise ValueError(f"{name} has no default: give a value, {name}=a, or several, {name}=a:b")
     return space.check(least)
 
 

@@ -63,8 +63,9 @@ class Ratio(Held):
     def __post_init__(self) -> None:
         super().__post_init__()
         space = self.method.controls
-        if "steps" not in space:
-            raise ValueError(f"the method has no steps that could grow; it has {', '.join(sorted(space))}")
+        varying = [name for name, knob in space.items() if knob.low < knob.high]
+        if "steps" not in varying:
+            raise ValueError(f"the method has no steps that could grow; it has {', '.join(sorted(varying))}")
         object.__setattr__(self, "threshold", number(self.threshold, "threshold"))
         if not self.threshold > 1:
             raise ValueError(f"threshold must be > 1, got {self.threshold:g}")
