@@ -37,7 +37,6 @@ from controlat.pmp import (
     Evaluations,
     Outcome,
     epoch_scale,
-    full_precision,
     outcome_at,
     rollout_cost,
     score,
@@ -89,9 +88,10 @@ class ScheduleRun:
         began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
         u = ahead(spec.controller, now, driver)
         total = 1 + (len(self.candidates.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
-        with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
+        bar = progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}")
+        with driver.full_precision(), bar:
             surface = score(
-                full_precision(driver),
+                driver,
                 self.probe(epoch),
                 u,
                 self.candidates,

@@ -4,7 +4,7 @@ from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.examination import examine, looked_at
 from controlat.pmp.full_criterion import Criterion
-from controlat.pmp.greedy import epoch_scale, full_precision, probe_batches, score, training_probe
+from controlat.pmp.greedy import epoch_scale, probe_batches, score, training_probe
 from controlat.pmp.greedy_criterion import criterion
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
@@ -46,7 +46,6 @@ __all__ = [
     "differentiated",
     "epoch_scale",
     "examine",
-    "full_precision",
     "interval",
     "looked_at",
     "objective",

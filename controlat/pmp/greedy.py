@@ -28,6 +28,7 @@ from torch import Tensor
 from controlat._util import rng
 from controlat._util.checks import choice
 from controlat._util.errors import NonFiniteError
+from controlat._util.precision import full_precision
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.data import Augment, Samples
@@ -40,11 +41,12 @@ from controlat.pmp.maximise import MAXIMISERS, Scored, score_one, score_sweep, t
 from controlat.pmp.surface import Array, Surface
 from controlat.pmp.terminal import Terminal
 
-__all__ = ["epoch_scale", "full_precision", "probe_batches", "probe_positions", "score", "training_probe"]
+__all__ = ["epoch_scale", "probe_batches", "probe_positions", "score", "training_probe"]
 
 _PROBE_BATCHES = 4, 16  # at least and at most, of a probe of training samples
 
 
+@full_precision()
 def score(
     driver: Driver,
     batches: Sequence[Batch],
@@ -253,20 +255,6 @@ def training_probe(
 def probe_positions(data: Samples, size: int) -> Tensor:
     """Positions of `size` samples at most, in random order, always the same ones."""
     return torch.randperm(len(data), generator=rng.generator(0, "probe"))[:size]
-
-
-def full_precision(driver: Driver) -> Driver:
-    """A driver of the same state without mixed precision, for scoring controls; its meter is its own."""
-    plain = Driver(
-        model=driver.model,
-        method=driver.method,
-        ball=driver.ball,
-        optimizer=driver.optimizer,
-        seed=driver.seed,
-        channels_last=driver.channels_last,
-    )
-    plain.memory, plain.rows = driver.memory, driver.rows
-    return plain
 
 
 def epoch_scale(driver: Driver, spec: RunSpec, epoch: int) -> float:

@@ -14,7 +14,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Method
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.controllers._held import Held, at_least, cheapest, most_expensive, searched
-from controlat.pmp.greedy import epoch_scale, full_precision, score, training_probe
+from controlat.pmp.greedy import epoch_scale, score, training_probe
 
 __all__ = ["Greedy", "build"]
 
@@ -69,15 +69,16 @@ class Greedy(Held):
         batches = training_probe(
             run.data, self.probe, batch_size=run.batch_size, epoch=now.epoch, augment=run.augment
         )
-        surface = score(
-            full_precision(z),
-            batches,
-            u,
-            self.candidates,
-            scale=epoch_scale(z, run, now.epoch),
-            rate=run.mean_rate(now.epoch),
-            meter=z.meter,
-        )
+        with z.full_precision():
+            surface = score(
+                z,
+                batches,
+                u,
+                self.candidates,
+                scale=epoch_scale(z, run, now.epoch),
+                rate=run.mean_rate(now.epoch),
+                meter=z.meter,
+            )
         return surface.gap(u, self.gamma).maximiser
 
 
