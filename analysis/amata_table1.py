@@ -1,15 +1,19 @@
 """Amata's Table 1 again: PGD-10/20/40 beside Amata(5..40) and Amata(10..40), LeNet on MNIST.
 
-    python analysis/amata_table1.py --data-dir FOLDER              # reduced: about 80 minutes on a core
-    python analysis/amata_table1.py --data-dir FOLDER --size full  # for a GPU; --dry-run says the cost
+    python analysis/amata_table1.py --data-dir FOLDER                  # reduced: about 80 minutes on a core
+    python analysis/amata_table1.py --data-dir FOLDER --scale full --minutes 60  # for a GPU
+    python analysis/amata_table1.py --scale smoke                      # digits, two minutes on a core
     python analysis/amata_table1.py --data-dir FOLDER --part maximisers   # TPE beside the sweep, one seed
 
-It calls `controlat.evaluate` with the exact sweep over G on all seeds; the part `maximisers` calls it twice
-on one seed, with the sweep and with hyperopt's TPE (the paper's maximiser), which look at the same states.
-Stopped, each goes on with the same command. Checkpoints and logs are in --work; results go to
-analysis/amata_table1/SIZE: sweep.json (all numbers), table.json, table.md, figures; maximisers.json; `--part
-losses` writes losses.json, the loss of every epoch of whatever runs are in --work. The paper's numbers are
-from Ye et al. (2021), Table 1.
+Every row is a `controlat.evaluate` of one strategy under one seed, with the exact sweep over G. Rows are
+taken from the cheapest to the dearest, all of the first seed before the next. Stopped, by --minutes or
+otherwise, it goes on with the same command; the directory --work may be copied to another machine in between.
+Results go to analysis/amata_table1/SCALE: sweep.json (all numbers), printed.json, table.json, table.md and
+figures, of whatever rows are finished. --dry-run says what all of them cost.
+
+The part `maximisers` evaluates all strategies twice on one seed, with the sweep and with hyperopt's TPE (the
+paper's maximiser), which look at the same states: maximisers.json. `--part losses` writes losses.json, the
+loss of every epoch of the rows in --work. The paper's numbers are from Ye et al. (2021), Table 1.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import io
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _tables import Outcome, Row, fill, finished, hardware, parser, pending, written
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
@@ -30,9 +36,11 @@ from numpy.typing import NDArray
 
 import controlat
 from controlat import Control, Surface, report
-from controlat._util.files import read_json, write, write_json, write_text
+from controlat._util.files import read_json, write, write_json
 from controlat._util.texts import count, duration
 from controlat.app.estimate import estimate
+from controlat.app.runs import slug
+from controlat.app.trainer import read_log
 from controlat.pmp import interval as interval_of
 from controlat.records import CriterionLine, LogLine, missing, read_epochs
 
@@ -43,6 +51,7 @@ PAPER = {  # schedule: (name, C, robust accuracy in %, seconds)
     "amata:min=5,max=40,tau=0.4": ("Amata(5..40)", 0.54, 91.47, 697.73),
     "amata:min=10,max=40,tau=0.4": ("Amata(10..40)", 0.68, 91.46, 760.16),
 }
+CHEAPEST = (0, 3, 4, 1, 2)  # positions in PAPER in the order of their cost
 GAMMA = 0.04
 COMMON: dict[str, Any] = {
     "data": "mnist",
@@ -54,30 +63,112 @@ COMMON: dict[str, Any] = {
     "lr": 0.02,
     "momentum": 0.9,
     "batch_size": 64,
-    "schedules": list(PAPER),
+    "max_steps": 40,  # one G for all rows
     "sweeps": True,
+    "full": False,
 }
-SIZES: dict[str, dict[str, Any]] = {
+SCALES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "data": "digits",
+        "model": "cnn_bn",
+        "epochs": 2,
+        "train_points": 60,
+        "held_out": 12,
+        "test_points": 16,
+        "batch_size": 24,
+        "probe": 8,
+        "alphas": [0.01, 0.1],
+        "attacks": ["fgsm", "pgd-5"],
+        "checks": 4,
+        "seeds": [0],
+    },
     "reduced": {"epochs": 6, "train_points": 12000, "test_points": 1000, "probe": 256, "seeds": [0, 1]},
     "full": {"epochs": 30, "probe": 512, "seeds": [0, 1, 2, 3, 4], "autoattack": 1000},
 }
-TRIALS = {"reduced": 50, "full": 200}
+TRIALS = {"smoke": 5, "reduced": 50, "full": 200}
 HERE = Path(__file__).resolve().parent
 DRAWS = 10_000
+FIGURES = ("criterion.png", "sweeps.png", "tradeoff.png")  # of the report
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The evaluation with the sweep."""
+    """The evaluation of all strategies under all seeds."""
     where = {"data_dir": args.data_dir, "device": args.device, "threads": args.threads}
-    found = COMMON | SIZES[args.size] | where | ({} if args.lr is None else {"lr": args.lr})
-    return found | ({"seeds": args.seeds} if args.seeds else {})
+    chosen = COMMON | SCALES[args.scale] | where | ({} if args.lr is None else {"lr": args.lr})
+    return chosen | {"schedules": list(PAPER)} | ({"seeds": args.seeds} if args.seeds else {})
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One strategy under one seed, in a directory of its own.
+
+    Args:
+        schedule: the strategy, a key of PAPER.
+        seed: of everything random.
+        directory: of the row.
+        settings: of the evaluation.
+    """
+
+    schedule: str
+    seed: int
+    directory: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return PAPER[self.schedule][0]
+
+    @property
+    def out(self) -> Path:
+        """Where it is evaluated."""
+        return self.directory / "evaluation"
+
+    def finished(self) -> bool:
+        return (self.out / "result.json").exists()
+
+    def work(self) -> None:
+        controlat.evaluate(self.out, **{**self.settings, "schedules": [self.schedule], "seeds": [self.seed]})
+
+    def state(self) -> str:
+        runs, epochs = list(self.out.glob("runs/*")), self.settings["epochs"]
+        return f"{len(read_log(runs[0], epochs))} of {epochs} epochs" if runs else ""
+
+
+def evaluations(args: argparse.Namespace, work: Path) -> list[Evaluated]:
+    """All rows: the cheapest first, and all of one seed before the next."""
+    every, schedules = settings(args), list(PAPER)
+    return [
+        Evaluated(schedules[i], seed, work / "rows" / f"{slug(schedules[i])}-seed{seed}", every)
+        for seed in every["seeds"]
+        for i in CHEAPEST
+    ]
+
+
+def together(finished: Sequence[Row]) -> dict[str, Any]:
+    """The result files of the finished rows as one: strategies in the order of the paper."""
+    rows = [row for row in finished if isinstance(row, Evaluated)]
+    results = {row.directory.name: read_json(row.out / "result.json") for row in rows}
+    schedules, seeds = [], sorted({row.seed for row in rows})
+    for text in PAPER:
+        mine = [(row, results[row.directory.name]["schedules"][0]) for row in rows if row.schedule == text]
+        if mine:
+            runs = [
+                run | {"directory": f"{row.directory.name}/evaluation/runs/{run['directory']}"}
+                for row, entry in mine
+                for run in entry["runs"]
+            ]
+            schedules.append({k: mine[0][1][k] for k in ("text", "schedule")} | {"runs": runs})
+    first = results[rows[0].directory.name]
+    told = first["settings"] | {"schedules": [s["schedule"] for s in schedules], "seeds": seeds}
+    kept = {k: first[k] for k in ("environment", "sizes", "grid", "terminal", "reproduced") if k in first}
+    return report.assemble(settings=told, **kept, schedules=schedules)
 
 
 def maximisers(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """C of the same states by the sweep and by TPE: one seed is trained twice, to the same bits."""
     sweep = settings(args)
     sweep["seeds"] = sweep["seeds"][:1]
-    tpe = sweep | {"maximiser": "tpe", "trials": TRIALS[args.size]}
+    tpe = sweep | {"maximiser": "tpe", "trials": TRIALS[args.scale]}
     tpe |= {"attacks": ["fgsm"], "checks": 0, "sweeps": False, "autoattack": 0}
     one, two = (controlat.evaluate(work / name, **s) for name, s in (("one-seed", sweep), ("tpe", tpe)))
     rows = []
@@ -109,14 +200,15 @@ def whole(path: Path, shape: Any, epochs: int) -> list[Any]:
     return lines
 
 
-def losses(work: Path) -> list[dict[str, Any]]:
-    """Training loss and held-out accuracy of every epoch of the runs in a directory."""
-    found, planned = [], read_json(work / "sweep" / "settings.json")["epochs"]
-    for folder in sorted((work / "sweep" / "runs").iterdir()):
-        epochs = whole(folder / "log.jsonl", LogLine, planned)
-        shown = [{k: e[k] for k in ("epoch", "lr", "loss", "clean", "robust")} for e in epochs]
-        found.append({"run": folder.name, "epochs": shown})
-    return found
+def losses(rows: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Training loss and held-out accuracy of every epoch of the rows that are finished."""
+    table = []
+    for row in filter(Evaluated.finished, rows):
+        for folder in sorted((row.out / "runs").iterdir()):
+            epochs = whole(folder / "log.jsonl", LogLine, row.settings["epochs"])
+            shown = [{k: e[k] for k in ("epoch", "lr", "loss", "clean", "robust")} for e in epochs]
+            table.append({"run": folder.name, "epochs": shown})
+    return table
 
 
 def printed(work: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,11 +216,11 @@ def printed(work: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
 
     With s = 10 for momentum 0.9, max [s q - gamma n] - ... is s times the same with q alone and gamma / s.
     """
-    found = {}
-    for i, entry in enumerate(sweep["schedules"], start=1):
+    by_schedule = {}
+    for entry in sweep["schedules"]:
         per_seed, left_out = [], []
         for run in entry["runs"]:
-            path = work / "sweep" / "runs" / run["directory"] / "criterion.jsonl"
+            path = work / "rows" / run["directory"] / "criterion.jsonl"
             lines = whole(path, CriterionLine, len(run["epochs"]))
             gaps = []
             for line in lines:
@@ -138,14 +230,13 @@ def printed(work: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
                 left_out.append(np.array(gap["jackknife"]) / surface.scale)
             per_seed.append(float(np.mean(gaps)))
         mean = float(np.mean(per_seed))
-        found[entry["text"]] = {
+        by_schedule[entry["text"]] = {
             "mean": mean,
             "sd_over_seeds": float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
             "per_seed": per_seed,
             "interval": interval_of(mean, list(np.mean(left_out, axis=0))),
         }
-        assert entry["runs"][0]["directory"].startswith(f"{i:02d}-")
-    return found
+    return by_schedule
 
 
 def ranks(values: NDArray[np.float64], other: NDArray[np.float64]) -> float:
@@ -198,6 +289,11 @@ def digest(sweep: Mapping[str, Any], literal: Mapping[str, Any]) -> dict[str, An
             }
             | ({"autoattack": s["autoattack"]} if "autoattack" in s else {})
         )
+    return {"rows": rows, "orders": _orders(rows) if len(rows) == len(PAPER) else {}}
+
+
+def _orders(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far C orders the strategies as points broken and cost do, here and in the paper."""
     flat = {"interval": None, "sd_over_seeds": None, "per_seed": [0]}
     orders: dict[str, Any] = {}
     for form in ("C_as_printed", "C_norm", "C_costate"):
@@ -212,7 +308,7 @@ def digest(sweep: Mapping[str, Any], literal: Mapping[str, Any]) -> dict[str, An
         "robust error": {"tau": ranks(theirs[0], -theirs[1])},
         "gradient evaluations": {"tau": ranks(theirs[0], theirs[2])},
     }
-    return {"rows": rows, "orders": orders}
+    return orders
 
 
 def interval(found: Mapping[str, Any], percent: bool = False) -> str:
@@ -269,8 +365,13 @@ def orders(found: Mapping[str, Any]) -> str:
     return report.table(["Kendall's tau with", "points broken", "cost"], cells)
 
 
-def markdown(found: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
-    """table.md: both tables, what they mean, and the figures."""
+def markdown(
+    found: Mapping[str, Any],
+    sweep: Mapping[str, Any],
+    unfinished: Sequence[Mapping[str, Any]] = (),
+    machines: Sequence[str] = (),
+) -> str:
+    """table.md: both tables, what they mean, what is not finished, and the figures."""
     env = sweep["environment"]
     notes = [
         *report.notes(sweep),
@@ -279,16 +380,17 @@ def markdown(found: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
         "Kendall's tau over the five strategies: +1 where a smaller C always goes with fewer broken points ("
         "or a lower cost), -1 where never. Intervals: C and accuracy redrawn "
         f"{DRAWS} times within their errors.",
-        f"Made on {env['hardware']}, {env['threads']} threads, torch {env['torch']}.",
+        f"Made on {'; '.join(machines) or env['hardware']}, {env['threads']} threads, torch {env['torch']}.",
     ]
     parts = [
         "# Amata's Table 1, again",
         strategies(found),
-        orders(found),
+        orders(found) if found["orders"] else "",
+        pending(unfinished),
         "\n".join(f"- {line}" for line in notes),
         "![table 1](table1.png)\n![C per epoch](criterion.png)\n![sweeps](sweeps.png)",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
@@ -296,7 +398,9 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     drawing = Figure(figsize=(9, 6.4), dpi=130, layout="constrained")
     axes = drawing.subplots(2, 2)
     colours = ["#0072B2", "#56B4E9", "#000000", "#D55E00", "#E69F00"]
-    for row, colour, marker in zip(found["rows"], colours, "osD^v", strict=True):
+    styles = dict(zip(PAPER, zip(colours, "osD^v", strict=True), strict=True))
+    for row in found["rows"]:
+        colour, marker = styles[row["schedule"]]
         kind = {"color": colour, "marker": marker, "markersize": 8, "linestyle": "none", "label": row["name"]}
         paper, c, robust = row["paper"], row["C_as_printed"], row["robust"]
         axes[0][0].plot(paper["C"], 100 * paper["robust"], **kind)
@@ -325,49 +429,49 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     write(path, lambda file: file.write(buffer.getvalue()))
 
 
+def tabulate(stands: Outcome, work: Path, out: Path) -> None:
+    """Write the results of the finished rows; nothing before the first of them is."""
+    if not stands.finished:
+        return
+    sweep = together(stands.finished)
+    literal = printed(work, sweep)
+    table = digest(sweep, literal)
+    write_json(out / "sweep.json", sweep)
+    write_json(out / "printed.json", literal)
+    written(out, table, markdown(table, sweep, stands.unfinished, hardware(stands.finished)))
+    figure(table, out / "table1.png")
+    for name, drawn in report.figures(sweep).items():
+        if name in FIGURES:
+            drawn.draw(sweep, out / name)
+
+
 def main() -> int:
-    """Run, or go on, and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", required=True, help="folder of the four MNIST files")
-    parser.add_argument("--size", choices=list(SIZES), default="reduced")
-    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than those of the size")
-    parser.add_argument("--work", type=Path, default=None, help="runs; amata-table1-SIZE by default")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="results; analysis/amata_table1/SIZE by default"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument("--lr", type=float, default=None, help="another learning rate than 0.02")
-    parser.add_argument("--part", choices=("table", "maximisers", "losses"), default="table")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would cost")
-    args = parser.parse_args()
-    work, out = args.work or Path(f"amata-table1-{args.size}"), args.out or HERE / "amata_table1" / args.size
+    """Go on, and write the results of what is finished."""
+    made = parser(__doc__, list(SCALES), "reduced", "amata-table1")
+    made.add_argument("--lr", type=float, default=None, help="another learning rate than 0.02")
+    made.add_argument("--part", choices=("table", "maximisers", "losses"), default="table")
+    made.add_argument("--dry-run", action="store_true", help="say what it would cost")
+    args = made.parse_args()
+    work = args.work or Path(f"amata-table1-{args.scale}")
+    out = args.out or HERE / "amata_table1" / args.scale
     try:
         if args.dry_run:
             cost = estimate(**settings(args))
             total = count(cost["gradients"]["total"])
             print(f"at most {total} gradient evaluations, about {duration(cost['seconds'])}")
             return 0
+        rows = evaluations(args, work)
         if args.part != "table":
-            found = maximisers(args, work) if args.part == "maximisers" else {"runs": losses(work)}
-            write_json(out / f"{args.part}.json", found)
+            table = maximisers(args, work) if args.part == "maximisers" else {"runs": losses(rows)}
+            write_json(out / f"{args.part}.json", table)
             print(f"written to {out / args.part}.json")
             return 0
-        sweep = controlat.evaluate(work / "sweep", **settings(args))
+        stands = fill(rows, args.minutes, args.device, lambda stands: tabulate(stands, work, out))
     except ValueError as error:
-        parser.error(str(error))
-    literal = printed(work, sweep)
-    found = digest(sweep, literal)
-    write_json(out / "sweep.json", sweep)
-    write_json(out / "printed.json", literal)
-    write_json(out / "table.json", found)
-    write_text(out / "table.md", markdown(found, sweep))
-    figure(found, out / "table1.png")
-    for name in ("criterion.png", "sweeps.png", "tradeoff.png"):
-        picture = (work / "sweep" / name).read_bytes()
-        write(out / name, lambda file, picture=picture: file.write(picture))  # type: ignore[misc]
-    print((out / "table.md").read_text())
-    return 0
+        made.error(str(error))
+    if stands.finished:
+        print((out / "table.md").read_text())
+    return finished(stands)
 
 
 if __name__ == "__main__":
