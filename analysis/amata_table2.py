@@ -293,7 +293,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"{counts.get('autoattack', 0)}, of the network at the end of training. [Wilson's 95 % interval for "
         "one set of points], ± standard error over seeds where there are several.",
         "C&W: 30 steps on the margin, kappa 0. Which the paper's is, its learning rates, and whether its "
-        "attacks start at random is not known; here they do.",
+        "attacks start at random is not known; here they do. alpha of PGD-2 is 10/255: alpha K is Amata's 20/255.",
         "gradient evals: forward-backward passes, in samples, of training; seconds: of training, on "
         f"{'; '.join(table['hardware']) or 'no machine yet'}. Seconds of different machines do not compare.",
         "Empty: the paper has no such figure (Ye et al., 2021, Table 2).",

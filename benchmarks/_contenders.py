@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,12 +31,14 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch
 from controlat.methods import build as build_method
 from controlat.models import build as build_model
+from controlat.models.frozen import graph_use
 from controlat.pmp import AdversarialLoss, backward, probe_batches, score
 from controlat.pmp.candidates import Candidates
 
 RATE, PADDING = 0.01, 4
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 BASE, LOOP, OURS = "torchattacks", "plain loop", "controlat"
+BARE = f"{OURS}, no graphs"
 Call = Callable[[], Any]
 
 
@@ -93,6 +94,7 @@ class Case:
         targets: the ratios that are aimed at.
         loss: of what a contender returned, to see whether all do the same; None where that says nothing.
         settings: of the problem, for the record.
+        notes: why something ran without CUDA graphs; filled in the course of the calls.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Case:
     targets: tuple[Target, ...] = ()
     loss: Callable[[Any], float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
 
 
 def mixed(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -109,11 +112,15 @@ def mixed(device: torch.device, precision: str) -> contextlib.AbstractContextMan
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def graphs(of: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    """Options that switch CUDA graphs on and off, by the name of the contender."""
-    if "cuda_graphs" not in inspect.signature(of).parameters:
-        return {OURS: {}}
-    return {OURS: {"cuda_graphs": "auto"}, f"{OURS}, no graphs": {"cuda_graphs": "off"}}
+@contextlib.contextmanager
+def as_named(name: str, notes: set[str]) -> Iterator[None]:
+    """Kernels and CUDA graphs as the name of a contender says; why there are no graphs is noted.
+
+    Kernels are deterministic, as in every run, unless the name says otherwise.
+    """
+    kernels = contextlib.nullcontext() if "not deterministic" in name else deterministic()
+    with kernels, graph_use.using("off" if "no graphs" in name else "auto", notes.add):
+        yield
 
 
 def no_slower(precisions: tuple[str, ...], names: tuple[str, ...] = (OURS,)) -> tuple[Target, ...]:
@@ -130,6 +137,12 @@ def attack_case(
     model = problem.model(device, seed).eval()
     how: dict[str, Any] = {"eps": problem.eps, "alpha": problem.alpha, "steps": problem.steps}
 
+    notes: set[str] = set()
+
+    def ours(name: str) -> Tensor:
+        with graph_use.using("off" if name == BARE else "auto", notes.add):
+            return pgd(model, x, y, **how)
+
     def run(call: Call, precision: str) -> Any:
         with mixed(device, precision):
             return call()
@@ -137,8 +150,8 @@ def attack_case(
     def calls() -> dict[str, Call]:
         library = torchattacks.PGD(model, **how)
         attacks: dict[str, Call] = {BASE: lambda: library(x, y), LOOP: lambda: plain(model, x, y, **how)}
-        for name, option in graphs(pgd).items():
-            attacks[name] = partial(pgd, model, x, y, **how, **option)
+        for name in (OURS, BARE):
+            attacks[name] = partial(ours, name)
         return {_label(name, p): partial(run, call, p) for p in precisions for name, call in attacks.items()}
 
     def loss(x_adv: Tensor) -> float:
@@ -146,7 +159,8 @@ def attack_case(
             return float(F.cross_entropy(model(x_adv.contiguous()), y))
 
     name = f"PGD-{problem.steps} call, {problem.network}, batch {problem.batch}"
-    return Case(name, f"{BASE}, float32", calls, (*targets, *no_slower(precisions)), loss, problem._asdict())
+    targets = (*targets, *no_slower(precisions))
+    return Case(name, f"{BASE}, float32", calls, targets, loss, problem._asdict(), notes)
 
 
 class TorchLoop:
@@ -189,9 +203,7 @@ def cropped(x: Tensor) -> Tensor:
     return padded[first, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
-def trained(
-    problem: Problem, device: torch.device, seed: int, precision: str, option: Mapping[str, Any]
-) -> Driver:
+def trained(problem: Problem, device: torch.device, seed: int, precision: str) -> Driver:
     """The system that controlat trains, placed as its trainer places it."""
     return Driver(
         model=place(problem.model(device, seed).train(), device, in_shape=problem.shape),
@@ -200,35 +212,24 @@ def trained(
         optimizer=problem.optimizer,
         seed=seed,
         autocast=PRECISIONS[precision],
-        **option,
     )
 
 
-def kernels(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Deterministic kernels, as in every run, but for contenders that say otherwise."""
-    return contextlib.nullcontext() if name.endswith("not deterministic") else deterministic()
-
-
-def drivers(problem: Problem, device: torch.device, seed: int, precision: str) -> dict[str, Driver]:
-    """Systems by the names of contenders: with graphs and without, deterministic and not."""
-    made = {
-        name: trained(problem, device, seed, precision, option) for name, option in graphs(Driver).items()
-    }
-    return made | {
-        f"{OURS}, not deterministic": trained(problem, device, seed, precision, graphs(Driver)[OURS])
-    }
+SYSTEMS = (OURS, BARE, f"{OURS}, not deterministic")  # what one driver each is made for
 
 
 def step_case(problem: Problem, device: torch.device, seed: int, targets: tuple[Target, ...] = ()) -> Case:
     """One outer step of PGD training."""
     x, y = problem.images(problem.batch, device, seed).take(torch.arange(problem.batch, device=device))
+    notes: set[str] = set()
 
     def calls() -> dict[str, Call]:
         made: dict[str, Call] = {}
         for p in PRECISIONS:
             made[f"{LOOP}, {p}"] = _torch_step(TorchLoop(problem, device, seed, p), x, y)
-            for name, driver in drivers(problem, device, seed, p).items():
-                made[_label(name, p)] = _our_step(driver, name, problem.control, x, y)
+            for name in SYSTEMS:
+                driver = trained(problem, device, seed, p)
+                made[_label(name, p)] = _our_step(driver, name, problem.control, x, y, notes)
         return made
 
     name = f"PGD-{problem.steps} training step, {problem.network}, batch {problem.batch}"
@@ -238,6 +239,7 @@ def step_case(problem: Problem, device: torch.device, seed: int, targets: tuple[
         calls,
         (*targets, *no_slower(tuple(PRECISIONS))),
         settings=problem._asdict(),
+        notes=notes,
     )
 
 
@@ -251,11 +253,11 @@ def _torch_step(loop: TorchLoop, x: Tensor, y: Tensor) -> Call:
     return lambda: loop.step(x, y)
 
 
-def _our_step(driver: Driver, name: str, u: Control, x: Tensor, y: Tensor) -> Call:
+def _our_step(driver: Driver, name: str, u: Control, x: Tensor, y: Tensor, notes: set[str]) -> Call:
     numbers, indices = itertools.count(), torch.arange(len(x), device=x.device)
 
     def call() -> None:
-        with kernels(name):
+        with as_named(name, notes):
             driver.step(Batch(x=x, y=y, indices=indices, epoch=0, number=next(numbers)), u, RATE)
 
     return call
@@ -278,11 +280,11 @@ def epoch_case(
     problem: Problem, images: int, device: torch.device, seed: int, targets: tuple[Target, ...] = ()
 ) -> Case:
     """One epoch of PGD training with images on the device, cropped and flipped."""
-    data, most = problem.images(images, device, seed), 10_000
+    data, most, notes = problem.images(images, device, seed), 10_000, set[str]()
 
     def ours(driver: Driver, name: str, spec: RunSpec, epochs: itertools.count[int]) -> None:
         e = next(epochs)
-        with kernels(name):
+        with as_named(name, notes):
             for _ in rollout(driver, spec, epoch=e, until=e + 1):
                 pass
 
@@ -292,7 +294,8 @@ def epoch_case(
         for p in PRECISIONS:
             loop = TorchLoop(problem, device, seed, p)
             made[f"{LOOP}, {p}"] = partial(loop.epoch, data)
-            for name, driver in drivers(problem, device, seed, p).items():
+            for name in SYSTEMS:
+                driver = trained(problem, device, seed, p)
                 made[_label(name, p)] = partial(ours, driver, name, spec, itertools.count())
         return made
 
@@ -303,29 +306,31 @@ def epoch_case(
         calls,
         (*targets, *no_slower(tuple(PRECISIONS))),
         settings=problem._asdict() | {"images": images},
+        notes=notes,
     )
 
 
 def criterion_case(problem: Problem, probe: int, alphas: int, device: torch.device, seed: int) -> Case:
     """The surface of the greedy criterion at one instant, in training steps."""
+    notes: set[str] = set()
 
     def calls() -> dict[str, Call]:
         data = problem.images(probe, device, seed)
         x, y = data.take(torch.arange(probe, device=device))
-        driver = trained(problem, device, seed, "float32", graphs(Driver)[OURS])
+        driver = trained(problem, device, seed, "float32")
         candidates = Candidates.default(problem.eps, problem.steps, alphas)
         batches = probe_batches(x, y, max(2, probe // problem.batch))
         half = len(x) // 2
         phi = AdversarialLoss(x[:half], y[:half], problem.ball, steps=10)
 
         def surface() -> None:
-            with deterministic():
+            with as_named(OURS, notes):
                 score(driver, batches, problem.control, candidates, terminal=phi)
 
         part = slice(0, problem.batch)
-        training = trained(problem, device, seed, "float32", graphs(Driver)[OURS])
+        training = trained(problem, device, seed, "float32")
         return {
-            "training step": _our_step(training, OURS, problem.control, x[part], y[part]),
+            "training step": _our_step(training, OURS, problem.control, x[part], y[part], notes),
             "surface of the criterion": surface,
         }
 
@@ -335,6 +340,7 @@ def criterion_case(problem: Problem, probe: int, alphas: int, device: torch.devi
         "training step",
         calls,
         settings=problem._asdict() | {"probe": probe, "alphas": alphas},
+        notes=notes,
     )
 
 
@@ -342,11 +348,12 @@ def costate_case(problem: Problem, steps: int, device: torch.device, seed: int) 
     """A whole run: trained, recorded, and recorded and swept back to its beginning."""
     data = problem.images(steps * problem.batch, device, seed)
     x, y = data.take(torch.arange(min(256, len(data)), device=device))
+    notes: set[str] = set()
 
     def run(kind: str) -> None:
-        driver = trained(problem, device, seed, "float32", graphs(Driver)[OURS])
+        driver = trained(problem, device, seed, "float32")
         spec = specification(problem, data, seed, 1)
-        with deterministic():
+        with as_named(OURS, notes):
             if kind == "training":
                 for _ in rollout(driver, spec):
                     pass
@@ -360,4 +367,4 @@ def costate_case(problem: Problem, steps: int, device: torch.device, seed: int) 
         return {kind: partial(run, kind) for kind in ("training", "recorded", "recorded and swept")}
 
     name = f"costates of {steps} PGD-{problem.steps} steps, {problem.network}, batch {problem.batch}"
-    return Case(name, "training", calls, settings=problem._asdict() | {"updates": steps})
+    return Case(name, "training", calls, settings=problem._asdict() | {"updates": steps}, notes=notes)

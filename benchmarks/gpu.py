@@ -34,7 +34,7 @@ from controlat._util.files import read_json, write_json
 from controlat.app.experiment import pick_device
 
 MEBI = 2**20
-WARM_UP = 2  # untimed calls of every contender
+WARM_UP = 3  # untimed calls of every contender; a graph is captured in the second one
 SHARE = 60.0  # seconds after which no further round of a case begins
 COLOUR, GREY, SMALL = (3, 32, 32), (1, 28, 28), (1, 8, 8)
 CIFAR, MNIST = (8 / 255, 2 / 255), (0.3, 0.01)
@@ -91,12 +91,14 @@ def synchronized(device: torch.device) -> float:
 
 
 def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float | None]:
-    """What a call returned, and the MiB of tensors that it had at most beyond those of before."""
+    """What untimed calls returned, and the MiB of tensors that they had at most beyond those of before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    for _ in range(WARM_UP):
+        result = call()
     if device.type != "cuda":
-        return call(), None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = call()
+        return result, None
     torch.cuda.synchronize(device)
     return result, (torch.cuda.max_memory_allocated(device) - before) / MEBI
 
@@ -121,8 +123,6 @@ def race(case: Case, device: torch.device, repeats: int, deadline: float, seed: 
         torch.manual_seed(seed)
         result, most = peak(device, call)
         rows[name] = {"peak_mib": most} | ({"loss": case.loss(result)} if case.loss else {})
-        for _ in range(WARM_UP - 1):
-            call()
     began = time.perf_counter()
     for r in range(repeats):
         if r and time.perf_counter() > min(deadline, began + SHARE):
@@ -167,6 +167,7 @@ def judged(
         "rounds": len(seconds[case.over]),
         "contenders": contenders,
         "targets": targets,
+        "without_graphs": sorted(case.notes),
     }
 
 
@@ -263,6 +264,7 @@ def show(result: dict[str, Any]) -> str:
         parts.append(f"{case['name']} ({case['rounds']} rounds)\n{table(head, rows)}")
         if case["targets"] and not result["dry"]:
             parts.append("\n".join(map(_target, case["targets"])))
+        parts += [f"no CUDA graphs: {text}" for text in case["without_graphs"]]
     parts += [f"{name} failed: {error}" for name, error in result["failed"].items()]
     if result["not_reached"]:
         parts.append(f"not reached within the minutes: {', '.join(result['not_reached'])}")
