@@ -40,7 +40,9 @@ from controlat import report
 from controlat._util.files import read_json
 from controlat._util.texts import count
 from controlat.app.runs import slug
+from controlat.app.settings import TrainSettings
 from controlat.app.trainer import read_log
+from controlat.robust_accuracy.auto import require as require_autoattack
 
 HERE = Path(__file__).resolve().parent
 
@@ -207,16 +209,16 @@ def networks(args: argparse.Namespace, work: Path) -> list[Row]:
     where = {"data_dir": args.data_dir, "device": args.device, "threads": args.threads}
     common = COMMON | scale["train"] | where
     if args.data:
-        common |= {"data": args.data} | (
-            {"data_options": {"in_memory": True}} if args.data == "folder" else {}
-        )
+        decoded = args.data == "folder" and scale["points"] is None  # once, where all pictures are needed
+        common |= {"data": args.data, "data_options": {"in_memory": True} if decoded else {}}
     attack: dict[str, Any] = {**where, "points": scale["points"], "checks": 0}
     attacks = {name: attack | {"attacks": [name]} for name in ("pgd-20", "cw-30")}
     attacks["pgd-20"]["checks"] = 100
     points = scale["autoattack"] if args.autoattack is None else args.autoattack
     if points:
+        require_autoattack()  # before hours of training
         attacks["autoattack"] = attack | {"attacks": ["fgsm"], "autoattack": points}
-    return [
+    rows = [
         Network(
             strategy=s,
             seed=seed,
@@ -227,6 +229,9 @@ def networks(args: argparse.Namespace, work: Path) -> list[Row]:
         for seed in args.seeds or scale["seeds"]
         for s in STRATEGIES
     ]
+    for row in rows:
+        TrainSettings(seed=row.seed, **row.settings)  # what is not allowed is refused at once
+    return list[Row](rows)
 
 
 def digest(every: Sequence[Row], stands: Outcome) -> dict[str, Any]:
@@ -293,7 +298,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"{counts.get('autoattack', 0)}, of the network at the end of training. [Wilson's 95 % interval for "
         "one set of points], ± standard error over seeds where there are several.",
         "C&W: 30 steps on the margin, kappa 0. Which the paper's is, its learning rates, and whether its "
-        "attacks start at random is not known; here they do. alpha of PGD-2 is 10/255: alpha K is Amata's 20/255.",
+        "attacks start at random is not known; here they do. alpha of PGD-2 is 10/255, so that alpha K is "
+        "20/255 as for Amata.",
         "gradient evals: forward-backward passes, in samples, of training; seconds: of training, on "
         f"{'; '.join(table['hardware']) or 'no machine yet'}. Seconds of different machines do not compare.",
         "Empty: the paper has no such figure (Ye et al., 2021, Table 2).",
