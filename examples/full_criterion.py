@@ -37,28 +37,28 @@ driver = Driver(model, build("pgd_at"), ball, SGDSettings(momentum=0.9))
 recording = Recording.of(driver, spec)  # trains the model; every step of it can be visited again
 
 phi = Weighted(((1.0, AdversarialLoss(x, y, ball)), (0.1, AdversarialLoss(x, y, ball, steps=0))))
-grid = Candidates.of((0.02, 0.05, 0.15), max_steps=6)
-found = examine(recording, phi, grid, gamma=0.001, horizons=[1, spec.batches_per_epoch], looks=2)
-print(f"Phi = {phi.describe()}: {found.phi:.3f}")
-for h in found.horizons:
-    print(f"C = {found.value(h):.3f} with costates over {h} step{'s' * (h > 1)}")
-best = found.best()
+candidates = Candidates.of((0.02, 0.05, 0.15), max_steps=6)
+criterion = examine(recording, phi, candidates, gamma=0.001, horizons=[1, spec.batches_per_epoch], looks=2)
+print(f"Phi = {phi.describe()}: {criterion.phi:.3f}")
+for h in criterion.horizons:
+    print(f"C = {criterion.value(h):.3f} with costates over {h} step{'s' * (h > 1)}")
+best = criterion.best()
 for b in best:
     better = f"better {b.maximiser}, worth {b.gain:.4f} of J to first order" if b.gain > 0 else "is best"
     print(f"epoch {b.index}: {b.control}, {better}")
-if found.dropped:
-    print(f"the costates leave out: {', '.join(found.dropped)}")
+if criterion.dropped:
+    print(f"the costates leave out: {', '.join(criterion.dropped)}")
 
-worth = trust(recording, found, phi)  # relaxed roll-outs, a part lambda of the way to these controls
-print(f"J = {found.objective:.3f}, G = {worth.gain:.3f}, D = {worth.certificate:.3f}", end=", ")
+worth = trust(recording, criterion, phi)  # relaxed roll-outs, a part lambda of the way to these controls
+print(f"J = {criterion.objective:.3f}, G = {worth.gain:.3f}, D = {worth.certificate:.3f}", end=", ")
 print(", ".join(f"r({part:g}) = {worth.reliability(part):.2f}" for part in worth.outcomes))
 if not worth.trusted:
-    print("uncalibrated: a quarter of the way keeps less than a quarter of what G promises; go by D")
+    print("not trusted: a quarter of the way keeps less than a quarter of what G promises; go by D")
 
 # One question of your own: half of the way, in the epoch where it promises most, and nowhere else.
 b = max(best, key=lambda b: b.gain)
 steps = range(b.index * spec.batches_per_epoch, (b.index + 1) * spec.batches_per_epoch)
-there = relaxed(recording, dict.fromkeys(steps, b.maximiser), 0.5, phi).objective(found.price)
+there = relaxed(recording, dict.fromkeys(steps, b.maximiser), 0.5, phi).objective(criterion.price)
 print(f"half of the way to {b.maximiser} in epoch {b.index} alone: J = {there:.3f}")
 
 left = controlat.robustness(model, x_test, y_test, eps=0.15, attacks=["pgd-20", "cw-30"], checks=0).robust

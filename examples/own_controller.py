@@ -31,7 +31,7 @@ class Rule:
     window: int = 5
 
     @property
-    def dearest(self) -> Control:
+    def most_expensive(self) -> Control:
         """An upper bound, with which `--dry-run` and progress can reckon. It may be left out."""
         return Control(alpha=self.alpha, steps=self.most)
 

@@ -51,7 +51,7 @@ class Rising:
     """K of PGD rises by one, up to 3, after every two steps whose loss was below a bound."""
 
     bound: float = 2.3
-    dearest: Any = field(default_factory=lambda: {"alpha": 0.05, "steps": 3})
+    most_expensive: Any = field(default_factory=lambda: {"alpha": 0.05, "steps": 3})
 
     def control(self, now: Moment, z: Any) -> dict[str, float]:
         if os.environ.get("KILL") == f"{now.epoch} {now.batch}":
@@ -74,7 +74,7 @@ def following(controls: ControlSpace) -> Follow:
 
 
 def unbounded() -> Rising:
-    return Rising(dearest=None)
+    return Rising(most_expensive=None)
 
 
 def nothing() -> None:

@@ -9,7 +9,7 @@ from controlat import report
 from controlat._util.files import expanded, write_json
 from controlat.app.checkpoints import load_weights
 from controlat.app.experiment import Experiment, pick_device
-from controlat.app.notes import note_far, step_sizes
+from controlat.app.notes import note_step_size, step_sizes
 from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.settings import AttackSettings, Problem, from_json, settings_from
@@ -54,7 +54,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     experiment = Experiment.of(Problem(**stored))
     model = experiment.model(0)
     load_weights(model, saved["model"], str(checkpoint))
-    note_far("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
+    note_step_size("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
     with deterministic(chosen.threads):
         measured = experiment.evaluate(model, chosen, chosen.seed, chosen.batch_size)
     result = measured.to_json() | {

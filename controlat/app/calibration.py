@@ -51,14 +51,14 @@ from controlat.dynamics.state import same_bits
 from controlat.models.frozen.contexts import MODES
 from controlat.records import Calibrated, read_record
 
-__all__ = ["calibrate", "calibration"]
+__all__ = ["calibration"]
 
 _PROBED, _FINEST = 512, 20  # training samples, and K of the finest ascent, if nothing is said
 _KEPT, _VERSION = "calibration.json", 1  # where a calibration stays with its run, and the form of its key
 _PROBE = "probe"  # the random order that the criterion takes its probe from
 
 
-def calibrate(
+def calibration(
     run: str | Path,
     *,
     data_dir: str | None = None,
@@ -69,6 +69,8 @@ def calibrate(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a finished run again, in memory, and measure its inner problem before every epoch and at the end.
+
+    What an earlier call left in the run's directory is returned, if all that decides it is the same.
 
     The probe is that of the criterion: the same training samples, not augmented, in float32; BatchNorm and
     dropout as in the ascent of the run's method (its attack_mode, "eval" where it has none). The loss is the
@@ -90,25 +92,45 @@ def calibrate(
         bound}``, ``losses`` (E + 1, steps + 1), ``probe`` (its samples), ``mode``, ``eps``, ``alpha`` and
         ``steps`` of the finest ascent, ``budget`` tau in pixels, ``gradients`` and ``forwards`` of measuring,
         in samples, ``training_gradients``, ``seconds`` of measuring, ``training_seconds``, ``same`` (whether
-        training ended with the run's bits), ``warning`` (why not; None if it did), ``environment``.
+        training ended with the run's bits), ``warning`` (why not; None if it did), ``environment``, and
+        ``key``, what decided it: digests of the run's checkpoint, settings, schedule and training data,
+        probe, steps, budget, share, device, threads, versions.
 
     Raises:
         ValueError: not a run of `controlat train`, unfinished, data that is missing, a number out of range.
         NonFiniteError: a loss is not finite; says at which epoch.
     """
-    settings, theirs = _read(Path(run), data_dir, device, threads, probe, progress)
+    run = Path(run)
+    settings, theirs = _read(run, data_dir, device, threads, probe, progress)
     check_inner_problem(settings.ball, steps)
+    key = _key(run, settings, steps)
+    if (run / _KEPT).exists():
+        open_file(run / _KEPT, JSON_LIMIT).close()  # what is no file of ours is refused, not replaced
+    with contextlib.suppress(ValueError):  # missing, damaged, or of an earlier form
+        kept = dict(read_record(run / _KEPT, Calibrated))
+        if kept["key"] == key:
+            return kept
+    fresh = _measured(run, settings, steps, theirs) | {"key": key}
+    with contextlib.suppress(OSError):  # a run that may not be written to is measured anew each time
+        write_json(run / _KEPT, fresh)
+    return fresh
+
+
+def _measured(run: Path, settings: EvaluateSettings, steps: int, theirs: dict[str, Any]) -> dict[str, Any]:
+    """The inner problem before every epoch and at the end, and whether training ended with the run's bits."""
     began = time.perf_counter()
     with deterministic(settings.threads):
         experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
         schedule = settings.schedule_of(settings.schedules[0])
         spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
-        order = torch.randperm(len(experiment.training), generator=rng.generator(0, _PROBE))[:probe]
-        look = _Look(*experiment.training.take(order), _mode(driver), spec.batch_size, steps, meter)
-        with progress_bar(spec.epochs * spec.batches_per_epoch, " steps", progress, "calibrate") as bar:
+        order = torch.randperm(len(experiment.training), generator=rng.generator(0, _PROBE))
+        samples = order[: settings.probe]
+        look = _Look(*experiment.training.take(samples), _mode(driver), spec.batch_size, steps, meter)
+        total = spec.epochs * spec.batches_per_epoch
+        with progress_bar(total, " steps", settings.progress, "calibrate") as bar:
             looks = [look(driver, epoch) for epoch in _epochs(driver, spec, bar.update)]
-        trained = load_checkpoint(Path(run) / "last.pt", driver.device)["model"]
+        trained = load_checkpoint(run / "last.pt", driver.device)["model"]
         ours, same = environment(driver.device), same_bits(driver.model.state_dict(), trained)
     seconds = sum(taken for _, taken in looks)
     return {
@@ -116,7 +138,7 @@ def calibrate(
         "schedule": schedule.text,
         "seed": seed,
         **_series([inner for inner, _ in looks]),
-        "probe": len(order),
+        "probe": len(samples),
         "mode": look.mode,
         "eps": settings.ball.eps,
         "alpha": BUDGET * settings.ball.eps / steps,
@@ -131,43 +153,6 @@ def calibrate(
         "warning": None if same else _warning(theirs, ours),
         "environment": ours,
     }
-
-
-def calibration(
-    run: str | Path,
-    *,
-    data_dir: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    probe: int = _PROBED,
-    steps: int = _FINEST,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """`calibrate`, or what an earlier call left in the run's directory, if all that decides it is the same.
-
-    Args: as of `calibrate`.
-
-    Returns:
-        As `calibrate`, and under ``key`` what decided it: digests of the run's checkpoint, settings, schedule
-        and training data, probe, steps, budget, share, device, threads, versions.
-
-    Raises: as of `calibrate`.
-    """
-    run = Path(run)
-    settings, _ = _read(run, data_dir, device, threads, probe, progress)
-    check_inner_problem(settings.ball, steps)
-    key = _key(run, settings, steps)
-    if (run / _KEPT).exists():
-        open_file(run / _KEPT, JSON_LIMIT).close()  # what is no file of ours is refused, not replaced
-    with contextlib.suppress(ValueError):  # missing, damaged, or of an earlier form
-        kept = dict(read_record(run / _KEPT, Calibrated))
-        if kept["key"] == key:
-            return kept
-    options: dict[str, Any] = {"data_dir": data_dir, "device": device, "threads": threads}
-    fresh = calibrate(run, probe=probe, steps=steps, progress=progress, **options) | {"key": key}
-    with contextlib.suppress(OSError):  # a run that may not be written to is measured anew each time
-        write_json(run / _KEPT, fresh)
-    return fresh
 
 
 def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
 from controlat.control.cost import Meter
 from controlat.dynamics.feedback import ahead
-from controlat.pmp import price
+from controlat.pmp import terminal_evaluations
 
 __all__ = ["estimate"]
 
@@ -40,7 +40,8 @@ def estimate(**settings: Any) -> dict[str, Any]:
     experiment = Experiment.of(chosen)
     runs = list(schedule_runs(experiment, chosen, Path("unused")))
     tried_terminal(experiment, chosen)
-    phi = price(experiment.terminal(chosen.seeds[0], chosen.terminal), experiment.driver(chosen.seeds[0]))
+    first = chosen.seeds[0]
+    phi = terminal_evaluations(experiment.terminal(first, chosen.terminal), experiment.driver(first))
     replays = len(strides(experiment, chosen, runs[0])) - 1 if chosen.full else 0
     parts: Counter[str] = Counter()
     for run in runs:

@@ -15,12 +15,13 @@ from controlat._util.files import expanded, write_json
 from controlat._util.parallel import World
 from controlat._util.texts import short
 from controlat.app.experiment import Experiment
-from controlat.app.notes import alphas, note_far, note_unreached, step_sizes
+from controlat.app.notes import alphas, note_step_size, note_unreached, step_sizes
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.session import session
 from controlat.app.settings import EvaluateSettings, names_factory, settings_from
 from controlat.app.trainer import load_checkpoint
+from controlat.control.controller import is_open
 from controlat.dynamics.recording import GIBI, Recording
 from controlat.dynamics.state import same_bits
 from controlat.methods import build
@@ -74,14 +75,19 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
         return {}
     n, names = len(chosen.seeds), labels(chosen.schedules)
     schedules = [
-        {"text": name, "schedule": every[i * n].taken.to_json(), "runs": results[i * n : (i + 1) * n]}
+        {
+            "text": name,
+            "schedule": every[i * n].taken.to_json(),
+            **({} if is_open(every[i * n].controller) else {"closed_loop": True}),
+            "runs": results[i * n : (i + 1) * n],
+        }
         for i, name in enumerate(names)
     ]
     return report.assemble(
         settings=chosen.to_json(),
         environment=environment(experiment.device),
         sizes=experiment.sizes,
-        grid=_searched(every[0].grid, chosen),
+        grid=_searched(every[0].candidates, chosen),
         terminal=phi,
         schedules=schedules,
         reproduced=_reproduced(chosen.run, every[0].directory),
@@ -102,9 +108,9 @@ def _note(chosen: EvaluateSettings) -> None:
     planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
     note_unreached(chosen, planned)
     for text, schedule in planned.items():
-        note_far(short(text), alphas(schedule), chosen.ball)
-    note_far("the grid of G", map(float, chosen.alphas or ()), chosen.ball)
-    note_far("attacks", step_sizes(chosen.attacks), chosen.ball)
+        note_step_size(short(text), alphas(schedule), chosen.ball)
+    note_step_size("the candidates", map(float, chosen.alphas or ()), chosen.ball)
+    note_step_size("attacks", step_sizes(chosen.attacks), chosen.ball)
 
 
 def labels(texts: Sequence[str]) -> list[str]:
@@ -131,16 +137,16 @@ def strides(experiment: Experiment, chosen: EvaluateSettings, run: ScheduleRun) 
         raise ValueError(f"full criterion: {error} (--memory), or leave it out (--full false)") from None
 
 
-def _searched(grid: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
+def _searched(candidates: Candidates, chosen: EvaluateSettings) -> dict[str, Any]:
     """What the maximum is over: as far as the method has these controls."""
     knobs = build(chosen.method, chosen.method_options).controls
-    values = grid.within(knobs)
+    values = candidates.within(knobs)
     alphas_, steps = values.pop("alpha", ()), values.pop("steps", (0,))
     return {
         "alphas": list(alphas_),
         "least": steps[0],
         "max_steps": steps[-1],
-        "others": [n for n, k in knobs.items() if n not in grid.values and k.low < k.high],
+        "others": [n for n, k in knobs.items() if n not in candidates.values and k.low < k.high],
         **({"more": {name: list(listed) for name, listed in values.items()}} if values else {}),
     }
 

@@ -28,7 +28,7 @@ from controlat.pmp import (
     LAMBDAS,
     Candidates,
     Criterion,
-    Price,
+    Evaluations,
     Trust,
     described,
     examine,
@@ -45,7 +45,7 @@ def full_criterion(
     settings: EvaluateSettings,
     controller: Controller,
     seed: int,
-    grid: Candidates,
+    candidates: Candidates,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def full_criterion(
         settings: gamma, horizons, looks, memory.
         controller: decides u_t; what is looked back upon are the controls that it took.
         seed: of the run.
-        grid: what is searched.
+        candidates: what is searched.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
         bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
 
@@ -76,7 +76,7 @@ def full_criterion(
             criterion = examine(
                 recording,
                 terminal,
-                grid,
+                candidates,
                 gamma=settings.gamma,
                 horizons=settings.horizons or [1, spec.batches_per_epoch],
                 looks=settings.looks,
@@ -108,7 +108,12 @@ def _gradients(recording: Recording, criterion: Criterion, trusted: Trust) -> di
 
 
 def full_criterion_cost(
-    settings: EvaluateSettings, spec: RunSpec, method: Method, grid: Candidates, phi: Price, replays: int
+    settings: EvaluateSettings,
+    spec: RunSpec,
+    method: Method,
+    candidates: Candidates,
+    phi: Evaluations,
+    replays: int,
 ) -> float:
     """An upper bound of the gradient evaluations of `full_criterion`, in samples, for planning.
 
@@ -116,7 +121,7 @@ def full_criterion_cost(
         settings: horizons and looks.
         spec: of the run.
         method: its method; a loss of up to three passes is reckoned with.
-        grid: what is searched.
+        candidates: what is searched.
         phi: of the terminal cost.
         replays: how often steps are taken again at most.
     """
@@ -128,9 +133,9 @@ def full_criterion_cost(
     horizons = {min(h, steps) for h in (settings.horizons or [1, per_epoch])} | {steps}
     windows = sum(min(-(-steps // h), len(looked)) for h in horizons)
     pulled = rolled + 2 * 3 * len(horizons) * spec.epochs * n
-    scored = sum(grid.cost(method, controls[number]) for number in looked) * spec.batch_size
-    dearest = max(method.controls.cost(v) for v in grid.around(method, controls[0]))
-    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + dearest * spec.epochs * n + phi.value)
+    scored = sum(candidates.cost(method, controls[number]) for number in looked) * spec.batch_size
+    most_expensive = max(method.controls.cost(v) for v in candidates.around(method, controls[0]))
+    relaxed = (len(LAMBDAS) + HALVINGS) * (rolled + most_expensive * spec.epochs * n + phi.value)
     return (1 + replays) * rolled + pulled + scored + windows * phi.gradient + phi.value + relaxed
 
 

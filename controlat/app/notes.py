@@ -13,7 +13,7 @@ from controlat.attacks.balls import Ball
 from controlat.control.schedules import Schedule
 from controlat.robust_accuracy.attack import read_attacks
 
-__all__ = ["alphas", "note_far", "note_unreached", "step_sizes"]
+__all__ = ["alphas", "note_step_size", "note_unreached", "step_sizes"]
 
 
 def note_unreached(chosen: Problem, schedules: Mapping[str, Schedule]) -> None:
@@ -45,9 +45,9 @@ def _by_value(times: Mapping[str, tuple[float, ...]]) -> dict[tuple[float, ...],
     return names
 
 
-def note_far(what: str, alphas: Iterable[float], ball: Ball) -> None:
+def note_step_size(what: str, alphas: Iterable[float], ball: Ball) -> None:
     """Say where a step size is far above the width of the ball."""
-    if told := ball.far(max(alphas, default=0.0)):
+    if told := ball.step_size_warning(max(alphas, default=0.0)):
         tqdm.write(f"controlat: note: {what}: {told}", file=sys.stderr)
 
 

@@ -35,8 +35,8 @@ from controlat.dynamics.state import same_bits
 from controlat.methods import Batch, Method, build
 from controlat.pmp import (
     Candidates,
+    Evaluations,
     Outcome,
-    Price,
     outcome_at,
     probe_batches,
     rollout_cost,
@@ -69,7 +69,7 @@ class ScheduleRun:
     controller: Controller
     seed: int
     directory: Path
-    grid: Candidates
+    candidates: Candidates
 
     @property
     def taken(self) -> Schedule:
@@ -90,7 +90,7 @@ class ScheduleRun:
         augment = self.settings.augmentation
         return probe_batches(*data.take(order), count, epoch, order, augment)
 
-    def measure(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
+    def score_epoch(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
         began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
         u = ahead(spec.controller, now, driver)
@@ -103,13 +103,13 @@ class ScheduleRun:
             channels_last=driver.channels_last,
         )
         analysis.memory, analysis.rows = driver.memory, driver.rows
-        total = 1 + (len(self.grid.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
+        total = 1 + (len(self.candidates.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
             surface = score(
                 analysis,
                 self.probe(epoch),
                 u,
-                self.grid,
+                self.candidates,
                 terminal=self.experiment.terminal(self.seed, s.terminal),
                 scale=spec.mean_rate(epoch) / spec.mean_rate() / (1 - s.momentum),
                 rate=spec.mean_rate(epoch),
@@ -121,12 +121,12 @@ class ScheduleRun:
         line = {"epoch": epoch, "control": dict(u), "surface": surface.to_json()}
         return line | {"seconds": time.perf_counter() - began}
 
-    def measure_cost(self, u: Control, phi: Price) -> float:
-        """Gradient evaluations of `measure` where u is the control, in samples."""
+    def score_epoch_cost(self, u: Control, phi: Evaluations) -> float:
+        """Gradient evaluations of `score_epoch` where u is the control, in samples."""
         method, s = self.method, self.settings
-        tried = self.grid.cost(method, u)
+        tried = self.candidates.cost(method, u)
         if s.maximiser == "tpe":
-            tried = s.trials * self.grid.mean_cost(method, u) + method.controls.cost(u)
+            tried = s.trials * self.candidates.mean_cost(method, u) + method.controls.cost(u)
         return tried * min(s.probe, len(self.experiment.training)) + phi.gradient
 
     def objective(self, driver: Driver, tally: Tally) -> Outcome:
@@ -139,9 +139,9 @@ class ScheduleRun:
             return self.experiment.objective(self.taken, self.seed, s.terminal)
         terminal = self.experiment.terminal(self.seed, s.terminal)
         total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
-        return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+        return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
 
-    def look_back(self, trained: nn.Module) -> dict[str, Any]:
+    def full_criterion(self, trained: nn.Module) -> dict[str, Any]:
         """The full criterion of the run, with progress bars."""
         s = self.settings
         return full_criterion(
@@ -149,7 +149,7 @@ class ScheduleRun:
             s,
             self.taken,
             self.seed,
-            self.grid,
+            self.candidates,
             trained,
             lambda what, total: progress_bar(total, " steps", s.progress, what),
         )
@@ -159,7 +159,7 @@ class ScheduleRun:
         """The training system."""
         return build(self.settings.method, self.settings.method_options)
 
-    def cost(self, phi: Price, replays: int) -> dict[str, float]:
+    def cost(self, phi: Evaluations, replays: int) -> dict[str, float]:
         """What `run` costs at most, by part, in gradient evaluations, but for `Experiment.evaluation_cost`.
 
         Args:
@@ -168,12 +168,12 @@ class ScheduleRun:
         """
         s, spec = self.settings, self.experiment.spec(self.controller, self.seed)
         first = spec.plan()[:: spec.batches_per_epoch]
-        full = full_criterion_cost(s, spec, self.method, self.grid, phi, replays) if s.full else 0.0
+        full = full_criterion_cost(s, spec, self.method, self.candidates, phi, replays) if s.full else 0.0
         return {
             "training": rollout_cost(spec, self.method),
             "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
             "Phi": phi.value,
-            "criterion": sum(self.measure_cost(u, phi) for u in first),
+            "criterion": sum(self.score_epoch_cost(u, phi) for u in first),
             "full criterion": full,
         }
 
@@ -182,20 +182,9 @@ class ScheduleRun:
 
         Several processes train together; the first of them scores, attacks and returns the results.
         """
-        s, path = self.settings, self.directory / CRITERION
-        driver, spec = self.experiment.driver(self.seed), self.experiment.spec(self.controller, self.seed)
-        scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
-        tally = fit(
-            driver,
-            spec,
-            self.directory,
-            held_out=self.experiment.validation,
-            settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
-            at_epoch=lambda e: None if e in scored else append_json_line(path, self.measure(driver, spec, e)),
-            progress=s.progress,
-            label=label,
-            name=self.text,
-        )
+        s, experiment = self.settings, self.experiment
+        driver, spec = experiment.driver(self.seed), experiment.spec(self.controller, self.seed)
+        tally = self._train(driver, spec, label)
         if not spec.world.first:
             return {}
         if lost := missing(self._surfaces(tally.epoch), tally.epoch):
@@ -204,10 +193,10 @@ class ScheduleRun:
         if not objective.exists():
             write_json(objective, self.objective(driver, tally).to_json(spec.price(number(s.gamma, "gamma"))))
         if not file.exists():
-            measured = self.experiment.evaluate(driver.model, s, self.seed)
+            measured = experiment.evaluate(driver.model, s, self.seed)
             write_json(file, measured.to_json())
         if s.full and not full.exists():
-            write_json(full, self.look_back(driver.model))
+            write_json(full, self.full_criterion(driver.model))
         payload = {}
         if s.full:
             payload["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
@@ -222,6 +211,27 @@ class ScheduleRun:
             **{name: getattr(tally, name) for name in ("gradients", "forwards", "seconds")},
         }
 
+    def _train(self, driver: Driver, spec: RunSpec, label: str) -> Tally:
+        """Train, and score the candidates at the start of every epoch whose line is not there yet."""
+        s, path = self.settings, self.directory / CRITERION
+        scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
+
+        def score(epoch: int) -> None:
+            if epoch not in scored:
+                append_json_line(path, self.score_epoch(driver, spec, epoch))
+
+        return fit(
+            driver,
+            spec,
+            self.directory,
+            held_out=self.experiment.validation,
+            settings={"seed": self.seed, "data_dir": s.data_dir} | s.to_json(),
+            at_epoch=score,
+            progress=s.progress,
+            label=label,
+            name=self.text,
+        )
+
     def _surfaces(self, epochs: int) -> list[dict[str, Any]]:
         """The lines of criterion.jsonl."""
         return read_epochs(self.directory / CRITERION, CriterionLine, epochs)
@@ -234,7 +244,7 @@ class ScheduleRun:
         spec = replace(self.experiment.spec(self.taken, self.seed), world=World())
         for epoch in range(epochs):
             if epoch in lost:
-                lines.append(self.measure(driver, spec, epoch))
+                lines.append(self.score_epoch(driver, spec, epoch))
             for _ in rollout(driver, spec, epoch=epoch, until=epoch + 1):
                 pass
         if not same_bits(driver.model.state_dict(), trained.state_dict()):
@@ -268,7 +278,7 @@ def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path)
     """Every run of an evaluation: controllers in turn, each under all seeds, searched over one common set."""
     eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
     space = build(settings.method, settings.method_options).controls
-    grid = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
+    candidates = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
     for number_, text in enumerate(settings.schedules, start=1):
         for seed in settings.seeds:
             yield ScheduleRun(
@@ -278,21 +288,21 @@ def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path)
                 controller=settings.controller_of(text),
                 seed=seed,
                 directory=out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}",
-                grid=grid,
+                candidates=candidates,
             )
 
 
 def _most_steps(settings: EvaluateSettings) -> int:
-    """The largest K of the schedules, and of the controllers that name their dearest control."""
+    """The largest K of the schedules, and of the controllers that name their most expensive control."""
     every: list[Mapping[str, float]] = []
     for controller in map(settings.controller_of, settings.schedules):
         if isinstance(controller, Schedule):
             every += controller.controls
-        elif dearest := getattr(controller, "dearest", None):
-            every.append(dearest)
+        elif most_expensive := getattr(controller, "most_expensive", None):
+            every.append(most_expensive)
     if not every:
         raise ValueError(
-            "max_steps is missing: the largest K of a controller is not known ahead, unless it has an "
-            "attribute `dearest`"
+            "max_steps is missing: the largest K of a closed loop is not known before the run; give it, or "
+            "the controller an attribute `most_expensive`"
         )
     return max(1, *(int(u.get("steps", 1)) for u in every))

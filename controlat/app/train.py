@@ -8,7 +8,7 @@ from typing import Any
 from controlat._util.files import expanded
 from controlat._util.texts import short
 from controlat.app.experiment import Experiment
-from controlat.app.notes import alphas, note_far, note_unreached
+from controlat.app.notes import alphas, note_step_size, note_unreached
 from controlat.app.session import session
 from controlat.app.settings import TrainSettings, settings_from
 from controlat.app.trainer import fit, read_log
@@ -51,7 +51,7 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             )
         if world.first and isinstance(controller, Schedule):
             note_unreached(chosen, {chosen.text: controller})
-            note_far(short(chosen.text), alphas(controller), chosen.ball)
+            note_step_size(short(chosen.text), alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen, shared)
         driver = experiment.driver(chosen.seed)
         tally = fit(

@@ -134,12 +134,9 @@ def fit(
             if tally.batch == 0 and at_epoch is not None and world.first:
                 at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
-            try:
+            with _with_cure(directory / LAST):
                 _epoch(driver, spec, tally, save, checkpoint_minutes, bar)
-                world.check(driver.fingerprint())
                 record = plain(_record(driver, spec, tally, held_out)) if world.first else {}
-            except NonFiniteError as error:
-                raise _diverged(error, directory / LAST) from None
             better = tally.next_epoch(record.get("robust"))
             if world.first:
                 append_json_line(directory / LOG, record)
@@ -160,10 +157,14 @@ def _begin(spec: RunSpec, directory: Path, held_out: Samples | None) -> dict[str
     return {"training": _fingerprint(spec.data), "held-out": _fingerprint(held_out)}
 
 
-def _diverged(error: NonFiniteError, last: Path) -> NonFiniteError:
-    """The error of a step, with what is left of the run and a cure."""
-    kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-    return NonFiniteError(f"{error}; {kept}; try a smaller learning rate")
+@contextlib.contextmanager
+def _with_cure(last: Path) -> Iterator[None]:
+    """Add to the error of a step that diverged what is left of the run, and a cure."""
+    try:
+        yield
+    except NonFiniteError as error:
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+        raise NonFiniteError(f"{error}; {kept}; try a smaller learning rate") from None
 
 
 def _fingerprint(samples: Samples | None) -> str | None:
@@ -195,6 +196,7 @@ def _state(driver: Driver, spec: RunSpec, tally: Tally, settings: Mapping[str, A
 def _epoch(
     driver: Driver, spec: RunSpec, tally: Tally, save: Callable[[str], None], minutes: float, bar: Any
 ) -> None:
+    """Train to the end of an epoch; after it, all processes hold the same bits."""
     began = saved = time.perf_counter()
     before = driver.meter.copy()
     for step in rollout(driver, spec, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1):
@@ -210,6 +212,7 @@ def _epoch(
         began = time.perf_counter()
     check_parameters(driver, step)
     tally.spend(driver.meter.since(before), time.perf_counter() - began)
+    spec.world.check(driver.fingerprint())
 
 
 def _record(driver: Driver, spec: RunSpec, tally: Tally, held_out: Samples | None) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Ball:
         """Raise ValueError if eps is larger than the pixel box of one input of this shape."""
         self._check_diameter(1.0 if self.norm == "linf" else math.sqrt(math.prod(shape)))
 
-    def far(self, alpha: float) -> str:
+    def step_size_warning(self, alpha: float) -> str:
         """A warning if a step size is more than 4 eps, twice the diameter of the ball; otherwise empty."""
         if not 0 < _FAR * self.eps < alpha:
             return ""

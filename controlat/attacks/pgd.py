@@ -191,7 +191,7 @@ def pgd(
     flag(channels_last, "channels_last")
     instance(generator, (torch.Generator, type(None)), "generator")
     ball.check(x.shape[1:])
-    if warning := ball.far(size):
+    if warning := ball.step_size_warning(size):
         warnings.warn(warning, stacklevel=2)
     x, y = normal_tensor(x.detach()), normal_tensor(y)
     with FrozenModel(model, mode, channels_last=channels_last) as view:

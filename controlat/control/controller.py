@@ -66,7 +66,8 @@ class Controller(Protocol):
 
     - ``observe(step, z)`` is called after each step, with its loss, cost and control (a
       `controlat.dynamics.driver.Step`) and the state after it;
-    - ``dearest`` is the most expensive control that it may give: an upper bound for planning.
+    - ``most_expensive`` is the control with the most gradient evaluations that it may give: for planning, an
+      upper bound of the cost.
 
     A controller must not change the network. It keeps what it remembers in ``z.controller_memory``, not in
     its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain

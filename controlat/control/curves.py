@@ -17,6 +17,13 @@ __all__ = ["CURVES", "ROUNDINGS", "SLACK", "Curve", "dithered"]
 SLACK = 1e-9  # so that 0.1 * 3 falls into piece 3 and a K of 2.4999999999 rounds as 2.5
 
 
+def _between(values: tuple[float, ...], share: float) -> float:
+    """The piecewise linear function through values at evenly spaced points of [0, 1]."""
+    place = share * (len(values) - 1)
+    left = min(int(place), len(values) - 2)
+    return values[left] + (values[left + 1] - values[left]) * (place - left)
+
+
 # Kind to the curve's real value at time t of a run of T epochs.
 CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
     {
@@ -26,6 +33,7 @@ CURVES: Mapping[str, Callable[[Curve, float, float], float]] = MappingProxyType(
         "cosine": lambda c, t, T: (
             c.values[0] + (c.values[1] - c.values[0]) * (1 - math.cos(math.pi * t / T)) / 2
         ),
+        "knots": lambda c, t, T: _between(c.values, t / T),
         "ramp": lambda c, t, T: c.values[0] + (c.values[1] - c.values[0]) * min(t / c.at[0], 1.0),
         "step": lambda c, t, T: c.values[c.place(t)],
         "table": lambda c, t, T: c.values[min(c.place(t), len(c.values) - 1)],
@@ -85,11 +93,13 @@ class Curve:
     """One knob as a function of time.
 
     Args:
-        kind: ``constant``, ``linear``, ``exponential``, ``cosine``, ``ramp`` (linear up to the epoch `at`,
-            then constant), ``step`` (changes at the epochs `at`), ``table`` (one value per piece of the
-            schedule) or ``ratio`` (tau over the knob `of`, and 0 where that is 0).
+        kind: ``constant``, ``linear``, ``exponential``, ``cosine``, ``knots`` (linear between values at
+            evenly spaced times from 0 to T), ``ramp`` (linear up to the epoch `at`, then constant), ``step``
+            (changes at the epochs `at`), ``table`` (one value per piece of the schedule) or ``ratio`` (tau
+            over the knob `of`, and 0 where that is 0).
         values: the numbers that the kind takes: one value (``constant``); start and end (``linear``,
-            ``exponential``, ``cosine``, ``ramp``); the listed values (``step``, ``table``); tau (``ratio``).
+            ``exponential``, ``cosine``, ``ramp``); the listed values (``knots``, ``step``, ``table``); tau
+            (``ratio``).
         at: increasing epochs at which a ``step`` changes, or the one at which a ``ramp`` ends; the schedule
             fills it in for a ``table``.
         rounding: of an integer knob: ``half_up``, ``floor``, or ``dither`` (down in some steps and up in
@@ -119,6 +129,8 @@ class Curve:
         wanted = _LENGTHS.get(self.kind, len(self.at) + 1 if self.kind == "step" else len(self.values))
         if len(self.values) != wanted or not self.values:
             raise ValueError(f"a {self.kind} curve takes {wanted or 'some'} values, got {len(self.values)}")
+        if self.kind == "knots" and len(self.values) < 2:
+            raise ValueError("a knots curve takes two values or more, at the ends of the run, got 1")
         if self.at and self.kind not in ("step", "table", "ramp"):
             raise ValueError(
                 f"only a step changes at given epochs, but a {self.kind} curve got at = {short(self.at)}"
@@ -140,6 +152,13 @@ class Curve:
     def place(self, t: float) -> int:
         """The number of epochs in `at` that are <= t. By bisection: a table may have a million."""
         return bisect_right(self.at, t, key=lambda edge: edge - SLACK)
+
+    def unreached(self, starts: Iterable[float], epochs: float) -> tuple[float, ...]:
+        """The epochs in `at` without effect on the values at the times `starts`, in a run of T = `epochs`."""
+        if self.kind == "step":
+            reached = {self.place(t) for t in starts}
+            return tuple(e for i, e in enumerate(self.at, start=1) if i not in reached)
+        return self.at if self.kind == "ramp" and self.at[0] > epochs + SLACK else ()
 
     def __call__(self, t: float, epochs: float) -> float:
         """The value at time t, before rounding, in a run of T = `epochs`; tau for a ``ratio``."""

@@ -73,6 +73,29 @@ def _listed(kind: str) -> Callable[[Mapping[str, str], str], dict[str, Curve]]:
     return build
 
 
+def _anneal(p: Mapping[str, str], family: str) -> dict[str, Curve]:
+    """Real K on lines through knots at evenly spaced times; alpha constant, or log alpha linear in time."""
+    knots = numbers(p["steps"], "steps")
+    if min(knots) < 0:
+        raise ValueError(f"{family} needs K >= 0, got {min(knots):g}")
+    rounding = p.get("rounding", "dither")
+    steps = Curve("knots", knots if len(knots) > 1 else knots * 2, rounding=rounding)
+    if ":" not in p.get("alpha", ""):
+        return {"steps": steps, "alpha": _alpha(p, family)}
+    if "tau" in p or "alpha_from" in p:
+        raise ValueError(f"{family} takes first:last of alpha, or tau and alpha_from, not both")
+    alphas = numbers(p["alpha"], "alpha")
+    if len(alphas) != 2 or min(alphas) <= 0:
+        raise ValueError(f"{family} takes one alpha or two > 0 (first:last), got {p['alpha']}")
+    return {"steps": steps, "alpha": Curve("exponential", alphas)}
+
+
+def _delayed(p: Mapping[str, str], family: str) -> dict[str, Curve]:
+    """No attack before an epoch, and from then on a constant one."""
+    steps = Curve("step", (0.0, number(p["steps"], "steps")), (number(p["since"], "since"),))
+    return {"steps": steps, "alpha": Curve("constant", (number(p["alpha"], "alpha"),))}
+
+
 def _free(text: str, rounding: str | None) -> Curve:
     """A curve for any knob.
 
@@ -117,6 +140,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "table": Family(
             _listed("table"), ("steps",), ("tau", "alpha", "alpha_from"), "table:steps=0:1:2:2,tau=20/255"
         ),
+        "anneal": Family(
+            _anneal,
+            ("steps",),
+            ("tau", "alpha", "alpha_from", "rounding"),
+            "anneal:steps=0:2:4:4,alpha=20/255:5/255",
+        ),
+        "delayed": Family(_delayed, ("steps", "alpha", "since"), (), "delayed:steps=10,alpha=2/255,since=10"),
         "set": Family(lambda p, f: {}, (), (), "set:steps=2..10,alpha=4/255,fosc=0.5..0@40"),
     }
 )
@@ -129,6 +159,9 @@ def parse_schedule(text: str, epochs: float, knobs: Mapping[str, Knob] | None = 
     half up, alpha = TAU / K); ``linear``, ``exponential`` and ``cosine`` with the same parameters. Those four
     also take start and end in place of min and max, ``alpha=`` in place of ``tau=``, ``rounding=floor``, and
     ``alpha_from=real`` (alpha = TAU over K before rounding).
+    ``anneal:steps=K0:K1:...,alpha=A0:A1``: K on lines through so many values at evenly spaced times from 0 to
+    T, real (``rounding=dither`` unless another one is asked for), log alpha linear in time.
+    ``delayed:steps=K,alpha=A,since=E``: no attack before epoch E (Gupta et al., 2020).
     ``step:steps=K0:K1:...,at=E1:...,tau=TAU``; ``table:steps=K0:K1:...,alpha=A0:A1:...``. Every family takes
     ``resolution=`` (length of a piece in epochs, 1 by default) and ``rounding=dither``: then K, and every
     other integer knob that is named, is rounded down in some batches and up in others (`Schedule.at`), so

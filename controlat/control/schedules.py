@@ -7,9 +7,8 @@ derived, recorded or searched for are objects of the same class.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from controlat._util.checks import instance, number, whole
 from controlat._util.files import read_json, write_json
 from controlat._util.texts import short
-from controlat.control.curves import SLACK, Curve, dithered
+from controlat.control.curves import SLACK, Curve
+from controlat.control.knobs import dithered_knobs, mean_values, real_values, step_values, values_of_steps
 from controlat.control.schedule_json import fields_from_json, to_json
 from controlat.control.space import Control, ControlSpace
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Curve", "Schedule", "load_schedule"]
 
 _MAX_PIECES = 1_000_000
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -117,28 +116,16 @@ class Schedule:
         """The control of a piece; pieces of equal values take one object from `shared`."""
         t = piece * self.resolution
         try:
-            values = tuple(self._values(t))
+            values = tuple(mean_values(self.curves, self._real(t)))
             if values not in shared:
                 shared[values] = self._control(dict(zip(self.curves, values, strict=True)))
         except ValueError as error:
             raise ValueError(f"{error} at epoch {t:g} of {short(self.text)!r}") from None
         return shared[values]
 
-    def _values(self, t: float) -> Iterable[float]:
-        """The value of every knob at time t, in the order of the curves."""
-        real = self._real(t)
-        for knob, curve in self.curves.items():
-            if curve.of is not None:
-                divisor = self.curves[curve.of]
-                rounded = divisor.round(real[curve.of], curve.of)
-                if divisor.rounding == "dither" and 0 < rounded < 1:
-                    rounded = 1  # a step takes 0 or 1 then, and the ratio is that of the steps with 1
-                real[knob] = curve.over(real[curve.of], rounded)
-            yield curve.round(real[knob], knob)
-
     def _real(self, t: float) -> dict[str, float]:
-        """The value of every curve at time t before rounding; of a ratio, its tau."""
-        return {knob: curve(t, self.epochs) for knob, curve in self.curves.items()}
+        """The value of every curve at time t before rounding."""
+        return real_values(self.curves, t, self.epochs)
 
     def _control(self, value: dict[str, float]) -> Control:
         """The control with these values and the defaults.
@@ -197,7 +184,7 @@ class Schedule:
         batch = whole(batch, "batch", 0)
         if batch >= batches:
             raise ValueError(f"batch must be below the {batches} batches of an epoch, got {batch}")
-        if not self._dithered:
+        if not dithered_knobs(self.curves):
             return self(epoch + batch / batches)
         cache = self._steps_of
         if (epoch, batches) not in cache:
@@ -206,35 +193,12 @@ class Schedule:
             cache[epoch, batches] = self._steps(epoch, batches)
         return cache[epoch, batches][batch]
 
-    @property
-    def _dithered(self) -> tuple[str, ...]:
-        """The knobs that are dithered, by name."""
-        return tuple(sorted(knob for knob, curve in self.curves.items() if curve.rounding == "dither"))
-
     def _steps(self, epoch: int, batches: int) -> tuple[Control, ...]:
         """The controls of all steps of an epoch, with dithered knobs rounded."""
         pieces = [self._piece_at(epoch + batch / batches) for batch in range(batches)]
         at = {piece: self._real(piece * self.resolution) for piece in dict.fromkeys(pieces)}
         real = {knob: [at[piece][knob] for piece in pieces] for knob in self.curves}
-        # Each knob has a multiple of its own: over the epochs, roundings occur in all combinations.
-        remainders = {k: (epoch + 1) * i * _GOLDEN_RATIO % 1 for i, k in enumerate(self._dithered, start=1)}
-        rounded: dict[str, Sequence[float]] = {
-            knob: list(dithered(real[knob], remainders[knob]))
-            if knob in remainders
-            else [curve.round(v, knob) for v in real[knob]]
-            for knob, curve in self.curves.items()
-            if curve.of is None
-        }
-        return tuple(map(self._with_ratios, _rows(real), _rows(rounded)))
-
-    def _with_ratios(self, real: Mapping[str, float], rounded: Mapping[str, float]) -> Control:
-        """The control of these values of all knobs without a ratio, and of the ratios that follow."""
-        ratios = {
-            knob: curve.round(curve.over(real[curve.of], rounded[curve.of]), knob)
-            for knob, curve in self.curves.items()
-            if curve.of is not None
-        }
-        return self._control({**rounded, **ratios})
+        return tuple(map(self._control, values_of_steps(self.curves, real, epoch)))
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -244,20 +208,12 @@ class Schedule:
         >>> parse_schedule("table:steps=2.5:3,alpha=0.1,rounding=dither", 2).controls
         (Control(alpha=0.1, steps=2), Control(alpha=0.1, steps=3))
         """
-        if not self._dithered:
+        if not dithered_knobs(self.curves):
             return tuple(dict.fromkeys(self._pieces))
         controls: dict[Control, None] = {}  # an ordered set
         for piece in range(self.pieces):
-            real = self._real(piece * self.resolution)
-            choices = {
-                knob: {math.floor(v := curve.round(real[knob], knob)), math.ceil(v)}
-                if curve.rounding == "dither"
-                else {curve.round(real[knob], knob)}
-                for knob, curve in self.curves.items()
-                if curve.of is None
-            }
-            for values in itertools.product(*map(sorted, choices.values())):
-                controls[self._with_ratios(real, dict(zip(choices, values, strict=True)))] = None
+            values = step_values(self.curves, self._real(piece * self.resolution))
+            controls |= dict.fromkeys(map(self._control, values))
         return tuple(controls)
 
     def control(self, now: Moment, z: object = None) -> Control:
@@ -310,13 +266,7 @@ class Schedule:
         {'steps': (8.0,)}
         """
         starts = [piece * self.resolution for piece in range(self.pieces)]
-        late = {}
-        for knob, curve in self.curves.items():
-            if curve.kind == "step":
-                reached = {curve.place(t) for t in starts}
-                late[knob] = tuple(e for i, e in enumerate(curve.at, start=1) if i not in reached)
-            elif curve.kind == "ramp" and curve.at[0] > self.epochs + SLACK:
-                late[knob] = curve.at
+        late = {knob: curve.unreached(starts, self.epochs) for knob, curve in self.curves.items()}
         return {knob: at for knob, at in late.items() if at}
 
     def __hash__(self) -> int:
@@ -348,11 +298,6 @@ class Schedule:
         if Path(path).exists() and not overwrite:
             raise FileExistsError(f"{path} exists; give another name or overwrite=True")
         write_json(path, self.to_json())
-
-
-def _rows(columns: Mapping[str, Sequence[float]]) -> Iterable[dict[str, float]]:
-    """The values of all knobs at each step, from the values of each knob at all steps."""
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def load_schedule(path: str | Path) -> Schedule:

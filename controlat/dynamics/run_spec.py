@@ -126,23 +126,24 @@ class RunSpec:
     def plan(self, first: int = 0, last: int | None = None) -> list[Control]:
         """The controls of the steps first, ..., last - 1, by default of all, for planning the cost.
 
-        For a closed loop, whose controls are not known before the run, each is its attribute `dearest`, the
-        most expensive control that it takes: an upper bound of the cost.
+        For a closed loop, whose controls are not known before the run, each is its attribute
+        `most_expensive`: an upper bound of the cost.
 
         Raises:
-            ValueError: a closed loop without the attribute `dearest`.
+            ValueError: a closed loop without the attribute `most_expensive`.
         """
         numbers = range(first, self.epochs * self.batches_per_epoch if last is None else last)
         if is_open(self.controller):
             return [self.controller.control(self.moment(n)) for n in numbers]
-        dearest = getattr(self.controller, "dearest", None)
-        if dearest is None:
+        most_expensive = getattr(self.controller, "most_expensive", None)
+        if most_expensive is None:
             name = type(self.controller).__name__
             raise ValueError(
-                f"what the controller {name} will do is not known ahead; an attribute `dearest`, the control "
-                "that costs most of those it takes, gives an upper bound"
+                f"the controls of the closed loop {name} are not known before the run: give it an attribute "
+                "`most_expensive`, the control with the most gradient evaluations that it may give, for an "
+                "upper bound of the cost"
             )
-        return [Control(**dearest)] * len(numbers)
+        return [Control(**most_expensive)] * len(numbers)
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
         """The number of the block of each step first, ..., last - 1.

@@ -12,14 +12,14 @@ from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
     AdversarialLoss,
-    Price,
+    Evaluations,
     Terminal,
     Weighted,
     build_terminal,
     described,
     differentiated,
     parse_terminal,
-    price,
+    terminal_evaluations,
     try_terminal,
 )
 from controlat.pmp.trust import HALVINGS, LAMBDAS, Trust, trust
@@ -32,9 +32,9 @@ __all__ = [
     "AdversarialLoss",
     "Candidates",
     "Criterion",
+    "Evaluations",
     "Gap",
     "Outcome",
-    "Price",
     "Surface",
     "Terminal",
     "Trust",
@@ -50,11 +50,11 @@ __all__ = [
     "objective",
     "outcome_at",
     "parse_terminal",
-    "price",
     "probe_batches",
     "relaxed",
     "rollout_cost",
     "score",
+    "terminal_evaluations",
     "trust",
     "try_terminal",
 ]

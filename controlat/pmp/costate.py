@@ -104,7 +104,7 @@ def backward(
     terminal: Terminal,
     horizons: Sequence[int] | None = None,
     *,
-    looked: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
     meter: Meter | None = None,
 ) -> Iterator[CostateStep]:
     """Compute the costates of a recorded roll-out by the adjoint equation, from its last step to its first.
@@ -118,7 +118,7 @@ def backward(
         terminal: Phi.
         horizons: the horizons h in steps; a longer one than the roll-out is cut to its length, which is the
             default.
-        looked: numbers of the steps at which costates are wanted; all by default. Costates that no such step
+        steps: numbers of the steps at which costates are wanted; all by default. Costates that none of them
             needs are not computed.
         meter: where evaluations of the backward pass are counted. Those of recomputing states are counted in
             ``recording.spent``.
@@ -140,7 +140,7 @@ def backward(
     for h in horizons or []:
         if not isinstance(h, int) or h < 1:
             raise ValueError(f"a horizon must be a whole number of at least one step, got {h!r}")
-    wanted = range(recording.first, recording.last) if looked is None else sorted(looked)
+    wanted = range(recording.first, recording.last) if steps is None else sorted(steps)
     for n in {*wanted[:1], *wanted[-1:]}:
         if not recording.first <= n < recording.last:
             raise ValueError(f"the roll-out has the steps {recording.first}..{recording.last - 1}, not {n}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from controlat._util.checks import instance, number
 from controlat.control.cost import Meter
@@ -10,7 +10,7 @@ from controlat.dynamics.recording import Recording
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.full_criterion import Criterion
-from controlat.pmp.hamiltonian import gains
+from controlat.pmp.hamiltonian import Gains, gains
 from controlat.pmp.objective import evaluations, outcome_at
 from controlat.pmp.terminal import Terminal, check_terminal
 
@@ -20,7 +20,7 @@ __all__ = ["examine", "looked_at"]
 def examine(
     recording: Recording,
     terminal: Terminal,
-    grid: Candidates,
+    candidates: Candidates,
     *,
     gamma: float | str,
     horizons: Sequence[int] | None = None,
@@ -32,7 +32,7 @@ def examine(
     Args:
         recording: of the roll-out under u; its driver is left at its end.
         terminal: Phi.
-        grid: what is searched, around u_t.
+        candidates: what is searched, around u_t.
         gamma: price of one gradient evaluation per sample.
         horizons: numbers of steps; the whole roll-out is always among them.
         looks: number of steps of each block that are looked at, spread evenly; all of them by default.
@@ -48,50 +48,66 @@ def examine(
     Source:
         Ye et al. (2021), equation 13.
     """
-    gamma = _checked(recording, terminal, grid, gamma, horizons, looks)
-    spec, driver, entire = recording.spec, recording.driver, recording.last - recording.first
-    blocks = spec.blocks(recording.first, recording.last)
+    gamma = _checked(recording, terminal, candidates, gamma, horizons, looks)
+    blocks = recording.spec.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
     meter, replayed = Meter(), recording.spent.gradients
-    scores, norms, every = [], [], [*(horizons or []), entire]
     with recording.put_back():
-        driver.restore(recording.end)
-        outcome = outcome_at(driver, terminal, evaluations(recording.steps))
-        dropped = terminal.dropped(driver)
-        for step in backward(recording, terminal, every, looked=sorted(numbers), meter=meter):
-            visit, costates, of, dropped = step
-            norms.append((visit.number, of[entire]))
-            if visit.number in numbers:
-                scores.append(gains(driver, visit, costates, of, grid, meter))
-            if progress is not None:
-                progress()
+        recording.driver.restore(recording.end)
+        outcome = outcome_at(recording.driver, terminal, evaluations(recording.steps))
+        scores, norms, dropped = _backward_pass(
+            recording, terminal, candidates, horizons or [], numbers, meter, progress
+        )
     return Criterion(
         looked=tuple(reversed(scores)),
         blocks=blocks,
         first=recording.first,
-        rate=spec.mean_rate(),
+        rate=recording.spec.mean_rate(),
         gamma=gamma,
         phi=outcome.phi,
         evaluations=outcome.evaluations,
         lower=terminal.lower,
         norms=tuple(reversed(norms)),
         dropped=dropped,
-        spent=meter.gradients + outcome.judging,
+        spent=meter.gradients + outcome.terminal_gradients,
         replayed=recording.spent.gradients - replayed,
     )
+
+
+def _backward_pass(
+    recording: Recording,
+    terminal: Terminal,
+    candidates: Candidates,
+    horizons: Sequence[int],
+    numbers: Collection[int],
+    meter: Meter,
+    progress: Callable[[], object] | None,
+) -> tuple[list[Gains], list[tuple[int, float]], tuple[str, ...]]:
+    """From the last step to the first: gains at the steps of these numbers, every ||p||, what p neglects."""
+    driver, entire = recording.driver, recording.last - recording.first
+    scores, norms, dropped = [], [], terminal.dropped(driver)
+    every = [*horizons, entire]
+    for step in backward(recording, terminal, every, steps=sorted(numbers), meter=meter):
+        visit, costates, of, dropped = step
+        norms.append((visit.number, of[entire]))
+        if visit.number in numbers:
+            scores.append(gains(driver, visit, costates, of, candidates, meter))
+        if progress is not None:
+            progress()
+    return scores, norms, dropped
 
 
 def _checked(
     recording: Recording,
     terminal: Terminal,
-    grid: Candidates,
+    candidates: Candidates,
     gamma: float | str,
     horizons: Sequence[int] | None,
     looks: int | None,
 ) -> float:
     """gamma as a number, where every argument of `examine` is what it must be."""
     instance(recording, Recording, "recording")
-    instance(grid, Candidates, "grid")
+    instance(candidates, Candidates, "candidates")
     check_terminal(terminal, "terminal")
     instance(horizons, (Sequence, type(None)), "horizons", "a list of numbers of steps")
     price = number(gamma, "gamma")

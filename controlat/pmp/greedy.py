@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlat._util.checks import choice
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
 from controlat.control.space import Control
@@ -82,14 +83,8 @@ def score(
         NonFiniteError: the gradient of Phi, or the one under u_t or under a candidate of a sweep, is not
             finite; or all trials of TPE failed. If only some failed, ``dropped`` of the surface says so.
     """
-    if maximiser not in MAXIMISERS:
-        raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {maximiser!r}")
-    if len({len(b.x) for b in batches}) != 1:
-        raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
-    first = batches[0].x
-    check_rows(
-        driver, first, len(first), f"the {len(batches)} probe batches hold 1 sample each", "make fewer"
-    )
+    choice(maximiser, "maximiser", MAXIMISERS)
+    _check_probe(driver, batches)
     meter = Meter()
     phi = None if terminal is None else _terminal_gradient(terminal, driver, meter)
     scores = _Scores(phi, scale, meter, progress)
@@ -110,6 +105,16 @@ def score(
         return scores.surface()
     return scores.surface(
         (f"{len(failed)} of {trials} trials of TPE, which failed (the first: {failed[0]})",)
+    )
+
+
+def _check_probe(driver: Driver, batches: Sequence[Batch]) -> None:
+    """Raise ValueError if the batches differ in size, or hold too few samples for the network."""
+    if len({len(b.x) for b in batches}) != 1:
+        raise ValueError(f"probe batches must have one size, got {[len(b.x) for b in batches]}")
+    first = batches[0].x
+    check_rows(
+        driver, first, len(first), f"the {len(batches)} probe batches hold 1 sample each", "make fewer"
     )
 
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from controlat._util.checks import brief, choice, flag, instance, number, whole
+from controlat._util.checks import brief, choice, instance, number, whole
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch, check_labels
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
-from controlat.methods import Method, build, check_method
+from controlat.methods import Method, build
 from controlat.models.frozen.contexts import normal_tensor
-from controlat.models.frozen.logits import check_model
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.greedy import probe_batches, score
@@ -112,34 +112,23 @@ def criterion(
     """
     check_batch(x, y)
     x, y = normal_tensor(x), normal_tensor(y)
-    check_model(model)
-    system = build(method) if isinstance(method, str) else check_method(method)
-    trials, batches, seed = whole(trials, "trials", 1), whole(batches, "batches", 1), whole(seed, "seed")
-    flag(channels_last, "channels_last")
-    u, ball = system.controls.check(control), Ball(number(eps, "eps"), norm)
+    trials, batches = whole(trials, "trials", 1), whole(batches, "batches", 1)
+    system = build(method) if isinstance(method, str) else method
+    driver = Driver(model, system, Ball(number(eps, "eps"), norm), seed=seed, channels_last=channels_last)
+    u, ball = driver.method.controls.check(control), driver.ball
     pace = _pace(model, optimizer, mean_rate, scale, form)
-    gamma = number(gamma, "gamma")
-    for name, value in (("gamma", gamma), ("scale", pace.scale)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value:g}")
-    choice(form, "form", FORMS)
-    choice(maximiser, "maximiser", MAXIMISERS)
-    steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
-    instance(knobs, (Sequence, type(None)), "knobs", "a list such as ['alpha', 'steps', 'beta=1:3:6']")
-    candidates = Candidates.read(knobs, system.controls, eps=ball.eps, max_steps=steps, alphas=alphas)
-    ball.check(x.shape[1:])
-    if warning := ball.far(max(u.get("alpha", 0.0), *candidates.values.get("alpha", ()))):
+    gamma = _checked(gamma, pace, form, maximiser)
+    candidates = _candidates(driver, u, knobs, alphas, max_steps)
+    if warning := ball.step_size_warning(max(u.get("alpha", 0.0), *candidates.values.get("alpha", ()))):
         warnings.warn(warning, stacklevel=2)
-    driver = Driver(model, system, ball, seed=seed, channels_last=channels_last)
-    with FrozenModel(model, channels_last=channels_last) as view:
-        check_labels(int(y.max()), view(x[:1]).shape[1])
-    terminal_data = _held_out(held_out, x, y)
+    _check_probe(driver, x, y)
+    held_out_data = _held_out(held_out, x, y)
     surface = score(
         driver,
         probe_batches(x.detach(), y, batches),
         u,
         candidates,
-        terminal=AdversarialLoss(*terminal_data, ball, seed=seed) if form == "costate" else None,
+        terminal=AdversarialLoss(*held_out_data, ball, seed=driver.seed) if form == "costate" else None,
         scale=pace.scale,
         rate=pace.rate,
         maximiser=maximiser,
@@ -151,6 +140,38 @@ def criterion(
     if form == "costate" and held_out is None:  # grad Phi shares its noise with the probe gradients
         gap = replace(gap, unbiased=None, cross_fitted=None)
     return gap
+
+
+def _checked(gamma: float | str, pace: Pace, form: str, maximiser: str) -> float:
+    """gamma as a number, where it, the scale s_t and the two choices are what they must be."""
+    gamma = number(gamma, "gamma")
+    for name, value in (("gamma", gamma), ("scale", pace.scale)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value:g}")
+    choice(form, "form", FORMS)
+    choice(maximiser, "maximiser", MAXIMISERS)
+    return gamma
+
+
+def _candidates(
+    driver: Driver,
+    u: Control,
+    knobs: Sequence[str] | None,
+    alphas: Sequence[float] | None,
+    max_steps: int | None,
+) -> Candidates:
+    """The candidates around u."""
+    steps = max(10, int(u.get("steps", 1))) if max_steps is None else max_steps
+    instance(knobs, (Sequence, type(None)), "knobs", "a list such as ['alpha', 'steps', 'beta=1:3:6']")
+    controls, eps = driver.method.controls, driver.ball.eps
+    return Candidates.read(knobs, controls, eps=eps, max_steps=steps, alphas=alphas)
+
+
+def _check_probe(driver: Driver, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if the ball is larger than the pixel box, or a label is none of the network's."""
+    driver.ball.check(x.shape[1:])
+    with FrozenModel(driver.model, channels_last=driver.channels_last) as view:
+        check_labels(int(y.max()), view(x[:1]).shape[1])
 
 
 def _held_out(held_out: object, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,42 +97,58 @@ def tpe(
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
-    from hyperopt import STATUS_FAIL, STATUS_OK, fmin
-    from hyperopt import tpe as algorithm
-    from hyperopt.exceptions import AllTrialsFailed
-    from hyperopt.fmin import generate_trials_to_calculate
-
     bounds = {name: (values[0], values[-1]) for name, values in candidates.within(knobs).items()}
     base = first[0] if first else Control(**{name: knob.default or 1 for name, knob in knobs.items()})
     outcomes: list[str] = []  # of every trial: why it failed, or an empty text
 
-    def loss(point: dict[str, float]) -> dict[str, Any]:
+    def value(point: Mapping[str, float]) -> float | None:
         v = replaced(base, _clipped(point, bounds, knobs))
         try:
-            value = objective(v)
-            outcomes.append("" if math.isfinite(value) else f"the value of {v} is {value}")
+            h = objective(v)
+            outcomes.append("" if math.isfinite(h) else f"the value of {v} is {h}")
         except NonFiniteError as error:
             outcomes.append(str(error))
-        return {"status": STATUS_FAIL} if outcomes[-1] else {"status": STATUS_OK, "loss": -value}
+        return None if outcomes[-1] else h
 
     # `_clipped` would turn a control outside the bounds into another one: it is not tried.
     points = [point for v in first if (point := _point(v, bounds)) is not None]
-    with contextlib.suppress(AllTrialsFailed):  # the error below gives the reason
-        fmin(
-            loss,
-            {name: _prior(name, knobs[name].kind, *ends) for name, ends in bounds.items()},
-            algo=algorithm.suggest,
-            max_evals=trials,
-            trials=generate_trials_to_calculate(points) if points else None,
-            rstate=np.random.default_rng(seed),
-            show_progressbar=False,
-            verbose=False,
-        )
+    priors = {name: _prior(name, knobs[name].kind, *ends) for name, ends in bounds.items()}
+    _fmin(value, priors, points, trials, seed)
     searched = outcomes[len(points) :]
     failed = [outcome for outcome in searched if outcome]
     if len(failed) == len(searched):
         raise NonFiniteError(f"all {len(failed)} trials of TPE failed: nothing was searched ({failed[0]})")
     return failed
+
+
+def _fmin(
+    value: Callable[[Mapping[str, float]], float | None],
+    priors: Mapping[str, Any],
+    points: Sequence[Mapping[str, float]],
+    trials: int,
+    seed: int,
+) -> None:
+    """Call `value` at these points and at as many of TPE's as there are trials; None is a failed trial."""
+    from hyperopt import STATUS_FAIL, STATUS_OK, fmin
+    from hyperopt import tpe as algorithm
+    from hyperopt.exceptions import AllTrialsFailed
+    from hyperopt.fmin import generate_trials_to_calculate
+
+    def loss(point: dict[str, float]) -> dict[str, Any]:
+        h = value(point)
+        return {"status": STATUS_FAIL} if h is None else {"status": STATUS_OK, "loss": -h}
+
+    with contextlib.suppress(AllTrialsFailed):  # `tpe` gives the reason
+        fmin(
+            loss,
+            dict(priors),
+            algo=algorithm.suggest,
+            max_evals=trials,
+            trials=generate_trials_to_calculate(list(points)) if points else None,
+            rstate=np.random.default_rng(seed),
+            show_progressbar=False,
+            verbose=False,
+        )
 
 
 def _clipped(

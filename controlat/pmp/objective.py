@@ -31,8 +31,9 @@ class Outcome:
         phi: the terminal cost; where the roll-out ends before training, with what the optimiser's buffer will
             still do, to first order around the recorded end: there the slope of J is -G, too.
         evaluations: sum over steps of n, gradient evaluations per sample.
-        training: gradient evaluations that the roll-out took, in samples, hooks between epochs included.
-        judging: gradient evaluations that Phi took, in samples.
+        training_gradients: gradient evaluations that the roll-out took, in samples, hooks between epochs
+            included.
+        terminal_gradients: gradient evaluations that Phi took, in samples.
         seconds: wall time of both.
 
     >>> Outcome(phi=0.5, evaluations=12.0).objective(0.01)
@@ -41,8 +42,8 @@ class Outcome:
 
     phi: float
     evaluations: float
-    training: int = 0
-    judging: int = 0
+    training_gradients: int = 0
+    terminal_gradients: int = 0
     seconds: float = 0.0
 
     def objective(self, price: float) -> float:
@@ -52,7 +53,7 @@ class Outcome:
     @property
     def spent(self) -> int:
         """All gradient evaluations that it took, in samples."""
-        return self.training + self.judging
+        return self.training_gradients + self.terminal_gradients
 
     def to_json(self, price: float) -> dict[str, Any]:
         """J at a price, its parts and its cost, as plain data."""
@@ -61,7 +62,7 @@ class Outcome:
             "phi": self.phi,
             "evaluations": self.evaluations,
             "price": price,
-            "gradients": {"training": self.training, "Phi": self.judging},
+            "gradients": {"training": self.training_gradients, "Phi": self.terminal_gradients},
             "seconds": self.seconds,
         }
 
@@ -103,8 +104,10 @@ def objective(
     >>> schedule, rate = parse_schedule("pgd:steps=2,alpha=0.1", 3), parse_rate(0.1)
     >>> spec = RunSpec(Split(x, y), 4, 3, schedule, rate)
     >>> outcome = objective(driver, spec, AdversarialLoss(x, y, Ball(0.1), steps=5))
-    >>> outcome.evaluations, outcome.training, outcome.judging  # 6 steps of n = 2 + 1
-    (18.0, 72, 40)
+    >>> outcome.evaluations  # 6 steps of n = 2 + 1
+    18.0
+    >>> outcome.training_gradients, outcome.terminal_gradients
+    (72, 40)
     >>> outcome.objective(spec.price(0.01)) == outcome.phi + 0.01 * 0.1 * 18
     True
     """
@@ -118,7 +121,7 @@ def objective(
             progress()
     check_parameters(driver, step)
     training, seconds = driver.meter.since(before).gradients, time.perf_counter() - began
-    return outcome_at(driver, terminal, total, training=training, seconds=seconds)
+    return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
 
 
 def rollout_cost(spec: RunSpec, method: Method) -> float:
@@ -127,7 +130,7 @@ def rollout_cost(spec: RunSpec, method: Method) -> float:
 
 
 def outcome_at(
-    driver: Driver, terminal: Terminal, total: float, *, training: int = 0, seconds: float = 0.0
+    driver: Driver, terminal: Terminal, total: float, *, training_gradients: int = 0, seconds: float = 0.0
 ) -> Outcome:
     """The outcome of a roll-out that has led to the driver's present state.
 
@@ -135,7 +138,7 @@ def outcome_at(
         driver: at the end of the roll-out.
         terminal: Phi.
         total: sum over its steps of n.
-        training: gradient evaluations that it took, in samples.
+        training_gradients: gradient evaluations that it took, in samples.
         seconds: wall time that it took.
 
     Raises:
@@ -146,7 +149,13 @@ def outcome_at(
     if not math.isfinite(phi):
         raise NonFiniteError(f"the terminal cost is {phi}")
     seconds += time.perf_counter() - began
-    return Outcome(phi=phi, evaluations=total, training=training, judging=meter.gradients, seconds=seconds)
+    return Outcome(
+        phi=phi,
+        evaluations=total,
+        training_gradients=training_gradients,
+        terminal_gradients=meter.gradients,
+        seconds=seconds,
+    )
 
 
 def evaluations(steps: Iterable[Step]) -> float:

@@ -117,7 +117,7 @@ def relaxed(
         for _ in recording.again(mixing):
             if progress is not None:
                 progress()
-        outcome = outcome_at(mixing, terminal, mixing.evaluations, training=mixing.meter.gradients)
+        outcome = outcome_at(mixing, terminal, mixing.evaluations, training_gradients=mixing.meter.gradients)
         tail = momentum_tail(recording, recording.last)
         if tail:
             momentum = mixing.momentum
@@ -126,5 +126,7 @@ def relaxed(
             gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             triples = zip(gradient, momentum, driver.momentum, strict=True)
             phi = outcome.phi - tail * sum(float((g * (m - recorded)).sum()) for g, m, recorded in triples)
-            outcome = replace(outcome, phi=phi, judging=outcome.judging + meter.gradients)
+            outcome = replace(
+                outcome, phi=phi, terminal_gradients=outcome.terminal_gradients + meter.gradients
+            )
     return outcome

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controlat._util.errors import NonFiniteError
+from controlat.control.space import Control
 from controlat.dynamics.recording import Recording
 from controlat.pmp.full_criterion import Criterion
 from controlat.pmp.objective import Outcome
@@ -145,11 +146,8 @@ def trust(
     """
     _check(recording, criterion, lambdas)
     best = {b.index: b for b in criterion.best()}
-    others = {
-        criterion.first + i: best[index].maximiser
-        for i, index in enumerate(criterion.blocks)
-        if best[index].gain > 0
-    }
+    positions = enumerate(criterion.blocks, criterion.first)
+    others = {n: best[index].maximiser for n, index in positions if best[index].gain > 0}
     gain, outcomes = sum(b.gain for b in best.values()), {}
 
     def roll_out(part: float) -> float:
@@ -158,10 +156,7 @@ def trust(
             outcomes[part] = Outcome(phi=criterion.phi, evaluations=criterion.evaluations)
             return 1.0
         told = None if progress is None else functools.partial(progress, part)
-        try:
-            outcomes[part] = relaxed(recording, others, part, terminal, progress=told)
-        except NonFiniteError:  # the maximisers promise what training does not survive: that is an answer
-            outcomes[part] = Outcome(phi=math.inf, evaluations=0.0)
+        outcomes[part] = _relaxed(recording, others, part, terminal, told)
         return (criterion.objective - outcomes[part].objective(criterion.price)) / (part * gain)
 
     part = min(lambdas)
@@ -179,6 +174,20 @@ def trust(
         bound=criterion.lower + criterion.price * criterion.steps * cheapest,
         spent=sum(outcome.spent for outcome in outcomes.values()),
     )
+
+
+def _relaxed(
+    recording: Recording,
+    others: Mapping[int, Control],
+    part: float,
+    terminal: Terminal,
+    progress: Callable[[], object] | None,
+) -> Outcome:
+    """The outcome of a relaxed roll-out, with Phi = inf where training diverges."""
+    try:
+        return relaxed(recording, others, part, terminal, progress=progress)
+    except NonFiniteError:  # the maximisers promise what training does not survive: that is an answer
+        return Outcome(phi=math.inf, evaluations=0.0)
 
 
 def _check(recording: Recording, criterion: Criterion, lambdas: Sequence[float]) -> None:

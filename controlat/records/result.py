@@ -191,6 +191,7 @@ class _Summary(TypedDict):
 class _Schedule(TypedDict):
     text: str
     schedule: ScheduleRecord
+    closed_loop: NotRequired[bool]
     runs: Annotated[list[_Run], Field(min_length=1)]
     summary: _Summary
 

@@ -9,6 +9,7 @@ from controlat.report.sections import Result
 
 __all__ = [
     "examined",
+    "first_seed",
     "has_examined",
     "has_full",
     "has_objective",
@@ -39,6 +40,11 @@ def has_objective(result: Result) -> bool:
 def has_full(result: Result) -> bool:
     """Whether the criterion was computed over whole runs."""
     return "full" in summaries(result)[0]
+
+
+def first_seed(result: Result) -> int:
+    """The seed of the runs whose controls are shown epoch by epoch."""
+    return int(result["schedules"][0]["runs"][0]["seed"])
 
 
 def examined(result: Result) -> list[tuple[int, Any]]:

@@ -85,28 +85,28 @@ def _summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _full(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The full criterion by horizon, and its calibration, over seeds; what failed where it is not finite."""
+    """The full criterion by horizon, and its trust, over seeds; what failed where it is not finite."""
     failed = [f"seed {run['seed']}: {run['full']['failed']}" for run in every if "failed" in run["full"]]
     if failed:
         return {"failed": "; ".join(failed)}
     runs = [run["full"] for run in every]
-    calibrations = [run["calibration"] for run in runs]
+    trusts = [run["calibration"] for run in runs]
     horizons = [
         _spread([h["value"] for h in seeds])
         | {"steps": seeds[0]["steps"], "interval": _together([(h["value"], h["interval"]) for h in seeds])}
         for seeds in zip(*(run["horizons"] for run in runs), strict=True)
     ]
-    parts = dict.fromkeys(p for c in calibrations for p in c["reliability"])  # 1/8 where it was needed
+    parts = dict.fromkeys(p for c in trusts for p in c["reliability"])  # 1/8 where it was needed
     return {
         "horizons": horizons,
-        "objective": _spread([c["objective"] for c in calibrations]),
-        "certificate": _spread([c["certificate"] for c in calibrations]),
-        "kappa": _known([c["kappa"] for c in calibrations]),
-        "reliability": {p: _known([c["reliability"].get(p) for c in calibrations]) for p in parts},
-        "uncalibrated": sum(not c["calibrated"] for c in calibrations),
-        "reach": min((c["reach"] or 0.0 for c in calibrations if c["gain"] > 0), default=None),
-        "gain": _spread([c["gain"] for c in calibrations]),
-        "model_gain": _spread([c["model_gain"] for c in calibrations]),
+        "objective": _spread([c["objective"] for c in trusts]),
+        "certificate": _spread([c["certificate"] for c in trusts]),
+        "kappa": _known([c["kappa"] for c in trusts]),
+        "reliability": {p: _known([c["reliability"].get(p) for c in trusts]) for p in parts},
+        "uncalibrated": sum(not c["calibrated"] for c in trusts),
+        "reach": min((c["reach"] or 0.0 for c in trusts if c["gain"] > 0), default=None),
+        "gain": _spread([c["gain"] for c in trusts]),
+        "model_gain": _spread([c["model_gain"] for c in trusts]),
         **{name: _known([run[name] for run in runs]) for name in ("C_rho", "cosine", "growth")},
         "prices": [
             {"gamma": seeds[0]["gamma"], "mean": statistics.fmean(p["value"] for p in seeds)}

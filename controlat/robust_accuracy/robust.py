@@ -125,7 +125,7 @@ def robustness(
     """
     source, ball, attacks = Pair(x, y, device), Ball(number(eps, "eps"), norm), read_attacks(attacks)
     ball.check(x.shape[1:])
-    if warning := ball.far(max((a.alpha for a in attacks if a.alpha is not None), default=0.0)):
+    if warning := ball.step_size_warning(max((a.alpha for a in attacks if a.alpha is not None), default=0.0)):
         warnings.warn(warning, stacklevel=2)
     result = run_attacks(
         model,

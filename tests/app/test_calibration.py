@@ -12,9 +12,9 @@ import torch
 import controlat
 from controlat._util.files import read_json, write_json
 from controlat.app import calibration
-from controlat.app.calibration import calibrate
-from controlat.app.calibration import calibration as kept_calibration
+from controlat.app.calibration import calibration as calibrated
 
+KEPT = "calibration.json"
 FEW: dict[str, Any] = {"train_points": 200, "test_points": 40, "threads": 1, "progress": False}
 MEASURES = {"convergence", "curvature", "secant", "slope", "after_one"}
 
@@ -50,7 +50,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _measured(run: Path, **options: Any) -> dict[str, Any]:
-    return calibrate(run, **({"probe": 64, "progress": False} | options))
+    """Measured anew: what an earlier call left is deleted."""
+    (run / KEPT).unlink(missing_ok=True)
+    return calibrated(run, **({"probe": 64, "progress": False} | options))
 
 
 # ------------------------------------------------------------------------------------------ known answers
@@ -60,7 +62,7 @@ def _measured(run: Path, **options: Any) -> dict[str, Any]:
 
 
 def test_a_run_is_measured_at_every_epoch_and_ends_with_its_own_bits(run: Path) -> None:
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.name != KEPT}
     found = _measured(run)
     assert found["same"] is True
     assert found["warning"] is None
@@ -80,7 +82,9 @@ def test_a_run_is_measured_at_every_epoch_and_ends_with_its_own_bits(run: Path) 
     assert found["training_gradients"] == sum(trained)
     assert found["gradients"] >= 4 * 64 * 21
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert {p.name: p.read_bytes() for p in run.iterdir()} == before, "nothing is written"
+    assert read_json(run / KEPT) == found
+    after = {p.name: p.read_bytes() for p in run.iterdir() if p.name != KEPT}
+    assert after == before, "nothing else is written"
 
 
 def test_the_same_numbers_twice_and_the_last_is_that_of_the_trained_network(run: Path) -> None:
@@ -125,23 +129,25 @@ def test_a_run_that_its_method_ended_is_measured_up_to_there(tmp_path: Path) -> 
 def test_a_measurement_is_kept_under_everything_that_decides_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, made = tmp_path / "run", list[dict[str, Any]]()
+    folder, made = tmp_path / "run", list[Any]()
     shutil.copytree(run, folder)
     options: dict[str, Any] = {"probe": 64, "steps": 10, "threads": 1, "progress": False}
-    whole = calibrate(folder, **options)
+    (folder / KEPT).unlink(missing_ok=True)
+    whole = calibrated(folder, **options)
+    (folder / KEPT).unlink()
 
-    def counted(run: Path, **given: Any) -> dict[str, Any]:
+    def counted(*given: Any) -> dict[str, Any]:
         made.append(given)
         return whole | {"number": len(made)}
 
-    monkeypatch.setattr(calibration, "calibrate", counted)
+    monkeypatch.setattr(calibration, "_measured", counted)
 
     def number() -> int:
-        return int(kept_calibration(folder, **options)["number"])
+        return int(calibrated(folder, **options)["number"])
 
     assert [number(), number()] == [1, 1]
     for other in ({"probe": 63}, {"steps": 11}, {"threads": 2}):
-        assert [kept_calibration(folder, **options | other)["number"], number()] == [len(made) - 1, len(made)]
+        assert [calibrated(folder, **options | other)["number"], number()] == [len(made) - 1, len(made)]
     for name, value in (("_VERSION", 0), ("BUDGET", 3.0), ("SHARE", 0.9)):
         with monkeypatch.context() as there:
             there.setattr(calibration, name, value)
@@ -176,28 +182,28 @@ def test_other_bits_are_told_with_what_differs(run: Path, tmp_path: Path) -> Non
 
 def test_what_is_no_finished_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the directory of a controlat train: it has no settings"):
-        calibrate(tmp_path)
+        calibrated(tmp_path)
     write_json(tmp_path / "evaluated" / "settings.json", {"command": "evaluate"})
     with pytest.raises(ValueError, match="is not the directory of a controlat train"):
-        calibrate(tmp_path / "evaluated")
+        calibrated(tmp_path / "evaluated")
     for name in ("cut", "behind", "none", "elsewhere"):
         shutil.copytree(run, tmp_path / name)
     lines = (run / "log.jsonl").read_text().splitlines(True)
     (tmp_path / "cut" / "log.jsonl").write_text("".join(lines[:2]))
     with pytest.raises(ValueError, match="has 2 of 3 epochs; finish it with --resume"):
-        calibrate(tmp_path / "cut")
+        calibrated(tmp_path / "cut")
     stored = torch.load(run / "last.pt", weights_only=True)
     stored["tally"]["epoch"] = 2
     torch.save(stored, tmp_path / "behind" / "last.pt")
     with pytest.raises(ValueError, match="has a checkpoint of 2 of 3 epochs; finish it with --resume"):
-        calibrate(tmp_path / "behind")
+        calibrated(tmp_path / "behind")
     (tmp_path / "none" / "last.pt").unlink()
     with pytest.raises(ValueError, match="no such checkpoint"):
-        calibrate(tmp_path / "none")
+        calibrated(tmp_path / "none")
     settings = read_json(run / "settings.json") | {"data": "mnist"}
     write_json(tmp_path / "elsewhere" / "settings.json", settings)
     with pytest.raises(ValueError, match="mnist"):
-        calibrate(tmp_path / "elsewhere", data_dir=str(tmp_path / "empty"))
+        calibrated(tmp_path / "elsewhere", data_dir=str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("probe", 1), ("steps", 9), ("threads", 0), ("device", "tpu9")])
@@ -205,4 +211,4 @@ def test_numbers_out_of_range_are_refused_before_anything_is_trained(
     run: Path, name: str, value: Any
 ) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
-        calibrate(run, **{name: value})
+        calibrated(run, **{name: value})

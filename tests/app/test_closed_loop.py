@@ -127,6 +127,8 @@ def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Pat
     loop, plain = found["schedules"]
     assert loop["text"] == RULE
     assert loop["schedule"] == read_json(looped / "schedule.json")
+    assert loop["closed_loop"] is True
+    assert "closed_loop" not in plain
     assert plain["schedule"]["text"] == "pgd:steps=2,alpha=0.05"
     (run,) = loop["runs"]
     assert [*map(timeless, run["epochs"])] == log(looped)
@@ -135,7 +137,9 @@ def test_a_closed_loop_is_evaluated_beside_a_schedule_and_by_its_run(looped: Pat
     assert run["full"]["evaluations"] == pytest.approx(
         sum(u["steps"] + 1 for line in log(looped) for u in unrolled(line["controls"], 4))
     )
-    assert RULE in (tmp_path / "out" / "summary.md").read_text()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert f"Closed loop ({RULE}): controls depend on the state, and so on the seed" in summary
+    assert "tables of controls show those that were taken under seed 0." in summary
     assert {p.name for p in (tmp_path / "out").glob("*.png")} >= {"schedules.png", "tradeoff.png"}
     assert read(tmp_path / "out" / "result.json") == read_json(tmp_path / "out" / "result.json")
 
@@ -167,10 +171,13 @@ def test_lost_lines_of_the_criterion_are_scored_again_as_they_were(tmp_path: Pat
     assert [*map(timeless, read_json_lines(file))] == [*map(timeless, lines)]
 
 
-def test_an_estimate_takes_the_dearest_control_or_says_that_the_cost_is_not_known() -> None:
+def test_an_estimate_takes_the_most_expensive_control_or_says_that_the_cost_is_not_known() -> None:
     known = estimate(schedules=[RULE], full=False, **FEW)["gradients"]["training"]
     assert known == 4 * 3 * 120
-    with pytest.raises(ValueError, match=r"controller Rising will do is not known ahead.*`dearest`"):
+    with pytest.raises(
+        ValueError,
+        match=r"closed loop Rising are not known before the run: give it an attribute `most_expensive`",
+    ):
         estimate(schedules=["rules:unbounded", "pgd:steps=1,alpha=0.1"], **FEW)
     with pytest.raises(ValueError, match="max_steps is missing"):
         estimate(schedules=["rules:unbounded"], **FEW)

@@ -198,8 +198,14 @@ CALLS: dict[str, Case] = {
     ),
     "examine": (
         examine,
-        {"recording": RECORDING, "terminal": PHI, "grid": Candidates.of((0.05,), 1), "gamma": 0},
-        {"recording": KIND, "terminal": [(3, "int")], "grid": KIND, "gamma": ABOVE, "looks": FROM_ONE[1:]}
+        {"recording": RECORDING, "terminal": PHI, "candidates": Candidates.of((0.05,), 1), "gamma": 0},
+        {
+            "recording": KIND,
+            "terminal": [(3, "int")],
+            "candidates": KIND,
+            "gamma": ABOVE,
+            "looks": FROM_ONE[1:],
+        }
         | {"horizons": [(3, "3"), ([0], "0"), ([1.5], "1.5")]},
     ),
     "backward": (

@@ -346,4 +346,4 @@ def test_a_step_far_beyond_the_ball_is_noted_and_one_across_it_is_not() -> None:
         with pytest.warns(UserWarning, match=r"alpha 8 is 80 eps \(eps 0.1\).*was 8/255 meant\?") as told:
             call(8)
         assert [w.filename for w in told] == [__file__]
-    assert Ball(0).far(1.0) == ""
+    assert Ball(0).step_size_warning(1.0) == ""

@@ -57,6 +57,38 @@ def test_none_is_no_attack() -> None:
     assert dict(parse_schedule("none", 3)(2)) == {"alpha": 0.0, "steps": 0}
 
 
+def test_anneal_is_real_k_on_lines_through_knots_and_a_line_of_log_alpha() -> None:
+    schedule = parse_schedule("anneal:steps=0:2:8,alpha=0.4:0.1", 4)
+    assert [schedule(t)["steps"] for t in (0, 1, 2, 3)] == [0, 1, 2, 5]
+    assert [schedule(t)["alpha"] for t in (1, 2)] == pytest.approx([0.4 * 4**-0.25, 0.2])
+    assert schedule(0)["alpha"] == 0  # no attack
+    half = parse_schedule("anneal:steps=0:1,alpha=0.1", 2)
+    assert half(1)["steps"] == 0.5  # real: dithered over the batches
+    assert sum(half.at(1, b, 10)["steps"] for b in range(10)) == 5
+    assert steps("anneal:steps=3,tau=0.3", 2) == [3, 3]
+    assert alphas("anneal:steps=1:3,tau=0.3,rounding=half_up", 2) == pytest.approx([0.3, 0.15])
+
+
+def test_delayed_starts_late() -> None:
+    assert steps("delayed:steps=7,alpha=0.1,since=2", 4) == [0, 0, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("anneal:steps=0:-1,alpha=0.1", "needs K >= 0, got -1"),
+        ("anneal:steps=0:1,alpha=0.1:0", "one alpha or two > 0"),
+        ("anneal:steps=0:1,alpha=0.1:0.2:0.3", "one alpha or two > 0"),
+        ("anneal:steps=0:1,alpha=0.1:0.2,tau=1", "not both"),
+        ("anneal:steps=0:1", "needs one of tau"),
+        ("delayed:steps=7,alpha=0.1", "since"),
+    ],
+)
+def test_anneal_and_delayed_say_what_is_wrong(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_schedule(text, 4)
+
+
 def test_fgsm_is_one_step() -> None:
     assert dict(parse_schedule("fgsm:alpha=10/255", 3)(1)) == {"alpha": 10 / 255, "steps": 1}
 
@@ -354,7 +386,8 @@ def test_what_a_schedule_was_bound_to_survives_every_copy(method: str) -> None:
             found = again(s)
             assert (found, hash(found), repr(found)) == (s, hash(s), repr(s)), name
             for t in range(8):
-                assert dict(found(t)) == dict(plain(t)) | known == dict(space.check(plain(t)))
+                assert dict(found(t)) == dict(plain(t)) | known
+                assert dict(found.at(t, 0, 4)) == dict(space.check(plain.at(t, 0, 4)))
                 assert [type(v) for v in found(t).values()] == [type(v) for v in s(t).values()]
         assert (s == plain, repr(s) == repr(plain)) == (not known, not known)
 

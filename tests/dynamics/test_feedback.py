@@ -137,12 +137,15 @@ def test_a_second_run_of_a_driver_asks_for_its_first_control_anew() -> None:
     assert [now.batch for now in spec.controller.asked] == 2 * [0, 1, 2]  # type: ignore[attr-defined]
 
 
-def test_what_is_known_ahead_of_a_closed_loop_is_its_dearest_control_and_no_block() -> None:
+def test_what_is_known_ahead_of_a_closed_loop_is_its_most_expensive_control_and_no_block() -> None:
     _, spec = looped(PLAIN["pgd_at"])
     assert not spec.open_loop
-    with pytest.raises(ValueError, match="Follow will do is not known ahead; an attribute `dearest`"):
+    with pytest.raises(
+        ValueError,
+        match="closed loop Follow are not known before the run: give it an attribute `most_expensive`",
+    ):
         spec.plan()
-    spec.controller.dearest = {"alpha": 0.1, "steps": 3}  # type: ignore[attr-defined]
+    spec.controller.most_expensive = {"alpha": 0.1, "steps": 3}  # type: ignore[attr-defined]
     assert spec.plan(2) == [Control(alpha=0.1, steps=3)] * (STEPS - 2)
     assert spec.blocks(1, 4) == (0, 1, 2)
 

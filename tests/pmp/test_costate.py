@@ -344,7 +344,7 @@ def test_looking_at_some_steps_gives_what_looking_at_all_gives(name: str, looked
     rec, horizons = recorded(CASES[name]), (1, 3, 6)
     meters = Meter(), Meter()
     every = passed(rec, PHI, horizons, meter=meters[0])
-    some = passed(rec, PHI, horizons, looked=looked, meter=meters[1])
+    some = passed(rec, PHI, horizons, steps=looked, meter=meters[1])
     assert min(some) == min(looked)
     for number in looked:
         assert sorted(some[number].costates) == list(horizons)
@@ -364,7 +364,7 @@ def test_what_is_looked_at_is_compared_a_few_times_for_each_step_however_long_th
         d = driver(PLAIN["pgd_at"], optimizer=SETTINGS["plain"], channels_last=False)
         rec = Recording.of(d, planned(Control(alpha=0.1, steps=1), 3, epochs=steps))
         looked = [Counted(n) for n in range(steps)]
-        return Counted.during(lambda: list(backward(rec, PHI, (1, 4), looked=looked)))
+        return Counted.during(lambda: list(backward(rec, PHI, (1, 4), steps=looked)))
 
     short, long = compared(32), compared(128)
     assert short > 0
@@ -373,7 +373,7 @@ def test_what_is_looked_at_is_compared_a_few_times_for_each_step_however_long_th
 
 def test_looking_at_nothing_costs_nothing() -> None:
     rec, meter = recorded(PLAIN["pgd_at"]), Meter()
-    assert passed(rec, PHI, (1, 3), looked=(), meter=meter) == {}
+    assert passed(rec, PHI, (1, 3), steps=(), meter=meter) == {}
     assert meter == Meter()
 
 
@@ -422,7 +422,7 @@ def test_horizons_below_one_step_are_refused(h: Any) -> None:
 @pytest.mark.parametrize("looked", [(99,), (-1, 2)])
 def test_steps_that_the_roll_out_does_not_have_are_refused(looked: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"the roll-out has the steps 0\.\.5, not"):
-        next(backward(recorded(PLAIN["pgd_at"]), PHI, looked=looked))
+        next(backward(recorded(PLAIN["pgd_at"]), PHI, steps=looked))
 
 
 def test_a_horizon_beyond_the_roll_out_is_the_roll_out() -> None:
@@ -519,7 +519,7 @@ def scored(rec: Recording, grid: Candidates = GRID, horizons: Sequence[int] = (2
 @pytest.mark.parametrize("case", GAINS.values(), ids=GAINS)
 def test_gains_from_gradients_are_those_from_steps(o: SGDSettings, case: Case) -> None:
     rec = recorded(case, o)
-    for s in backward(rec, PHI, (1, 3, 6), looked=(2, 5)):
+    for s in backward(rec, PHI, (1, 3, 6), steps=(2, 5)):
         if s.visit.number not in (2, 5):
             continue
         short = _by_gradients(rec.driver, s.visit, s.costates, GRID, Meter())
@@ -536,7 +536,7 @@ def test_gains_from_gradients_are_those_from_steps(o: SGDSettings, case: Case) -
 def test_the_control_itself_comes_first_and_is_worth_nothing(case: Case) -> None:
     rec = recorded(case)
     d = rec.driver
-    for s in backward(rec, PHI, (2, 6), looked=(1, 5)):
+    for s in backward(rec, PHI, (2, 6), steps=(1, 5)):
         if s.visit.number not in (1, 5):
             continue
         before, counts = d.snapshot(), d.meter.copy()

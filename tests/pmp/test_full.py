@@ -339,11 +339,11 @@ def test_a_backward_pass_takes_no_step_again_before_the_first_that_is_looked_at(
     r = recorded(PLAIN["pgd_at"])
     few = Recording.of(*system_of(r), stride=3)
     before = few.spent.gradients
-    passed = list(backward(few, phi(), looked=[4]))
+    passed = list(backward(few, phi(), steps=[4]))
     assert [s.visit.number for s in passed] == [5, 4]
     per_step = sum(step.spent.gradients for step in r.steps) / 6
     assert few.spent.gradients - before == pytest.approx(2 * per_step, rel=0.5)  # steps 3 and 4, to be at 5
-    assert list(backward(few, phi(), looked=[])) == []
+    assert list(backward(few, phi(), steps=[])) == []
 
 
 def system_of(r: Recording) -> tuple[Any, Any]:

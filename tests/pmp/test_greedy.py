@@ -532,7 +532,7 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
         controller=unused,
         seed=0,
         directory=unused,
-        grid=unused,
+        candidates=unused,
     )
     found = run.probe(3)
     assert [len(b.x) for b in found] == [probe // count] * count

@@ -45,7 +45,7 @@ def test_j_is_that_of_a_training_loop_by_hand() -> None:
             optimizer.step()
     phi = nn.functional.cross_entropy(model.eval()(x), y).item()
     assert found.phi == pytest.approx(phi, rel=1e-12)
-    assert (found.evaluations, found.training, found.judging) == (9.0, 30, 0)
+    assert (found.evaluations, found.training_gradients, found.terminal_gradients) == (9.0, 30, 0)
     assert s.price(0.01) == pytest.approx(0.002)
     assert found.objective(s.price(0.01)) == pytest.approx(phi + 0.01 * 0.2 * 9, rel=1e-12)
 
@@ -74,7 +74,7 @@ def test_every_method_ends_where_its_recorded_roll_out_does(case: Case) -> None:
     recording = Recording.of(systems.driver(case), s)
     recorded = outcome_at(recording.driver, phi, evaluations(recording.steps))
     assert (plain.phi, plain.evaluations) == (recorded.phi, recorded.evaluations)
-    assert plain.training == recording.driver.meter.gradients
+    assert plain.training_gradients == recording.driver.meter.gradients
 
 
 def test_what_it_took_is_counted_and_bounded_ahead() -> None:
@@ -82,10 +82,10 @@ def test_what_it_took_is_counted_and_bounded_ahead() -> None:
     told: list[int] = []
     found = objective(d, s, TERMINAL, progress=lambda: told.append(1))
     assert len(told) == 6
-    assert found.training == d.meter.gradients == 2 * 10 * 3 == rollout_cost(s, d.method)
-    assert (found.judging, found.spent) == (6 * 3, 60 + 18)
+    assert found.training_gradients == d.meter.gradients == 2 * 10 * 3 == rollout_cost(s, d.method)
+    assert (found.terminal_gradients, found.spent) == (6 * 3, 60 + 18)
     assert found.seconds > 0
-    assert objective(d, s, TERMINAL).training == 60, "of this roll-out alone"
+    assert objective(d, s, TERMINAL).training_gradients == 60, "of this roll-out alone"
 
 
 def test_a_method_whose_steps_cost_less_than_declared_is_counted() -> None:
@@ -94,7 +94,7 @@ def test_a_method_whose_steps_cost_less_than_declared_is_counted() -> None:
     bound = parse_schedule("set:steps=8,alpha=0.05,slack=1", 2).bound(d.method.controls)
     s = RunSpec(s.data, s.batch_size, s.epochs, bound, s.rate)
     found = objective(d, s, TERMINAL)
-    assert found.training == d.meter.gradients < rollout_cost(s, d.method)
+    assert found.training_gradients == d.meter.gradients < rollout_cost(s, d.method)
     assert 2 * 3 <= found.evaluations < 2 * 3 * 9
 
 

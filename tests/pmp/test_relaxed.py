@@ -382,7 +382,7 @@ def test_lambda_0_repeats_the_run_to_the_bit(case: Case) -> None:
         found = relaxed(rec, others, 0.0, PHI)
         assert found.phi == PHI.value(d)
         assert found.evaluations == sum(s.spent.gradients / s.samples for s in rec.steps)
-        assert sum(s.spent.gradients for s in rec.steps) <= found.training <= counts.gradients
+        assert sum(s.spent.gradients for s in rec.steps) <= found.training_gradients <= counts.gradients
         assert same(d.snapshot(), end)
         assert same(trace(d.model), left)
         assert d.meter is meter
@@ -515,7 +515,7 @@ def test_costs_mix_linearly(name: str) -> None:
         assert found.evaluations == pytest.approx((1 - part) * n[0] + part * n[1])
         assert found.objective(0.3) == pytest.approx(found.phi + 0.3 * found.evaluations)
         both = [cost(s.control) + (part > 0) * cost(others[i]) for i, s in enumerate(rec.steps)]
-        assert found.training == sum(b * size for b, size in zip(both, sizes, strict=True))
+        assert found.training_gradients == sum(b * size for b, size in zip(both, sizes, strict=True))
 
 
 def test_an_outcome_has_its_objective() -> None:

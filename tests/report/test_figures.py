@@ -44,6 +44,21 @@ def test_figures_open_and_show_something(demo: dict[str, Any], name: str, tmp_pa
         assert half.sum() > 100, "there are curves in both panels, not axes only"
 
 
+def test_the_controls_of_a_closed_loop_are_marked_with_the_seed_that_they_were_taken_under(
+    demo: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(problem, "save", lambda figure, path: drawn.append(figure))
+    loop, *others = demo["schedules"]
+    result = demo | {"schedules": [loop | {"closed_loop": True}, *others]}
+    problem.draw(result, tmp_path / "schedules.png")
+    (legend,) = drawn[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == [f"{loop['text']} (seed 0)", *(entry["text"] for entry in others)]
+    assert f"Closed loop ({loop['text']}): controls depend on the state" in report.summary(result)
+    assert "Closed loop" not in report.summary(demo)
+
+
 def test_a_schedule_of_many_pieces_is_asked_once_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

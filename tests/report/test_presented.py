@@ -23,7 +23,7 @@ ALWAYS = {"landscape.png", "schedule.png", "network.png"}
 
 
 def _measured(times, values):
-    """What `controlat.app.calibration.calibrate` returns, as far as it is shown."""
+    """What `controlat.app.calibration.calibration` returns, as far as it is shown."""
     marks = [""] * (len(times) - 1) + ["one step is enough"]
     what = "steps K of size 2 eps/K to 95% of the gain"
     spent = {"gradients": 91648, "forwards": 12800, "training_gradients": 42048}

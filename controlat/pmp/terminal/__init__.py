@@ -17,19 +17,19 @@ from controlat._util import registry
 from controlat._util.checks import number
 from controlat.attacks.balls import Ball
 from controlat.pmp.terminal._base import (
-    Price,
+    Evaluations,
     Terminal,
     check_terminal,
     described,
     differentiated,
 )
-from controlat.pmp.terminal._trial import price, try_terminal
+from controlat.pmp.terminal._trial import terminal_evaluations, try_terminal
 from controlat.pmp.terminal._weighted import Weighted
 from controlat.pmp.terminal.adversarial import AdversarialLoss
 
 __all__ = [
     "AdversarialLoss",
-    "Price",
+    "Evaluations",
     "Terminal",
     "Weighted",
     "build_terminal",
@@ -39,7 +39,7 @@ __all__ = [
     "differentiated",
     "names",
     "parse_terminal",
-    "price",
+    "terminal_evaluations",
     "try_terminal",
 ]
 
@@ -67,9 +67,9 @@ def describe() -> list[dict[str, str]]:
     for name in names():
         docstring = inspect.getdoc(registry.member(__name__, name).build) or ""
         what = docstring.partition("\n\n")[0].replace("\n", " ")
-        declared = getattr(_named(name, x, y, Ball(0), 0), "price", None)
+        declared = getattr(_named(name, x, y, Ball(0), 0), "evaluations", None)
         spent = "counted in a trial"
-        if isinstance(declared, Price):
+        if isinstance(declared, Evaluations):
             spent = f"{declared.value} for its value, {declared.gradient} for its gradient"
         entries.append({"name": name, "what": what, "gradients": spent})
     return entries

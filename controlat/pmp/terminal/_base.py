@@ -16,7 +16,7 @@ from controlat.dynamics.driver import Driver
 from controlat.models.frozen.batchnorm import differentiable_statistics
 
 __all__ = [
-    "Price",
+    "Evaluations",
     "Terminal",
     "check_terminal",
     "described",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class Price(NamedTuple):
+class Evaluations(NamedTuple):
     """Gradient evaluations, in samples, of one call of a terminal cost.
 
     Args:
@@ -41,8 +41,8 @@ class Price(NamedTuple):
 class Terminal(Protocol):
     """A terminal cost Phi. Its methods must not change the driver's state.
 
-    Two members are optional: ``describe() -> str``, a description in words (see `described`), and ``price``,
-    a `Price` (without it, the evaluations are counted in a trial call).
+    Two members are optional: ``describe() -> str``, a description in words (see `described`), and
+    ``evaluations``, the `Evaluations` of its calls (without it, they are counted in a trial call).
     """
 
     def value(self, driver: Driver, meter: Meter | None = None) -> float:

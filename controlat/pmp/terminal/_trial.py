@@ -9,13 +9,13 @@ from torch import Tensor
 
 from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
-from controlat.pmp.terminal._base import Price, Terminal
+from controlat.pmp.terminal._base import Evaluations, Terminal
 from controlat.pmp.terminal._weighted import Weighted
 
-__all__ = ["price", "try_terminal"]
+__all__ = ["terminal_evaluations", "try_terminal"]
 
 
-def price(terminal: Terminal, driver: Driver) -> Price:
+def terminal_evaluations(terminal: Terminal, driver: Driver) -> Evaluations:
     """The gradient evaluations of a terminal cost: as it declares them, or counted in a trial call.
 
     Args:
@@ -25,19 +25,19 @@ def price(terminal: Terminal, driver: Driver) -> Price:
     >>> from controlat.attacks.balls import Ball
     >>> from controlat.pmp.terminal import AdversarialLoss
     >>> x, y = torch.rand(8, 1, 4, 4), torch.arange(8)
-    >>> price(AdversarialLoss(x, y, Ball("8/255"), steps=3), driver=None)
-    Price(value=24, gradient=32)
+    >>> terminal_evaluations(AdversarialLoss(x, y, Ball("8/255"), steps=3), driver=None)
+    Evaluations(value=24, gradient=32)
     """
     if isinstance(terminal, Weighted):
-        prices = [price(part, driver) for _, part in terminal.parts]
-        return Price(sum(p.value for p in prices), sum(p.gradient for p in prices))
-    declared = getattr(terminal, "price", None)
-    if isinstance(declared, Price):
+        parts = [terminal_evaluations(part, driver) for _, part in terminal.parts]
+        return Evaluations(sum(p.value for p in parts), sum(p.gradient for p in parts))
+    declared = getattr(terminal, "evaluations", None)
+    if isinstance(declared, Evaluations):
         return declared
     of_value, of_gradient = Meter(), Meter()
     terminal.value(driver, of_value)
     terminal.gradient(driver, of_gradient)
-    return Price(of_value.gradients, of_gradient.gradients)
+    return Evaluations(of_value.gradients, of_gradient.gradients)
 
 
 def try_terminal(terminal: Terminal, driver: Driver, name: str) -> None:

@@ -27,7 +27,7 @@ from controlat.models.frozen.contexts import (
 )
 from controlat.models.frozen.logits import checked_logits
 from controlat.models.frozen.view import FrozenModel
-from controlat.pmp.terminal._base import Price, differentiated, finite_gradient, finite_value
+from controlat.pmp.terminal._base import Evaluations, differentiated, finite_gradient, finite_value
 
 __all__ = ["AdversarialLoss", "build"]
 
@@ -90,9 +90,9 @@ class AdversarialLoss:
         return 0.0 if self.loss == "cross_entropy" else -math.inf
 
     @property
-    def price(self) -> Price:
+    def evaluations(self) -> Evaluations:
         """K gradient evaluations per sample for the attack, and one more for the gradient of Phi."""
-        return Price(self.steps * len(self.x), (self.steps + 1) * len(self.x))
+        return Evaluations(self.steps * len(self.x), (self.steps + 1) * len(self.x))
 
     def describe(self) -> str:
         """Loss, samples and attack in words."""
@@ -176,8 +176,8 @@ def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
     Raises:
         ValueError: x is empty or not in [0, 1]; y is not one integer label per sample.
 
-    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price
-    Price(value=160, gradient=168)
+    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).evaluations
+    Evaluations(value=160, gradient=168)
 
     Source:
         The objective of Madry et al. (2018), equation 2.1; the attack as in Wang et al. (2019).

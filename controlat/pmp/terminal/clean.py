@@ -23,7 +23,7 @@ def build(x: Tensor, y: Tensor, ball: Ball, seed: int = 0) -> AdversarialLoss:
         ValueError: x is empty or not in [0, 1]; y is not one integer label per sample.
 
     >>> import torch
-    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).price
-    Price(value=0, gradient=8)
+    >>> build(torch.rand(8, 1, 4, 4), torch.arange(8), Ball("8/255")).evaluations
+    Evaluations(value=0, gradient=8)
     """
     return AdversarialLoss(x, y, ball, seed=seed, steps=0)

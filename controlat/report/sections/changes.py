@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from controlat._util.drawing import save
-from controlat.report._contents import examined, has_examined, searched_knobs
+from controlat.report._contents import examined, first_seed, has_examined, searched_knobs
 from controlat.report._formats import by_epoch, knobs
 from controlat.report.sections import Figure, Result, Section
 
@@ -24,7 +24,7 @@ def text(result: Result) -> str:
     entries = [entry for _, entry in examined(result)]
     return (
         "## What the full maximum principle would change\n\nControl of the schedule → maximiser over the "
-        f"block, and what it would gain in units of J; seed {entries[0]['runs'][0]['seed']}.\n\n"
+        f"block, and what it would gain in units of J; seed {first_seed(result)}.\n\n"
         f"{by_epoch(entries, partial(_cell, searched_knobs(result)))}"
     )
 
@@ -83,10 +83,10 @@ def _surface(figure: matplotlib.figure.Figure, axis: Any, block: Mapping[str, An
     bar.set_label("gain in J (ring: u, star: best)", fontsize=6)
 
 
-_TITLE = "the Hamiltonian over step size and steps (ring: u, star: the maximiser)"
+_TITLE = "the Hamiltonian over step size and steps (ring: u, star: the maximiser), seed"
 SECTION = Section(
     order=110,
     wanted=has_examined,
     text=text,
-    figures=lambda result: {"surfaces.png": Figure(_TITLE, draw)},
+    figures=lambda result: {"surfaces.png": Figure(f"{_TITLE} {first_seed(result)}", draw)},
 )

@@ -21,7 +21,7 @@ def numbers(result: Result) -> dict[str, list[str]]:
 def _criterion(full: Mapping[str, Any]) -> str:
     if "failed" in full:
         return "not finite"
-    return estimate(full["horizons"][-1]) + " uncalibrated" * bool(full["uncalibrated"])
+    return estimate(full["horizons"][-1]) + " not trusted" * bool(full["uncalibrated"])
 
 
 def notes(result: Result) -> list[str]:
@@ -37,7 +37,7 @@ def notes(result: Result) -> list[str]:
     ]
     if doubtful := [text for text, full in entries if full.get("uncalibrated")]:
         lines.append(
-            f"uncalibrated ({', '.join(doubtful)}): a quarter of the way reached less than a quarter of what "
+            f"not trusted ({', '.join(doubtful)}): a quarter of the way reached less than a quarter of what "
             "C promises, for one seed at least; go by D there."
         )
     lines += [f"WARNING, {text}: no C full, {full['failed']}." for text, full in entries if "failed" in full]

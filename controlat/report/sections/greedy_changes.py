@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from controlat._util.texts import count
-from controlat.report._contents import searched_knobs, summaries
+from controlat.report._contents import first_seed, searched_knobs, summaries
 from controlat.report._formats import by_epoch, knobs
 from controlat.report.sections import Result, Section
 
@@ -19,7 +19,7 @@ def text(result: Result) -> str:
     spent = sum(s["criterion_gradients"] for s in summaries(result))
     return (
         "## What the greedy maximum principle would have done\n\nControl of the schedule → maximiser of the "
-        f"norm form, and the gap; seed {result['schedules'][0]['runs'][0]['seed']}. Both terms of each are "
+        f"norm form, and the gap; seed {first_seed(result)}. Both terms of each are "
         f"in result.json. All surfaces together took {count(spent)} gradient evaluations.\n\n"
         f"{by_epoch(result['schedules'], partial(_cell, searched_knobs(result)))}"
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from controlat._util.drawing import line_style, panels, save
 from controlat.control.schedules import Schedule
+from controlat.report._contents import first_seed
 from controlat.report.sections import Figure, Result, Section
 
 __all__ = ["SECTION", "draw"]
@@ -18,7 +19,7 @@ _KNOBS = {"alpha": "step size α", "steps": "steps K"}
 
 
 def notes(result: Result) -> list[str]:
-    """Data, network, method, and whether a finished run was met again."""
+    """Data, network, method, closed loops, and whether a finished run was met again."""
     s, sizes = result["settings"], result["sizes"]
     seeds = ", ".join(map(str, s["seeds"]))
     lines = [
@@ -26,6 +27,11 @@ def notes(result: Result) -> list[str]:
         f"{sizes['test']} test points), {s['model']}, {s['method']}{_options(s)}, {s['norm']} "
         f"eps {s['eps']}, {s['epochs']} epochs, seeds {seeds}."
     ]
+    if loops := [entry["text"] for entry in result["schedules"] if entry.get("closed_loop")]:
+        lines.append(
+            f"Closed loop ({', '.join(loops)}): controls depend on the state, and so on the seed; figures "
+            f"and tables of controls show those that were taken under seed {first_seed(result)}."
+        )
     if result.get("reproduced") is None:
         return lines
     how = "bit for bit" if result["reproduced"] else "but not bit for bit (another device or thread count?)"
@@ -43,6 +49,11 @@ def _options(settings: Mapping[str, Any]) -> str:
     return f" ({', '.join(f'{name}={value}' for name, value in given.items())})" if given else ""
 
 
+def _label(result: Result, entry: Mapping[str, Any]) -> str:
+    """The schedule; of a closed loop, also under which seed it took these controls."""
+    return f"{entry['text']} (seed {first_seed(result)})" if entry.get("closed_loop") else str(entry["text"])
+
+
 def draw(result: Result, path: Path) -> None:
     """Every knob of every schedule over time."""
     schedules = [Schedule.from_json(entry["schedule"]) for entry in result["schedules"]]
@@ -55,7 +66,7 @@ def draw(result: Result, path: Path) -> None:
         for axis, knob in zip(axes, knobs, strict=True):
             if knob in s.curves:
                 values = [s(v)[knob] for v in t]
-                axis.step(t, values, where="post", label=entry["text"], linewidth=2, **style)
+                axis.step(t, values, where="post", label=_label(result, entry), linewidth=2, **style)
     for axis, knob in zip(axes, knobs, strict=True):
         axis.set_ylabel(_KNOBS.get(knob, knob))
         axis.set_xlabel("t (epochs)")
