@@ -20,9 +20,14 @@ from helpers import GUARD, same
 from controlat import NonFiniteError
 from controlat._util.files import read_json
 from controlat.app.trainer import load_checkpoint
+from controlat.control.schedule_text import parse_schedule
+from controlat.methods import build
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
+sys.path.insert(0, str(HERE))  # the scripts share a module
 TABLES: dict[str, Any] = runpy.run_path(str(HERE / "_tables.py"))
+ONE: dict[str, Any] = runpy.run_path(str(HERE / "amata_table1.py"))
+TWO: dict[str, Any] = runpy.run_path(str(HERE / "amata_table2.py"))
 
 
 @dataclass
@@ -79,6 +84,33 @@ def test_means_over_seeds_have_standard_errors_and_wilsons_interval() -> None:
     assert TABLES["percent"](None) == ""
 
 
+def test_rows_come_from_the_cheapest_to_the_dearest() -> None:
+    """By gradient evaluations of the whole training, at most: FAT and Dynamic stop attacks early."""
+
+    def cost(method: str, text: str) -> float:
+        space = build(method).controls
+        schedule = parse_schedule(text, 100, space).bound(space)
+        return sum(space.cost(schedule.at(e, b, 10)) for e in range(100) for b in range(10)) / 1000
+
+    two = [cost(s.method, s.text(100)) for s in TWO["STRATEGIES"]]
+    assert two == sorted(two)
+    assert two[:3] == [1, 2, 3]
+    assert two[-3:] == [11, 11, 11]
+    schedules = list(ONE["PAPER"])
+    one = [cost("pgd_at", schedules[i]) for i in ONE["CHEAPEST"]]
+    assert one == sorted(one)
+    assert len(one) == 5
+
+
+def test_strategies_change_where_their_papers_do() -> None:
+    texts = {s.name: s.text(120) for s in TWO["STRATEGIES"]}
+    assert texts["FAT"] == "pgd:steps=10,alpha=2/255,slack=0:1:2@50:90"
+    assert texts["Dynamic"] == "pgd:steps=10,alpha=2/255,fosc=0.5..0@100"
+    for scale in TWO["SCALES"].values():
+        for s in TWO["STRATEGIES"]:
+            parse_schedule(s.text(scale["train"]["epochs"]), 120, build(s.method).controls)
+
+
 def command(script: str, work: Path, out: Path, *more: str) -> list[str]:
     where = ["--scale", "smoke", "--threads", "1", "--device", "cpu", "--work", str(work), "--out", str(out)]
     return [sys.executable, str(HERE / script), *where, *more]
@@ -130,7 +162,7 @@ def test_table_2_killed_goes_on_in_a_copy_of_its_directory_to_the_same_numbers(t
 @pytest.mark.slow
 def test_table_1_is_written_from_the_rows_that_are_finished(tmp_path: Path) -> None:
     run = command("amata_table1.py", tmp_path / "work", tmp_path / "out")
-    second = tmp_path / "work" / "rows" / "amata-min=5-max=40-tau=0.4-seed0" / "evaluation" / "runs"
+    second = tmp_path / "work" / "rows" / "pgd-steps=20-alpha=0.01-seed0" / "evaluation" / "runs"
     killed_after(run, second)
     shutil.move(tmp_path / "work", tmp_path / "moved")
     shutil.rmtree(tmp_path / "out")
