@@ -165,17 +165,17 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def accuracy(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracies by seed, and Wilson's interval of their mean for ONE set of points: the seeds share them."""
-    found, points = spread([a["value"] for a in per_seed]), per_seed[0]["points"]
-    return found | {"points": points, "interval": list(wilson(round(found["mean"] * points), points))}
+    share, points = spread([a["value"] for a in per_seed]), per_seed[0]["points"]
+    return share | {"points": points, "interval": list(wilson(round(share["mean"] * points), points))}
 
 
-def percent(found: Mapping[str, Any] | None) -> str:
+def percent(share: Mapping[str, Any] | None) -> str:
     """mean [low, high] ± standard error over seeds, in %; empty without a value."""
-    if found is None:
+    if share is None:
         return ""
-    low, high = found["interval"]
-    text = f"{100 * found['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    error = found["standard_error"]
+    low, high = share["interval"]
+    text = f"{100 * share['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    error = share["standard_error"]
     return text if error is None else f"{text} ±{100 * error:.1f}"
 
 

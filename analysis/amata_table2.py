@@ -191,10 +191,10 @@ class Network:
         """Accuracies, cost and machines."""
         parts = {name: read_json(self.part(name)) for name in self.attacks}
         last = read_log(self.run)[-1]
-        found = {name: part["after"][name] for name, part in parts.items() if name != "autoattack"}
+        accuracies = {name: part["after"][name] for name, part in parts.items() if name != "autoattack"}
         if "autoattack" in parts:
-            found["autoattack"] = parts["autoattack"]["autoattack"]["robust"]
-        return found | {
+            accuracies["autoattack"] = parts["autoattack"]["autoattack"]["robust"]
+        return accuracies | {
             "clean": parts["pgd-20"]["clean"],
             "warnings": sorted({text for part in parts.values() for text in part["warnings"]}),
             "gradients": last["total_gradients"],
@@ -241,7 +241,7 @@ def digest(every: Sequence[Row], stands: Outcome) -> dict[str, Any]:
         mine = [row for row in stands.finished if isinstance(row, Network) and row.strategy == s]
         if not mine:
             continue
-        found = [row.result() for row in mine]
+        results = [row.result() for row in mine]
         rows.append(
             {
                 "name": s.name,
@@ -249,10 +249,10 @@ def digest(every: Sequence[Row], stands: Outcome) -> dict[str, Any]:
                 "schedule": mine[0].settings["schedule"],
                 "paper": s.paper and dict(zip(PAPER, s.paper, strict=True)),
                 "seeds": [row.seed for row in mine],
-                **{key: accuracy([f[key] for f in found]) for key in COLUMNS if key in found[0]},
-                **{key: spread([f[key] for f in found]) for key in ("gradients", "seconds")},
-                "warnings": sorted({text for f in found for text in f["warnings"]}),
-                "machines": [f["machines"] for f in found],
+                **{key: accuracy([r[key] for r in results]) for key in COLUMNS if key in results[0]},
+                **{key: spread([r[key] for r in results]) for key in ("gradients", "seconds")},
+                "warnings": sorted({text for r in results for text in r["warnings"]}),
+                "machines": [r["machines"] for r in results],
             }
         )
     first = next(row for row in every if isinstance(row, Network))

@@ -156,9 +156,9 @@ def judged(
         for name, row in rows.items()
     }
     targets = [
-        target._asdict() | {"ratio": found, "met": found <= target.limit}
+        target._asdict() | {"ratio": value, "met": value <= target.limit}
         for target in case.targets
-        for found in [ratio(seconds, target.contender, target.over)]
+        for value in [ratio(seconds, target.contender, target.over)]
     ]
     return {
         "name": case.name,

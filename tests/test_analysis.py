@@ -16,7 +16,7 @@ from controlat._util.files import read_json
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
 sys.path.insert(0, str(HERE))  # the scripts share a module
-SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "amata_table1.py"))
+SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "_table1.py"))
 SIZES = sorted(path.parent for path in (HERE / "amata_table1").glob("*/table.json"))
 
 

@@ -76,11 +76,11 @@ def test_the_minutes_end_a_row_in_progress_and_the_table_has_what_is_finished(tm
 
 
 def test_means_over_seeds_have_standard_errors_and_wilsons_interval() -> None:
-    found = TABLES["accuracy"]([{"value": v, "points": 100} for v in (0.4, 0.6)])
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["standard_error"] == pytest.approx(0.1)
-    assert found["interval"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
-    assert TABLES["percent"](found) == "50.0 [40.4, 59.6] ±10.0"
+    share = TABLES["accuracy"]([{"value": v, "points": 100} for v in (0.4, 0.6)])
+    assert share["mean"] == pytest.approx(0.5)
+    assert share["standard_error"] == pytest.approx(0.1)
+    assert share["interval"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert TABLES["percent"](share) == "50.0 [40.4, 59.6] ±10.0"
     assert TABLES["percent"](None) == ""
 
 

@@ -40,34 +40,31 @@ def system(device: str) -> tuple[Driver, RunSpec, AdversarialLoss]:
 
 
 def test_costates_are_those_of_the_cpu(controlat_device: str) -> None:
-    found = []
+    costates = []
     for device in ("cpu", controlat_device):
         made, run, phi = system(device)
         with deterministic():
             recording = Recording.of(made, run)
             steps = len(recording.steps)
-            found.append([flat(step.costates[steps].parameters).cpu() for step in backward(recording, phi)])
-    assert len(found[0]) == len(found[1]) == 9
-    for here, there in zip(*found, strict=True):
+            costates.append(
+                [flat(step.costates[steps].parameters).cpu() for step in backward(recording, phi)]
+            )
+    assert len(costates[0]) == len(costates[1]) == 9
+    for here, there in zip(*costates, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-9)
 
 
 def test_the_criterion_is_that_of_the_cpu(controlat_device: str) -> None:
-    found, u = [], Control(alpha=0.03, steps=1)
+    surfaces, u = [], Control(alpha=0.03, steps=1)
     for device in ("cpu", controlat_device):
         made, run, phi = system(device)
         x, y = run.data.take(torch.arange(10, device=device))
         batches = probe_batches(x, y, 2, indices=torch.arange(10, device=device))
         with deterministic():
-            found.append(
-                score(
-                    made, batches, Control(alpha=0.03, steps=1), Candidates.of((0.02, 0.07), 3), terminal=phi
-                )
-            )
-    here, there = found
-    assert here.controls == there.controls
+            surfaces.append(score(made, batches, u, Candidates.of((0.02, 0.07), 3), terminal=phi))
+    assert surfaces[0].controls == surfaces[1].controls
     for form in ("norm", "costate"):
-        gaps = [surface.gap(u, 0.01, form) for surface in found]
+        gaps = [surface.gap(u, 0.01, form) for surface in surfaces]
         assert gaps[0].maximiser == gaps[1].maximiser
         assert gaps[0].value == pytest.approx(gaps[1].value, rel=1e-8)
         assert gaps[0].jackknife == pytest.approx(gaps[1].jackknife, rel=1e-8)

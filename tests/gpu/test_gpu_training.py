@@ -168,11 +168,11 @@ def named(device: str, factor: float) -> str:
 def test_what_is_not_finite_is_named_with_epoch_batch_and_control(controlat_device: str) -> None:
     message = named(controlat_device, 1e36)
     where = r"epoch (\d+), batch (\d+), (Control\(.*?\))"
-    found, expected = re.search(where, message), re.search(where, named("cpu", 1e36))
-    assert found is not None, message
+    told, expected = re.search(where, message), re.search(where, named("cpu", 1e36))
+    assert told is not None, message
     assert expected is not None
-    assert found.groups() == expected.groups()
-    assert found[1] == "1"
+    assert told.groups() == expected.groups()
+    assert told[1] == "1"
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -196,11 +196,11 @@ def test_evaluations_are_those_of_the_cpu(controlat_device: str) -> None:
     with rng.scoped(0, "network"):
         model = build_model("cnn_bn", SHAPE, 3).double().eval()
     x, y = split(64, SHAPE).take(torch.arange(64))
-    found = []
+    attacked = []
     for device in ("cpu", controlat_device):
         there = model.to(device), x.to(device), y.to(device)
         x_adv = controlat.fgsm(*there, eps=0.1)
-        found.append((x_adv.cpu(), model(x_adv).argmax(1).cpu()))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-12)
-    assert torch.equal(found[0][1], found[1][1])
-    assert Ball(0.1).distance(found[1][0], x).max() <= 0.1 + 1e-12
+        attacked.append((x_adv.cpu(), model(x_adv).argmax(1).cpu()))
+    torch.testing.assert_close(attacked[0][0], attacked[1][0], rtol=0, atol=1e-12)
+    assert torch.equal(attacked[0][1], attacked[1][1])
+    assert Ball(0.1).distance(attacked[1][0], x).max() <= 0.1 + 1e-12
