@@ -66,12 +66,12 @@ def cases(device: torch.device, seed: int) -> Iterator[tuple[str, Callable[[], C
     )
     quarter = (Target("controlat, float32", "torchattacks, float32", 0.25),)
     half = (Target("controlat, bf16", "plain loop, bf16", 0.5),)
-    images = 8 if tiny else 32 * 128
+    images = 8 if tiny else 16 * 128
     yield "call", lambda: attack_case(res, device, seed, call)
     yield "call, LeNet", lambda: attack_case(lenet, device, seed, quarter)
     yield "call, MLP", lambda: attack_case(mlp, device, seed, both=False)
     yield "step", lambda: step_case(res, device, seed, half)
-    yield "step, LeNet", lambda: step_case(lenet, device, seed, half)
+    yield "step, LeNet", lambda: step_case(lenet, device, seed)
     yield (
         "criterion, LeNet",
         lambda: criterion_case(looked, 4 if tiny else 512, 2 if tiny else 5, device, seed),
