@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import signal
 import statistics
 import sys
@@ -21,7 +22,7 @@ from controlat.app.experiment import pick_device
 from controlat.app.runs import environment
 from controlat.robust_accuracy import wilson
 
-MACHINES, FAILED = "machines.json", "failed.json"
+MACHINES, FAILED, LOCK = "machines.json", "failed.json", ".lock"
 SAME = ("hardware", "torch", "threads", "controlat")  # what tells one machine from another
 
 
@@ -113,29 +114,45 @@ def fill(
 ) -> Outcome:
     """Work on rows in turn until all are finished or the minutes are over; write the table after each.
 
-    A row that diverges is named in the table, and not tried again until its failed.json is deleted.
+    A row that diverges is named in the table, and not tried again until its failed.json is deleted. Rows that
+    another process works on are left to it: several may share --work.
     """
     with contextlib.suppress(OutOfTime), deadline(minutes):
         for i, row in enumerate(rows, start=1):
             if row.finished() or failure(row):
                 continue
-            print(f"[{i}/{len(rows)}] {row.name}, seed {row.seed}", file=sys.stderr, flush=True)
-            _sign(row.directory, device)
-            try:
-                row.work()
-            except NonFiniteError as error:
-                write_json(row.directory / FAILED, {"error": str(error)})
+            with _held(row.directory) as ours:
+                if not ours:
+                    continue
+                print(f"[{i}/{len(rows)}] {row.name}, seed {row.seed}", file=sys.stderr, flush=True)
+                _sign(row.directory, device)
+                try:
+                    row.work()
+                except NonFiniteError as error:
+                    write_json(row.directory / FAILED, {"error": str(error)})
             write(outcome(rows))
     stands = outcome(rows)
     write(stands)
     return stands
 
 
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Hold a row inside the block; yields whether it is ours, and not another process's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
 def _sign(directory: Path, device: str) -> None:
     """Note that this machine works on a row: seconds of different machines do not compare."""
     here, known = environment(pick_device(device)), machines(directory)
     if all(any(here[k] != there[k] for k in SAME) for there in known):
-        directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / MACHINES, {"machines": [*known, here]})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import runpy
@@ -52,12 +53,13 @@ class Fake:
         (self.directory / "done").touch()
 
     def state(self) -> str:
-        return "1 of 2 epochs" if self.directory.exists() else ""
+        return "1 of 2 epochs" if self.worked else ""
 
 
 def test_the_minutes_end_a_row_in_progress_and_the_table_has_what_is_finished(tmp_path: Path) -> None:
     ends = {"first": "at once", "second": "not finite", "third": "never", "fourth": "at once"}
     rows = [Fake(name, tmp_path / name, end=end) for name, end in ends.items()]
+    rows[3].directory.mkdir()
     written: list[tuple[list[str], list[str]]] = []
 
     def write(stands: Any) -> None:
@@ -70,6 +72,9 @@ def test_the_minutes_end_a_row_in_progress_and_the_table_has_what_is_finished(tm
     assert TABLES["finished"](stands) == 3
     assert "the loss is nan" in TABLES["pending"](stands.unfinished)
     rows[2].end = "at once"
+    with open(rows[3].directory / ".lock", "a") as file:  # another process has the fourth
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert TABLES["fill"](rows, None, "cpu", write).finished == [rows[0], rows[2]]
     assert TABLES["fill"](rows, None, "cpu", write).finished == [rows[0], rows[2], rows[3]]
     assert [len(row.worked) for row in rows] == [1, 1, 2, 1]
     assert len(TABLES["machines"](rows[2].directory)) == 1  # the same machine twice
