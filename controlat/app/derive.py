@@ -11,8 +11,8 @@ import numpy as np
 
 from controlat._util.checks import number
 from controlat._util.files import expanded
+from controlat._util.progress import progress_bar
 from controlat.app.derive_result import content, write
-from controlat.app.experiment import progress_bar
 from controlat.app.runs import claimed
 from controlat.app.settings import DeriveSettings, settings_from
 from controlat.control.handover import Handover, hand_over
