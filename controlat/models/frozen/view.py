@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import Watch, finiteness
 from controlat.control.cost import Meter
+from controlat.models.frozen import capture, graphs
 from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
 from controlat.models.frozen.hook import LayerHook
 from controlat.models.frozen.layout import (
@@ -25,12 +26,12 @@ from controlat.models.frozen.layout import (
 )
 from controlat.models.frozen.logits import check_model, checked_logits
 
-__all__ = ["FrozenModel", "check_model", "runs_channels_last"]
+__all__ = ["CHUNK", "FrozenModel", "check_model", "runs_channels_last"]
 
 
 # On CPU, malloc keeps freed activations of this many samples; those of 256 samples it returns to the system
 # after every step, which costs page faults in the next (benchmarks/README.md).
-_CPU_CHUNK = 64
+CHUNK = 64
 
 
 def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -66,6 +67,7 @@ class FrozenModel:
             images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
         meter: where evaluations are counted.
         autocast: a dtype for mixed precision, None for none.
+        watch: looks whether results are finite; by default at once.
 
     Raises:
         TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
@@ -90,22 +92,28 @@ class FrozenModel:
         channels_last: bool = True,
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        check_model(model)
+        parts = check_model(model)
         choice(mode, "mode", MODES)
         flag(channels_last, "channels_last")
         instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
-        self.channels_last = channels_last and is_convolutional(model)
+        self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
+        self.watch = Watch() if watch is None else watch
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(exclusive(self.model))
-            stack.enter_context(in_mode(self.model, self.mode == "train"))
+            parts = stack.enter_context(exclusive(self.model))
+            self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
+            self._graphs = graphs.graphs_of(self._parts)
+            if self._graphs is not None:  # a view within a view has tensors of its own, and no graphs
+                device = (*self._parts.parameters, *self._parts.buffers)[0].device
+                self._graphs = stack.enter_context(self._graphs.taken_by_one(device))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
@@ -121,20 +129,27 @@ class FrozenModel:
         self._weights.close()
         self._nhwc = nhwc
         layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
-        frozen: dict[int, Tensor] = {
-            id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
-            for p in self.model.parameters()
-        }
-        if self.channels_last:
-            for i in kernels.one_channel_weights(self.model) & frozen.keys():
-                frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
-        frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
-        self._weights.enter_context(swapped(self.model, frozen))
+
+        def freeze() -> dict[int, Tensor]:
+            frozen: dict[int, Tensor] = {
+                id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
+                for p in self._parts.parameters
+            }
+            if self.channels_last:
+                for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
+                    frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
+            return frozen | {id(b): b.detach().clone() for b in self._parts.buffers}
+
+        self._store = None
+        if self._graphs is not None:
+            self._store = self._graphs.store(self.mode, self.channels_last, nhwc)
+        frozen = freeze() if self._store is None else self._store.frozen(self._parts, freeze)
+        self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
-        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
@@ -145,28 +160,33 @@ class FrozenModel:
     def _forward(self, x: Tensor) -> Tensor:
         if self.autocast is None:
             return self._run(x)
-        with torch.autocast(x.device.type, dtype=self.autocast):
+        with torch.autocast(x.device.type, dtype=self.autocast, cache_enabled=False):  # for graphs
             return self._run(x).float()
 
     def _run(self, x: Tensor) -> Tensor:
-        def run(x: Tensor, nhwc: bool) -> Tensor:
-            if nhwc != self._nhwc:
-                self._freeze(nhwc)
-            return checked_logits(self.model, x)
+        if self.channels_last:
+            logits = run_in_layout(self.model, x, self._run_in)
+        else:
+            logits = checked_logits(self.model, x)
+        if self._store is not None:
+            self._store.classes = logits.shape[1]
+        return logits
 
-        return run_in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
+    def _run_in(self, x: Tensor, nhwc: bool) -> Tensor:
+        if nhwc != self._nhwc:
+            self._freeze(nhwc)
+        return checked_logits(self.model, x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits, without a graph; counted as forward passes.
 
         Raises:
-            NonFiniteError: a logit is not finite.
+            NonFiniteError: a logit is not finite; raised when `watch` looks.
         """
         self.meter.forwards += len(x)
         with torch.no_grad():
             logits = self._forward(self.prepare(x))
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError("the network returns logits that are not finite")
+        self.watch.finite(finiteness(logits), "the network returns logits that are not finite")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
@@ -204,7 +224,55 @@ class FrozenModel:
         The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
         """
         self.meter.gradients += len(x)
+        return self.uncounted_gradient(x, objective)
+
+    def uncounted_gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """`gradient` for a step of `iterate`, which counts for it."""
         x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+            losses = objective(self._forward(x))
+        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient
+
+    def iterate(
+        self,
+        step: capture.Step,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        numbers: Sequence[float],
+        *,
+        count: int,
+        key: Hashable,
+        check: Callable[[int], object],
+        keep: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield x^1, ..., x^count of x' = step(x, *inputs, *numbers), each counted as a gradient evaluation.
+
+        On a CUDA device the step is captured as a CUDA graph and replayed, where that is possible.
+
+        Args:
+            step: a function of its arguments, this network, and what `key` tells; it evaluates
+                `uncounted_gradient` once. It must work with 0-d tensors in place of `numbers`.
+            x: x^0, in the layout of `prepare`.
+            inputs: tensors that stay the same in all steps, the centre of the perturbation set first.
+            numbers: numbers that stay the same in all steps.
+            count: how many steps.
+            key: what else the step depends on; None if that cannot be told.
+            check: called with the number of classes before the steps of a graph, which check no labels.
+            keep: whether every x^k is kept; if not, all but the last may be overwritten by the next.
+        """
+        points = graphs.iterate(
+            self._store,
+            self._parts,
+            step,
+            x,
+            inputs,
+            numbers,
+            count=count,
+            key=None if key is None else (key, self.autocast),
+            check=check,
+            keep=keep,
+        )
+        for point in points:
+            self.meter.gradients += len(x)
+            yield point
