@@ -264,7 +264,7 @@ def show(result: dict[str, Any]) -> str:
         parts.append(f"{case['name']} ({case['rounds']} rounds)\n{table(head, rows)}")
         if case["targets"] and not result["dry"]:
             parts.append("\n".join(map(_target, case["targets"])))
-        parts += [f"no CUDA graphs: {text}" for text in case["without_graphs"]]
+        parts += case["without_graphs"]
     parts += [f"{name} failed: {error}" for name, error in result["failed"].items()]
     if result["not_reached"]:
         parts.append(f"not reached within the minutes: {', '.join(result['not_reached'])}")
