@@ -267,7 +267,7 @@ def show(result: dict[str, Any]) -> str:
         parts += case["without_graphs"]
     parts += [f"{name} failed: {error}" for name, error in result["failed"].items()]
     if result["not_reached"]:
-        parts.append(f"not reached within the minutes: {', '.join(result['not_reached'])}")
+        parts.append(f"not reached within the minutes: {'; '.join(result['not_reached'])}")
     return "\n\n".join(parts)
 
 

@@ -27,7 +27,7 @@ def test_every_case_is_measured_and_what_is_kept_is_not_measured_again(tmp_path:
     none, told = run(out, 1e-9)
     assert none["cases"] == {}
     assert len(none["not_reached"]) == 11
-    assert "not reached within the minutes: call," in told
+    assert "not reached within the minutes: call; call, LeNet;" in told
     every, _ = run(out, 10)
     assert every["failed"] == {}
     assert every["not_reached"] == []
