@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlat._util.checks import number
+from controlat._util.checks import choice, number
 from controlat._util.files import expanded
 from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
+from controlat.app.placement import TF32_CHOICES
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
 from controlat.app.settings.schedules import names_factory, read_schedule
 from controlat.attacks.balls import Ball
@@ -21,6 +22,7 @@ from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
+from controlat.models.frozen import graph_use
 from controlat.records import checked, settings_of
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
-RUNTIME = ("memory", "device", "threads", "jobs", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+RUNTIME = (
+    *("memory", "device", "threads", "jobs", "cuda_graphs", "progress", "tensorboard"),
+    *("checkpoint_minutes", "data_dir"),
+)
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -100,10 +105,15 @@ class Problem:
         test_points: Test on this many samples (a fixed subset); all if left out.
         held_out: Samples of the training set that are held out: half of them, at most 256, for Phi, the rest
             for validation and all else that is decided in training; a tenth, at most 1000, if left out.
-        bf16: Train in bfloat16 mixed precision. Evaluation and greedy criterion stay in float32.
+        bf16: Train in bfloat16 mixed precision. Evaluation, costates and criterion stay in float32.
+        tf32: auto, on or off: whether training on a GPU rounds products of float32 numbers to TF32; auto
+            leaves it to torch (convolutions yes, matrix products no). Evaluation and criterion never do.
         channels_last: Run convolutional networks in NHWC layout (faster).
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-        threads: CPU threads; torch's default if left out.
+        threads: CPU threads; if left out, those of the run that is resumed, else OMP_NUM_THREADS, else as
+            many as suit the network: 1 for small ones.
+        cuda_graphs: auto (on a CUDA device, inner ascents as CUDA graphs where the network can be captured)
+            or off.
         progress: Show progress bars (on a terminal).
     """
 
@@ -126,17 +136,21 @@ class Problem:
     test_points: int | None = None
     held_out: int | None = None
     bf16: bool = False
+    tf32: str = "auto"
     channels_last: bool = True
     device: str = "auto"
     threads: int | None = None
+    cuda_graphs: str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
             self.augment = usual
         Ball(0.0, self.norm)
+        choice(self.tf32, "tf32", TF32_CHOICES)
         if self.eps is None:
             if (self.data, self.norm) != ("digits", "linf"):
                 raise ValueError(
@@ -182,6 +196,8 @@ class Problem:
         """What decides the results, as plain data."""
         plain = {k: v for k, v in asdict(self).items() if k not in RUNTIME}
         plain["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
+        if self.tf32 == "auto":  # runs of before, which have no such line, go on
+            del plain["tf32"]
         return plain
 
     def schedule_of(self, text: str) -> Schedule:
