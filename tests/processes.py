@@ -71,7 +71,7 @@ def dithered(world: World) -> dict[str, Any]:
 
 def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """A run as tensors and numbers."""
-    shown = [(s["samples"], s["loss"], vars(s["spent"]), list(s["dropped"])) for s in steps]
+    shown = [(s["samples"], float(s["value"]), vars(s["spent"]), list(s["dropped"])) for s in steps]
     meter = [d.meter.gradients, d.meter.forwards, d.meter.layers]
     return {**d.snapshot().to_dict(), "steps": shown, "meter": meter}
 
