@@ -29,7 +29,8 @@ from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
-from controlat.app.experiment import Experiment, pick_device, progress_bar
+from controlat._util.progress import progress_bar
+from controlat.app.experiment import Experiment, pick_device
 from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.session import shares_held_out

@@ -220,6 +220,7 @@ def _run(words: list[str]) -> int:
     with ending(_interrupted(words)):
         from controlat._util.errors import NonFiniteError
         from controlat._util.parallel import PeerLost, started
+        from controlat._util.pool import WorkerDied
         from controlat._util.texts import speaker
         from controlat.app.parser import build_parser
 
@@ -236,7 +237,7 @@ def _run(words: list[str]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
-    except PeerLost as error:
+    except (PeerLost, WorkerDied) as error:
         print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from controlat._util.checks import number
 from controlat._util.files import expanded, write_json, write_text
-from controlat.app.experiment import progress_bar
+from controlat._util.progress import progress_bar
 from controlat.app.runs import claimed, environment
 from controlat.app.settings import DeriveSettings, settings_from
 from controlat.control.schedules import Schedule

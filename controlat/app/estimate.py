@@ -9,6 +9,7 @@ from typing import Any
 
 from controlat.app.evaluate import strides, tried_terminal
 from controlat.app.experiment import Experiment
+from controlat.app.jobs import number_of_jobs
 from controlat.app.placement import deterministic
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
@@ -21,6 +22,8 @@ __all__ = ["estimate"]
 
 def estimate(**settings: Any) -> dict[str, Any]:
     """What `evaluate` would cost: gradient evaluations by part, and seconds from a few timed steps.
+
+    The seconds count on a core for each of the runs that are made at a time (`jobs`).
 
     The counts of the evaluation and of the full criterion are upper bounds: survivors alone are attacked
     again, and all states of a roll-out may fit in memory. Three forward passes count as one gradient
@@ -47,11 +50,13 @@ def estimate(**settings: Any) -> dict[str, Any]:
     for run in runs:
         parts.update(run.cost(phi, replays))
     parts["evaluation"] = len(runs) * experiment.evaluation_cost(chosen)  # type: ignore[assignment]
-    with deterministic(chosen.threads):
+    jobs = number_of_jobs(chosen, experiment)
+    with deterministic(chosen.threads or (1 if jobs > 1 else None)):
         seconds = _seconds_per_evaluation(experiment, runs[0])
     total = sum(parts.values())
     gradients = {k: round(v) for k, v in parts.items()} | {"total": round(total)}
-    return {"gradients": gradients, "seconds": total * seconds}
+    rounds = -(-len(runs) // jobs)  # as many runs at a time as there are jobs
+    return {"gradients": gradients, "seconds": total * seconds * rounds / len(runs)}
 
 
 def _seconds_per_evaluation(experiment: Experiment, run: ScheduleRun) -> float:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from controlat import report
 from controlat._util.files import expanded, write_json
 from controlat._util.parallel import World
+from controlat._util.pool import Pool, Task
 from controlat._util.texts import short
 from controlat.app.experiment import Experiment
+from controlat.app.jobs import cards, number_of_jobs
 from controlat.app.notes import alphas, note_step_size, note_unreached, step_sizes
+from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.session import session
@@ -67,10 +73,15 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     phi = tried_terminal(experiment, chosen)
     if chosen.full:
         strides(experiment, chosen, every[0])
-    results = [
-        _run(run, f"[{i}/{len(every)}] {short(run.text)}, seed {run.seed}", world)
-        for i, run in enumerate(every, start=1)
+    jobs = number_of_jobs(chosen, experiment)
+    titles = [
+        f"[{i}/{len(every)}] {short(run.text)}, seed {run.seed}" for i, run in enumerate(every, start=1)
     ]
+    threads = chosen.threads or (1 if jobs > 1 else torch.get_num_threads())
+    if jobs > 1:
+        results = _in_workers(jobs, threads, titles, chosen, experiment.shared, out)
+    else:
+        results = [_run(run, title, world) for run, title in zip(every, titles, strict=True)]
     if not world.first:
         return {}
     n, names = len(chosen.seeds), labels(chosen.schedules)
@@ -85,7 +96,7 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     ]
     return report.assemble(
         settings=chosen.to_json(),
-        environment=environment(experiment.device),
+        environment=environment(experiment.device) | {"threads": threads, "jobs": jobs},
         sizes=experiment.sizes,
         grid=_searched(every[0].candidates, chosen),
         terminal=phi,
@@ -94,13 +105,36 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     )
 
 
-def _run(run: ScheduleRun, label: str, world: World) -> dict[str, Any]:
+def _run(run: ScheduleRun, title: str, world: World) -> dict[str, Any]:
     """What one run came to, told on a line."""
-    result = run.run(label)
+    result = run.run(title)
     if run.settings.progress and world.first:
         robust = result["evaluation"]["robust"]["value"]
-        tqdm.write(f"{label}: J {result['objective']['J']:.3g}, robust {robust:.1%}", file=sys.stderr)
+        tqdm.write(f"{title}: J {result['objective']['J']:.3g}, robust {robust:.1%}", file=sys.stderr)
     return result
+
+
+def _in_workers(
+    jobs: int, threads: int, titles: Sequence[str], chosen: EvaluateSettings, shared: bool, out: Path
+) -> list[dict[str, Any]]:
+    """What the runs came to, some of them made at a time."""
+    common = pickle.dumps(chosen), shared, out
+    tasks = [Task(title, _nth_run, (common, i, title, threads)) for i, title in enumerate(titles)]
+    with Pool(jobs, environments=cards(chosen), show=chosen.progress, unit="runs") as pool:
+        return pool.map(tasks)
+
+
+def _nth_run(common: tuple[bytes, bool, Path], i: int, title: str, threads: int) -> dict[str, Any]:
+    """`_run` in a worker."""
+    with deterministic(threads):
+        return _run(_runs(*common)[i], title, World())
+
+
+@functools.lru_cache(maxsize=1)
+def _runs(chosen: bytes, shared: bool, out: Path) -> list[ScheduleRun]:
+    """Every run, in a worker: the data are loaded once, the files of schedules come with the settings."""
+    settings: EvaluateSettings = pickle.loads(chosen)
+    return list(schedule_runs(Experiment.of(settings, shared), settings, out))
 
 
 def _note(chosen: EvaluateSettings) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from controlat import models
 from controlat._util import rng
 from controlat._util.parallel import World, current
+from controlat._util.progress import progress_bar
 from controlat._util.texts import count, duration
 from controlat.app.checkpoints import load_checkpoint, load_weights
 from controlat.app.placement import initial_model, place
@@ -35,7 +35,7 @@ from controlat.pmp.terminal import Terminal, build_terminal
 from controlat.robust_accuracy import Evaluation, Extras, protocol
 from controlat.robust_accuracy.source import read_device
 
-__all__ = ["TERMINAL_POINTS", "Experiment", "pick_device", "progress_bar"]
+__all__ = ["TERMINAL_POINTS", "Experiment", "pick_device"]
 
 TERMINAL_POINTS = 256  # held-out samples of Phi at most
 
@@ -265,9 +265,3 @@ def fastest(call: Callable[[], object], repeats: int = 3) -> float:
         call()
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def progress_bar(total: int, unit: str, show: bool, label: str = "") -> Any:
-    """A progress bar that is there while it is needed, on a terminal only."""
-    disable = None if show else True
-    return tqdm(total=total, unit=unit, desc=label, disable=disable, leave=False, mininterval=0.5)

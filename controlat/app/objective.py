@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from controlat._util.checks import number, whole
-from controlat.app.experiment import Experiment, progress_bar
+from controlat._util.progress import progress_bar
+from controlat.app.experiment import Experiment
 from controlat.app.placement import deterministic
 from controlat.app.ranges import RANGES
 from controlat.app.settings import Problem, settings_from

@@ -86,6 +86,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "held_out": _COUNT,
         "horizon": _POSITIVE,
         "horizons": Range(1, 10**9, whole=True),
+        "jobs": Range(1, 1024, whole=True),
         "k_max": Range(0, 10**5),
         "k_min": Range(0, 10**5),
         "looks": Range(1, 10**6, whole=True),

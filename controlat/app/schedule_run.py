@@ -18,8 +18,9 @@ from controlat._util import rng
 from controlat._util.checks import number
 from controlat._util.files import append_json_line, plain, write_json, write_text
 from controlat._util.parallel import World
+from controlat._util.progress import progress_bar
 from controlat.app.criterion_lines import gaps_of
-from controlat.app.experiment import Experiment, progress_bar
+from controlat.app.experiment import Experiment
 from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import append_json_line, plain
+from controlat._util.progress import progress_bar
 from controlat.app import checkpoints
 from controlat.app.checkpoints import load_checkpoint
 from controlat.app.resume import LAST, LOG, read_log, resume, warn
@@ -67,16 +66,7 @@ def _bar(spec: RunSpec, driver: Driver, tally: Tally, label: str, show: bool) ->
     if spec.open_loop:
         cost = sum(map(driver.method.controls.cost, spec.plan()))
         total = round(cost * len(spec.data) / spec.batches_per_epoch)
-    return tqdm(
-        total=total,
-        initial=tally.gradients,
-        desc=label,
-        unit=" grad",
-        unit_scale=True,
-        disable=None if show else True,
-        leave=False,
-        mininterval=0.5,
-    )
+    return progress_bar(total, " grad", show, label, initial=tally.gradients, unit_scale=True)
 
 
 def fit(

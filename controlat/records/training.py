@@ -97,6 +97,7 @@ class Environment(TypedDict):
     hardware: str
     threads: Annotated[int, Field(ge=1)]
     processes: NotRequired[Annotated[int, Field(ge=1)]]
+    jobs: NotRequired[Annotated[int, Field(ge=1)]]
 
 
 class _Stored(TypedDict):

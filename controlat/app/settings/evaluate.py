@@ -54,6 +54,8 @@ class EvaluateSettings(Problem):
         horizons: Horizons of the full criterion in steps; 1, an epoch and the whole run if left out.
         looks: Steps of every epoch (or shorter stretch of one control) that the full criterion looks at.
         memory: GiB that states of a recorded roll-out may take; with less, more steps are taken again.
+        jobs: Runs at a time, each in a process of its own and on one thread if --threads is left out; as many
+            as cores, memory and the size of the runs allow if left out.
         run: Directory of a finished controlat train: its problem, schedule and seed are evaluated, and the
             network is compared with its own. Takes the place of the settings that are named there.
     """
@@ -77,6 +79,7 @@ class EvaluateSettings(Problem):
     horizons: Sequence[int] | None = None
     looks: int = 2
     memory: float = 4.0
+    jobs: int | None = None
     run: str | None = None
 
     def __post_init__(self) -> None:

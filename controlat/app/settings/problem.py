@@ -32,7 +32,7 @@ DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
-RUNTIME = ("memory", "device", "threads", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+RUNTIME = ("memory", "device", "threads", "jobs", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
 
 T = TypeVar("T", bound="DataclassInstance")
 
