@@ -22,10 +22,13 @@ from scipy.integrate import solve_ivp
 from controlat._util.files import write_json, write_text
 from controlat._util.texts import table
 from controlat.app.runs import environment
-from controlat.symbolic import Branch, Landscape, convergence
-from controlat.symbolic.bolza import SETS, Bolza
-from controlat.symbolic.principle import criterion, derived_path, gamma_limit
-from controlat.symbolic.programming import programme
+from controlat.bolza import convergence
+from controlat.bolza.admissible import SETS
+from controlat.bolza.path import derived_path
+from controlat.bolza.principle import criterion, gamma_limit
+from controlat.bolza.problem import Bolza
+from controlat.bolza.programming import programme
+from controlat.symbolic import Branch, Landscape
 
 HERE = Path(__file__).resolve().parent
 CASES = list(itertools.product((0.5, 1.0, 2.0), (1.0, 10.0), (1.0, 3.0), (0.0, 1e-3, 1e-2, 0.1, 1.0)))
@@ -52,16 +55,16 @@ def branch(theta0: float) -> Branch:
 def case(theta0: float, tau: float, horizon: float, gamma: float) -> dict[str, Any]:
     """One problem on alpha K = tau: is anything better than the derived schedule?"""
     problem = Bolza(branch(theta0), theta0, tau, horizon, gamma)
-    found, gap = programme(problem, follow=False), criterion(problem, derived_path(problem))
+    search, gap = programme(problem, follow=False), criterion(problem, derived_path(problem))
     return {
         "theta0": theta0,
         "tau": tau,
         "horizon": horizon,
         "gamma": gamma,
-        "derived": found.derived,
-        "best": found.best,
-        "given_away": found.difference,
-        "better": bool(found.better),
+        "derived": search.derived,
+        "best": search.best,
+        "given_away": search.difference,
+        "better": bool(search.better),
         "C": gap.c,
     }
 
@@ -72,8 +75,8 @@ def sets() -> list[dict[str, Any]]:
     rows = []
     for name in SETS:
         problem = Bolza(branch(theta0), theta0, tau, horizon, gamma, name)
-        found, exact = programme(problem, follow=False), derived_path(problem).cost
-        on_grid = {"grid": found.derived, "best": found.best, "better": bool(found.better)}
+        search, exact = programme(problem, follow=False), derived_path(problem).cost
+        on_grid = {"grid": search.derived, "best": search.best, "better": bool(search.better)}
         rows.append({"set": name, "derived": exact} | on_grid)
     return rows
 
@@ -98,32 +101,33 @@ def limits() -> list[dict[str, Any]]:
     """The largest gamma for which the derived schedule satisfies the principle; None above 1e4."""
     rows = []
     for theta0, tau, horizon in LIMITS:
-        found = gamma_limit(Bolza(branch(theta0), theta0, tau, horizon, 0.0))
-        gamma = found if math.isfinite(found) else None
+        limit = gamma_limit(Bolza(branch(theta0), theta0, tau, horizon, 0.0))
+        gamma = limit if math.isfinite(limit) else None
         rows.append({"theta0": theta0, "tau": tau, "horizon": horizon, "gamma": gamma})
     return rows
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The tables, from the result file alone."""
-    lost = [row for row in found["cases"] if row["better"]]
+    cases = result["cases"]
+    lost = [row for row in cases if row["better"]]
     keys = ("theta0", "tau", "horizon", "gamma", "derived", "best", "given_away", "C")
     bounds = [
         [name, f"{r['T']}", f"{r['left']:.3g}", f"{r['printed']:.3g}", f"{r['corrected']:.3g}"]
-        for name, rows in found["bounds"].items()
+        for name, rows in result["bounds"].items()
         for r in rows
     ]
     return "\n\n".join(
         [
-            f"Nothing better was found in {len(found['cases']) - len(lost)} of {len(found['cases'])} cases; "
-            f"C is 0 in {sum(row['C'] < 1e-9 for row in found['cases'])}. The others:",
+            f"Nothing better was found in {len(cases) - len(lost)} of {len(cases)} cases; "
+            f"C is 0 in {sum(row['C'] < 1e-9 for row in cases)}. The others:",
             table(keys, [[f"{row[key]:.4g}" for key in keys] for row in lost], words=()),
             "Largest gamma for which the maximum principle holds:",
             table(
                 ["theta0", "tau", "horizon", "gamma"],
                 [
                     [f"{v:.4g}" if v is not None else "above 1e4" for v in row.values()]
-                    for row in found["limits"]
+                    for row in result["limits"]
                 ],
                 words=(),
             ),
@@ -132,14 +136,14 @@ def markdown(found: Mapping[str, Any]) -> str:
                 ["set", "derived", "derived, on the grid", "best, on the grid"],
                 [
                     [r["set"], f"{r['derived']:.5f}", *(f"{r[key]:.4f}" for key in ("grid", "best"))]
-                    for r in found["sets"]
+                    for r in result["sets"]
                 ],
             ),
             "gamma = 0, theta0 = 1, T = 1: by how much constant alpha/alpha* raises J, relatively:",
             table(
                 ["tau", *(f"{q:g}" for q in RATIOS)],
                 [
-                    [f"{tau:g}", *(f"{r['raised']:.2g}" for r in found["ties"] if r["tau"] == tau)]
+                    [f"{tau:g}", *(f"{r['raised']:.2g}" for r in result["ties"] if r["tau"] == tau)]
                     for tau in TAUS
                 ],
                 words=(),
@@ -157,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "landscape_checks")
     out = parser.parse_args().out
-    found = {
+    result = {
         "environment": environment(),
         "cases": [case(*numbers) for numbers in CASES],
         "limits": limits(),
@@ -168,9 +172,9 @@ def main() -> None:
             for name, options in BOUNDS.items()
         },
     }
-    write_json(out / "result.json", found)
-    write_text(out / "table.md", markdown(found) + "\n")
-    print(markdown(found))
+    write_json(out / "result.json", result)
+    write_text(out / "table.md", markdown(result) + "\n")
+    print(markdown(result))
 
 
 if __name__ == "__main__":

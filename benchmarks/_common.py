@@ -101,8 +101,8 @@ def fit(model: nn.Module, data: Samples, steps: int, seed: int, batch: int = 128
     model.eval()
 
 
-def fitted(args: argparse.Namespace) -> Problem:
-    """The LeNet of controlat.models after `args.fit_steps` steps, in evaluation mode.
+def fitted(args: argparse.Namespace, name: str = "lenet") -> Problem:
+    """A network of controlat.models after `args.fit_steps` steps, in evaluation mode.
 
     Raises:
         ValueError: the folder of MNIST lacks a file; or the network learnt nothing, so that its gradients are
@@ -113,7 +113,7 @@ def fitted(args: argparse.Namespace) -> Problem:
     torch.set_num_threads(args.threads)
     data = load_data("mnist", args.mnist) if args.mnist else synthetic(args.seed)
     with rng.scoped(args.seed, "model"):
-        model = build("lenet", data.in_shape, data.num_classes)
+        model = build(name, data.in_shape, data.num_classes)
     fit(model, data.train, args.fit_steps, args.seed)
     x, y = data.test.take(torch.arange(min(1000, len(data.test))))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def fitted(args: argparse.Namespace) -> Problem:
             f"{LEARNT:.0%}: give more --fit-steps or another --seed"
         )
     record = {
-        "model": "lenet",
+        "model": name,
         "data": data.name,
         "fit_steps": args.fit_steps,
         "clean_loss": float(F.cross_entropy(logits, y)),

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import GUARD
 
 import controlat
-from controlat import symbolic
+from controlat import bolza, symbolic
 
 PACKAGE = Path(controlat.__file__).parent
 TESTS = Path(__file__).parent
@@ -28,6 +29,7 @@ ORDER = (
     "methods",
     "robust_accuracy",
     "symbolic",
+    "bolza",
     "dynamics",
     "pmp",
     "report",
@@ -39,9 +41,10 @@ APART = {
     "records": {"models", "data", "attacks"},
     "robust_accuracy": {"data", "records", "methods"},
     "symbolic": {"models", "data", "attacks", "records", "methods", "robust_accuracy"},
-    "dynamics": {"records", "robust_accuracy", "symbolic"},
-    "pmp": {"records", "robust_accuracy", "symbolic"},
-    "report": {"models", "data", "attacks", "methods", "symbolic", "dynamics"},
+    "bolza": {"models", "data", "attacks", "records", "methods", "robust_accuracy"},
+    "dynamics": {"records", "robust_accuracy", "symbolic", "bolza"},
+    "pmp": {"records", "robust_accuracy", "symbolic", "bolza"},
+    "report": {"models", "data", "attacks", "methods", "symbolic", "bolza", "dynamics"},
 }
 LOOSE = {"__init__.py", "__main__.py", "py.typed"}
 
@@ -119,10 +122,11 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily() -> None:
     assert seen == set(controlat.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("name", symbolic.__all__)
-def test_every_name_of_the_landscapes_resolves(name: str) -> None:
-    assert getattr(symbolic, name) is not None
-    assert name in dir(symbolic)
+@pytest.mark.parametrize("package", [symbolic, bolza], ids=["symbolic", "bolza"])
+def test_every_name_of_the_landscapes_resolves(package: ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, "the object, not a module of the same name"
+        assert name in dir(package)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -10,6 +10,7 @@ third of the time of an attack on LeNet. With more channels torch's kernel is as
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OneChannelWeight", "SecondDerivatives", "one_channel_weights"]
 
 
-def one_channel_weights(model: nn.Module) -> set[int]:
+def one_channel_weights(modules: Iterable[nn.Module]) -> set[int]:
     """The ids of the weights of convolutions with one input channel."""
-    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 1}
+    return {id(m.weight) for m in modules if isinstance(m, nn.Conv2d) and m.in_channels == 1}
 
 
 class _Convolution(torch.autograd.Function):

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlat._util.checks import number
-from controlat._util.files import expanded, write_json, write_text
+from controlat._util.files import expanded
 from controlat._util.progress import progress_bar
-from controlat.app.runs import claimed, environment
+from controlat.app.derive_result import content, write
+from controlat.app.runs import claimed
 from controlat.app.settings import DeriveSettings, settings_from
+from controlat.control.handover import Handover, hand_over
 from controlat.control.schedules import Schedule
 from controlat.symbolic import AMATA
-from controlat.symbolic.handover import Handover, hand_over
 
 if TYPE_CHECKING:
-    from controlat.symbolic import Bound, Derivation, Fit, Verification
+    from controlat.bolza import Bound, Verification
+    from controlat.symbolic import Derivation, Fit
 
 __all__ = ["Derived", "derive"]
 
-FORMAT, VERSION = "controlat derivation", 1
 DEMO_TAU, RUN_TAU = 0.3, 2.0  # alpha K of the network: that of the demo; in units of eps of a run
 DEMO_EPOCHS = 12
 _NUMBERS = 10.0  # seconds that the numbers alone may take, however short the time limit
-_POINTS = 101  # of t in the result file
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Derived:
     def for_network(
         self, *, epochs: float, k_min: float, k_max: float, tau: float, **options: Any
     ) -> Schedule:
-        """The schedule for another network: as `controlat.symbolic.hand_over`."""
+        """The schedule for another network: as `controlat.control.handover.hand_over`."""
         horizon = float(self.derivation.task.horizon)
         options = {"epochs": epochs, "k_min": k_min, "k_max": k_max, "tau": tau} | options
         return hand_over(self.derivation.K, horizon, **options).schedule
@@ -124,23 +124,18 @@ def _derive(chosen: DeriveSettings, plain: dict[str, Any], out: Path | None) -> 
     with progress_bar(4, "", chosen.progress) as bar:
         derivation, fit, verification, bound, late = _solved(chosen, measured, bar)
         handover = _hand_over(chosen, derivation, measured, fit)
-        result = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": plain,
-            "environment": environment(),
-            "task": _task(derivation),
-            **_solution(derivation),
-            "verification": None if verification is None else verification.to_json(),
-            "bound": None if bound is None else bound.to_json(),
-            "calibration": None if fit is None else {"fit": fit.to_json(), "measured": measured},
-            "network": handover.to_json(),
-            "left_out": late,
-            "seconds": time.perf_counter() - began,
-        }
+        result = content(
+            plain,
+            derivation,
+            verification=verification,
+            bound=bound,
+            calibration=None if fit is None else {"fit": fit.to_json(), "measured": measured},
+            handover=handover,
+        )
+        result |= {"left_out": late, "seconds": time.perf_counter() - began}
         if out is not None:
             bar.set_description("figures")
-            _write(result, out)
+            write(result, out)
     return Derived(derivation, handover, verification, bound, fit, result)
 
 
@@ -152,49 +147,61 @@ def _solved(
     Raises:
         ValueError: the time was over before the numbers were there.
     """
-    from controlat.symbolic import convergence, verify
-    from controlat.symbolic.limits import LATE, TimeLimit, within
+    from controlat._util.limits import within
 
-    verification, bound = None, None
     began = time.monotonic()
     bar.set_description("deriving")
     derivation, fit = _derived(chosen, measured)
     bar.update()
     late = list(derivation.budget.late)
+    if not chosen.checks:
+        return derivation, fit, None, None, late
     with within(chosen.seconds - (time.monotonic() - began)):
-        if chosen.checks:
-            bar.set_description("the maximum principle")
-            task = derivation.task
-            where = (
-                derivation.branch,
-                float(task.theta0),
-                float(task.tau),
-                float(task.horizon),
-                float(task.gamma),
-            )
-            try:
-                verification = verify(
-                    *where,
-                    admissible=chosen.admissible,
-                    overshoot=chosen.overshoot,
-                    transcription=chosen.transcription,
-                )
-                late += verification.left_out
-            except TimeLimit:
-                late.append("the check against the maximum principle")
-            bar.update()
-            bar.set_description("Theorem 1")
-            bound = convergence(derivation.branch, float(task.theta0), sigma=(0.0, 0.5))
-            if LATE in (bound.reason, *(row["reason"] for row in bound.rows)):
-                late.append("rows of Theorem 1")
-            bar.update()
-    return derivation, fit, verification, bound, late
+        bar.set_description("the maximum principle")
+        verification = _verified(chosen, derivation)
+        late += ["the check against the maximum principle"] if verification is None else verification.left_out
+        bar.update()
+        bar.set_description("Theorem 1")
+        bound, told = _bound(derivation)
+        bar.update()
+    return derivation, fit, verification, bound, late + told
+
+
+def _verified(chosen: DeriveSettings, derivation: Derivation) -> Verification | None:
+    """The check against the maximum principle; None where the deadline stopped it."""
+    from controlat._util.limits import TimeLimit
+    from controlat.bolza import verify
+
+    task = derivation.task
+    try:
+        return verify(
+            derivation.branch,
+            theta0=float(task.theta0),
+            tau=float(task.tau),
+            horizon=float(task.horizon),
+            gamma=float(task.gamma),
+            admissible=chosen.admissible,
+            overshoot=chosen.overshoot,
+            transcription=chosen.transcription,
+        )
+    except TimeLimit:
+        return None
+
+
+def _bound(derivation: Derivation) -> tuple[Bound, list[str]]:
+    """Theorem 1 beside actual runs, and whether the deadline left rows out."""
+    from controlat._util.limits import LATE
+    from controlat.bolza import convergence
+
+    bound = convergence(derivation.branch, float(derivation.task.theta0), sigma=(0.0, 0.5))
+    late = LATE in (bound.reason, *(row["reason"] for row in bound.rows))
+    return bound, ["rows of Theorem 1"] * late
 
 
 def _derived(chosen: DeriveSettings, measured: dict[str, Any] | None) -> tuple[Derivation, Fit | None]:
     """The derivation of the landscape, calibrated first where a run was measured, within the time limit."""
+    from controlat._util.limits import TimeLimit, within
     from controlat.symbolic import Derivation
-    from controlat.symbolic.limits import TimeLimit, within
 
     task, fit, least = chosen.task, None, max(chosen.seconds, _NUMBERS)
     try:
@@ -257,64 +264,3 @@ def _hand_over(
         resolution=chosen.resolution,
         label=("calibrated" if measured is not None else "derived") + f"({chosen.k_min:g}..{chosen.k_max:g})",
     )
-
-
-def _task(derivation: Derivation) -> dict[str, Any]:
-    import sympy  # slow to import, as whatever is symbolic
-
-    task, landscape = derivation.task, derivation.landscape
-    names = ("theta0", "tau", "horizon", "gamma")
-    return {
-        "landscape": landscape.text,
-        "latex": sympy.latex(landscape.expression),
-        "x0": landscape.point,
-        "parameters": {str(k): float(v) for k, v in landscape.values.items()},
-        "x_range": list(landscape.ends),
-        "theta_range": list(task.reach),
-        **{name: float(getattr(task, name)) for name in names},
-        "order": task.order,
-        "quadratic": landscape.quadratic,
-    }
-
-
-def _solution(derivation: Derivation) -> dict[str, Any]:
-    """Formulas, curves and what the figures need, as plain data."""
-    t = np.linspace(0, float(derivation.task.horizon), _POINTS)
-    curves = {
-        "theta": derivation.theta,
-        "alpha": derivation.alpha,
-        "K": derivation.K,
-        "linear": derivation.linear,
-    }
-    return {
-        "formulas": {key: answer.to_json() for key, answer in derivation.answers.items()},
-        "stationary": [point._asdict() for point in derivation.points],
-        "branch": {
-            "rank": derivation.index,
-            "x": derivation.point.x,
-            "domain": list(derivation.branch.domain),
-        },
-        "minima": derivation.minima,
-        "series": {
-            "values": derivation.series_numbers,
-            "formulas": [str(c) for c in derivation.coefficients],
-        },
-        "curves": {"t": t.tolist(), **{name: f(t).tolist() for name, f in curves.items()}}
-        | {"series": derivation.series(t).tolist()},
-        "rising": derivation.rising,
-        "cost": {"J": derivation.cost, **derivation.parts},
-        "pictures": derivation.pictures(),
-        "notes": derivation.notes,
-    }
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
-    from controlat.report.derivation.document import markdown
-    from controlat.report.derivation.figures import FIGURES
-
-    write_json(out / "schedule.json", result["network"]["schedule"])
-    for name, figure in FIGURES.items():
-        if figure.wanted(result):
-            figure.draw(result, out / name)
-    write_text(out / "summary.md", markdown(result))
-    write_json(out / "result.json", result)  # last: where it is, the others are

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlat.control.cost import Meter
-from controlat.dynamics.driver import Step
+from controlat.dynamics.step import Step, read_losses
 
 __all__ = ["Tally"]
 
@@ -50,16 +50,27 @@ class Tally:
     controls: list[list[Any]] = field(default_factory=list)
     evaluations: float | None = 0.0
 
+    def __post_init__(self) -> None:
+        self._unread: list[Step] = []
+
     def add(self, step: Step) -> None:
-        """Count one outer step."""
+        """Count one outer step; its loss, if it is still on a GPU, is added by `read_losses`."""
         self.batch = step.batch + 1
         if not self.controls or self.controls[-1][1] != dict(step.control):
             self.controls.append([step.batch, dict(step.control)])
-        self.loss += step.loss * step.samples
+        self._unread.append(step)
+        if isinstance(step.value, float):
+            self.read_losses()
         self.samples += step.samples
         if self.evaluations is not None:
             self.evaluations += step.evaluations
         self.dropped = sorted({*self.dropped, *step.dropped})
+
+    def read_losses(self) -> None:
+        """Add the losses of the steps that were counted, in one transfer from the device."""
+        unread, self._unread = self._unread, []
+        for step, loss in zip(unread, read_losses(unread), strict=True):
+            self.loss += loss * step.samples
 
     def spend(self, spent: Meter, seconds: float) -> None:
         """Count evaluations and time, of steps or of hooks."""

@@ -197,10 +197,12 @@ def _epoch(
         bar.update(step.spent.gradients)
         if spec.world.first and now - saved > 60 * minutes and tally.batch < spec.batches_per_epoch:
             check_parameters(driver, step)  # none that are infinite in a checkpoint
+            tally.read_losses()
             save(LAST)
             saved = time.perf_counter()
         began = time.perf_counter()
     check_parameters(driver, step)
+    tally.read_losses()
     tally.spend(driver.meter.since(before), time.perf_counter() - began)
     spec.world.check(driver.fingerprint())
 

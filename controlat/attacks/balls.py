@@ -61,8 +61,8 @@ class Norm:
 
     Args:
         draw: (like, eps, generator) -> a random perturbation of norm at most eps.
-        direction: gradient -> the unit step of steepest ascent.
-        shrink: (perturbation, eps) -> its projection on the ball.
+        direction: gradient -> the unit step of steepest ascent, a new tensor.
+        shrink: (perturbation, eps) -> its projection on the ball, a new tensor.
         size: perturbation -> its norm, per sample, shape (N,).
         dual: gradient -> its dual norm, per sample, shape (N,).
     """
@@ -80,7 +80,7 @@ def _draw_linf(like: Tensor, eps: float, generator: torch.Generator | None) -> T
 
 def _sign(g: Tensor) -> Tensor:
     """sign(g), and NaN where g is not finite: torch has sign(nan) = 0, which looks like a zero gradient."""
-    return g.sign() + 0 * g
+    return g.sign().add_(g, alpha=0)
 
 
 def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
@@ -194,12 +194,16 @@ class Ball:
 
     def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
         """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        return self.project(x + alpha * self.direction(gradient), x0)
+        moved = x + self.direction(gradient).mul_(alpha)
+        return self._within(moved.sub_(x0), x0)
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
+        return self._within(x - x0, x0)
+
+    def _within(self, delta: Tensor, x0: Tensor) -> Tensor:
         self.check(x0.shape[1:])
-        return (x0 + self._norm.shrink(x - x0, self.eps)).clamp_(0, 1)
+        return self._norm.shrink(delta, self.eps).add_(x0).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""

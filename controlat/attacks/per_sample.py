@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import finiteness
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
+from controlat.attacks.pgd import NON_FINITE
 from controlat.models.frozen.view import FrozenModel
 
 __all__ = ["Rule", "fosc", "stopped"]
@@ -36,7 +37,7 @@ def stopped(
     Before each step the rule gets the points, their logits and input gradients, which one pass computes, and
     decides which samples take the step; the others stop for good. In mode ``"train"``, where BatchNorm
     couples the samples, the whole batch is evaluated as long as one sample moves; in mode ``"eval"`` only
-    those that move.
+    those that move. As the rule decides what is computed next, the CPU waits for a GPU before every step.
 
     Args:
         view: the network.
@@ -74,8 +75,7 @@ def stopped(
         if noise is not None:
             point = point + noise(rows)
         x = x.index_copy(0, rows, ball.project(point, x0[rows]))
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError("the gradient of the loss with respect to the input is not finite")
+    view.watch.finite(finiteness(x), NON_FINITE)
     return x
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from controlat._util.checks import flag, instance, number, whole
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import finiteness
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.space import Knob
 from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
-__all__ = ["ALPHA", "STEPS", "ascend", "fgsm", "path", "pgd"]
+__all__ = ["ALPHA", "NON_FINITE", "STEPS", "ascend", "fgsm", "path", "pgd"]
 
 ALPHA = Knob("real", 0.0, meaning="step size of the inner ascent, in pixel units")
 STEPS = Knob("integer", 0, meaning="number K of inner ascent steps")
 
+NON_FINITE = "the gradient of the loss with respect to the input is not finite"
 _OUTSIDE = 1e-6  # tolerance for inputs outside [0, 1]: rounding in float32
 
 
@@ -71,25 +73,30 @@ def ascend(
         start: (N, ...) start that replaces the random one.
 
     Raises:
-        NonFiniteError: the input gradient is not finite.
+        NonFiniteError: the input gradient is not finite; raised when ``view.watch`` looks.
     """
     if steps == 0:
         return x0
     if start is None:
         start = ball.start(x0, generator) if random_start else x0
-    result = torch.empty_like(x0)
+    last: list[Tensor] = []
     for part in view.chunks(x0):
-        arguments = (view, x0[part], start[part], y[part])
-        for x in path(*arguments, ball=ball, alpha=alpha, steps=steps, loss=loss):
-            last = x
-        result[part] = last
-    if not bool(torch.isfinite(result).all()):
-        raise NonFiniteError("the gradient of the loss with respect to the input is not finite")
-    return result
+        points = path(view, x0[part], start[part], y[part], ball=ball, alpha=alpha, steps=steps, loss=loss)
+        last += deque(points, maxlen=1)
+    result = last[0] if len(last) == 1 else torch.cat(last)
+    view.watch.finite(finiteness(result), NON_FINITE)
+    return result if result.stride() == x0.stride() else torch.empty_like(x0).copy_(result)
 
 
-def check_batch(x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless x is a floating-point batch in [0, 1] and y its labels, int64 and >= 0."""
+def check_batch(x: Tensor, y: Tensor) -> int:
+    """Check that x is a floating-point batch in [0, 1] and y its labels, int64 and >= 0.
+
+    Returns:
+        The largest label.
+
+    Raises:
+        ValueError: they are not.
+    """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -107,13 +114,16 @@ def check_batch(x: Tensor, y: Tensor) -> None:
             f"y must hold one integer label per sample, shape ({len(x)},) and torch.int64 (y.long()), "
             f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
-    if int(y.min()) < 0:  # torch's cross_entropy would silently ignore -100
+    real = torch.promote_types(x.dtype, torch.float32)
+    bounds = [torch.stack(torch.aminmax(t.detach())).to(real) for t in (x, y)]
+    low, high, least, top = torch.cat(bounds).tolist()  # one transfer from a GPU
+    if least < 0:  # torch's cross_entropy would silently ignore -100
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also for NaN
         raise ValueError(
             f"x must lie in [0, 1], got values in [{low:g}, {high:g}]: normalisation belongs inside the model"
         )
+    return int(top)
 
 
 def check_labels(top: int, classes: int) -> None:
@@ -184,7 +194,7 @@ def pgd(
     >>> bool(((x_adv - x).abs() <= 0.1 + 1e-6).all())
     True
     """
-    check_batch(x, y)
+    top = check_batch(x, y)
     ball = Ball(_required(eps, "eps"), norm)
     size, count = _step_control(alpha, steps)
     flag(random_start, "random_start")
@@ -203,7 +213,7 @@ def pgd(
             alpha=size,
             steps=count,
             random_start=random_start,
-            loss=_checked_cross_entropy(int(y.max())),
+            loss=_checked_cross_entropy(top),
             generator=generator,
         )
     return result.clone() if result is x else result

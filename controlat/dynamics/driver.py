@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from controlat._util.checks import brief, flag, instance, whole
 from controlat._util.parallel import Share, World
+from controlat._util.watch import Watch
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.control.space import Control
@@ -58,6 +59,10 @@ class Driver:
         stopped: why the method ended training; empty while training goes on.
         controller_memory: plain data that the controller carries; part of the state.
         margin: as in `Context`.
+        look_every: steps after which losses and gradients are looked at, to find that they are not finite;
+            0: within each step, before theta moves. Looking makes the CPU wait for a GPU. None: 16 on CUDA,
+            else 0. `state`, `point` and the hooks look first, so that no checkpoint, costate or decision
+            comes from numbers that are not finite; before using the model itself call ``watch.look()``.
         notice: called with what a method does between epochs: ``"save"`` or ``"reload"`` and the name of the
             copy, ``"set"`` and the name of the memory that it assigned, ``"moved"`` and the name of what it
             wrote to in place.
@@ -77,6 +82,7 @@ class Driver:
     stopped: str = ""
     controller_memory: dict[str, Any] = field(default_factory=dict)
     margin: float = 0.0
+    look_every: int | None = None
     notice: Callable[[str, str], object] | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +111,9 @@ class Driver:
         if hasattr(self.method, "check_ball"):
             self.method.check_ball(self.ball)
         self.sgd = self.optimizer.build(self.parameters)
+        if self.look_every is None:
+            self.look_every = 16 if self.device.type == "cuda" else 0
+        self.watch = Watch(whole(self.look_every, "look_every", 0))
 
     @property
     def device(self) -> torch.device:
@@ -144,15 +153,21 @@ class Driver:
         With several processes each works on its rows of the batch, and all reach the same state; `Step.spent`
         is the sum over the processes.
 
+        With `look_every` > 0 the CPU waits for the device only where the method's control flow depends on
+        values (FAT and Dynamic: which samples go on), where rows of samples or evaluations are gathered from
+        several processes, in a closed loop, and in the look at every n-th step.
+
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the message names epoch, batch and control.
+            NonFiniteError: a loss or gradient is not finite; the message names epoch, batch and control. With
+                `look_every` = n it is raised up to n - 1 steps later, or when the state is asked for.
         """
         before = self.meter.copy()
-        losses: list[float] = []
+        losses: list[Tensor | float] = []
         dropped: set[str] = set()
         for group in self.sgd.param_groups:
             group["lr"] = rate
         ctx, requests = self.context(batch, rate, self.meter, self.memory), self.requests
+        ctx.watch = self.watch
         for update, loss, gradients in requests.updates(ctx, batch, u):
             for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
@@ -168,13 +183,14 @@ class Driver:
         local = self.meter.since(before)
         spent = self._summed(local, ctx.share)
         self.meter.add(spent.since(local))
+        self.watch.count()
         return Step(
             epoch=batch.epoch,
             batch=batch.number,
             control=u,
             rate=rate,
             samples=ctx.share.total,
-            loss=mean,
+            value=mean,
             spent=spent,
             dropped=tuple(sorted(dropped)),
             moves=len(losses),
@@ -198,7 +214,12 @@ class Driver:
         return fields.prefix_fields(self, batch, u, rate, Meter() if meter is None else meter)
 
     def state(self) -> State:
-        """The state z itself: the driver's own tensors, not copies."""
+        """The state z itself: the driver's own tensors, not copies.
+
+        Raises:
+            NonFiniteError: a step since the last look had a loss or gradient that is not finite.
+        """
+        self.watch.look()
         return State.of(
             self.model.state_dict(),
             self.sgd.state_dict(),
@@ -219,6 +240,7 @@ class Driver:
         Args:
             index: (N,) positions of the samples of a batch.
         """
+        self.watch.look()
         return State(
             parameters=[p.detach() for p in self.parameters],
             momentum=self.momentum,
@@ -251,6 +273,7 @@ class Driver:
         self.rows = z.with_rows(self.rows)
         self.kept, self.stopped = dict(z.kept), z.stopped
         self.controller_memory = copy.deepcopy(z.controller)
+        self.watch.look()
 
     def restore_network(self, z: State) -> None:
         """Set the network and the optimiser to those of z, and nothing else."""
@@ -288,7 +311,12 @@ class Driver:
         call_hook(self, spec, epoch, "start")
 
     def end_epoch(self, spec: RunSpec, epoch: int) -> None:
-        """Call the method's hook after the last step of an epoch, if it has one."""
+        """Call the method's hook after the last step of an epoch, if it has one.
+
+        Raises:
+            NonFiniteError: as `state`.
+        """
+        self.watch.look()
         call_hook(self, spec, epoch, "end")
 
     def fingerprint(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from controlat._util import rng
 from controlat._util.errors import NonFiniteError
 from controlat._util.kernels import SecondDerivatives
 from controlat.control.space import Control
+from controlat.dynamics.step import When
 from controlat.methods import Batch, Context, Method, Update
 from controlat.models.frozen import batchnorm
 from controlat.models.frozen.contexts import normal_tensor, preserved_buffers, swapped
@@ -42,15 +44,20 @@ class Requests:
     autocast: torch.dtype | None
     normalises: bool
 
-    def updates(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Update, float, list[Tensor]]]:
+    def updates(
+        self, ctx: Context, batch: Batch, u: Control
+    ) -> Iterator[tuple[Update, Tensor | float, list[Tensor]]]:
         """Yield (update, summed loss, summed gradient) for each update of theta in one outer step.
+
+        The loss is a number if ``ctx.watch`` looks at once; otherwise it stays on the device, in float64.
 
         `update.dropped` also has the names that the other requests since the last update of theta dropped.
         """
         self.model.train()
-        batch = own_batch(batch)
+        batch, where = own_batch(batch), When(batch.epoch, batch.number, u)
+        ctx.watch.place = where
         total: list[Tensor] | None = None
-        losses: list[float] = []
+        losses: list[Tensor | float] = []
         dropped: set[str] = set()
         moved = False
         answer: Sequence[Tensor] | None = None
@@ -72,8 +79,7 @@ class Requests:
                     yield update._replace(dropped=tuple(sorted(dropped))), sum(losses), total
                     total, losses, moved = None, [], True
         except NonFiniteError as error:
-            where = _where(batch, u)
-            raise error if where in str(error) else NonFiniteError(f"{error} ({where})") from None
+            raise error if str(where) in str(error) else NonFiniteError(f"{error} ({where})") from None
         if total is not None or not moved:
             what = "without moving theta" if total is None else "with a gradient that moves nothing"
             raise ValueError(f"{type(self.method).__name__} ends a step {what}")
@@ -98,7 +104,7 @@ class Requests:
 
     def differentiate(
         self, ctx: Context, batch: Batch, u: Control, update: Update, i: int
-    ) -> tuple[float, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor | float, list[Tensor], list[Tensor]]:
         """Loss of request i, its gradients in the parameters, and its gradients in the tensors of `also`.
 
         If the step itself is being differentiated (``ctx.theta`` is set), the gradients have a graph.
@@ -106,6 +112,7 @@ class Requests:
         Raises:
             NonFiniteError: loss or gradient; the message names epoch, batch and control.
         """
+        ctx.watch.place = When(batch.epoch, batch.number, u)
         graph, before, statistics = ctx.theta is not None, ctx.theta, list(ctx.statistics)
         cast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.autocast is not None:
@@ -138,11 +145,11 @@ class Requests:
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, partials, strict=True)]
         trained = {id(p) for p in parameters}
         shared = [j for j, t in enumerate(inputs) if j < len(parameters) or id(t) in trained]
-        value = self._reduce(ctx, loss, gradients, shared, _where(batch, u))
+        value = self._reduce(ctx, loss, gradients, shared)
         return value, gradients[: len(parameters)], gradients[len(parameters) :]
 
     @staticmethod
-    def _reduce(ctx: Context, loss: Tensor, gradients: list[Tensor], shared: list[int], where: str) -> float:
+    def _reduce(ctx: Context, loss: Tensor, gradients: list[Tensor], shared: list[int]) -> Tensor | float:
         """All-reduce: return the mean loss over all processes; average the gradients at `shared` in place.
 
         In one reduction with all norms, so that all processes see a loss or gradient that is not finite.
@@ -151,10 +158,8 @@ class Requests:
         *means, norms = ctx.share.mean([*(gradients[j] for j in shared), norms])
         for j, g in zip(shared, means, strict=True):
             gradients[j] = g
-        value, norm = float(norms[0]), float(norms[1:].norm())
-        if not torch.isfinite(torch.tensor((value, norm))).all():
-            raise NonFiniteError(f"training loss {value:g}, gradient norm {norm:g} ({where})")
-        return value
+        ctx.watch.finite(norms, _diverged)
+        return norms[0].double() if ctx.watch.every else float(norms[0])
 
     @contextlib.contextmanager
     def placed(self, ctx: Context, once: bool) -> Iterator[None]:
@@ -206,8 +211,9 @@ class Requests:
         return rng.scoped(self.seed, *key, device=self.parameters[0].device)
 
 
-def _where(batch: Batch, u: Control) -> str:
-    return f"epoch {batch.epoch}, batch {batch.number}, {u}"
+def _diverged(numbers: list[float]) -> str:
+    """The message for a loss and the norms of its gradients."""
+    return f"training loss {numbers[0]:g}, gradient norm {math.hypot(*numbers[1:]):g}"
 
 
 def own_batch(batch: Batch) -> Batch:

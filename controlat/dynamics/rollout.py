@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from controlat._util import rng
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import Watch
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.feedback import forget_epoch
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import State
+from controlat.dynamics.step import When
 from controlat.methods import Batch
 from controlat.models.frozen.view import FrozenModel
 
@@ -49,6 +50,8 @@ def rollout(
         if record is not None and (number - first) % stride == 0:
             touched = spec.indices(number, number + stride) if driver.rows else None
             record(number, driver.snapshot(touched))
+        if not spec.open_loop:  # the controller reads the state
+            driver.watch.look()
         step = driver.step(b, spec.control(b, driver), spec.learning_rate(b.epoch, b.number))
         spec.observe(step, driver)
         yield step
@@ -60,9 +63,10 @@ def check_parameters(driver: Driver, step: Step) -> None:
     Raises:
         NonFiniteError: a parameter is not finite; the message names epoch, batch and control.
     """
-    if not all(bool(torch.isfinite(p).all()) for p in driver.parameters):
-        where = f"epoch {step.epoch}, batch {step.batch}, {step.control}"
-        raise NonFiniteError(f"a parameter is not finite after the step ({where})")
+    watch = Watch()
+    watch.place = When(step.epoch, step.batch, step.control)
+    norms = torch._foreach_norm([p.detach() for p in driver.parameters if p.numel()], torch.inf)
+    watch.finite(torch.stack(norms), "a parameter is not finite after the step")
 
 
 def check_rows(driver: Driver, x: Tensor, rows: int, what: str, cure: str) -> None:

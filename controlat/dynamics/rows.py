@@ -48,5 +48,5 @@ def scatter(stores: dict[str, Rows], index: Tensor, rows: Mapping[str, Rows], sh
     """
     for name, part in rows.items():
         values, seen = map(share.all_gather, part)
-        positions = share.all_gather(index.to(values.device))
+        positions = index if share.alone else share.all_gather(index.to(values.device))
         stores[name] = put(stores.get(name), positions, Rows(values, seen))

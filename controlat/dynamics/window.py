@@ -100,7 +100,8 @@ def window_steps(
     steps = rollout(
         driver, spec, epoch=epoch, batch=batch, until=until, record=record, stride=stride, begun=begun
     )
-    return steps if ended else islice(steps, last - first)
+    yield from steps if ended else islice(steps, last - first)
+    driver.watch.look()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from controlat._util import rng
 from controlat._util.parallel import Share
+from controlat._util.watch import Watch
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.data import Placement
@@ -81,6 +82,7 @@ class Context:
         statistics: likewise the running statistics of the network's normalisation layers.
         margin: distance by which `carried` moves perturbations off the edge of their set; 0 in training.
         passes: number of samples that `logits` has been evaluated on.
+        watch: looks whether results of the inner solver are finite.
     """
 
     model: nn.Module
@@ -99,6 +101,7 @@ class Context:
     statistics: list[Tensor] = field(default_factory=list)
     margin: float = 0.0
     passes: int = 0
+    watch: Watch = field(default_factory=Watch)
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator for one purpose in this step; its numbers do not depend on the control."""
@@ -142,7 +145,12 @@ class Context:
     def view(self, mode: str = "eval") -> FrozenModel:
         """The frozen network for an inner solver; close it before the next yield, which may update theta."""
         return FrozenModel(
-            self.model, mode, channels_last=self.channels_last, meter=self.meter, autocast=self.autocast
+            self.model,
+            mode,
+            channels_last=self.channels_last,
+            meter=self.meter,
+            autocast=self.autocast,
+            watch=self.watch,
         )
 
     def logits(self, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import numpy as np
 import sympy
 from sympy.printing.pretty.pretty_symbology import pretty_symbol
 
+from controlat._util.limits import LATE, NotFound, TimeLimit, limited, within
 from controlat.symbolic import questions
 from controlat.symbolic.landscape import Array, compiled
-from controlat.symbolic.limits import LATE, NotFound, TimeLimit, limited, within
 
 __all__ = ["Answer", "Budget"]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicHermiteSpline
 
-from controlat.symbolic.formula import THETA
 from controlat.symbolic.landscape import Array, Landscape, LandscapeError, Point, compiled, stretch
+from controlat.symbolic.symbols import THETA
 
 __all__ = ["Branch", "choose"]
 

@@ -1,7 +1,7 @@
 """From a landscape to a schedule: inner maximum, exact step, robust flow, K*(t), its series and its cost.
 
-Every quantity is computed numerically, and symbolically where sympy finds it within its time; a formula is
-believed only where it agrees with the numbers.
+Every quantity is computed numerically (`Course`), and symbolically where sympy finds it within its time; a
+formula is believed only where it agrees with the numbers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 import sympy
-from scipy.integrate import fixed_quad
 
+from controlat._util.limits import unhurried
 from controlat.symbolic import questions
 from controlat.symbolic.answers import Answer, Budget
-from controlat.symbolic.branch import Branch, choose, higher
-from controlat.symbolic.flow import integrate
-from controlat.symbolic.formula import ALPHA, HORIZON, TAU, THETA, T, X
-from controlat.symbolic.landscape import Array, LandscapeError, roots
-from controlat.symbolic.limits import unhurried
+from controlat.symbolic.branch import Branch, choose
+from controlat.symbolic.course import Course
+from controlat.symbolic.landscape import Array, LandscapeError
+from controlat.symbolic.symbols import ALPHA, HORIZON, TAU, THETA, T, X
 from controlat.symbolic.task import Task
 
 __all__ = ["Derivation"]
 
-_POINTS = 2001  # of [0, T], where turning points of K* are looked for
 NAMES = {
     "x": "x*(theta)",
     "robust": "L(theta) = l(theta, x*)",
@@ -44,7 +42,7 @@ Attempt = tuple[Any, str, str]  # formulas or None, by whom, why there is none
 Check = tuple[sympy.Symbol, Array, Array]  # a formula's symbol, where it is looked at, and what it must give
 
 
-class Derivation:
+class Derivation(Course):
     """Everything that follows from a `Task`, derived at construction: first the numbers, then the formulas.
 
     Raises:
@@ -60,88 +58,24 @@ class Derivation:
 
     @np.errstate(all="ignore")  # what is not finite is named
     def __init__(self, task: Task) -> None:
-        self.task, self.landscape = task, task.landscape
+        land, theta0 = task.landscape, float(task.theta0)
         self.answers: dict[str, Answer] = {}
         self.notes: list[str] = []
-        self.budget = Budget(task.seconds, self.landscape.values, task.values)
-        theta0, self._end = float(task.theta0), float(task.horizon)
-        self._at_start = task.values | {THETA: task.theta0}
-        self._check_x()
-        self.points = self.landscape.stationary(theta0)
-        self.index, self.point = choose(self.landscape, theta0, self.points, task.branch)
-        maxima, formula = self._maxima(), None
+        self.budget = Budget(task.seconds, land.values, task.values)
+        _check_x(task)
+        self.points = land.stationary(theta0)
+        self.index, self.point = choose(land, theta0, self.points, task.branch)
+        maxima, formula = self._maxima(task), None
         if self.point.flat:  # it is followed by a formula only
-            maxima, formula = self._flat(maxima)
-        self.branch = Branch(self.landscape, theta0, self.point.x, task.reach, formula)
-        self.path = integrate(self.branch, theta0, self._end)
-        self._check_steps()
-        with unhurried():  # the numbers that follow are quick, and sympy has its budget
-            self._numbers()
+            maxima, formula = self._flat(task, maxima)
+        super().__init__(task, Branch(land, theta0, self.point.x, task.reach, formula))
+        self._at_start = task.values | {THETA: task.theta0}
+        with unhurried():  # sympy has its budget
             self._inner(maxima)
             self._flow()
             self._series()
             self._cost()
-            self._note()
-
-    # ---- numbers
-
-    def _check_x(self) -> None:
-        """Refuse what depends on x by no more than rounding, whatever theta."""
-        land, task = self.landscape, self.task
-        theta, x = np.meshgrid(np.linspace(*task.reach, 41), np.linspace(*land.ends, 41))
-        slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max(0) for by in ("x", ""))
-        if (slope <= 1e-12 * value / (land.ends[1] - land.ends[0])).all():
-            raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")
-
-    def _check_steps(self) -> None:
-        t = np.linspace(0, self._end, 201)
-        step = self.alpha(t)
-        bad = ~(np.isfinite(step) & (step > 0))
-        if bad.any():
-            first = int(np.argmax(bad))
-            raise LandscapeError(
-                f"at t = {t[first]:.4g} (theta = {float(self.theta(t[first])):.4g}) no step from the data "
-                f"point lands on the inner maximum: (x* - x0)/l_x(theta, x0) = {step[first]:.4g}; take "
-                + ("a shorter horizon, or " if first else "")
-                + "another branch or data point"
-            )
-
-    def _numbers(self) -> None:
-        """Where K* increases, the cost of the schedule, and the stationary points of both losses."""
-        land, (low, high) = self.landscape, self.task.reach
-        t = np.linspace(0, self._end, _POINTS)
-        self.rising = _rising(t, self.K(t))
-        inner = float(fixed_quad(self.K, 0, self._end, n=400)[0])
-        self.parts = {"terminal": float(self.branch.robust(self.theta(self._end))), "inner": inner}
-        self.cost = self.parts["terminal"] + float(self.task.gamma) * inner
-        loss = np.abs(land("")(np.linspace(low, high, 41)[:, None], np.linspace(*self._window(), 41)[None]))
-        scale = float(np.max(loss, where=np.isfinite(loss), initial=0.0)) / (high - low)
-
-        def plain_slope(theta: Array) -> Array:
-            return land("t")(theta, np.full_like(theta, land.point))
-
-        self.minima = {
-            "plain": _zeros(plain_slope, low, high, scale),
-            "robust": _zeros(self.branch.robust_slope, *self.branch.domain, scale),
-        }
-
-    def theta(self, t: Any) -> Array:
-        """theta(t) of the robust flow, for numbers or arrays 0 <= t <= T."""
-        return np.asarray(self.path(np.asarray(t, dtype=float)), dtype=float)
-
-    def alpha(self, t: Any) -> Array:
-        """alpha*(theta(t))."""
-        return self.branch.exact_step(self.theta(t))
-
-    def K(self, t: Any) -> Array:
-        """K*(t) = tau/alpha*(theta(t)), as a real number."""
-        with np.errstate(all="ignore"):
-            return np.asarray(float(self.task.tau) / self.alpha(t), dtype=float)
-
-    def linear(self, t: Any) -> Array:
-        """Amata's approximation: the straight line from K*(0) to K*(T)."""
-        first, last = self.K(np.array([0.0, self._end]))
-        return np.asarray(first + (last - first) * np.asarray(t, dtype=float) / self._end)
+            self.notes += self.remarks()
 
     def series(self, t: Any) -> Array:
         """The Taylor series of K* at 0, to the order asked for."""
@@ -170,19 +104,19 @@ class Derivation:
         """A formula that is known, in its shortest form and as it stands."""
         return [([self.budget.tidy(formula), formula], "sympy", "")]
 
-    def _maxima(self) -> Iterator[Attempt]:
+    def _maxima(self, task: Task) -> Iterator[Attempt]:
         """The zeros of l_x that are the chosen maximum at theta_0."""
         # x* may be 0 up to rounding: compared on the scale of the range of x.
-        wide = self.landscape.ends[1] - self.landscape.ends[0]
-        check = THETA, np.array([float(self.task.theta0)]), np.array([self.point.x + wide])
-        question = questions.stationary, self.landscape.expression
+        wide = task.landscape.ends[1] - task.landscape.ends[0]
+        check = THETA, np.array([float(task.theta0)]), np.array([self.point.x + wide])
+        question = questions.stationary, task.landscape.expression
         for zeros, by, why in self.budget.attempts("the zeros of l_x", *question):
             if mine := [formula for formula in zeros or () if self.budget.agrees(formula + wide, *check)]:
                 yield mine, by, "sympy's holds at theta_0, but not along the flow"
             else:
                 yield None, by, why or "sympy does not find this one among the real zeros of l_x"
 
-    def _flat(self, attempts: Iterator[Attempt]) -> tuple[Iterator[Attempt], sympy.Expr]:
+    def _flat(self, task: Task, attempts: Iterator[Attempt]) -> tuple[Iterator[Attempt], sympy.Expr]:
         """The formulas for a flat maximum, and the first of them."""
         every = list(attempts)
         for formulas, _, _ in every:
@@ -191,24 +125,13 @@ class Derivation:
                 self.notes.append(told)
                 return iter(every), formulas[0]
         raise LandscapeError(
-            f"the inner maximum x = {self.point.x:.6g} at theta = {float(self.task.theta0):g} is flat "
+            f"the inner maximum x = {self.point.x:.6g} at theta = {float(task.theta0):g} is flat "
             f"(l_xx = 0), and {every[-1][2]}"
         )
 
-    def _sample(self) -> Array:
-        """Values of theta at which formulas are compared with numbers: what the flow visits.
-
-        Off the round ones, where 0/0 lurks; a little wider where the flow stands still.
-        """
-        visited, (left, right) = self.theta(np.linspace(0, self._end, 101)), self.branch.domain
-        low, high = float(visited.min()), float(visited.max())
-        margin = max(0.0, 1e-3 * (right - left) - (high - low))
-        low, high = low - min(margin, (low - left) / 2), high + min(margin, (right - high) / 2)
-        return np.asarray(low + (high - low) * (np.arange(40) + 0.6180339887) / 40.5)
-
     def _inner(self, maxima: Iterable[Attempt]) -> None:
         """The inner maximum, both losses and their minima, curvature, contraction, and the exact step."""
-        land, at, forms = self.landscape, self._sample(), self._forms
+        land, at, forms = self.landscape, self.sample(), self._forms
         loss, bent = land.expression, land.derivative("xx")
         self._keep("x", (THETA, at, self.branch(at)), lambda: maxima)
         self._keep("plain", (THETA, at, land("")(at, land.point)), lambda: forms(loss.subs(X, land.x0)))
@@ -251,7 +174,7 @@ class Derivation:
 
     def _flow(self) -> None:
         """The robust flow theta' = -dL/dtheta, theta(t) if it can be inverted, and K*(t)."""
-        t = np.linspace(0, self._end, 21)
+        t = np.linspace(0, self.end, 21)
         if (loss := self.formula("robust")) is not None:
             self.answers["speed"] = Answer(NAMES["speed"], self.budget.tidy(-sympy.diff(loss, THETA)))
         self._keep("theta", (T, t, self.theta(t)), self._path, "robust", "speed")
@@ -279,15 +202,15 @@ class Derivation:
         land, order = self.landscape, self.task.order
         explicit = questions.series, self.formula("alpha"), self.formula("speed"), order, self.task.start
         at = self._at_start | {X: sympy.Float(self.point.x, 30)}
-        implicit = questions.implicit_series, land.expression, land.x0, order, at, self._still()
+        implicit = questions.implicit_series, land.expression, land.x0, order, at, self.still()
         self.coefficients: list[sympy.Expr] = []
         self.series_numbers: list[float] = []
         for question, *arguments in (explicit, implicit):
             if any(argument is None for argument in arguments):
                 continue
-            for found, by, told in self.budget.attempts("the series", question, *arguments):
+            for coefficients, by, told in self.budget.attempts("the series", question, *arguments):
                 why = told or "what sympy finds for the series is not borne out by the numbers"
-                if found is not None and self._holds([TAU * c for c in found]):
+                if coefficients is not None and self._holds([TAU * c for c in coefficients]):
                     by = by if question is questions.series else "sympy (numbers inserted)"
                     # As it is read, lowest power first: sympy would order the terms by itself.
                     terms = [self.budget.tidy(c) for c in self.coefficients]
@@ -300,77 +223,26 @@ class Derivation:
         """J, which takes sympy longest: last."""
         self._keep(
             "J",
-            (HORIZON, np.array([self._end]), np.array([self.cost])),
+            (HORIZON, np.array([self.end]), np.array([self.cost])),
             lambda _, *known: self.budget.attempts(
                 "J", questions.cost, *known, self.task.start, self._at_start
             ),
             *("K", "robust", "alpha", "speed", "theta"),
         )
 
-    def _still(self) -> bool:
-        """Whether the data point is the inner maximum throughout."""
-        x = self.branch(self.theta(np.linspace(0, self._end, _POINTS)))
-        return bool((np.abs(x - self.landscape.point) < 1e-9).all())
-
     def _holds(self, coefficients: list[sympy.Expr]) -> bool:
         """Whether the first two coefficients are K*(0) and its slope; they are kept if so."""
         numbers = np.array([complex(c.subs(self.task.values).evalf()) for c in coefficients])
-        h = 1e-4 * self._end
+        h = 1e-4 * self.end
         k = self.K(h * np.arange(5))
         slope = float(np.dot([-25, 48, -36, 16, -3], k)) / (12 * h)  # of fourth order
-        near = 1e-3 * float(np.abs(k).max()) / self._end
+        near = 1e-3 * float(np.abs(k).max()) / self.end
         good = np.isfinite(numbers).all() and np.abs(numbers.imag).max() < 1e-9
         good = good and np.isclose(numbers[0].real, k[0], rtol=1e-6)
         if good and np.isclose(numbers[1].real, slope, rtol=1e-3, atol=near):
             self.coefficients, self.series_numbers = coefficients, numbers.real.tolist()
             return True
         return False
-
-    # ---- what is shown besides
-
-    def _note(self) -> None:
-        """Where l is larger elsewhere, and what a reader might take for more than it is."""
-        for t in np.linspace(0, self._end, 33):
-            theta = float(self.theta(t))
-            mine = float(self.branch.robust(theta))
-            if (above := higher(self.landscape, theta, mine)) is not None:
-                self.notes.append(
-                    f"at t = {t:.3g} l is larger at x = {above[0]:.4g} (l = {above[1]:.4g}) than at the "
-                    f"inner maximum that is followed (x = {float(self.branch(theta)):.4g}, l = {mine:.4g}): "
-                    "what follows is about the maximum that is followed, not about the largest"
-                )
-                break
-        share = np.mean(self.K(np.linspace(0, self._end, _POINTS)) < 1)
-        if share > 0:
-            self.notes.append(
-                f"K* < 1 during {share:.0%} of the time: less than one step of alpha*, which is taken to "
-                "reach x* at that share of a step's price; the set of whole K has no such control"
-            )
-        if self._still():
-            self.notes.append("the data point is the inner maximum throughout: there is nothing to attack")
-
-    def pictures(self, count: int = 4, points: int = 121) -> list[dict[str, Any]]:
-        """l(theta, .) at several times of the flow, with an inner trajectory of each: data of a figure.
-
-        The step of a trajectory is half the exact one, so that there is a trajectory to see.
-        """
-        loss, x, shown = self.landscape(""), np.linspace(*self._window(), points), []
-        for t in np.linspace(0, self._end, count).tolist():
-            theta, half = float(self.theta(t)), float(self.alpha(t)) / 2
-            path = np.array([self.landscape.ascent(theta, half, k) for k in range(7)])
-            path = path[np.isfinite(path)]
-            shown.append(
-                {"t": t, "theta": theta, "x": x.tolist(), "l": loss(theta, x).tolist()}
-                | {"path": path.tolist(), "losses": loss(theta, path).tolist()}
-                | {"maximum": [float(self.branch(theta)), float(self.branch.robust(theta))]}
-            )
-        return shown
-
-    def _window(self) -> tuple[float, float]:
-        """The part of x that shows the data point and the inner maxima along the flow."""
-        x = np.append(self.branch(self.theta(np.linspace(0, self._end, 101))), self.landscape.point)
-        margin, ends = 0.35 * float(np.ptp(x)) or 1.0, self.landscape.ends
-        return max(float(x.min()) - margin, ends[0]), min(float(x.max()) + margin, ends[1])
 
 
 def _power(c: sympy.Expr, n: int) -> sympy.Expr:
@@ -380,29 +252,10 @@ def _power(c: sympy.Expr, n: int) -> sympy.Expr:
     return sympy.Mul(c, T**n, evaluate=False) if n else c
 
 
-def _zeros(slope: Callable[[Array], Array], low: float, high: float, scale: float) -> list[dict[str, Any]]:
-    """Stationary points of a loss of theta, by its slope; none where that is rounding on its scale."""
-    theta = np.linspace(low, high, 4002)[1:-1]
-    if not (np.abs(slope(theta)) > 1e-12 * scale).any():
-        return []
-    kinds = {(-1, 1): "minimum", (1, -1): "maximum"}
-    return [
-        {
-            "theta": 0.0 if abs(v) < 1e-12 * (high - low) else v,
-            "kind": kinds.get((np.sign(before), np.sign(after)), "inflection"),
-        }
-        for v, before, after in roots(slope, theta)
-    ]
-
-
-def _rising(t: Array, k: Array) -> list[list[float]]:
-    """The intervals on which K* increases, to the resolution of the grid and of 1e-10 of its size.
-
-    Where K* has saturated it neither rises nor falls to that precision; an interval goes on over such parts.
-    """
-    steps = np.diff(k)
-    moving = np.flatnonzero(np.abs(steps) > 1e-10 * np.abs(k).max())
-    sign = np.sign(steps[moving])
-    turns = np.flatnonzero(np.diff(sign, prepend=0))
-    edges = np.append(t[moving[turns]], t[-1])
-    return [[float(a), float(b)] for a, b, up in zip(edges, edges[1:], sign[turns], strict=False) if up > 0]
+def _check_x(task: Task) -> None:
+    """Refuse what depends on x by no more than rounding, whatever theta."""
+    land = task.landscape
+    theta, x = np.meshgrid(np.linspace(*task.reach, 41), np.linspace(*land.ends, 41))
+    slope, value = (np.nan_to_num(np.abs(land(by)(theta, x)), posinf=0).max(0) for by in ("x", ""))
+    if (slope <= 1e-12 * value / (land.ends[1] - land.ends[0])).all():
+        raise LandscapeError(f"l = {land.text} does not depend on x: every x is an inner maximum")

@@ -94,8 +94,8 @@ def fit(
 
     >>> import numpy as np
     >>> t = np.arange(13.0)
-    >>> found = fit(Task(theta0=1), t, 7 / (1 + 1.44 * np.exp(-0.6 * t)))  # (11) with theta_0 = 1.2, c = 0.3
-    >>> round(found.theta0, 3), round(found.scale, 3)
+    >>> fitted = fit(Task(theta0=1), t, 7 / (1 + 1.44 * np.exp(-0.6 * t)))  # (11) with theta_0 = 1.2, c = 0.3
+    >>> round(fitted.theta0, 3), round(fitted.scale, 3)
     (1.2, 0.3)
     """
     t, v = _selected(times, values, since)

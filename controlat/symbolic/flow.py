@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,19 +129,27 @@ def _beyond(branch: Branch, theta0: float, horizon: float) -> float | None:
             path = _solved(slopes, _FAR, start, late, **options)
     except (_TooMany, ZeroDivisionError):
         return None
-    u, y = float(path.t[-1]), path.y[:, -1]
+    u, (x, t) = float(path.t[-1]), path.y[:, -1].tolist()
     if path.status == 1:
-        return at(u, float(y[0]))[0]
-    before, middle, last = (float(slopes(v, path.sol(v))[1]) for v in (0.6 * u, 0.8 * u, u))
-    if last != 0:  # else theta' is beyond all floats
-        if not before > middle > last > 0:
-            return None
-        early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
-        if decay <= max(_DECAY, 0.9 * early):  # theta' as |theta| log^2 |theta| is not told from |theta|
-            return None
-        last /= decay
+        return at(u, x)[0]
+    rest = _rest([float(slopes(share * u, path.sol(share * u))[1]) for share in (0.6, 0.8, 1.0)], u)
+    if rest is None:
+        return None
     raise LandscapeError(
         f"the robust flow from theta = {theta0:g} blows up in finite time: |theta| grows beyond all bounds "
-        f"as t comes to {float(y[1]) + last:.6g}, not after the horizon {horizon:g}, and no theta_range is "
+        f"as t comes to {t + rest:.6g}, not after the horizon {horizon:g}, and no theta_range is "
         "wide enough; take a shorter horizon"
     )
+
+
+def _rest(rates: Sequence[float], u: float) -> float | None:
+    """The time from u to infinity, by dt/du at 0.6 u, 0.8 u and u; None where it may be infinite."""
+    before, middle, last = rates
+    if last == 0:  # theta' is beyond all floats
+        return 0.0
+    if not before > middle > last > 0:
+        return None
+    early, decay = math.log(before / middle) / (0.2 * u), math.log(middle / last) / (0.2 * u)
+    if decay <= max(_DECAY, 0.9 * early):  # theta' as |theta| log^2 |theta| is not told from |theta|
+        return None
+    return last / decay

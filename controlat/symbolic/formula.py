@@ -1,7 +1,7 @@
 """Formulas l(theta, x): read from Python's syntax tree, of which a short list of nodes is allowed.
 
 A formula comes from a configuration or a command line, so it is never given to `eval`, nor to `sympify` and
-`parse_expr`, which call it. It is read in the child process of `controlat.symbolic.limits`: sympy computes at
+`parse_expr`, which call it. It is read in the child process of `controlat._util.limits`: sympy computes at
 once what it can, and a short text can ask for any amount of time and memory. Numbers and exponents are
 bounded besides, because what is read here is differentiated and evaluated later, in this process.
 """
@@ -9,34 +9,21 @@ bounded besides, because what is read here is differentiated and evaluated later
 from __future__ import annotations
 
 import ast
-import keyword
-import numbers
 import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from itertools import accumulate
-from types import MappingProxyType
 
 import sympy
 from sympy import Expr, Rational, Symbol
 
-from controlat._util.checks import number
-from controlat.symbolic.limits import NotFound, TimeLimit, check, limited
+from controlat._util.limits import NotFound, TimeLimit, check, limited
+from controlat.symbolic.symbols import FUNCTIONS, HUGE, NAMES, THETA, X
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "THETA", "FormulaError", "X", "exact", "parameter_symbols", "parse"]
+__all__ = ["FormulaError", "parse"]
 
-THETA = sympy.Symbol("theta", real=True)
-X = sympy.Symbol("x", real=True)
-T = sympy.Symbol("t", nonnegative=True)  # time
-TAU, GAMMA, HORIZON, ALPHA = (sympy.Symbol(name, positive=True) for name in ("tau", "gamma", "T", "alpha"))
-CONSTANTS: Mapping[str, Expr] = MappingProxyType({"pi": sympy.pi})
-_NAMES: Mapping[str, Expr] = {"theta": THETA, "x": X, **CONSTANTS}
-_SAME = "exp sqrt sin cos tan sinh cosh tanh asin acos atan asinh erf"  # called so by sympy and by users
-FUNCTIONS: Mapping[str, Callable[[Expr], Expr]] = MappingProxyType(
-    {"log": sympy.log, "ln": sympy.log} | {name: getattr(sympy, name) for name in _SAME.split()}
-)
 _POWERS = (sympy.exp, sympy.sinh, sympy.cosh, sympy.tanh)  # functions that sympy may turn into powers
 _OPERATIONS: Mapping[type, Callable[..., Expr]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
@@ -46,12 +33,8 @@ _OPERATIONS: Mapping[type, Callable[..., Expr]] = {
 SECONDS = 30.0  # for sympy to read a formula and to differentiate it twice
 LENGTH, DEPTH, NODES = 2000, 50, 300  # characters of a formula; levels of nesting; numbers, names, operations
 DIGITS, EXPONENT = 40, 100  # of a number as it is written
-HUGE = 10**100  # constants lie in [1/HUGE, HUGE] in magnitude, or are 0
 POWER, TOTAL = 64, 256  # a constant exponent; the product of such along powers of powers
 ROOT = 10_000  # denominator of a constant exponent: for 3^(-1/n) sympy computes 3^(n - 1)
-
-_RESERVED = {"t", "tau", "gamma", "theta_0", "T", "alpha", "K", *_NAMES, *FUNCTIONS, *keyword.kwlist}
-_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,19}", re.ASCII)
 _ODD = re.compile(r"[^A-Za-z0-9_θ.+\-*/^() \t\r\n]")
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:[eE]([+-]?[0-9]+))?")
 _ALLOWED = "numbers, names, + - * / ^ and parentheses are"
@@ -81,7 +64,7 @@ def parse(
         FormulaError: the text is no formula of the known names, it is too long, it holds a constant that is
             not a real number of reasonable size, or sympy does not come to an end with it; the message names
             the position, counted from 1.
-        TimeLimit: the deadline of `controlat.symbolic.limits.within` has passed.
+        TimeLimit: the deadline of `controlat._util.limits.within` has passed.
 
     >>> parse("x - 0.1*θ^2")
     -theta**2/10 + x
@@ -105,7 +88,7 @@ def parse(
 def read(text: str, parameters: Mapping[str, Symbol], values: Mapping[Symbol, Rational]) -> Expr | str:
     """What `parse` asks the child process: the expression, or why there is none."""
     try:
-        expression = _Reader(text, {**_NAMES, **parameters}).expression()
+        expression = _Reader(text, {**NAMES, **parameters}).expression()
     except FormulaError as error:
         return str(error)
     slopes = [sympy.diff(expression, symbol) for symbol in (THETA, X)]
@@ -275,64 +258,3 @@ def _degree(expression: Expr) -> float:
     inner = max(map(_degree, expression.args), default=1.0)
     own = abs(float(expression.exp)) if expression.is_Pow and not expression.exp.free_symbols else 1.0
     return inner * max(1.0, own)
-
-
-def exact(value: object, name: str) -> Rational:
-    """Read a number exactly; a float is the decimal number that it is printed as.
-
-    Args:
-        value: an int, a float, a fraction, or a text such as ``"8/255"``, ``"0.3"``, ``"1e-3"``.
-        name: what the number is, for the error.
-
-    Raises:
-        ValueError: it is not a number, not finite, or has more than 100 digits.
-
-    >>> exact(0.1, "a"), exact("8/255", "eps")
-    (1/10, 8/255)
-    """
-    if isinstance(value, str) and len(value) > 100:
-        raise ValueError(f"{name} must be a number of at most 100 characters, got {len(value)} of them")
-    nearest = number(value, name)
-    if isinstance(value, str):
-        return Rational(Fraction(value.strip()))
-    if isinstance(value, numbers.Rational):
-        return Rational(int(value.numerator), int(value.denominator))
-    return Rational(Fraction(repr(nearest)))
-
-
-def parameter_symbols(values: Mapping[str, object]) -> tuple[dict[str, Symbol], dict[Symbol, Rational]]:
-    """Symbols for the named parameters of a formula: real, and positive or negative as their values are.
-
-    Args:
-        values: value by name, as `exact` reads them.
-
-    Returns:
-        The symbol of each name, for `parse`; the value of each symbol, for ``subs``.
-
-    Raises:
-        ValueError: a name is not allowed, or a value is no number or of unreasonable size.
-
-    >>> symbols, known = parameter_symbols({"a": 0.5})
-    >>> parse("a*x^2", symbols), known
-    (a*x**2, {a: 1/2})
-    """
-    symbols, known = {}, {}
-    for name, value in values.items():
-        if not (isinstance(name, str) and _PARAMETER.fullmatch(name)):
-            allowed = "a letter, then up to 19 letters, digits and underscores"
-            raise ValueError(f"a parameter's name must be {allowed}, got {name!r}")
-        if name in _RESERVED:
-            raise ValueError(f"a parameter cannot be called {name}: the name has a meaning; choose another")
-        exactly = exact(value, name)
-        if exactly and not Rational(1, HUGE) <= abs(exactly) <= HUGE:
-            raise ValueError(
-                f"{name} must be 0 or between {1 / HUGE:g} and {HUGE:g} in magnitude, got {value!r}"
-            )
-        symbols[name] = signed(name, exactly)
-        known[symbols[name]] = exactly
-    return symbols, known
-
-
-def signed(name: str, value: Rational) -> Symbol:
-    """A real symbol with the sign of its value, so that sympy knows which branch of a root is meant."""
-    return Symbol(name, **{"positive" if value > 0 else "negative" if value < 0 else "real": True})

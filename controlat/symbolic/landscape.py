@@ -15,9 +15,10 @@ import sympy
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from controlat._util.limits import check
 from controlat.symbolic import AMATA
-from controlat.symbolic.formula import THETA, X, exact, parameter_symbols, parse
-from controlat.symbolic.limits import check
+from controlat.symbolic.formula import parse
+from controlat.symbolic.symbols import THETA, X, exact, parameter_symbols
 
 __all__ = ["Array", "Landscape", "LandscapeError", "Point", "compiled", "roots", "stretch"]
 
@@ -190,7 +191,7 @@ def stretch(grid: Array, good: NDArray[np.bool_], at: float) -> tuple[float, flo
 def compiled(expression: sympy.Expr, *symbols: sympy.Symbol) -> Callable[..., Array]:
     """An expression as a function of numbers and arrays; nan or inf where undefined, without warnings.
 
-    Each call first looks at the deadline of `controlat.symbolic.limits.within`.
+    Each call first looks at the deadline of `controlat._util.limits.within`.
     """
     raw = sympy.lambdify(symbols, expression, modules=["numpy", "scipy"], cse=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import sympy
 from sympy import Expr, Symbol
 
-from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T, X
+from controlat.symbolic.symbols import GAMMA, HORIZON, TAU, THETA, T, X
 
 __all__ = ["cost", "exact_step", "flow", "implicit_series", "minima", "series", "stationary", "tidy"]
 __all__ += ["travel_time"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from controlat.symbolic.formula import GAMMA, HORIZON, TAU, exact, signed
+from controlat._util.limits import SECONDS
 from controlat.symbolic.landscape import Landscape
-from controlat.symbolic.limits import SECONDS
+from controlat.symbolic.symbols import GAMMA, HORIZON, TAU, exact, signed
 
 __all__ = ["Task"]
 

@@ -539,7 +539,7 @@ def test_working_in_parts_changes_nothing(norm: str, monkeypatch: pytest.MonkeyP
     found = attack()
     assert len(set(model[0].seen)) > 1  # in parts, each taken through all its steps
     assert sum(model[0].seen) == 3 * 150
-    monkeypatch.setattr("controlat.models.frozen.view._CPU_CHUNK", 10**6)
+    monkeypatch.setattr("controlat.models.frozen.view.CHUNK", 10**6)
     whole = attack()
     assert model[0].seen == [150] * 3
     assert torch.allclose(found, whole, rtol=0, atol=1e-6)

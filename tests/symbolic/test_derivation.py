@@ -13,15 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
 
-from controlat.symbolic import (
-    AMATA,
-    Derivation,
-    Landscape,
-    LandscapeError,
-    Task,
-    verify,
-)
-from controlat.symbolic.formula import GAMMA, HORIZON, TAU, THETA, T
+from controlat.bolza import verify
+from controlat.symbolic import AMATA, Derivation, Landscape, LandscapeError, Task
+from controlat.symbolic.symbols import GAMMA, HORIZON, TAU, THETA, T
 
 THETA0 = Task().start
 A = sympy.Symbol("a", positive=True)
@@ -162,11 +156,11 @@ LONG = ("a parameter", "a minimum elsewhere", "a periodic one", "a robust loss l
 @pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in HAND])
 def test_closed_forms(name: str) -> None:
     case = dict(HAND[name])
-    found = derived(**case.pop("of"))
+    derivation = derived(**case.pop("of"))
     if "rising" in case:
-        assert found.rising == case.pop("rising")
+        assert derivation.rising == case.pop("rising")
     for key, expected in case.items():
-        assert same(found.formula(key), expected), (key, found.formula(key))
+        assert same(derivation.formula(key), expected), (key, derivation.formula(key))
 
 
 def test_a_negative_theta_0_mirrors_a_positive_one() -> None:
@@ -179,10 +173,10 @@ def test_a_negative_theta_0_mirrors_a_positive_one() -> None:
 
 
 def test_at_rest_nothing_moves_and_the_exact_step_is_a_limit() -> None:
-    found = derived(theta0=0)  # the data point is the inner maximum: (x* - x0)/l_x is 0/0
-    assert found.alpha(1.0) == pytest.approx(0.5)
-    assert found.rising == []
-    assert found.cost == pytest.approx(0.01 * 10 * 2 * 3)
+    derivation = derived(theta0=0)  # the data point is the inner maximum: (x* - x0)/l_x is 0/0
+    assert derivation.alpha(1.0) == pytest.approx(0.5)
+    assert derivation.rising == []
+    assert derivation.cost == pytest.approx(0.01 * 10 * 2 * 3)
 
 
 # ---- random landscapes, quadratic in x: symbolic against numeric
@@ -216,7 +210,7 @@ def written(n: dict[str, Any]) -> str:
 @settings(max_examples=5, deadline=None)
 def test_random_quadratics_agree_with_plain_numerics(n: dict[str, Any]) -> None:
     far = 2 * max(abs(float(n["theta0"])), abs(n["m"])) + 1
-    found = derived(
+    derivation = derived(
         written(n),
         n["x0"],
         x_range=(-40, 40),
@@ -233,50 +227,50 @@ def test_random_quadratics_agree_with_plain_numerics(n: dict[str, Any]) -> None:
     t = np.linspace(0, 1, 9)
     theta = flow.sol(t)[0]
     steps = 2 * 2 * (p + q * theta**2) ** s
-    assert found.theta(t) == pytest.approx(theta, rel=1e-8, abs=1e-9)
-    assert found.K(t) == pytest.approx(steps, rel=1e-7)
-    assert found.landscape.quadratic
+    assert derivation.theta(t) == pytest.approx(theta, rel=1e-8, abs=1e-9)
+    assert derivation.K(t) == pytest.approx(steps, rel=1e-7)
+    assert derivation.landscape.quadratic
     for key in ("x", "alpha", "theta", "K", "robust"):
-        assert found.answers[key].by == "sympy", key
-    values = found.task.values
-    formula = found.formula("K")
+        assert derivation.answers[key].by == "sympy", key
+    values = derivation.task.values
+    formula = derivation.formula("K")
     assert formula is not None
     shown = [float(formula.subs(values).subs(T, sympy.Float(v, 30))) for v in t]
     assert shown == pytest.approx(list(steps), rel=1e-7)
     spent = quad(lambda v: 4 * (p + q * flow.sol(v)[0] ** 2) ** s, 0, 1)[0]
-    assert found.parts["inner"] == pytest.approx(spent, rel=1e-6)
-    assert found.cost == pytest.approx(a * (theta[-1] - m) ** 2 / 2 + 0.01 * spent, rel=1e-6)
+    assert derivation.parts["inner"] == pytest.approx(spent, rel=1e-6)
+    assert derivation.cost == pytest.approx(a * (theta[-1] - m) ** 2 / 2 + 0.01 * spent, rel=1e-6)
     h = 1e-4
-    assert found.series(h) == pytest.approx(float(found.K(h)), rel=1e-8, abs=1e-8)
+    assert derivation.series(h) == pytest.approx(float(derivation.K(h)), rel=1e-8, abs=1e-8)
 
 
 # ---- without closed forms
 
 
 def test_a_cubic_is_solved_numerically_and_says_so() -> None:
-    found = derived("theta^2/2 - x^4 + theta*x^2 - theta*x/10", theta0=2)
-    assert found.formula("x") is None
-    assert "scipy" in found.answers["K"].by
-    assert found.answers["x"].why
+    derivation = derived("theta^2/2 - x^4 + theta*x^2 - theta*x/10", theta0=2)
+    assert derivation.formula("x") is None
+    assert "scipy" in derivation.answers["K"].by
+    assert derivation.answers["x"].why
     for t in (0.0, 1.0, 3.0):
-        theta = float(found.theta(t))
+        theta = float(derivation.theta(t))
         x = min(
             np.roots([-4, 0, 2 * theta, -theta / 10]).real
         )  # the lower well, where the ascent from 0 goes
-        assert found.alpha(t) == pytest.approx(x / (-theta / 10), rel=1e-9)
+        assert derivation.alpha(t) == pytest.approx(x / (-theta / 10), rel=1e-9)
     # The series comes from implicit differentiation, and is the derivative of K*.
     h = 1e-4
-    slope = (float(found.K(h)) - float(found.K(0.0))) / h
-    assert found.series_numbers[1] == pytest.approx(slope, rel=1e-3)
-    assert found.series_numbers[0] == pytest.approx(float(found.K(0.0)), rel=1e-9)
+    slope = (float(derivation.K(h)) - float(derivation.K(0.0))) / h
+    assert derivation.series_numbers[1] == pytest.approx(slope, rel=1e-3)
+    assert derivation.series_numbers[0] == pytest.approx(float(derivation.K(0.0)), rel=1e-9)
 
 
 def test_a_time_limit_leaves_numbers_and_says_why() -> None:
-    found = derived(seconds=1e-3)
-    assert found.formula("x") is None
-    assert found.answers["x"].why == "sympy did not find the zeros of l_x within its time"
-    assert "the zeros of l_x" in found.budget.late
-    assert found.cost == pytest.approx(derived().cost, rel=1e-9)
+    derivation = derived(seconds=1e-3)
+    assert derivation.formula("x") is None
+    assert derivation.answers["x"].why == "sympy did not find the zeros of l_x within its time"
+    assert "the zeros of l_x" in derivation.budget.late
+    assert derivation.cost == pytest.approx(derived().cost, rel=1e-9)
 
 
 # ---- places where numerics go wrong
@@ -284,11 +278,11 @@ def test_a_time_limit_leaves_numbers_and_says_why() -> None:
 
 def test_up_to_a_fold_the_numbers_stay_right() -> None:
     """-x^3/3 + theta x: x* = sqrt(theta) with infinite slope at 0, theta = (1 - t/2)^2, gone at t = 2."""
-    found = derived("-x^3/3 + theta*x", x_range=(-1, 3), horizon="1.99")
+    derivation = derived("-x^3/3 + theta*x", x_range=(-1, 3), horizon="1.99")
     t = np.linspace(0, 1.99, 9)
-    assert found.theta(t) == pytest.approx((1 - t / 2) ** 2, rel=1e-9)
-    assert found.K(t) == pytest.approx(10 * (1 - t / 2), rel=1e-9)
-    assert found.formula("alpha") == 1 / sympy.sqrt(THETA)
+    assert derivation.theta(t) == pytest.approx((1 - t / 2) ** 2, rel=1e-9)
+    assert derivation.K(t) == pytest.approx(10 * (1 - t / 2), rel=1e-9)
+    assert derivation.formula("alpha") == 1 / sympy.sqrt(THETA)
     with pytest.raises(
         LandscapeError, match=r"at t = 2, before the horizon 3. There the inner maximum ceases"
     ):
@@ -298,17 +292,17 @@ def test_up_to_a_fold_the_numbers_stay_right() -> None:
 @pytest.mark.parametrize("factor", ["1e-12", slow("1e6")])
 def test_scaling_the_loss_scales_time_and_steps(factor: str) -> None:
     c = float(factor)
-    found = derived(f"{factor}*({AMATA})", horizon=3 / c)
+    derivation = derived(f"{factor}*({AMATA})", horizon=3 / c)
     t = np.linspace(0, 3, 5)
-    assert found.K(t / c) == pytest.approx(c * 20 / (np.exp(-2 * t) + 1), rel=1e-8)
-    assert all(note.startswith("K* < 1") for note in found.notes)
-    assert [zero["kind"] for zero in found.minima["plain"]] == ["minimum", "maximum", "minimum"]
+    assert derivation.K(t / c) == pytest.approx(c * 20 / (np.exp(-2 * t) + 1), rel=1e-8)
+    assert all(note.startswith("K* < 1") for note in derivation.notes)
+    assert [zero["kind"] for zero in derivation.minima["plain"]] == ["minimum", "maximum", "minimum"]
 
 
 def test_a_large_constant_changes_nothing() -> None:
-    found = derived("1e10 + theta^2/2 - (x - theta)^2")
-    assert found.notes == []
-    assert found.K(1.0) == pytest.approx(20)
+    derivation = derived("1e10 + theta^2/2 - (x - theta)^2")
+    assert derivation.notes == []
+    assert derivation.K(1.0) == pytest.approx(20)
 
 
 @pytest.mark.parametrize(
@@ -321,32 +315,32 @@ def test_a_large_constant_changes_nothing() -> None:
     ],
 )
 def test_steep_and_bounded_landscapes_have_their_maximum(text: str) -> None:
-    found = derived(text)
-    assert found.formula("x") == THETA
-    assert found.theta(3.0) == pytest.approx(np.exp(-3))
+    derivation = derived(text)
+    assert derivation.formula("x") == THETA
+    assert derivation.theta(3.0) == pytest.approx(np.exp(-3))
 
 
 def test_a_data_point_that_is_the_maximum_has_the_limit_as_its_step() -> None:
-    found = derived("theta^2/2 - x^2*(theta^2 + 1)")
-    assert same(found.formula("alpha"), 1 / (2 * (THETA**2 + 1)))
-    assert found.series_numbers == pytest.approx([40, -40, 40])
+    derivation = derived("theta^2/2 - x^2*(theta^2 + 1)")
+    assert same(derivation.formula("alpha"), 1 / (2 * (THETA**2 + 1)))
+    assert derivation.series_numbers == pytest.approx([40, -40, 40])
 
 
 def test_a_parameter_that_is_zero_is_no_division_by_zero() -> None:
-    found = derived("theta^2/2 - (x - theta)^2 + a*x^4", parameters={"a": 0})
-    assert found.K(1.0) == pytest.approx(20)
-    assert found.formula("K") is not None
+    derivation = derived("theta^2/2 - (x - theta)^2 + a*x^4", parameters={"a": 0})
+    assert derivation.K(1.0) == pytest.approx(20)
+    assert derivation.formula("K") is not None
 
 
 def test_a_constant_loss_has_no_list_of_minima() -> None:
-    found = derived("-(x - theta)^2")
-    assert found.minima["robust"] == []
-    assert found.cost == pytest.approx(0.01 * 20 * 3)
+    derivation = derived("-(x - theta)^2")
+    assert derivation.minima["robust"] == []
+    assert derivation.cost == pytest.approx(0.01 * 20 * 3)
 
 
 def test_a_long_horizon_ends() -> None:
-    found = derived(horizon="1e5", seconds=2)
-    assert found.cost == pytest.approx(0.01 * 20 * 1e5, rel=1e-3)
+    derivation = derived(horizon="1e5", seconds=2)
+    assert derivation.cost == pytest.approx(0.01 * 20 * 1e5, rel=1e-3)
 
 
 # ---- several inner maxima
@@ -444,9 +438,9 @@ def test_random_quadratics_are_checked_consistently(n: dict[str, Any]) -> None:
         theta_range=(-far, far),
         seconds=1e-3,  # the numbers alone
     )
-    found = Derivation(task)
-    checked = verify(found.branch, float(task.theta0), 4.0, 1.0, 0.01)
-    assert checked.derived["J"] == pytest.approx(found.cost, rel=1e-7)
+    derivation = Derivation(task)
+    checked = verify(derivation.branch, float(task.theta0), 4.0, 1.0, 0.01)
+    assert checked.derived["J"] == pytest.approx(derivation.cost, rel=1e-7)
     assert checked.derived["C"] >= 0
     assert checked.boundary is not None
     assert checked.boundary["success"]

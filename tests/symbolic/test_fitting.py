@@ -20,18 +20,18 @@ def needed(theta0: float, scale: float, amplitude: float, t: Any = T) -> Any:
 @pytest.mark.parametrize("theta0", [0.4, 1.2, -1.2, 2.5])
 @pytest.mark.parametrize("scale", [0.05, 0.4])
 def test_known_numbers_come_back(theta0: float, scale: float) -> None:
-    found = fit(Task(theta0=np.sign(theta0)), T, needed(theta0, scale, 3.5).tolist())
-    assert found.theta0 == pytest.approx(theta0, rel=1e-4)
-    assert found.scale == pytest.approx(scale, rel=1e-4)
-    assert found.amplitude == pytest.approx(3.5, rel=1e-4)
-    assert found.rms < 1e-6
-    assert found.explained == pytest.approx(1)
-    assert found.rms_constant > 1e-3
+    fitted = fit(Task(theta0=np.sign(theta0)), T, needed(theta0, scale, 3.5).tolist())
+    assert fitted.theta0 == pytest.approx(theta0, rel=1e-4)
+    assert fitted.scale == pytest.approx(scale, rel=1e-4)
+    assert fitted.amplitude == pytest.approx(3.5, rel=1e-4)
+    assert fitted.rms < 1e-6
+    assert fitted.explained == pytest.approx(1)
+    assert fitted.rms_constant > 1e-3
 
 
 def test_the_task_that_follows_has_the_length_of_the_run() -> None:
-    found = fit(Task(), T, needed(1.2, 0.3, 3.5).tolist())
-    task = found.task(Task(), tau=found.amplitude)
+    fitted = fit(Task(), T, needed(1.2, 0.3, 3.5).tolist())
+    task = fitted.task(Task(), tau=fitted.amplitude)
     assert float(task.theta0) == pytest.approx(1.2, rel=1e-4)
     assert float(task.horizon) == pytest.approx(0.3 * 12, rel=1e-4)
     assert float(task.tau) == pytest.approx(3.5, rel=1e-4)
@@ -42,36 +42,36 @@ def test_standard_errors_cover_the_truth_under_noise() -> None:
     inside = 0
     for _ in range(12):
         noisy = needed(1.2, 0.3, 3.5) * np.exp(0.05 * rng.standard_normal(13))
-        found = fit(Task(), T, noisy.tolist(), since=0)
-        assert found.errors is not None
-        inside += abs(found.theta0 - 1.2) < 2 * found.errors[0]
-        assert found.rms == pytest.approx(np.sqrt(np.mean(np.square(found.residuals))))
+        fitted = fit(Task(), T, noisy.tolist(), since=0)
+        assert fitted.errors is not None
+        inside += abs(fitted.theta0 - 1.2) < 2 * fitted.errors[0]
+        assert fitted.rms == pytest.approx(np.sqrt(np.mean(np.square(fitted.residuals))))
     assert inside >= 9  # 95 % each
 
 
 def test_the_fit_begins_where_the_measurement_is_lowest() -> None:
     values = needed(1.2, 0.3, 3.5)
     before = np.array([9.0, 6.0, 4.0])
-    found = fit(Task(), np.arange(16.0), np.concatenate([before, values]).tolist())
-    assert found.times[0] == 3
-    assert found.theta0 == pytest.approx(1.2, rel=1e-4)
+    fitted = fit(Task(), np.arange(16.0), np.concatenate([before, values]).tolist())
+    assert fitted.times[0] == 3
+    assert fitted.theta0 == pytest.approx(1.2, rel=1e-4)
     assert fit(Task(), T, values.tolist(), since=4).times[0] == 4
 
 
 def test_missing_measurements_are_left_out() -> None:
     values: list[float | None] = needed(1.2, 0.3, 3.5).tolist()
     values[5] = None
-    found = fit(Task(), T, values)
-    assert 5.0 not in found.times
-    assert found.theta0 == pytest.approx(1.2, rel=1e-4)
+    fitted = fit(Task(), T, values)
+    assert 5.0 not in fitted.times
+    assert fitted.theta0 == pytest.approx(1.2, rel=1e-4)
 
 
 def test_another_landscape_with_its_own_range() -> None:
     task = Task(Landscape("theta^4/4 - (x - theta)^2/(theta^2 + 1)"), theta0=1)
     path = 1.5 / np.sqrt(1 + 2 * 1.5**2 * 0.2 * T)
-    found = fit(task, T, (2 / (path**2 + 1)).tolist())
-    assert found.theta0 == pytest.approx(1.5, rel=1e-3)
-    assert found.scale == pytest.approx(0.2, rel=1e-3)
+    fitted = fit(task, T, (2 / (path**2 + 1)).tolist())
+    assert fitted.theta0 == pytest.approx(1.5, rel=1e-3)
+    assert fitted.scale == pytest.approx(0.2, rel=1e-3)
 
 
 def test_what_the_landscape_cannot_follow_is_said() -> None:

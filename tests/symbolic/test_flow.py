@@ -45,13 +45,13 @@ def derived(text: str, x_range: Any = None, **task: Any) -> Derivation:
 def test_a_flow_that_blows_up_says_when(text: str, task: dict[str, Any], when: float) -> None:
     with pytest.raises(LandscapeError, match=r"blows up .* no theta_range is wide enough") as told:
         derived(text, **task)
-    found = float(str(told.value).split("as t comes to ")[1].split(",")[0])
-    assert found == pytest.approx(when, rel=2e-5)
+    number = float(str(told.value).split("as t comes to ")[1].split(",")[0])
+    assert number == pytest.approx(when, rel=2e-5)
 
 
 def test_before_it_blows_up_a_flow_is_followed() -> None:
-    found = derived("-theta^4/4" + WELL, horizon="0.495", theta_range=(-20, 20))
-    assert float(found.theta(0.495)) == pytest.approx(10, rel=1e-8)  # (1 - 2 t)^(-1/2)
+    derivation = derived("-theta^4/4" + WELL, horizon="0.495", theta_range=(-20, 20))
+    assert float(derivation.theta(0.495)) == pytest.approx(10, rel=1e-8)  # (1 - 2 t)^(-1/2)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,10 @@ from helpers import slow
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from controlat._util.limits import TimeLimit, within
 from controlat.symbolic import formula
-from controlat.symbolic.formula import (
-    FUNCTIONS,
-    THETA,
-    FormulaError,
-    X,
-    exact,
-    parameter_symbols,
-    parse,
-)
-from controlat.symbolic.limits import TimeLimit, within
+from controlat.symbolic.formula import FormulaError, parse
+from controlat.symbolic.symbols import FUNCTIONS, THETA, X, exact, parameter_symbols
 
 R = sympy.Rational
 
@@ -73,9 +66,9 @@ def _read(text: str) -> Any:
     ],
 )
 def test_numbers_are_exact_and_operators_bind_as_in_mathematics(text: str, value: Any) -> None:
-    found = parse(text)
-    assert found == value
-    assert found.is_Rational
+    expression = parse(text)
+    assert expression == value
+    assert expression.is_Rational
 
 
 @pytest.mark.parametrize(
@@ -102,9 +95,9 @@ def test_formulas_become_what_sympy_itself_would_write(text: str, value: Any) ->
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_is_known_and_is_the_right_one(name: str) -> None:
-    found = float(parse(f"{name}(x)").subs(X, R(3, 10)))
-    assert found == pytest.approx(getattr(math, "log" if name == "ln" else name)(0.3), rel=1e-14)
-    assert float(parse(f"{name}(0.3)")) == pytest.approx(found, rel=1e-14)
+    number = float(parse(f"{name}(x)").subs(X, R(3, 10)))
+    assert number == pytest.approx(getattr(math, "log" if name == "ln" else name)(0.3), rel=1e-14)
+    assert float(parse(f"{name}(0.3)")) == pytest.approx(number, rel=1e-14)
 
 
 def test_a_long_sum_a_long_product_and_deep_nesting_are_read() -> None:
@@ -129,19 +122,19 @@ def _formulas(draw: st.DrawFn, depth: int = 4) -> str:
     """A text that Python can read once ^ is **; parentheses here and there."""
     kind = draw(st.integers(0, 9)) if depth else 0
     if kind <= 1:
-        found = draw(_LEAVES)
+        text = draw(_LEAVES)
     elif kind <= 6:
         parts = [draw(_formulas(depth=depth - 1)) for _ in range(2)]
         left, right = [f"({p})" if draw(st.booleans()) else p for p in parts]
-        found = _joined(draw, left, draw(st.sampled_from("+-*/")), right)
+        text = _joined(draw, left, draw(st.sampled_from("+-*/")), right)
     elif kind == 7:
         power = draw(st.sampled_from(["2", "3", "-1", "-2", "0.5", "2^-1", "-x^2", "(1-1)"]))
-        found = _joined(draw, draw(_formulas(depth=depth - 1)), draw(st.sampled_from(["^", "**"])), power)
+        text = _joined(draw, draw(_formulas(depth=depth - 1)), draw(st.sampled_from(["^", "**"])), power)
     elif kind == 8:
-        found = draw(st.sampled_from("-+")) + draw(_formulas(depth=depth - 1))
+        text = draw(st.sampled_from("-+")) + draw(_formulas(depth=depth - 1))
     else:
-        found = f"{draw(st.sampled_from(_SMOOTH))}({draw(_formulas(depth=depth - 1))})"
-    return found
+        text = f"{draw(st.sampled_from(_SMOOTH))}({draw(_formulas(depth=depth - 1))})"
+    return text
 
 
 def _python(text: str, **values: float) -> float:
@@ -169,9 +162,9 @@ def test_values_agree_with_pythons(text: str) -> None:
         expression = parse(text, symbols)
     except FormulaError:
         assume(False)  # a constant in it is too large, or its functions are nested too deeply
-    found = complex(expression.subs(known).subs({THETA: R(3, 4), X: R(5, 8)}))
-    assert found.real == pytest.approx(expected, rel=1e-6)
-    assert abs(found.imag) < 1e-9 * abs(expected)
+    number = complex(expression.subs(known).subs({THETA: R(3, 4), X: R(5, 8)}))
+    assert number.real == pytest.approx(expected, rel=1e-6)
+    assert abs(number.imag) < 1e-9 * abs(expected)
 
 
 # -------------------------------------------------------------------------------------------- what is refused

@@ -13,8 +13,8 @@ from controlat._util.files import expanded
 from controlat.app.ranges import check_kinds, check_ranges
 from controlat.app.settings.problem import RUNTIME
 from controlat.app.settings.train import finished_run
+from controlat.control.handover import MAPPINGS
 from controlat.symbolic import AMATA
-from controlat.symbolic.handover import MAPPINGS
 
 __all__ = ["DeriveSettings"]
 
@@ -123,7 +123,7 @@ class DeriveSettings:
             raise ValueError(f"K needs k_min <= k_max, got {self.k_min:g} and {self.k_max:g}")
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}")
-        from controlat.symbolic.bolza import chosen_set  # here, because sympy is slow to import
+        from controlat.bolza.admissible import chosen_set  # here, because sympy is slow to import
 
         self.admissible = chosen_set(self.task.landscape, self.admissible)
         if self.transcription and self.admissible != "product":

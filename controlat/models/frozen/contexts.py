@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from controlat.models.frozen.parts import Parts
 
 __all__ = ["MODES", "exclusive", "in_mode", "merges_in_eval", "normal_tensor", "preserved_buffers", "swapped"]
 
@@ -29,29 +31,35 @@ def normal_tensor(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
+def exclusive(model: nn.Module) -> Iterator[Parts]:
     """A lock on a network, and on all networks that share modules or tensors with it; re-entrant.
 
     Other threads wait for their turn. A thread that holds one network does not wait for a second, so that
     there is no deadlock.
 
+    Yields:
+        The parts of the network, collected once it is locked.
+
     Raises:
         RuntimeError: the thread holds another network, and would have to wait for this one.
     """
     me = threading.get_ident()
-    parts = {id(part) for members in (model.modules, model.parameters, model.buffers) for part in members()}
     with _RELEASED:
-        while any(_OWNER.get(i, me) != me for i in parts):
+        while True:
+            parts = Parts.of(model)
+            ids = {id(part) for group in parts for part in group}
+            if all(_OWNER.get(i, me) == me for i in ids):
+                break
             if me in _OWNER.values():
                 raise RuntimeError(
                     f"another thread works with this {type(model).__name__}, while this one works with a "
                     "second network: give each thread networks of its own (copy.deepcopy)"
                 )
             _RELEASED.wait()
-        acquired = parts - _OWNER.keys()
+        acquired = ids - _OWNER.keys()
         _OWNER.update(dict.fromkeys(acquired, me))
     try:
-        yield
+        yield parts
     finally:
         with _RELEASED:
             for i in acquired:
@@ -60,26 +68,40 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module | Parts, training: bool) -> Iterator[Parts]:
     """The network in training or evaluation mode inside the block; afterwards all training flags as before.
 
     Some modules override `train` or `eval`, and merge weights, freeze layers or rebuild themselves there. For
     those, structure, values, ``requires_grad`` and attributes are restored as well.
+
+    Yields:
+        The parts of the network in that mode.
     """
-    flags = [(m, m.training) for m in model.modules()]
-    restore = _restorer(model) if any(_overrides_train(m) for m, _ in flags) else None
+    parts = Parts.of(model)
+    flags = [(m, m.training) for m in parts.modules]
+    overridden = any(map(_overrides_train, parts.modules))
+    restore = _restorer(parts) if overridden else None
     try:
-        model.train(training) if training else model.eval()
-        yield
+        if overridden:
+            parts.model.train(training) if training else parts.model.eval()
+            yield Parts.of(parts.model)
+        else:
+            _set_flags((m, training) for m in parts.modules)
+            yield parts
     finally:
-        for m, flag in flags:
+        for m, flag in flags if overridden else ():
             if m.training != flag:
                 m.train(flag)
-        for m, flag in flags:  # the `train` of a module may set other modules' flags, or not set its own
-            if m.training != flag:
-                m.training = flag
+        _set_flags(flags)  # the `train` of a module may set other modules' flags, or not set its own
         if restore is not None:
             restore()
+
+
+def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set training flags as nn.Module.train does, where they differ."""
+    for m, flag in flags:
+        if m.training != flag:
+            m.training = flag
 
 
 def merges_in_eval(model: nn.Module) -> bool:
@@ -104,12 +126,11 @@ def _overrides_train(module: nn.Module) -> bool:
     )
 
 
-def _restorer(model: nn.Module) -> Callable[[], None]:
+def _restorer(parts: Parts) -> Callable[[], None]:
     """A function that restores the network's present structure, values, ``requires_grad`` and attributes."""
-    modules = [*model.modules()]
-    dictionaries = [d for m in modules for d in (m._modules, m._parameters, m._buffers, vars(m))]
+    dictionaries = [d for m in parts.modules for d in (m._modules, m._parameters, m._buffers, vars(m))]
     contents = [(d, dict(d)) for d in dictionaries]
-    tensors = [(t, t.detach().clone(), t.requires_grad) for t in [*model.parameters(), *model.buffers()]]
+    tensors = [(t, t.detach().clone(), t.requires_grad) for t in [*parts.parameters, *parts.buffers]]
 
     def restore() -> None:
         for d, content in contents:
@@ -125,7 +146,7 @@ def _restorer(model: nn.Module) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def swapped(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module | Parts, tensors: Mapping[int, Tensor]) -> Iterator[None]:
     """Parameters and buffers replaced by other tensors inside the block; the same objects as before after it.
 
     Args:
@@ -133,7 +154,7 @@ def swapped(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
         tensors: the replacements, by the id of the parameter or buffer; tied tensors are replaced in all
             their places.
     """
-    modules = [*model.modules()]
+    modules = Parts.of(model).modules
     contents = [(d, dict(d.items())) for m in modules for d in (m._parameters, m._buffers) if d]
     flat_weights = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
     try:
@@ -153,7 +174,8 @@ def swapped(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
 
 def preserved_buffers(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Buffers replaced by copies inside the block, so that forward passes do not change the originals."""
-    return swapped(model, {id(b): b.detach().clone() for b in model.buffers()})
+    parts = Parts.of(model)
+    return swapped(parts, {id(b): b.detach().clone() for b in parts.buffers})
 
 
 def _fill(dictionary: Any, content: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat.models.frozen.hook import StopForward
+from controlat.models.frozen.parts import Parts
 
 __all__ = [
     "LayoutWarning",
@@ -27,19 +28,23 @@ def channels_last(t: Tensor) -> Tensor:
     Unlike ``t.contiguous(memory_format=...)`` it sets the strides for one channel too, where both layouts
     hold the same bytes but only these strides select the fast kernels (pooling above all).
     """
-    return _with_layout(t, torch.channels_last)
+    if t.dim() != 4:
+        return t
+    _, c, h, w = t.shape
+    return _with_layout(t, (c * h * w, 1, c * w, c), torch.channels_last)
 
 
 def channels_first(t: Tensor) -> Tensor:
     """A 4-d tensor laid out as NCHW in memory, others as they are; strides as in `channels_last`."""
-    return _with_layout(t, torch.contiguous_format)
-
-
-def _with_layout(t: Tensor, layout: torch.memory_format) -> Tensor:
     if t.dim() != 4:
         return t
-    like = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=layout)
-    return t if t.stride() == like.stride() else like.copy_(t)
+    _, c, h, w = t.shape
+    return _with_layout(t, (c * h * w, h * w, w, 1), torch.contiguous_format)
+
+
+def _with_layout(t: Tensor, strides: tuple[int, ...], layout: torch.memory_format) -> Tensor:
+    """The tensor itself if it has these strides, or a copy that torch lays out so."""
+    return t if t.stride() == strides else torch.empty_like(t, memory_format=layout).copy_(t)
 
 
 class LayoutWarning(UserWarning):
@@ -91,9 +96,10 @@ def run_in_layout(model: nn.Module, x: Tensor, run: Callable[[Tensor, bool], Ten
     return output
 
 
-def is_convolutional(model: nn.Module) -> bool:
+def is_convolutional(model: nn.Module | Parts) -> bool:
     """Whether the model has weights of two-dimensional convolutions."""
-    return any(p.dim() == 4 for p in model.parameters())
+    parameters = model.parameters if isinstance(model, Parts) else model.parameters()
+    return any(p.dim() == 4 for p in parameters)
 
 
 def runs_nchw_only(model: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from controlat.models.frozen.parts import Parts
+
 __all__ = ["check_logits", "check_model", "checked_logits"]
 
 # Texts of torch's errors for inputs that do not fit the weights. Every other error passes through unchanged.
@@ -46,8 +48,11 @@ def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
     return check_logits(logits, len(x))
 
 
-def check_model(model: object) -> None:
+def check_model(model: object) -> Parts:
     """Check that a model is an nn.Module with materialised weights, not wrapped in DistributedDataParallel.
+
+    Returns:
+        Its parts.
 
     Raises:
         TypeError: it is not an nn.Module, or it is a DistributedDataParallel.
@@ -59,11 +64,13 @@ def check_model(model: object) -> None:
         raise TypeError(
             "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
         )
-    for p in (*model.parameters(), *model.buffers()):
+    parts = Parts.of(model)
+    for p in (*parts.parameters, *parts.buffers):
         if is_lazy(p):
             raise ValueError("the model has lazy layers, which have no shape yet: call it on one batch first")
         if p.is_meta:
             raise ValueError("the model has weights on the device meta: load them first")
+    return parts
 
 
 def _misfit(model: nn.Module, x: Tensor, error: str) -> str:

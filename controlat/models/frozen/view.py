@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
-from controlat._util.errors import NonFiniteError
+from controlat._util.watch import Watch, finiteness
 from controlat.control.cost import Meter
 from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
 from controlat.models.frozen.hook import LayerHook
@@ -25,12 +25,12 @@ from controlat.models.frozen.layout import (
 )
 from controlat.models.frozen.logits import check_model, checked_logits
 
-__all__ = ["FrozenModel", "check_model", "runs_channels_last"]
+__all__ = ["CHUNK", "FrozenModel", "check_model", "runs_channels_last"]
 
 
 # On CPU, malloc keeps freed activations of this many samples; those of 256 samples it returns to the system
 # after every step, which costs page faults in the next (benchmarks/README.md).
-_CPU_CHUNK = 64
+CHUNK = 64
 
 
 def runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -66,6 +66,7 @@ class FrozenModel:
             images, about twice as fast on CPU. Values agree to rounding; signs near zero may differ.
         meter: where evaluations are counted.
         autocast: a dtype for mixed precision, None for none.
+        watch: looks whether results are finite; by default at once.
 
     Raises:
         TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
@@ -90,22 +91,24 @@ class FrozenModel:
         channels_last: bool = True,
         meter: Meter | None = None,
         autocast: torch.dtype | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        check_model(model)
+        parts = check_model(model)
         choice(mode, "mode", MODES)
         flag(channels_last, "channels_last")
         instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
         self.model, self.mode = model, mode
-        self.channels_last = channels_last and is_convolutional(model)
+        self.channels_last = channels_last and is_convolutional(parts)
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
+        self.watch = Watch() if watch is None else watch
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(exclusive(self.model))
-            stack.enter_context(in_mode(self.model, self.mode == "train"))
+            parts = stack.enter_context(exclusive(self.model))
+            self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
@@ -123,18 +126,18 @@ class FrozenModel:
         layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
         frozen: dict[int, Tensor] = {
             id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
-            for p in self.model.parameters()
+            for p in self._parts.parameters
         }
         if self.channels_last:
-            for i in kernels.one_channel_weights(self.model) & frozen.keys():
+            for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
                 frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
-        frozen |= {id(b): b.detach().clone() for b in self.model.buffers()}
-        self._weights.enter_context(swapped(self.model, frozen))
+        frozen |= {id(b): b.detach().clone() for b in self._parts.buffers}
+        self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
         whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
-        size = len(x) if whole or any(map(_couples_samples, self.model.modules())) else _CPU_CHUNK
+        size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
@@ -149,24 +152,25 @@ class FrozenModel:
             return self._run(x).float()
 
     def _run(self, x: Tensor) -> Tensor:
-        def run(x: Tensor, nhwc: bool) -> Tensor:
-            if nhwc != self._nhwc:
-                self._freeze(nhwc)
+        if not self.channels_last:
             return checked_logits(self.model, x)
+        return run_in_layout(self.model, x, self._run_in)
 
-        return run_in_layout(self.model, x, run) if self.channels_last else run(x, self._nhwc)
+    def _run_in(self, x: Tensor, nhwc: bool) -> Tensor:
+        if nhwc != self._nhwc:
+            self._freeze(nhwc)
+        return checked_logits(self.model, x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits, without a graph; counted as forward passes.
 
         Raises:
-            NonFiniteError: a logit is not finite.
+            NonFiniteError: a logit is not finite; raised when `watch` looks.
         """
         self.meter.forwards += len(x)
         with torch.no_grad():
             logits = self._forward(self.prepare(x))
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError("the network returns logits that are not finite")
+        self.watch.finite(finiteness(logits), "the network returns logits that are not finite")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
@@ -206,5 +210,6 @@ class FrozenModel:
         self.meter.gradients += len(x)
         x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(self._forward(x)).sum(), x)
+            losses = objective(self._forward(x))
+        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlat._util.texts import table
+from controlat.report.derivation import say
 from controlat.report.derivation.words import (
     CRITERION,
     HOLDS,
@@ -16,18 +17,6 @@ from controlat.report.derivation.words import (
     greek,
     network_table,
     num,
-    say_checks,
-    say_cut,
-    say_fitted,
-    say_followed,
-    say_known,
-    say_left_out,
-    say_polynomial,
-    say_rising,
-    say_spent,
-    say_theorem,
-    say_verdict,
-    say_zeros,
     schedule_table,
 )
 
@@ -39,7 +28,7 @@ def _display(key: str, answer: Result) -> str:
     left, latex, what = QUANTITIES[key]
     head = f"{what[0].upper()}{what[1:]}"
     if "latex" not in answer:
-        return f"{head}, {left}: {say_known(answer)}."
+        return f"{head}, {left}: {say.known(answer)}."
     told = f" ({greek(answer['why'])})" if answer["why"] else ""
     rest = r" + \dots" if key == "series" else ""
     return f"{head}{told}:\n\n$$ {latex} = {answer['latex']}{rest} $$"
@@ -96,7 +85,7 @@ def _inner(result: Result) -> list[str]:
     return [
         "## Inner problem\n\nStationary points of l(θ₀, ·):",
         table(["x", "kind", "l(θ₀, x)", "l_xx(θ₀, x)"], rows, words=(1,)),
-        f"Followed: {say_followed(result)}.",
+        f"Followed: {say.followed(result)}.",
         *_displays(result, "x", "curvature"),
         f"K steps of size α from the data point contract the distance to x* by ρ each.{near}",
         *steps,
@@ -107,18 +96,18 @@ def _outer(result: Result) -> list[str]:
     """Losses, flow, K*, series and cost."""
     parts = ["## Losses"]
     for key in ("robust", "plain"):
-        zeros = say_zeros(result["minima"][key], "latex")
+        zeros = say.zeros(result["minima"][key], "latex")
         parts += [*_displays(result, key), f"{zeros[0].upper()}{zeros[1:]}."]
         parts += [f"({greek(z['why'])}.)" for z in result["minima"][key][:1] if "why" in z]
     parts += ["## Flow and schedule", *_displays(result, "speed", "time", "theta", "K", "series")]
     if values := result["series"]["values"]:
-        parts.append(f"In numbers: $K^*(t) = {say_polynomial(values, '^{{{}}}')} + \\dots$")
+        parts.append(f"In numbers: $K^*(t) = {say.polynomial(values, '^{{{}}}')} + \\dots$")
     return [
         *parts,
-        f"{say_rising(result)}.",
+        f"{say.rising(result)}.",
         course_table(result),
         *_displays(result, "J"),
-        f"{say_spent(result)}.",
+        f"{say.spent(result)}.",
     ]
 
 
@@ -135,7 +124,7 @@ def _verification(result: Result) -> list[str]:
     """The check against the maximum principle: conclusions, schedules, admissible sets."""
     checked = result["verification"]
     derived, better, compared = checked["derived"], checked["better"], checked["comparisons"]
-    lines = [*say_verdict(result), *say_checks(checked), f"Looked at: {greek(derived['searched'])}."]
+    lines = [*say.verdict(result), *say.checks(checked), f"Looked at: {greek(derived['searched'])}."]
     lines.append(f"Largest max H − H(u): {num(derived['largest_violation'])}.")
     if derived["m_nonnegative"] is not None:
         sign = "nowhere negative" if derived["m_nonnegative"] else "negative or undefined somewhere"
@@ -182,7 +171,7 @@ def _sets(sets: Sequence[Result]) -> str:
 def _bound(result: Result) -> list[str]:
     """Theorem 1: both sides, and the constants."""
     bound = result["bound"]
-    parts = ["## Theorem 1", say_theorem(result)]
+    parts = ["## Theorem 1", say.theorem(result)]
     if not any(row["left"] is not None for row in bound["rows"]):
         return parts
     inner = bound["inner"]
@@ -241,7 +230,7 @@ def _calibration(result: Result) -> list[str]:
     return [
         "## Calibration to a network",
         r"$$ \log v_e = \log\frac{s}{\alpha^*(\theta(c\,(t_e - t_0)))} + r_e $$",
-        bullets(say_fitted(result)),
+        bullets(say.fitted(result)),
         table(heads, rows, words=(4,)),
     ]
 
@@ -265,13 +254,13 @@ def markdown(result: Result) -> str:
         "## What is symbolic and what is numerical\n\nEvery quantity is computed numerically (scipy); a "
         "formula (sympy) stands only where it agrees with the numbers to seven digits.",
         _sources(result),
-        f"## The network's schedule\n\n{say_cut(result)}.",
+        f"## The network's schedule\n\n{say.cut(result)}.",
         network_table(result, True),
     ]
     parts += _verification(result) if result["verification"] is not None else []
     parts += _bound(result) if result["bound"] is not None else []
     parts += _calibration(result) if result["calibration"] is not None else []
-    if notes := [*say_left_out(result), *map(greek, result["notes"])]:
+    if notes := [*say.left_out(result), *map(greek, result["notes"])]:
         parts += ["## Notes", bullets(notes)]
     shown = [f"![{figure.title}]({name})" for name, figure in FIGURES.items() if figure.wanted(result)]
     made = f"Made on {machine}, controlat {env['controlat']}; {result['seconds']:.1f} seconds."

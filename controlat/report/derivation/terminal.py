@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from controlat.report.derivation import say
 from controlat.report.derivation.words import (
     CRITERION,
     QUANTITIES,
@@ -15,19 +16,6 @@ from controlat.report.derivation.words import (
     greek,
     network_table,
     on_a_line,
-    say_checks,
-    say_cut,
-    say_fitted,
-    say_followed,
-    say_given,
-    say_known,
-    say_left_out,
-    say_polynomial,
-    say_rising,
-    say_spent,
-    say_theorem,
-    say_verdict,
-    say_zeros,
     schedule_table,
 )
 
@@ -56,7 +44,7 @@ def _formulas(result: Result) -> list[str]:
     missing: dict[str, list[str]] = {}
     for key, answer in answers_of(result):
         if "text" not in answer:
-            missing.setdefault(say_known(answer), []).append(
+            missing.setdefault(say.known(answer), []).append(
                 QUANTITIES[key][0] + " near 0" * (key == "series")
             )
     told = [f"{', '.join(names)}: {why}" for why, names in missing.items()]
@@ -66,7 +54,7 @@ def _formulas(result: Result) -> list[str]:
 def _lines(result: Result) -> str:
     """The formulas of one line, each with what it is."""
     near = "" if result["task"]["quadratic"] else " near x*"
-    told = {name: say_zeros(result["minima"][name], "text") for name in ("robust", "plain")}
+    told = {name: say.zeros(result["minima"][name], "text") for name in ("robust", "plain")}
     told["rho"] = f"K inner steps of size α: x_K = x* + ρ^K (x0 - x*){near}"
     lines = []
     for key in ("x", "robust", "plain", "curvature", "rho", "newton", "speed"):
@@ -99,27 +87,27 @@ def printed(result: Result) -> str:
     """
     calibrated = " (θ₀, τ and T from the calibration)" if result["calibration"] is not None else ""
     loss = greek(result["task"]["landscape"])
-    head = f"Schedule derived from l(θ, x) = {loss}\n{say_given(result)}{calibrated}"
-    followed = textwrap.fill(f"inner maximum: {say_followed(result)}", WIDTH, subsequent_indent="  ")
+    head = f"Schedule derived from l(θ, x) = {loss}\n{say.given(result)}{calibrated}"
+    followed = textwrap.fill(f"inner maximum: {say.followed(result)}", WIDTH, subsequent_indent="  ")
     parts = [f"{head}\n{followed}", *_formulas(result)]
     if "text" not in result["formulas"]["K"]:
         parts.append(course_table(result))
-    lines = [say_rising(result), say_spent(result)]
+    lines = [say.rising(result), say.spent(result)]
     if values := result["series"]["values"]:
-        lines.insert(0, f"K*(t) near 0 in numbers: {say_polynomial(values, '^{}')}")
+        lines.insert(0, f"K*(t) near 0 in numbers: {say.polynomial(values, '^{}')}")
     parts += [
         bullets(lines),
         *_latex(result),
-        textwrap.fill(f"For the network: {say_cut(result)}", WIDTH),
+        textwrap.fill(f"For the network: {say.cut(result)}", WIDTH),
         network_table(result, False),
     ]
     if result["verification"] is not None:
-        told = [*say_verdict(result), *say_checks(result["verification"])]
+        told = [*say.verdict(result), *say.checks(result["verification"])]
         parts += [f"Check against the maximum principle ({CRITERION})", bullets(told), schedule_table(result)]
     if result["bound"] is not None:
-        parts.append(bullets([say_theorem(result)]))
+        parts.append(bullets([say.theorem(result)]))
     if result["calibration"] is not None:
-        parts += ["Calibration to a network", bullets(say_fitted(result))]
-    if notes := [*say_left_out(result), *map(greek, result["notes"])]:
+        parts += ["Calibration to a network", bullets(say.fitted(result))]
+    if notes := [*say.left_out(result), *map(greek, result["notes"])]:
         parts.append(bullets(f"NOTE: {note}" for note in notes))
     return "\n\n".join(parts)

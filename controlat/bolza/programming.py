@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
-from controlat.symbolic.bolza import Bolza, Search, candidates, no_whole_k
+from controlat.bolza.problem import Bolza, no_whole_k
+from controlat.bolza.search import Search, candidates
 from controlat.symbolic.landscape import Array, LandscapeError, stretch
 
 __all__ = ["programme", "reachable"]

@@ -1,4 +1,4 @@
-"""What can be said about the derived schedule alpha*(theta), K* = tau/alpha*: checked, in numbers and words.
+"""What can be said about the derived schedule alpha*(theta), K* = tau/alpha*: checked in numbers.
 
 The maximum principle with its multiplier (`principle`), and a search for something better that does not share
 its reasoning: dynamic programming (`programming`), by option direct transcription too (`transcription`). The
@@ -14,25 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from controlat.symbolic.bolza import SETS, Bolza, Search, candidates, chosen_set
+from controlat._util.limits import LATE, TimeLimit
+from controlat.bolza.admissible import SETS, chosen_set
+from controlat.bolza.conclusion import conclusion
+from controlat.bolza.path import ALIKE, POINTS, Path, comparisons, derived_cost, derived_path, schedule_path
+from controlat.bolza.principle import boundary_problem, criterion, gamma_range, multiplier
+from controlat.bolza.problem import Bolza
+from controlat.bolza.programming import programme
+from controlat.bolza.search import Search, candidates
+from controlat.bolza.transcription import transcribe
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import LandscapeError
-from controlat.symbolic.limits import LATE, TimeLimit
-from controlat.symbolic.principle import (
-    ALIKE,
-    POINTS,
-    Path,
-    boundary_problem,
-    comparisons,
-    criterion,
-    derived_cost,
-    derived_path,
-    gamma_range,
-    multiplier,
-    schedule_path,
-)
-from controlat.symbolic.programming import programme
-from controlat.symbolic.transcription import transcribe
 
 __all__ = ["Verification", "verify"]
 
@@ -113,15 +105,21 @@ def verify(
         TimeLimit: the deadline of `limits.within` passed before the criterion was known.
 
     >>> from controlat.symbolic.landscape import Landscape
-    >>> found = verify(Branch(Landscape(), 1.0, 1.0, (-3, 3)), 1.0, tau=10, horizon=1, gamma=0.01)
-    >>> found.holds, round(found.derived["J"], 5), round(found.derived["C"], 9)
+    >>> checked = verify(Branch(Landscape(), 1.0, 1.0, (-3, 3)), 1.0, tau=10, horizon=1, gamma=0.01)
+    >>> checked.holds, round(checked.derived["J"], 5), round(checked.derived["C"], 9)
     (True, 0.21105, 0.0)
     """
     admissible = chosen_set(branch.landscape, admissible)
-    problem = Bolza(branch, theta0, tau, horizon, gamma, admissible=admissible, overshoot=overshoot)
-    product, path, late = admissible == "product", derived_path(problem), list[str]()
-    if transcription and not product:
+    if transcription and admissible != "product":
         raise ValueError(f"transcription is for the set 'product' only, got {admissible!r}: leave it out")
+    return _verified(
+        Bolza(branch, theta0, tau, horizon, gamma, admissible=admissible, overshoot=overshoot), transcription
+    )
+
+
+def _verified(problem: Bolza, transcription: bool) -> Verification:
+    """All checks of a problem: those that the deadline stops have no result, and are named."""
+    product, path, late = problem.admissible == "product", derived_path(problem), list[str]()
 
     def part(what: str, otherwise: Any, function: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -135,16 +133,15 @@ def verify(
 
     curves = _curves(problem, path)
     prices = part("the range of gamma", None, _gamma, path) if product else None
-    derived = _derived(problem, path, prices)
-    searches = {"dynamic programming": programmed(admissible)}
+    derived, statement = _derived(problem, path, prices), _statement(problem)
+    searches = {"dynamic programming": programmed(problem.admissible)}
     if transcription:
         searches["direct transcription"] = part("direct transcription", {"error": LATE}, _transcribed)
     boundary = part("the boundary problem", None, boundary_problem, path) if product else None
     compared = part("other schedules", [], _compared, path) if product else []
     own, better = searches["dynamic programming"], _best(searches)
-    sets = [own if name == admissible else programmed(name) for name in SETS]
-    statement, searched = _statement(problem), any("error" not in row for row in searches.values())
-    told = _verdict(statement, derived, better) + _search_words(derived, better, searches)
+    sets = [own if name == problem.admissible else programmed(name) for name in SETS]
+    searched = any("error" not in row for row in searches.values())
     return Verification(
         problem=statement,
         derived=derived,
@@ -155,7 +152,7 @@ def verify(
         gamma=prices,
         sets=sets,
         better=better,
-        conclusion=told + _gamma_words(prices, statement) + _set_words(sets, admissible),
+        conclusion=conclusion(statement, derived, better, searches, prices, sets),
         holds=derived["satisfies"] and better is None and searched,
         left_out=late,
     )
@@ -262,62 +259,3 @@ def _best(searches: Mapping[str, Row]) -> Row | None:
     """The best schedule that a search found, if any; it is taken out of the rows."""
     better = [row.pop("schedule") | {"by": by} for by, row in searches.items() if "schedule" in row]
     return max(better, key=lambda row: float(row["gain"]), default=None)
-
-
-# ---- words: given which set, at which price, by which checks
-
-
-def _verdict(problem: Row, derived: Row, better: Row | None) -> list[str]:
-    given = f"Given {problem['formula']} (set '{problem['admissible']}'), gamma = {problem['gamma']:g}"
-    told = f"satisfies the maximum principle (C = {derived['C']:.3g})"
-    if not derived["satisfies"]:
-        told = f"violates the maximum principle (C = {derived['C']:.3g}, "
-        told += f"largest violation {derived['largest_violation']:.3g})"
-    lines = [f"{given}: the derived schedule {told}."]
-    if better is not None:
-        lines.append(
-            f"It is not optimal given this set and gamma: {better['by']} found a J lower by "
-            f"{better['gain']:.4g} (derived: J = {derived['J']:.6g})."
-        )
-    return lines
-
-
-def _search_words(derived: Row, better: Row | None, searches: Mapping[str, Row]) -> list[str]:
-    """Which searches were made, and what finding nothing means."""
-    lost = [f"{by} gives no answer ({row['error']})" for by, row in searches.items() if "error" in row]
-    small = "" if derived["satisfies"] else " beyond its tolerance: the loss, if any, is small"
-    nothing = f"Given this set and gamma, the search ({', '.join(searches)}) found no better schedule{small}"
-    told = f"{'; '.join([nothing, *lost])}. This is a check of these numbers, not a proof."
-    if len(lost) == len(searches):
-        told = f"Whether another schedule of this set is better was not found out: {'; '.join(lost)}."
-    lines = [told] if better is None else []
-    if derived["m"] is not None and derived["constant"]:
-        lines.append(
-            "K* is constant along the derived path: the constant and linear schedules are the derived one, "
-            "and there is nothing to compare."
-        )
-    return lines
-
-
-def _gamma_words(gamma: Row | None, problem: Row) -> list[str]:
-    if gamma is None:
-        return []
-    told = f"gamma from {gamma['low']:.4g} to {gamma['high']:.4g}"
-    if gamma["unlimited"]:
-        told = f"every gamma from {gamma['low']:.4g} to 1e4, the largest looked at"
-    told = "no gamma" if gamma["none"] else told
-    return [f"Given {problem['formula']}, it satisfies the principle for {told}."]
-
-
-def _set_words(rows: list[Row], own: str) -> list[str]:
-    """What the derived (rounded) schedule gives away given each other set."""
-    lines = []
-    for row in (row for row in rows if row["admissible"] != own):
-        if "error" in row:
-            told = f"there is no answer: {row['error']}"
-        elif row["better_exists"]:
-            told = f"it gives away {row['given_away']:.4g}: {row['policy']:.4g} against {row['value']:.4g}"
-        else:
-            told = f"no candidate on the grid is better than it ({row['policy']:.4g})"
-        lines.append(f"Given {row['formula']} (set '{row['admissible']}'), {told}.")
-    return lines

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from controlat._util.checks import choice
 from controlat.control.schedules import Curve, Schedule
 
 __all__ = ["MAPPINGS", "Handover", "hand_over"]
 
+Array = NDArray[np.float64]
 MAPPINGS = {
     "affine": "the range of K* over [0, T] is stretched to [k_min, k_max]",
     "clip": "K* as it is, cut off at k_min and k_max",
@@ -84,6 +86,28 @@ def hand_over(
     ([2, 4, 6, 8], 0.05)
     """
     choice(mapping, "mapping", MAPPINGS)
+    _check(k_min, k_max, tau=tau, epochs=epochs, resolution=resolution, since=since)
+    t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
+    share = np.clip((t / epochs - since) / (1 - since), 0, 1)
+    real = np.asarray(steps(share * horizon), dtype=float)
+    every = np.asarray(steps(np.linspace(0, horizon, 2001)), dtype=float)
+    ends = float(every.min()), float(every.max())
+    mapped, clipped, note = _mapped(real, ends, k_min, k_max, stretched=mapping == "affine")
+    curves = {
+        "steps": Curve("table", tuple(mapped.tolist()), rounding="half_up"),
+        "alpha": Curve("ratio", (float(tau),), of="steps"),
+    }
+    rows = {"real": real, "mapped": mapped, "clipped": clipped}
+    plain = {name: tuple(values.tolist()) for name, values in rows.items()}
+    return Handover(schedule=Schedule(curves, epochs, resolution, label), note=note, **plain)
+
+
+def _check(k_min: float, k_max: float, *, tau: float, epochs: float, resolution: float, since: float) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: there is one.
+    """
     for good, allowed, got in (
         (0 <= k_min <= k_max < math.inf, "k_min and k_max must be 0 <= k_min <= k_max", (k_min, k_max)),
         (0 < tau < math.inf, "tau of the network must be > 0, in pixel units such as 0.3", (tau,)),
@@ -92,27 +116,24 @@ def hand_over(
     ):
         if not good:
             raise ValueError(f"{allowed}, got {' and '.join(f'{value:g}' for value in got)}")
-    t = np.arange(max(1, math.ceil(epochs / resolution - 1e-9))) * resolution
-    share = np.clip((t / epochs - since) / (1 - since), 0, 1)
-    real = np.asarray(steps(share * horizon), dtype=float)
-    every = np.asarray(steps(np.linspace(0, horizon, 2001)), dtype=float)
-    low, high = float(every.min()), float(every.max())
+
+
+def _mapped(
+    real: Array, ends: tuple[float, float], k_min: float, k_max: float, *, stretched: bool
+) -> tuple[Array, NDArray[np.bool_], str]:
+    """K* within the bounds, which pieces were cut off there, and what was done in words.
+
+    `ends` are the smallest and the largest K* of [0, T]; `stretched` asks for them to be moved to the bounds.
+    """
+    low, high = ends
     note, bounds = f"K* from {low:.4g} to {high:.4g}", f"{k_min:g}..{k_max:g}"
-    stretched = mapping == "affine" and high - low > 1e-9 * abs(high)
-    if stretched:
-        mapped = k_min + (k_max - k_min) * (real - low) / (high - low)
+    if stretched and high - low > 1e-9 * abs(high):
         note += f", stretched to {bounds}"
         if low > 0 and (k_min == 0 or k_max / k_min > 3 * high / low):
             note += f" (NOTE: K* itself changes by a factor of {high / low:.3g} only; clip keeps its values)"
-    else:
-        mapped = np.clip(real, k_min, k_max)
-        note += ", constant, which cannot be stretched" * (mapping == "affine") + f", within {bounds}"
-    clipped = (mapped != real) & (not stretched)
+        return k_min + (k_max - k_min) * (real - low) / (high - low), np.zeros(len(real), dtype=bool), note
+    mapped = np.clip(real, k_min, k_max)
+    clipped = mapped != real
+    note += ", constant, which cannot be stretched" * stretched + f", within {bounds}"
     note += f"; cut off in {int(clipped.sum())} of {len(real)} pieces" * bool(clipped.any())
-    curves = {
-        "steps": Curve("table", tuple(mapped.tolist()), rounding="half_up"),
-        "alpha": Curve("ratio", (float(tau),), of="steps"),
-    }
-    pieces = {"real": real, "mapped": mapped, "clipped": clipped}
-    rows = {name: tuple(values.tolist()) for name, values in pieces.items()}
-    return Handover(schedule=Schedule(curves, epochs, resolution, label), note=note, **rows)
+    return mapped, clipped, note

@@ -1,4 +1,4 @@
-"""The optimal-control problem of a landscape: how far and how often to step on the way to the inner maximum.
+"""The Bolza problem of a landscape: how far and how often to step on the way to the inner maximum.
 
     min over u of  J = L(theta_T) + gamma * integral_0^T K dt,    theta' = F(theta, u) = -l_theta(theta, x_K)
 
@@ -23,80 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from controlat._util.checks import choice, number
+from controlat._util.checks import number
+from controlat.bolza.admissible import SETS, chosen_set
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Array, Landscape, LandscapeError
 
-__all__ = ["SETS", "AdmissibleSet", "Bolza", "Search", "candidates", "chosen_set", "whole_cap"]
-
-Q_MIN = 0.02  # the smallest alpha/alpha* looked at: K up to 50 K*(theta), where x_K hardly moves any more
+__all__ = ["Bolza", "no_whole_k"]
 _SLACK = 1e-10  # of |x* - x0|: by so much rounding may carry a step beyond x*
 _DOUBLINGS = 9  # of K, in search of one whose ascent does not overshoot
-
-
-class AdmissibleSet(NamedTuple):
-    """G(theta): its formula in words, whether K is whole, whether alpha K = tau."""
-
-    formula: str
-    whole: bool
-    tied: bool
-
-
-_BOUND, _FREE, _OUT = "alpha <= alpha*(theta)", "K = 1, 2, ..., not tied", "no step out of x_range"
-SETS = {
-    name: AdmissibleSet(formula, whole, tied)
-    for name, formula, whole, tied in (
-        ("product", f"alpha K = tau, 0 < {_BOUND}, K real, no step beyond x*", False, True),
-        ("integer", f"alpha K = tau, {_BOUND}, K = 1, 2, ..., no step beyond x*", True, True),
-        ("free", f"0 < {_BOUND}, {_FREE} to each other, no step beyond x*", True, False),
-        ("overshoot", f"0 < alpha <= c alpha*(theta) with 1 < c < 2, {_FREE}, {_OUT}", True, False),
-    )
-}
-
-
-def chosen_set(landscape: Landscape, name: str | None = None) -> str:
-    """The name of a set; if left out, the one in which alpha K = tau: "product", or "integer" with whole K.
-
-    Raises:
-        LandscapeError: K is real in the set, and l is not quadratic in x.
-        ValueError: there is no such set.
-    """
-    if name is None:
-        return "product" if landscape.quadratic else "integer"
-    if not SETS[choice(name, "admissible", SETS)].whole and not landscape.quadratic:
-        wholes = ", ".join(each for each in SETS if SETS[each].whole)
-        raise LandscapeError(
-            f"admissible: real K (set {name!r}) is not offered where l is not quadratic in x, as an ascent "
-            f"of part of a step is not defined; take one of {wholes}"
-        )
-    return name
-
-
-@dataclass(frozen=True)
-class Search:
-    """The best schedule that a search found, beside the derived one by the same scheme.
-
-    Args:
-        best: the smallest J.
-        derived: J of the derived schedule.
-        better: best is lower by more than the scheme's errors.
-        t, theta, q, k: the best schedule, one q and K per interval, with the state where it begins.
-        about: how it was looked for.
-    """
-
-    best: float
-    derived: float
-    better: bool
-    t: Array
-    theta: Array
-    q: Array
-    k: Array
-    about: dict[str, Any]
-
-    @property
-    def difference(self) -> float:
-        """What the derived schedule gives away."""
-        return self.derived - self.best
 
 
 class Ascent(NamedTuple):
@@ -332,42 +266,3 @@ class Bolza:
 def no_whole_k(theta: float) -> LandscapeError:
     """Why the derived schedule is not in a set of whole K."""
     return LandscapeError(f"at theta = {theta:.4g} no whole K keeps the ascent with alpha = tau/K before x*")
-
-
-def whole_cap(problem: Bolza) -> int:
-    """How many whole K are tried: 1..cap, or ceil(K*)..ceil(K*) + cap - 1 where alpha = tau/K.
-
-    Free alpha and l quadratic in x: every rho^K that K > 1 steps reach is reached by 1 step: 5 is plenty.
-    """
-    if not problem.tied and problem.landscape.quadratic:
-        return 5
-    return max(20, min(100, 2 * math.ceil(float(problem.count(problem.theta0)))))
-
-
-def grid_of_q(reach: float, points: int) -> Array:
-    """alpha/alpha* from Q_MIN to reach: log-spaced, linear, and dense towards 1 from below; 1 exactly."""
-    logs = np.geomspace(Q_MIN, 1.0, points)
-    near = 1.0 - np.geomspace(1e-9, 0.1, points // 4)
-    line = np.linspace(reach / points, reach, points)
-    return np.unique(np.concatenate([logs, near, line[line >= Q_MIN], [1.0, reach]]))
-
-
-def candidates(problem: Bolza, theta: Array, points: int = 100, thin: bool = False) -> tuple[Array, Array]:
-    """Controls to look at, as arrays (q, K) of shape (theta, candidates); q = 1 is among the q.
-
-    Those of a landscape that is not quadratic in x belong to G(theta) only where `Bolza.admits` them. The q
-    are spaced by `points`; `thin` leaves out most of the larger K (1, 2, 3, 4, 6, 8, 12, ...).
-    """
-    cap = whole_cap(problem)
-    counts = np.arange(1.0, cap + 1)
-    if thin:
-        counts = np.unique(np.round(np.concatenate([counts[:4], np.geomspace(1, cap, 9)])))
-    if problem.admissible == "integer":
-        k = problem.policy(theta)[1][:, None] + (counts - 1)
-        return problem.ratio(theta[:, None], k), k
-    if problem.admissible == "product":
-        q = np.tile(grid_of_q(1.0, points), (len(theta), 1))
-        with np.errstate(all="ignore"):
-            return q, problem.count(theta)[:, None] / q
-    q, k = np.meshgrid(grid_of_q(problem.reach, points // 2), counts, indexing="ij")
-    return np.tile(q.ravel(), (len(theta), 1)), np.tile(k.ravel(), (len(theta), 1))

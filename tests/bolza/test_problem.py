@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat.symbolic.bolza import SETS, Bolza, candidates, chosen_set, whole_cap
+from controlat.bolza.admissible import SETS, chosen_set
+from controlat.bolza.problem import Bolza
+from controlat.bolza.search import candidates, whole_cap
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
 

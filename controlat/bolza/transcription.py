@@ -15,7 +15,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 from controlat._util.checks import whole
-from controlat.symbolic.bolza import Q_MIN, Bolza, Search
+from controlat.bolza.problem import Bolza
+from controlat.bolza.search import Q_MIN, Search
 from controlat.symbolic.landscape import Array, LandscapeError
 
 __all__ = ["cost", "transcribe"]

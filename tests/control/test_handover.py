@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import controlat
-from controlat.symbolic import Derivation, Task, hand_over
+from controlat.control.handover import hand_over
+from controlat.symbolic import Derivation, Task
 
 
 def rising(t: Any) -> Any:
@@ -21,12 +22,12 @@ def handed(**options: Any) -> Any:
 
 
 def test_the_horizon_is_scaled_to_epochs_and_the_range_to_the_bounds() -> None:
-    found = handed(epochs=8)
-    assert found.real == pytest.approx([1 + i for i in range(8)])  # K* from 1 to 9 over 8 epochs
-    assert [found.schedule(e)["steps"] for e in range(8)] == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert found.mapped == pytest.approx([2 + i for i in range(8)])
-    assert not any(found.clipped)
-    assert "stretched to 2..10" in found.note
+    handover = handed(epochs=8)
+    assert handover.real == pytest.approx([1 + i for i in range(8)])  # K* from 1 to 9 over 8 epochs
+    assert [handover.schedule(e)["steps"] for e in range(8)] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert handover.mapped == pytest.approx([2 + i for i in range(8)])
+    assert not any(handover.clipped)
+    assert "stretched to 2..10" in handover.note
 
 
 def test_alpha_is_tau_of_the_network_over_the_rounded_k() -> None:
@@ -37,37 +38,37 @@ def test_alpha_is_tau_of_the_network_over_the_rounded_k() -> None:
 
 
 def test_k_stays_real_until_the_schedule_is_called() -> None:
-    found = handed(k_max=3.4)
-    assert found.schedule.to_json()["knobs"]["steps"]["values"] == pytest.approx([2, 2.35, 2.7, 3.05])
-    assert [found.schedule(e)["steps"] for e in range(4)] == [2, 2, 3, 3]
+    handover = handed(k_max=3.4)
+    assert handover.schedule.to_json()["knobs"]["steps"]["values"] == pytest.approx([2, 2.35, 2.7, 3.05])
+    assert [handover.schedule(e)["steps"] for e in range(4)] == [2, 2, 3, 3]
 
 
 def test_what_is_cut_off_is_reported() -> None:
-    found = handed(mapping="clip", k_min=2, k_max=6)
-    assert found.real == pytest.approx([1, 3, 5, 7])
-    assert found.mapped == pytest.approx([2, 3, 5, 6])
-    assert found.clipped == (True, False, False, True)
-    assert "cut off in 2 of 4 pieces" in found.note
-    assert found.to_json()["clipped"] == [True, False, False, True]
+    handover = handed(mapping="clip", k_min=2, k_max=6)
+    assert handover.real == pytest.approx([1, 3, 5, 7])
+    assert handover.mapped == pytest.approx([2, 3, 5, 6])
+    assert handover.clipped == (True, False, False, True)
+    assert "cut off in 2 of 4 pieces" in handover.note
+    assert handover.to_json()["clipped"] == [True, False, False, True]
 
 
 def test_a_constant_k_cannot_be_stretched_and_says_so() -> None:
-    found = hand_over(lambda t: 0 * t + 4, 1.0, epochs=3, k_min=1, k_max=3, tau=0.3)
-    assert found.mapped == (3, 3, 3)
-    assert "constant" in found.note
-    assert all(found.clipped)
+    handover = hand_over(lambda t: 0 * t + 4, 1.0, epochs=3, k_min=1, k_max=3, tau=0.3)
+    assert handover.mapped == (3, 3, 3)
+    assert "constant" in handover.note
+    assert all(handover.clipped)
 
 
 def test_time_before_the_landscape_begins_holds_its_first_value() -> None:
-    found = handed(epochs=8, since=0.5)
-    assert found.real == pytest.approx([1, 1, 1, 1, 1, 3, 5, 7])
+    handover = handed(epochs=8, since=0.5)
+    assert handover.real == pytest.approx([1, 1, 1, 1, 1, 3, 5, 7])
 
 
 def test_pieces_may_be_shorter_than_an_epoch(tmp_path: Any) -> None:
-    found = handed(epochs=2, resolution=0.5)
-    assert [found.schedule(t)["steps"] for t in (0, 0.5, 1, 1.5)] == [2, 4, 6, 8]
-    found.schedule.save(tmp_path / "s.json")
-    assert controlat.load_schedule(tmp_path / "s.json") == found.schedule
+    handover = handed(epochs=2, resolution=0.5)
+    assert [handover.schedule(t)["steps"] for t in (0, 0.5, 1, 1.5)] == [2, 4, 6, 8]
+    handover.schedule.save(tmp_path / "s.json")
+    assert controlat.load_schedule(tmp_path / "s.json") == handover.schedule
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_bad_numbers_are_refused(options: dict[str, Any], told: str) -> None:
 
 
 def test_amatas_landscape_over_twelve_epochs() -> None:
-    found = Derivation(Task())
-    schedule = hand_over(found.K, 3.0, epochs=12, k_min=1, k_max=10, tau=0.3).schedule
+    derivation = Derivation(Task())
+    schedule = hand_over(derivation.K, 3.0, epochs=12, k_min=1, k_max=10, tau=0.3).schedule
     t = np.arange(12) * 3 / 12
     k = 20 / (np.exp(-2 * t) + 1)
     expected = np.floor(1 + 9 * (k - 10) / (20 / (np.exp(-6) + 1) - 10) + 0.5)

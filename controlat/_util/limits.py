@@ -1,4 +1,4 @@
-"""Symbolic work that ends: a function runs in a child process, under a limit of time and of memory.
+"""Work that ends: a function runs in a child process, under a limit of time and of memory.
 
 sympy can take forever, or all memory, on a harmless-looking question, and nothing inside one process can stop
 it. So one child process answers question after question, and is killed when the time is over; the next
@@ -37,7 +37,7 @@ __all__ = ["LATE", "SECONDS", "NotFound", "TimeLimit", "check", "close", "limite
 
 SECONDS = 60.0  # of a derivation in all
 LATE = "the time limit was over"
-_START = 120.0  # seconds for the child to import sympy, on a busy machine with a cold disk
+_START = 120.0  # seconds for the child to import sympy or the like, on a busy machine with a cold disk
 _MEMORY = 4 << 30  # bytes of address space of the child
 # SIGINT first: a Ctrl-C during the imports is the parent's to handle, too.
 _CODE = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import {__name__} as m; m.serve()"
@@ -89,7 +89,8 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     """function(*args), computed in the child process.
 
     Args:
-        function: a function of a module; it is sent by its name.
+        function: a function of a module; it is sent by its name, and the module imported before its time
+            begins.
         args: its arguments; they and the result are copied by pickle.
         seconds: the time limit; the deadline of `within`, where it comes earlier.
 
@@ -109,7 +110,7 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
     name = f"{function.__module__}.{function.__qualname__}"
     with _lock:
         try:
-            answered, result = _ask(question, seconds)
+            answered, result = _ask(function.__module__, question, seconds)
         except TimeoutError:
             raise TimeLimit(f"{name} took longer than {seconds:g} seconds") from None
         except Exception as error:
@@ -135,14 +136,18 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def _ask(question: bytes, seconds: float) -> tuple[bool, Any]:
-    """Put one question to the child, a new one if need be: the result, or why there is none."""
+def _ask(module: str, question: bytes, seconds: float) -> tuple[bool, Any]:
+    """Put one question to the child, a new one if need be: the result, or why there is none.
+
+    The child imports the module of the function first, which is no part of its time.
+    """
     global _child
     try:
         if _child is None or _child.process.poll() is not None:
             close()
             _child = _started()
-            _receive(_child, _START)
+        _child.pipe.send(module)
+        _receive(_child, _START)
         _child.pipe.send_bytes(question)
         return _receive(_child, seconds)  # type: ignore[no-any-return]
     except BaseException:  # Ctrl-C, too: an answer left in the pipe would be taken for the next one
@@ -198,12 +203,18 @@ def serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(ValueError, OSError):  # where the system has no limit, or a lower one
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    importlib.import_module("sympy")  # before the first question, whose time is counted
-    pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
+            _imported(pipe.recv())
+            pipe.send("ready")
             pipe.send_bytes(_answer(pipe.recv_bytes()))
             signal.alarm(0)
+
+
+def _imported(module: str) -> None:
+    """Import the module of a function; if it fails, then with the question again, which says why."""
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
 
 
 def _answer(question: bytes) -> bytes:

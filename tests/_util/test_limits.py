@@ -1,5 +1,6 @@
 """Questions with a time limit: answers, errors, and what happens when the child process is slow or dies."""
 
+import math
 import os
 import pickle
 import signal
@@ -14,10 +15,10 @@ from types import FrameType
 import pytest
 import sympy
 
-from controlat.symbolic import limits
-from controlat.symbolic.formula import THETA, X
-from controlat.symbolic.limits import NotFound, TimeLimit, limited
+from controlat._util import limits
+from controlat._util.limits import NotFound, TimeLimit, limited
 from controlat.symbolic.questions import tidy
+from controlat.symbolic.symbols import THETA, X
 
 ENDLESS = (2**607 - 1) * (2**521 - 1)  # two primes: nobody finds them by trial
 AT_EASE = 60.0  # a limit that plays no part
@@ -55,6 +56,51 @@ def test_answers_come_back_from_one_process() -> None:
     assert _pid() == first
 
 
+def test_the_child_imports_the_module_that_is_asked_for_and_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lightweight.py").write_text("import sys\n\ndef knows(name): return name in sys.modules\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from lightweight import knows  # type: ignore[import-not-found]
+
+    limits.close()
+    assert not limited(knows, "sympy", seconds=AT_EASE)
+    assert not limited(knows, "numpy", seconds=AT_EASE)
+    _works()
+    assert limited(knows, "sympy", seconds=AT_EASE)
+    limits.close()
+
+
+@pytest.mark.slow  # the import must take longer than any answer on a busy machine
+def test_the_time_of_a_question_begins_after_its_module_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "import os, time", "time.sleep(8 * (os.getpid() != {}))", "def answer(): return 42"
+    (tmp_path / "heavyweight.py").write_text("\n".join(lines).format(os.getpid()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from heavyweight import answer  # type: ignore[import-not-found]
+
+    limits.close()
+    assert limited(math.gcd, 12, 18, seconds=AT_EASE) == 6  # not for the first question alone
+    assert limited(answer, seconds=7) == 42
+    limits.close()
+
+
+def test_a_module_that_the_child_cannot_import_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shortlived.py").write_text("def answer(): return 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from shortlived import answer  # type: ignore[import-not-found]
+
+    (tmp_path / "shortlived.py").unlink()
+    limits.close()
+    with pytest.raises(NotFound, match="ModuleNotFoundError: No module named 'shortlived'"):
+        limited(answer, seconds=AT_EASE)
+    _works()
+    limits.close()
+
+
 def test_symbols_come_back_as_the_same_symbols() -> None:
     dummy = sympy.Dummy("z", positive=True)
     assert limited(sympy.diff, dummy**2 * X, dummy, seconds=AT_EASE) == 2 * dummy * X
@@ -62,8 +108,8 @@ def test_symbols_come_back_as_the_same_symbols() -> None:
 
 def test_large_questions_and_answers_pass_through_the_pipes() -> None:
     many = [X**k for k in range(20_000)]
-    found = limited(sympy.flatten, [many], seconds=AT_EASE)
-    assert found == many
+    answer = limited(sympy.flatten, [many], seconds=AT_EASE)
+    assert answer == many
 
 
 def test_an_endless_computation_ends_with_the_time_and_the_next_question_is_answered() -> None:
@@ -168,17 +214,17 @@ def test_the_limit_is_a_positive_number(seconds: float) -> None:
 
 
 def test_several_threads_get_each_their_own_answer() -> None:
-    found: dict[int, object] = {}
+    answer: dict[int, object] = {}
 
     def ask(k: int) -> None:
-        found[k] = limited(sympy.factorint, 2**k, seconds=AT_EASE)
+        answer[k] = limited(sympy.factorint, 2**k, seconds=AT_EASE)
 
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(1, 21)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {k: {2: k} for k in range(1, 21)}
+    assert answer == {k: {2: k} for k in range(1, 21)}
 
 
 # ------------------------------------------------------------------------------- in a process of their own
@@ -198,8 +244,8 @@ def test_nothing_is_left_over_at_exit_and_torch_is_not_loaded(tmp_path: Path) ->
     (tmp_path / "random.py").write_text("raise SystemExit('the folder of the user was imported from')")
     code = """
 import sys
-from controlat.symbolic.limits import limited
-from controlat.symbolic import limits
+from controlat._util.limits import limited
+from controlat._util import limits
 assert "sympy" not in sys.modules and "torch" not in sys.modules
 import sympy
 print(limited(sympy.factorint, 12, seconds=60), limits._child.process.pid)
@@ -213,8 +259,8 @@ assert "torch" not in sys.modules
 def test_a_fork_has_a_child_of_its_own(tmp_path: Path) -> None:
     code = """
 import os, sys, sympy
-from controlat.symbolic import limits
-from controlat.symbolic.limits import limited
+from controlat._util import limits
+from controlat._util.limits import limited
 assert limited(sympy.factorint, 12, seconds=60) == {2: 2, 3: 1}
 first = limits._child.process.pid
 with limits._lock:
@@ -232,8 +278,8 @@ assert limits._child.process.pid == first
 def test_the_child_ends_when_its_parent_is_killed_while_it_computes(tmp_path: Path) -> None:
     code = f"""
 import os, signal, threading, sympy
-from controlat.symbolic import limits
-from controlat.symbolic.limits import limited
+from controlat._util import limits
+from controlat._util.limits import limited
 limited(sympy.factorint, 12, seconds=60)
 print(limits._child.process.pid, flush=True)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()

@@ -7,8 +7,9 @@ import pytest
 from scipy.optimize import brentq
 
 import controlat
-from controlat.symbolic import Branch, Landscape, convergence, verify
-from controlat.symbolic.limits import LATE, TimeLimit, limited, within
+from controlat._util.limits import LATE, TimeLimit, limited, within
+from controlat.bolza import convergence, verify
+from controlat.symbolic import Branch, Landscape
 from controlat.symbolic.questions import tidy
 
 HANGS = "erf(x)*theta - x^2*theta^2"  # sympy integrates 1/theta' for minutes
@@ -19,11 +20,11 @@ def branch() -> Branch:
 
 
 def test_a_derivation_ends_at_its_limit_with_the_numbers_and_names_the_rest() -> None:
-    found = controlat.derive(HANGS, seconds=2, progress=False)
+    derivation = controlat.derive(HANGS, seconds=2, progress=False)
     x = brentq(lambda v: np.exp(-v * v) / np.sqrt(np.pi) - v, 0, 1)  # l_x(1, x) = 0
-    assert float(found.K(0.0)) == pytest.approx(10 * 2 / np.sqrt(np.pi) / x, rel=1e-9)
-    assert found.result["left_out"]
-    assert "NOTE: left out at the time limit of 2 seconds (--seconds): " in str(found)
+    assert float(derivation.K(0.0)) == pytest.approx(10 * 2 / np.sqrt(np.pi) / x, rel=1e-9)
+    assert derivation.result["left_out"]
+    assert "NOTE: left out at the time limit of 2 seconds (--seconds): " in str(derivation)
 
 
 def test_numbers_that_take_longer_than_the_limit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +69,15 @@ def test_what_was_checked_in_time_is_as_without_a_limit(monkeypatch: pytest.Monk
     total = clock.calls
     for share in (0.2, 0.99):
         clock.calls, clock.last = 0, int(share * total)
-        found = verify(there, 1.0, 10.0, 1.0, 0.01)
-        seen.add(len(found.left_out))
-        assert found.derived["C"] == whole.derived["C"]
-        for mine, row in zip(found.sets, whole.sets, strict=True):
-            late = f"dynamic programming for the set '{row['admissible']}'" in found.left_out
+        checked = verify(there, 1.0, 10.0, 1.0, 0.01)
+        seen.add(len(checked.left_out))
+        assert checked.derived["C"] == whole.derived["C"]
+        for mine, row in zip(checked.sets, whole.sets, strict=True):
+            late = f"dynamic programming for the set '{row['admissible']}'" in checked.left_out
             empty = {"admissible": row["admissible"], "formula": row["formula"], "error": LATE}
             assert mine == (empty if late else row)
-        assert (found.gamma is None) == ("the range of gamma" in found.left_out)
-        assert (found.transcription == {"error": LATE}) == ("direct transcription" in found.left_out)
-        assert bool(found.comparisons) == ("other schedules" not in found.left_out)
-        assert found.left_out
+        assert (checked.gamma is None) == ("the range of gamma" in checked.left_out)
+        assert (checked.transcription == {"error": LATE}) == ("direct transcription" in checked.left_out)
+        assert bool(checked.comparisons) == ("other schedules" not in checked.left_out)
+        assert checked.left_out
     assert len(seen) > 1

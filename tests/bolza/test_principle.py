@@ -11,25 +11,23 @@ import numpy as np
 import pytest
 from helpers import slow
 
-from controlat.symbolic import verification
-from controlat.symbolic.bolza import Bolza
-from controlat.symbolic.branch import Branch
-from controlat.symbolic.formula import THETA
-from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import (
+from controlat.bolza import verification
+from controlat.bolza.path import comparisons, derived_path, schedule_path
+from controlat.bolza.principle import (
     boundary_problem,
-    comparisons,
     criterion,
-    derived_path,
     gamma_limit,
     gamma_range,
     maximise,
     multiplier,
-    schedule_path,
 )
-from controlat.symbolic.programming import programme
-from controlat.symbolic.transcription import transcribe
-from controlat.symbolic.verification import Verification, verify
+from controlat.bolza.problem import Bolza
+from controlat.bolza.programming import programme
+from controlat.bolza.transcription import transcribe
+from controlat.bolza.verification import Verification, verify
+from controlat.symbolic.branch import Branch
+from controlat.symbolic.landscape import Landscape, LandscapeError
+from controlat.symbolic.symbols import THETA
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 LOG = "theta^2/2 - log(1 + (x - theta)^2)"
@@ -101,10 +99,10 @@ def test_multiplier_against_differences_of_the_hamiltonian() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_boundary_value_problem_agrees(case: tuple[float, float, float, float]) -> None:
-    found = boundary_problem(make(*case), derived_path(make(*case)))
-    assert found["success"]
-    assert found["theta_difference"] < 1e-6
-    assert found["p_difference"] < 1e-6
+    solved = boundary_problem(make(*case), derived_path(make(*case)))
+    assert solved["success"]
+    assert solved["theta_difference"] < 1e-6
+    assert solved["p_difference"] < 1e-6
 
 
 @pytest.mark.parametrize("text", [PAPER, "theta^4/4 - (x - theta)^2*(1 + theta^2)/2"])
@@ -160,10 +158,10 @@ def test_c_is_zero_for_the_derived_schedule_and_positive_for_others() -> None:
     costs = []
     for name, count in comparisons(problem, derived).items():
         path = schedule_path(problem, name, count)
-        found = criterion(problem, path)
-        assert (found.gap >= 0).all()
+        examined = criterion(problem, path)
+        assert (examined.gap >= 0).all()
         assert path.raised < 1
-        assert found.c > 1e-3
+        assert examined.c > 1e-3
         costs.append(path.cost)
     assert min(costs) > derived.cost
     assert len(costs) == 4
@@ -183,10 +181,10 @@ def test_the_chord_is_raised_by_the_least_amount() -> None:
 
 
 def test_a_constant_k_has_nothing_to_be_compared_with() -> None:
-    found = verify(follow("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5), 1.0, 3, 1, 0.01)
-    assert found.comparisons == []
-    assert any("nothing to compare" in line for line in found.conclusion)
-    assert found.holds
+    checked = verify(follow("theta^2/2 - (x - 2*theta - 1)^2/2", 1.0, 0.5), 1.0, 3, 1, 0.01)
+    assert checked.comparisons == []
+    assert any("nothing to compare" in line for line in checked.conclusion)
+    assert checked.holds
 
 
 def test_c_is_positive_above_the_limit_of_gamma() -> None:
@@ -242,10 +240,10 @@ def test_other_sets_have_other_maximisers() -> None:
     problem = make()
     for name, k in (("free", 1), ("overshoot", 1)):
         there = replace(problem, admissible=name)
-        found = criterion(there, derived_path(there))
-        assert found.c > 0.1
-        assert set(found.k.tolist()) == {k}
-    assert found.q == pytest.approx(np.full(found.q.shape, 1.9))
+        examined = criterion(there, derived_path(there))
+        assert examined.c > 0.1
+        assert set(examined.k.tolist()) == {k}
+    assert examined.q == pytest.approx(np.full(examined.q.shape, 1.9))
     whole = replace(problem, admissible="integer")
     path = derived_path(whole)
     assert criterion(whole, path).c == pytest.approx(0, abs=1e-9)
@@ -308,19 +306,19 @@ def check(found: Verification) -> None:
 
 @pytest.mark.parametrize(("text", "theta0", "x0"), LANDSCAPES)
 def test_other_landscapes(text: str, theta0: float, x0: float) -> None:
-    found = verify(follow(text, theta0, x0), theta0, 3, 1, 0.01)
-    check(found)
-    assert found.holds
-    assert all(row["J"] >= found.derived["J"] - 1e-9 for row in found.comparisons)
+    checked = verify(follow(text, theta0, x0), theta0, 3, 1, 0.01)
+    check(checked)
+    assert checked.holds
+    assert all(row["J"] >= checked.derived["J"] - 1e-9 for row in checked.comparisons)
 
 
 def test_a_landscape_whose_later_steps_overshoot() -> None:
     # alpha* is far too long for the steps after the first: 1 + alpha* l_xx = -theta^2 < -1
-    found = verify(follow(LOG, 1.4), 1.4, 3, 1, 0.01)
-    check(found)
-    assert found.holds
-    assert found.problem["admissible"] == "integer"
-    assert found.sets[3]["better_exists"]
+    checked = verify(follow(LOG, 1.4), 1.4, 3, 1, 0.01)
+    check(checked)
+    assert checked.holds
+    assert checked.problem["admissible"] == "integer"
+    assert checked.sets[3]["better_exists"]
 
 
 def test_real_k_of_a_landscape_that_is_not_quadratic_is_refused() -> None:
@@ -376,23 +374,23 @@ def test_hard_landscapes_give_finite_numbers_or_reasons(
             with pytest.raises(LandscapeError, match="no whole K keeps the ascent"):
                 verify(branch, theta0, tau, 0.7, gamma)
             return
-        found = verify(branch, theta0, tau, 0.7, gamma)
-        data = found.to_json()
+        checked = verify(branch, theta0, tau, 0.7, gamma)
+        data = checked.to_json()
     json.dumps(data, allow_nan=False)
     numbers = (
-        found.derived[name] for name in ("theta", "p", "K", "alpha", "gap", "J", "C", "largest_violation")
+        checked.derived[name] for name in ("theta", "p", "K", "alpha", "gap", "J", "C", "largest_violation")
     )
     assert all(np.isfinite(v).all() for v in numbers)
-    for row in found.sets:
+    for row in checked.sets:
         assert row.get("error") or math.isfinite(row["value"] + row["policy"] + row["derived_J"])
-    differ = [row for row in found.comparisons if "error" not in row]
+    differ = [row for row in checked.comparisons if "error" not in row]
     assert all(math.isfinite(row["C"] + row["J"]) for row in differ)
-    assert all(row["error"] for row in found.comparisons if "error" in row)
-    if found.derived["satisfies"] and gamma > 0:
+    assert all(row["error"] for row in checked.comparisons if "error" in row)
+    if checked.derived["satisfies"] and gamma > 0:
         assert all(row["C"] > 1e-6 for row in differ)
     assert all(row["raised"] < 1 for row in differ)
-    assert found.conclusion[0].startswith("Given alpha K = tau")
-    told = " ".join(found.conclusion)
+    assert checked.conclusion[0].startswith("Given alpha K = tau")
+    told = " ".join(checked.conclusion)
     assert "optimal" not in told.replace("not optimal given", "")
 
 
@@ -401,35 +399,35 @@ def test_a_search_without_an_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         raise LandscapeError("the grid is lost")
 
     monkeypatch.setattr(verification, "programme", lost)
-    found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, transcription=True)
-    assert found.holds  # by direct transcription
-    assert "dynamic programming gives no answer (the grid is lost)" in " ".join(found.conclusion)
+    checked = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, transcription=True)
+    assert checked.holds  # by direct transcription
+    assert "dynamic programming gives no answer (the grid is lost)" in " ".join(checked.conclusion)
     monkeypatch.setattr(verification, "transcribe", lost)
     for transcription in (True, False):
-        found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, transcription=transcription)
-        assert not found.holds
-        assert "was not found out" in " ".join(found.conclusion)
+        checked = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, transcription=transcription)
+        assert not checked.holds
+        assert "was not found out" in " ".join(checked.conclusion)
 
 
 @pytest.mark.parametrize("transcription", [slow(False), True])
 def test_the_failure_on_the_paper_landscape_is_reported_with_something_better(transcription: bool) -> None:
-    found = verify(follow(PAPER, 2.0), 2.0, 1, 3, 0.1, transcription=transcription)
-    check(found)
-    assert not found.holds
-    assert (found.transcription is not None) is transcription
-    assert found.transcription is None or found.transcription["better"]
-    assert found.sets[0]["better_exists"]
-    assert found.better is not None
-    assert found.better["gain"] == pytest.approx(0.00426, abs=1e-4)
-    assert found.gamma is not None
-    assert found.gamma["high"] == pytest.approx(0.006274, rel=1e-3)
+    checked = verify(follow(PAPER, 2.0), 2.0, 1, 3, 0.1, transcription=transcription)
+    check(checked)
+    assert not checked.holds
+    assert (checked.transcription is not None) is transcription
+    assert checked.transcription is None or checked.transcription["better"]
+    assert checked.sets[0]["better_exists"]
+    assert checked.better is not None
+    assert checked.better["gain"] == pytest.approx(0.00426, abs=1e-4)
+    assert checked.gamma is not None
+    assert checked.gamma["high"] == pytest.approx(0.006274, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["integer", "free", slow("overshoot")])
 def test_verification_given_other_sets(name: str) -> None:
-    found = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, name)
-    assert found.holds is (name == "integer")
-    data = found.to_json()
+    checked = verify(follow(PAPER, 1.0), 1.0, 10, 1, 0.01, name)
+    assert checked.holds is (name == "integer")
+    data = checked.to_json()
     assert data["transcription"] is None
     assert json.dumps(data, allow_nan=False)
     if name != "integer":

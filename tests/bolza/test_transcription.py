@@ -8,11 +8,11 @@ import pytest
 from helpers import slow
 from scipy.integrate import solve_ivp
 
-from controlat.symbolic.bolza import Bolza
+from controlat.bolza.path import derived_path
+from controlat.bolza.problem import Bolza
+from controlat.bolza.transcription import _with_slope, cost, transcribe
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import derived_path
-from controlat.symbolic.transcription import _with_slope, cost, transcribe
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 
@@ -68,11 +68,11 @@ def test_discretisation_is_of_fourth_order() -> None:
 def test_nothing_is_better_where_the_principle_holds(
     theta0: float, tau: float, horizon: float, gamma: float
 ) -> None:
-    found = transcribe(make(PAPER, theta0, tau, horizon, gamma))
-    assert not found.better
-    assert found.about["success"]
-    assert found.difference < 1e-9
-    assert found.about["deviation"] < 1e-3
+    search = transcribe(make(PAPER, theta0, tau, horizon, gamma))
+    assert not search.better
+    assert search.about["success"]
+    assert search.difference < 1e-9
+    assert search.about["deviation"] < 1e-3
 
 
 def test_a_worse_start_comes_back() -> None:
@@ -84,13 +84,13 @@ def test_a_worse_start_comes_back() -> None:
 @pytest.mark.parametrize(("horizon", "gamma"), [slow(1, 1.0), (3, 0.01), (3, 0.1)])
 def test_something_is_better_above_the_limit_of_gamma(horizon: float, gamma: float) -> None:
     problem = make(PAPER, 2.0, 1, horizon, gamma)
-    found = transcribe(problem, intervals=20, starts=2)
-    assert found.better
-    assert found.about["deviation"] > 0.01
-    assert found.difference > 5e-5
+    search = transcribe(problem, intervals=20, starts=2)
+    assert search.better
+    assert search.about["deviation"] > 0.01
+    assert search.difference > 5e-5
     # the gain is not one of the discretisation: the same controls on a finer mesh keep it
-    finer = float(cost(problem, np.repeat(found.q, 4)))
-    assert derived_path(problem).cost - finer == pytest.approx(found.difference, rel=0.2)
+    finer = float(cost(problem, np.repeat(search.q, 4)))
+    assert derived_path(problem).cost - finer == pytest.approx(search.difference, rel=0.2)
 
 
 def test_refusals() -> None:
@@ -119,7 +119,7 @@ def test_the_gain_is_that_of_the_controls_whatever_the_optimiser_says(
 
         x, success = best, False
 
-    monkeypatch.setattr("controlat.symbolic.transcription.minimize", lambda *_, **__: Stopped)
+    monkeypatch.setattr("controlat.bolza.transcription.minimize", lambda *_, **__: Stopped)
     result = transcribe(problem)
     assert not result.about["success"]
     assert result.better

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from helpers import slow
 
-from controlat.symbolic.bolza import SETS, Bolza
+from controlat.bolza.admissible import SETS
+from controlat.bolza.path import derived_path
+from controlat.bolza.principle import gamma_limit
+from controlat.bolza.problem import Bolza
+from controlat.bolza.programming import programme, reachable
 from controlat.symbolic.branch import Branch
 from controlat.symbolic.landscape import Landscape, LandscapeError
-from controlat.symbolic.principle import derived_path, gamma_limit
-from controlat.symbolic.programming import programme, reachable
 
 PAPER = "theta^2/2 - (x - theta)^2/(theta^2 + 1)"
 
@@ -42,18 +44,18 @@ def make(
     ("name", "value"), [("product", 0.21105), ("integer", 0.2161), ("free", 0.07767), ("overshoot", 0.01220)]
 )
 def test_values_of_the_four_sets(name: str, value: float) -> None:
-    found = programme(replace(make(), admissible=name))
-    assert found.best == pytest.approx(value, abs=1e-4 if name == "integer" else 1e-5)
-    assert found.better is (name in ("free", "overshoot"))
-    assert found.difference == pytest.approx(found.derived - found.best)
+    search = programme(replace(make(), admissible=name))
+    assert search.best == pytest.approx(value, abs=1e-4 if name == "integer" else 1e-5)
+    assert search.better is (name in ("free", "overshoot"))
+    assert search.difference == pytest.approx(search.derived - search.best)
 
 
 def test_free_steps_have_a_closed_form() -> None:
     # one step of alpha* at every instant: theta = theta0 e^{-t}, K = 1
-    found = programme(replace(make(), admissible="free"))
-    assert found.best == pytest.approx(math.exp(-2) / 2 + 0.01, abs=1e-6)
-    assert set(found.k.tolist()) == {1.0}
-    assert found.theta[-1] == pytest.approx(math.exp(-1), abs=1e-3)
+    search = programme(replace(make(), admissible="free"))
+    assert search.best == pytest.approx(math.exp(-2) / 2 + 0.01, abs=1e-6)
+    assert set(search.k.tolist()) == {1.0}
+    assert search.theta[-1] == pytest.approx(math.exp(-1), abs=1e-3)
 
 
 def test_larger_sets_are_never_worse() -> None:
@@ -69,11 +71,11 @@ TESTED = [case for case in TABLE if case[:2] == (1, 2.0)] + [slow(*case) for cas
 @pytest.mark.parametrize(("tau", "theta0", "horizon", "gamma"), TESTED)
 def test_table(tau: float, theta0: float, horizon: float, gamma: float) -> None:
     problem = make(theta0, tau, horizon, gamma)
-    found = programme(problem)
+    search = programme(problem)
     fails = (tau, theta0) == (1, 2.0) and (gamma == 1.0 if horizon == 1 else gamma >= 0.01)
-    assert found.better is fails
+    assert search.better is fails
     assert (gamma > gamma_limit(problem)) is fails
-    assert found.derived == pytest.approx(derived_path(problem).cost, rel=1e-6)
+    assert search.derived == pytest.approx(derived_path(problem).cost, rel=1e-6)
 
 
 def test_the_grid_may_be_refined_without_changing_the_answer() -> None:
@@ -85,12 +87,12 @@ def test_the_grid_may_be_refined_without_changing_the_answer() -> None:
 
 def test_the_best_schedule_really_costs_what_is_said() -> None:
     problem = make(2.0, 1, 3, 0.1)
-    found = programme(problem)
-    h = problem.horizon / found.about["steps"]
-    running = float(np.sum(found.k[1:] + found.k[:-1]) / 2 + (found.k[0] + found.k[-1]) / 2)
-    cost = float(problem.branch.robust(found.theta[-1])) + problem.gamma * h * running
-    assert cost == pytest.approx(found.best, rel=1e-2)
-    assert cost < found.derived
+    search = programme(problem)
+    h = problem.horizon / search.about["steps"]
+    running = float(np.sum(search.k[1:] + search.k[:-1]) / 2 + (search.k[0] + search.k[-1]) / 2)
+    cost = float(problem.branch.robust(search.theta[-1])) + problem.gamma * h * running
+    assert cost == pytest.approx(search.best, rel=1e-2)
+    assert cost < search.derived
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,9 @@ def test_the_best_schedule_really_costs_what_is_said() -> None:
 )
 def test_other_landscapes(text: str, name: str, error: float) -> None:
     problem = make(1.0, 3, 1, 0.01, text, name)
-    found = programme(problem)
-    assert not found.better
-    assert found.derived == pytest.approx(derived_path(problem).cost, rel=error)
+    search = programme(problem)
+    assert not search.better
+    assert search.derived == pytest.approx(derived_path(problem).cost, rel=error)
 
 
 def test_reachable_interval_contains_the_robust_flow() -> None:
@@ -118,10 +120,10 @@ def test_a_domain_that_ends_is_said_and_no_control_leaves_it() -> None:
     # from theta = 0.6 on some controls grow towards the non-robust minimum; the branch is cut just above
     landscape = Landscape(PAPER)
     problem = Bolza(Branch(landscape, 0.5, 0.5, (-1.0, 0.505)), 0.5, 1, 1, 0.0)
-    found = programme(replace(problem, admissible="free"))
-    assert found.about["clipped"]
-    assert math.isfinite(found.best)
-    assert found.best <= found.derived + found.about["tolerance"]
+    search = programme(replace(problem, admissible="free"))
+    assert search.about["clipped"]
+    assert math.isfinite(search.best)
+    assert search.best <= search.derived + search.about["tolerance"]
 
 
 def test_a_flow_that_must_leave_is_an_error() -> None:

@@ -12,10 +12,11 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlat.symbolic.bound import constants, convergence
+from controlat.bolza.bound import convergence
+from controlat.bolza.constants import constants
 from controlat.symbolic.branch import Branch
-from controlat.symbolic.formula import THETA
 from controlat.symbolic.landscape import Landscape
+from controlat.symbolic.symbols import THETA
 
 
 def branch(
@@ -129,9 +130,9 @@ def test_the_corrected_bound_holds_on_strongly_concave_quadratics(a, b, c, theta
     a, b, c, theta0 = (round(value, 2) for value in (a, b, c, theta0))
     if a + b * b / c < 0.05:  # the robust loss has to have a minimum
         a = 0.1
-    found = convergence(saddle(a, b, c, theta0), theta0, (1, 7, 40), sigma, runs=64, seed=seed, **inner)
-    assert not found.reason
-    for row in found.rows:
+    bound = convergence(saddle(a, b, c, theta0), theta0, (1, 7, 40), sigma, runs=64, seed=seed, **inner)
+    assert not bound.reason
+    for row in bound.rows:
         assert not row["reason"]
         assert (row["L_tt"], row["L_tx"], row["mu"]) == pytest.approx((abs(a), abs(b), c), rel=1e-9)
         assert row["corrected_holds"] is not False
@@ -159,17 +160,17 @@ def test_the_same_seed_gives_the_same_rows(amata):
     ],
 )
 def test_where_the_theorem_says_nothing_there_is_a_reason(text, reach, settings, why):
-    found = convergence(branch(text, 1.0, reach), 1.0, (1, 10), **settings)
-    said = [found.reason] if found.reason else [row["reason"] for row in found.rows]
+    bound = convergence(branch(text, 1.0, reach), 1.0, (1, 10), **settings)
+    said = [bound.reason] if bound.reason else [row["reason"] for row in bound.rows]
     assert all(re.search(why, reason) for reason in said), said
-    assert all(row["left"] is None for row in found.rows)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert all(row["left"] is None for row in bound.rows)
+    json.dumps(bound.to_json(), allow_nan=False)
 
 
 def test_a_pole_between_the_points_of_the_grid_is_no_constant():
-    found = branch("theta^2/2 - (x - theta)^2 + 1/(theta - 0.123457)^2", 1.0)
+    followed = branch("theta^2/2 - (x - theta)^2 + 1/(theta - 0.123457)^2", 1.0)
     with pytest.raises(ValueError, match=r"unbounded near theta = 0\.12345"):
-        constants(found, 1.0, (0, 1), (0, 1))
+        constants(followed, 1.0, (0, 1), (0, 1))
 
 
 def test_at_rest_nothing_happens(amata):
