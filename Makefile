@@ -8,7 +8,7 @@ DEMO := demo-results
 # Tests run in this many processes, one thread each.
 JOBS ?= 2
 
-.PHONY: demo test test-all lint bench clean help
+.PHONY: demo test test-all lint pytest bench clean help
 help:
 	@echo "make demo      install, then compare six schedules on the bundled digits (about 5 minutes)"
 	@echo "make test      install with the test extra, then run ruff, mypy, doctests and tests (about 5 minutes)"
@@ -42,11 +42,15 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"
+pytest: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "$(MARKS)"
 
-test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+# Both at once: lint by itself takes half a minute, and one core.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory -j 2 lint pytest MARKS="not slow"
+
+test-all: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory -j 2 lint pytest
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/pgd.py

@@ -6,7 +6,6 @@ Hypothesis draws the same examples every time, and does not measure how long the
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -17,6 +16,8 @@ settings.load_profile("controlat")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
+    import torch  # here, where xdist's own process, which runs no test, does not wait for it
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import runpy
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GUARD, flat, same
+from helpers import flat, same, slow
 from systems import batch, driver, smooth, trained_on
 from torch import Tensor, nn
 
@@ -23,13 +23,15 @@ from controlat._util.files import read_json, read_json_lines
 from controlat.app import cli
 from controlat.attacks.losses import divergence
 from controlat.control.space import Control
+from controlat.data import digits
 from controlat.dynamics import verify
 from controlat.methods import Method, build
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MART = "own_method:Mart"
 TINY = ["--train_points", "200", "--epochs", "3", "--threads", "1", "--progress", "false"]
+OWN_TESTS = {"own_method.py", "own_controller.py"}  # run below, and more is asked of what they print
+OTHERS = sorted({path.name for path in EXAMPLES.glob("*.py")} - OWN_TESTS - {"own_loop.py"})
 EPS, RATE = 0.1, 0.1
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -48,11 +50,17 @@ def mart(here: None) -> Method:
     return build(MART)
 
 
-def _child(folder: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=GUARD)
+def _script(name: str, capsys: pytest.CaptureFixture[str], folder: Path) -> tuple[str, str]:
+    """What an example prints as a script, and its errors, with its temporary files in a folder."""
+    state, variables = torch.random.get_rng_state(), pytest.MonkeyPatch()
+    variables.setattr(tempfile, "tempdir", str(folder))
+    variables.setattr(sys, "path", list(sys.path))
+    try:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        variables.undo()
+        torch.random.set_rng_state(state)
+    return capsys.readouterr()
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -70,10 +78,22 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 # ------------------------------------------------------------------------------------- as a script, as a name
 
 
-def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(tmp_path: Path) -> None:
-    done = _child(tmp_path, EXAMPLES / "own_method.py", TMPDIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    first, *epochs = done.stdout.splitlines()
+@pytest.mark.parametrize("name", [*OTHERS, slow("own_loop.py")])  # README's loop, which test_readme runs
+def test_the_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On few of the digits: the scripts take all that there are."""
+    few = digits.load().limited(400, 40)
+    monkeypatch.setattr(digits, "load", lambda root=None: few)
+    assert "robust" in _script(name, capsys, tmp_path)[0]
+
+
+def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, error = _script("own_method.py", capsys, tmp_path)
+    assert error == ""
+    first, *epochs = output.splitlines()
     share, directions = re.fullmatch(
         r"derivative of one step: (\S+) from differences in (\d+) directions", first
     ).groups()  # type: ignore[union-attr]
@@ -89,10 +109,12 @@ def test_the_example_of_an_own_method_verifies_its_derivative_and_trains(tmp_pat
     assert not list(tmp_path.rglob("settings.json")), "the folder of the run is gone"
 
 
-def test_the_example_of_an_own_controller_raises_k_and_its_schedule_replays_it(tmp_path: Path) -> None:
-    done = _child(tmp_path, EXAMPLES / "own_controller.py", TMPDIR=str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, "")
-    *epochs, last = done.stdout.splitlines()
+def test_the_example_of_an_own_controller_raises_k_and_its_schedule_replays_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, error = _script("own_controller.py", capsys, tmp_path)
+    assert error == ""
+    *epochs, last = output.splitlines()
     rows = [
         re.fullmatch(r"epoch (\d+): K = (.*); loss=(\S+), robust \(PGD-10\) (\S+)%", line) for line in epochs
     ]
@@ -107,10 +129,12 @@ def test_the_example_of_an_own_controller_raises_k_and_its_schedule_replays_it(t
 
 
 @pytest.mark.slow
-def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(tmp_path: Path) -> None:
-    done = _child(tmp_path, EXAMPLES / "full_criterion.py")
-    assert (done.returncode, done.stderr) == (0, "")
-    phi, *lines = done.stdout.splitlines()
+def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, error = _script("full_criterion.py", capsys, tmp_path)
+    assert error == ""
+    phi, *lines = output.splitlines()
     value = float(re.fullmatch(r"Phi = 1 \* \(adv.*\) \+ 0\.1 \* \(clean .*\): (\S+)", phi)[1])  # type: ignore[index]
     horizons = [re.fullmatch(r"C = (\S+) with costates over (\d+) steps?", line) for line in lines[:3]]
     assert [int(found[2]) for found in horizons if found] == [1, 17, 102]
@@ -135,16 +159,16 @@ def test_the_example_of_the_full_criterion_prints_c_controls_and_what_they_are_w
 
 
 def test_an_own_method_is_trained_by_its_name_with_an_option_and_a_schedule_for_its_own_knob(
-    tmp_path: Path,
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--method", MART, "--method-options.start_noise", "1/50"]
     words += ["--schedule", "pgd:steps=2,alpha=0.1,beta=1..7", *TINY]
-    done = _child(EXAMPLES, "-m", "controlat", "train", "--out", tmp_path / "run", *words)
-    assert done.returncode == 0, done.stderr
+    assert cli.main(["train", "--out", str(tmp_path / "run"), *words]) == 0
+    printed = capsys.readouterr().out
     log = read_json_lines(tmp_path / "run" / "log.jsonl")
     assert [e["control"] for e in log] == [{"alpha": 0.1, "beta": b, "steps": 2} for b in (1, 3, 5)]
     assert [e["gradients"] for e in log] == [180 * 4] * 3
-    assert all(f"| {e['loss']:.4f} |" in done.stdout for e in log)
+    assert all(f"| {e['loss']:.4f} |" in printed for e in log)
     assert read_json(tmp_path / "run" / "settings.json")["method_options"] == {"start_noise": "1/50"}
 
 

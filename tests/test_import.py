@@ -1,6 +1,7 @@
 """What an import costs, what it brings in, and the order in which the modules of the package stand."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -48,60 +49,79 @@ APART = {
 }
 LOOSE = {"__init__.py", "__main__.py", "py.typed"}
 
+# What is asked for below: a process of its own for each, forked from one that has imported torch.
+ASKED = {
+    "nothing": "",
+    "pgd": "controlat.pgd",
+    "more": "controlat.Schedule, controlat.robustness, controlat.Dataset, controlat.attacks.fgsm",
+    "criterion": "controlat.criterion",
+    "commands": "import controlat.report\ncontrolat.train, controlat.evaluate, controlat.attack",
+    "parser": "from controlat.app.parser import build_parser\nbuild_parser()",
+}
 _BROUGHT = """
-import sys, torch
+import json, os, sys, torch
 before = set(sys.modules)
-import controlat
-{}
-print(*set(sys.modules) - before)
+for name, code in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        import controlat
+        exec(code)
+        print(name, *set(sys.modules) - before, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"{name} failed")
 """
 
 
-def _brought(code: str) -> set[str]:
-    """Modules that a program brings in beyond those of torch, in a process of its own."""
+@pytest.fixture(scope="module")
+def brought() -> dict[str, set[str]]:
+    """Modules that each brings in beyond those of torch."""
     done = subprocess.run(
-        [sys.executable, "-c", _BROUGHT.format(code)],
+        [sys.executable, "-c", _BROUGHT],
+        input=json.dumps(ASKED),
         capture_output=True,
         text=True,
-        check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=GUARD,
     )
-    return set(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {name: set(modules) for name, *modules in lines}
 
 
 def _packages(modules: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
 
 
-def test_an_import_brings_in_nothing_and_what_is_asked_for_no_package_beyond_torch() -> None:
-    assert _brought("") == {"controlat"}
-    modules = _brought("controlat.pgd")
+def test_an_import_brings_in_nothing_and_what_is_asked_for_no_package_beyond_torch(
+    brought: dict[str, set[str]],
+) -> None:
+    assert brought["nothing"] == {"controlat"}
+    modules = brought["pgd"]
     assert _packages(modules) == {"controlat"}
     parts = {name.split(".")[1] for name in modules if name.startswith("controlat.")}
     assert parts == {"_util", "control", "models", "attacks"}
-    more = _brought("controlat.Schedule, controlat.robustness, controlat.Dataset, controlat.attacks.fgsm")
-    assert _packages(more) == {"controlat"}
+    assert _packages(brought["more"]) == {"controlat"}
 
 
-def test_the_criterion_brings_in_no_plotting_and_no_hyperopt() -> None:
-    brought = _packages(_brought("controlat.criterion"))
-    assert "scipy" in brought, "Student's t"
-    assert not brought & {"torchvision", "matplotlib", "hyperopt", "jsonargparse", "tensorboard", "PIL"}
+def test_the_criterion_brings_in_no_plotting_and_no_hyperopt(brought: dict[str, set[str]]) -> None:
+    packages = _packages(brought["criterion"])
+    assert "scipy" in packages, "Student's t"
+    assert not packages & {"torchvision", "matplotlib", "hyperopt", "jsonargparse", "tensorboard", "PIL"}
 
 
-def test_commands_bring_in_no_plotting_before_there_is_something_to_draw() -> None:
-    names = "import controlat.report\ncontrolat.train, controlat.evaluate, controlat.attack\n"
-    brought = _packages(_brought(names))
-    assert "pydantic" in brought, "records"
-    assert "matplotlib" not in brought
+def test_commands_bring_in_no_plotting_before_there_is_something_to_draw(
+    brought: dict[str, set[str]],
+) -> None:
+    packages = _packages(brought["commands"])
+    assert "pydantic" in packages, "records"
+    assert "matplotlib" not in packages
 
 
-def test_the_command_line_starts_without_sympy() -> None:
+def test_the_command_line_starts_without_sympy(brought: dict[str, set[str]]) -> None:
     """jsonargparse imports what annotations of settings name, even for type checkers only."""
-    brought = _packages(_brought("from controlat.app.parser import build_parser\nbuild_parser()"))
-    assert "jsonargparse" in brought
-    assert "sympy" not in brought
+    packages = _packages(brought["parser"])
+    assert "jsonargparse" in packages
+    assert "sympy" not in packages
 
 
 @pytest.mark.parametrize("name", controlat.__all__)

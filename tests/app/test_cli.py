@@ -247,13 +247,17 @@ def test_bad_usage_of_attack_is_one_line_and_code_2(
     assert (folder / "broken.json").read_text() == FILES["broken.json"]
 
 
-def test_a_process_refuses_bad_usage_in_one_line_without_a_traceback(tmp_path: Path) -> None:
-    done = talking(cli.main, ["train", "--out", "run", "--eps", "8 / 255 pixels"], cwd=tmp_path)()
+def test_a_process_refuses_bad_usage_in_one_line_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--out", "run", "--eps", "8 / 255 pixels"]
+    done = talking(cli.main, words, cwd=tmp_path)()
     assert (done.code, done.output, done.error.count("\n")) == (2, "", 1)
     assert "Traceback" not in done.error
-    debug = _child(tmp_path, "train", "--out", "run", "--eps", "8 / 255 pixels", CONTROLAT_DEBUG="1")
-    assert debug.returncode == 1
-    assert "Traceback" in debug.stderr, "asked for"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTROLAT_DEBUG", "1")  # asks for the error itself, and Python for its traceback
+    with pytest.raises(ValueError, match="eps must be a number"):
+        _run(*words)
 
 
 def test_a_missing_data_folder_can_be_mended_without_another_directory(
@@ -399,8 +403,8 @@ def test_control_c_is_one_line_and_resume_goes_on(
     assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 2
 
 
-def test_a_reader_that_has_gone_is_no_error(run: Path) -> None:
-    command = [sys.executable, "-m", "controlat", "train", "--out", str(run), *TRAIN]
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    command = [sys.executable, "-m", "controlat", "methods"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, **pipes) as child:  # type: ignore[call-overload]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import slow
 from torch import Tensor, nn
 
 import controlat
@@ -176,12 +177,12 @@ def test_agrees_with_independent_implementations_in_double_precision(
     assert_agreement(fitted, oracle, steps, torch.float64, pixels=0.999, loss=1e-7)
 
 
-@pytest.mark.parametrize("steps", [10, 40])
+@pytest.mark.parametrize("steps", [10, slow(40)])
 def test_agrees_with_torchattacks_in_single_precision(fitted: Any, steps: int) -> None:
     assert_agreement(fitted, "torchattacks.PGD", steps, torch.float32, pixels=0.999, loss=1e-4)
 
 
-@pytest.mark.parametrize("steps", [10, 40])
+@pytest.mark.parametrize("steps", [10, slow(40)])
 @pytest.mark.parametrize("oracle", ["torchattacks.PGDL2", "foolbox.LinfPGD"])
 def test_agrees_in_single_precision_where_the_references_round_otherwise(
     fitted: Any, oracle: str, steps: int

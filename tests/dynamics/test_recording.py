@@ -392,7 +392,7 @@ def systems(name: str) -> tuple[Driver, RunSpec]:
 
 
 @pytest.mark.parametrize(
-    "name", [*map(slow, ("pgd_at", "atta reset", "free")), "atta", "cat curriculum", "hooks", "stops"]
+    "name", [*map(slow, ("pgd_at", "atta reset", "free", "cat curriculum")), "atta", "hooks", "stops"]
 )
 def test_states_made_at_several_levels_have_the_bits_of_the_run(name: str) -> None:
     states, end, steps, batches = reference(*systems(name))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import mlp, same, samples
+from helpers import mlp, same, samples, slow
 from torch import nn
 
 from controlat._util import rng
@@ -95,14 +95,14 @@ def supremum(gamma: float) -> float:
     return max(value)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1e-3, 1e-2])
+@pytest.mark.parametrize("gamma", [0.0, slow(1e-3), 1e-2])
 def test_tpe_never_beats_the_maximum_over_its_box_and_comes_close_to_it(gamma: float) -> None:
     found, top = best(by_tpe(gamma=gamma), gamma), supremum(gamma)
     assert found <= top + 1e-5
     assert found >= top - 0.02 * abs(top)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1e-2])
+@pytest.mark.parametrize("gamma", [slow(0.0), 1e-2])
 def test_the_candidates_of_tpe_lie_in_the_box_and_u_is_among_them(gamma: float) -> None:
     for u in (U, Control(alpha=0.9, steps=9), Control(alpha=1e-4, steps=2), Control(alpha=0, steps=0)):
         found = by_tpe(u, gamma=gamma, trials=30)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, flat, same, samples, trace
+from helpers import CLASSES, flat, same, samples, slow, trace
 from rules import Follow
 from systems import CASES, FOLLOWED, LONG, PLAIN, Case, constant, driver, each_optimizer, smooth, those
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ def test_a_perturbation_that_comes_to_the_edge_from_inside_is_named(name: str) -
     assert 1e-6 < abs(found.slope - found.gap) / abs(found.slope) < share
 
 
-WINDOWS = [(0, 4), (1, 5), (2, 9), (4, 9)]
+WINDOWS = [slow(0, 4), (1, 5), (2, 9), slow(4, 9)]
 
 
 def window(case: Case, first: int, last: int, o: SGDSettings = SETTINGS["plain"]) -> Recording:
@@ -237,7 +237,7 @@ def test_a_window_of_training_has_the_derivative_of_its_own_objective(
 
 
 @every
-@pytest.mark.parametrize(("first", "last"), [(1, 5), (4, 9)])
+@pytest.mark.parametrize(("first", "last"), [(1, 5), slow(4, 9)])
 def test_lambda_0_repeats_a_window_to_the_bit(case: Case, first: int, last: int) -> None:
     """Also where samples of later steps carry something from before the window."""
     rec = window(case, first, last, SETTINGS["momentum"])
