@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from controlat.control.cost import Meter
 from controlat.control.space import Control
+from controlat.dynamics import stacked
 from controlat.dynamics.requests import own_batch
-from controlat.methods import Batch, Prefixes
+from controlat.methods import Batch, Prefixes, Update
 from controlat.models.frozen.contexts import exclusive, in_mode, preserved_buffers
 
 if TYPE_CHECKING:
@@ -85,13 +86,20 @@ def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: 
     batch = own_batch(batch)
     ctx = driver.context(batch, rate, meter, dict(driver.memory))
     candidates, requests = driver.method.prefixes(ctx, batch, u), driver.requests
+    size = stacked.size(driver)
     while True:
+        group: list[tuple[Control, Update]] = []
         with driver.scoring():
-            with requests.random(batch, "inner", 0):
-                candidate = next(candidates, None)
-            if candidate is None:
-                return
-            v, update = candidate
-            _, gradients, _ = requests.differentiate(ctx, batch, v, update, 0)
+            for _ in range(size):
+                with requests.random(batch, "inner", 0):
+                    candidate = next(candidates, None)
+                if candidate is None:
+                    break
+                group.append(candidate)
+            gradients = stacked.gradients(ctx, [update for _, update in group])
+            if gradients is None:
+                gradients = [requests.differentiate(ctx, batch, v, update, 0)[1] for v, update in group]
             after = [r.clone() for r in driver.statistics]
-        yield Field(v, gradients, after)
+        yield from (Field(v, g, after) for (v, _), g in zip(group, gradients, strict=True))
+        if len(group) < size:
+            return

@@ -23,7 +23,9 @@ class Update(NamedTuple):
 
     Args:
         loss: computes a scalar, the mean over the samples of the batch, from ``Context.logits``;
-            differentiable in the parameters, with all piecewise constant quantities detached.
+            differentiable in the parameters, with all piecewise constant quantities detached. If those of
+            `Prefixes` are ``functools.partial`` of one function with different tensors, they may be
+            differentiated in one pass.
         dropped: names of smooth dependences on the state that were detached; results print them.
         also: called after `loss`; returns further tensors in which the loss is differentiated, by the same
             backward pass. With several processes gradients in parameters are those of the whole batch,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +58,7 @@ class PgdAT:
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch after K steps of ascent."""
         x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
-        yield self._update(ctx, batch, x, u)
+        yield Update(partial(self._loss(ctx, batch), x), smooth_steps(ctx, u))
 
     def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
         """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
@@ -74,18 +75,21 @@ class PgdAT:
                 loss=cross_entropy,
             )
             trajectory = list(points)
+        loss = self._loss(ctx, batch)
         for k, x in enumerate(trajectory, start=1):
             v = Control(alpha=u["alpha"], steps=k)
-            yield v, self._update(ctx, batch, x, v)
+            yield v, Update(partial(loss, x), smooth_steps(ctx, v))
 
-    def _update(self, ctx: Context, batch: Batch, x: Tensor, u: Control) -> Update:
-        def loss() -> Tensor:
+    def _loss(self, ctx: Context, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """The loss as a function of the attacked batch."""
+
+        def loss(x: Tensor) -> Tensor:
             value = F.cross_entropy(ctx.logits(x), batch.y)
             if self.clean_weight > 0:
                 value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
             return value
 
-        return Update(loss, smooth_steps(ctx, u))
+        return loss
 
 
 METHOD = PgdAT
