@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,10 +208,10 @@ class Driver:
         return fields.field(self, batch, v, rate, Meter() if meter is None else meter)
 
     def fields(
-        self, batch: Batch, u: Control, rate: float = 0.0, meter: Meter | None = None
-    ) -> Iterator[Field]:
-        """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory."""
-        return fields.prefix_fields(self, batch, u, rate, Meter() if meter is None else meter)
+        self, batches: Sequence[Batch], u: Control, rate: float = 0.0, meter: Meter | None = None
+    ) -> Iterator[list[Field]]:
+        """`field` on all batches for every K = 1, ..., u["steps"]: see `fields.prefix_fields`."""
+        return fields.prefix_fields(self, batches, u, rate, Meter() if meter is None else meter)
 
     def state(self) -> State:
         """The state z itself: the driver's own tensors, not copies.

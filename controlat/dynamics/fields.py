@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.dynamics import stacked
 from controlat.dynamics.requests import own_batch
-from controlat.methods import Batch, Prefixes, Update
+from controlat.dynamics.stacked import Together
+from controlat.methods import Batch, Prefixes
 from controlat.models.frozen.contexts import exclusive, in_mode, preserved_buffers
 
 if TYPE_CHECKING:
@@ -73,8 +73,13 @@ def field(driver: Driver, batch: Batch, v: Control, rate: float, meter: Meter) -
         return Field(v, total, [r.clone() for r in driver.statistics])
 
 
-def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: Meter) -> Iterator[Field]:
-    """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
+def prefix_fields(
+    driver: Driver, batches: Sequence[Batch], u: Control, rate: float, meter: Meter
+) -> Iterator[list[Field]]:
+    """`field` on several batches for every K = 1, ..., u["steps"] at the step size of u.
+
+    There is one trajectory for each batch. Where the network allows it, those of all batches are one ascent,
+    and the gradients are computed together, which equals the others but for rounding (`Together`).
 
     Raises:
         ValueError: the method has no `prefixes`.
@@ -83,23 +88,27 @@ def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: 
         raise ValueError(
             f"{type(driver.method).__name__} offers no sweep over K: score its controls one by one"
         )
+    together = Together.of(driver, batches, u, rate, meter)
+    if together is None:
+        yield from map(list, zip(*(_one_by_one(driver, b, u, rate, meter) for b in batches), strict=True))
+        return
+    for v, by_batch in together.gradients():
+        yield [Field(v, gradients, []) for gradients in by_batch]
+
+
+def _one_by_one(driver: Driver, batch: Batch, u: Control, rate: float, meter: Meter) -> Iterator[Field]:
+    """The fields on one batch, one after the other."""
+    assert isinstance(driver.method, Prefixes)
     batch = own_batch(batch)
     ctx = driver.context(batch, rate, meter, dict(driver.memory))
     candidates, requests = driver.method.prefixes(ctx, batch, u), driver.requests
-    size = stacked.size(driver)
     while True:
-        group: list[tuple[Control, Update]] = []
         with driver.scoring():
-            for _ in range(size):
-                with requests.random(batch, "inner", 0):
-                    candidate = next(candidates, None)
-                if candidate is None:
-                    break
-                group.append(candidate)
-            gradients = stacked.gradients(ctx, [update for _, update in group])
-            if gradients is None:
-                gradients = [requests.differentiate(ctx, batch, v, update, 0)[1] for v, update in group]
+            with requests.random(batch, "inner", 0):
+                candidate = next(candidates, None)
+            if candidate is None:
+                return
+            v, update = candidate
+            _, gradients, _ = requests.differentiate(ctx, batch, v, update, 0)
             after = [r.clone() for r in driver.statistics]
-        yield from (Field(v, g, after) for (v, _), g in zip(group, gradients, strict=True))
-        if len(group) < size:
-            return
+        yield Field(v, gradients, after)

@@ -23,9 +23,7 @@ class Update(NamedTuple):
 
     Args:
         loss: computes a scalar, the mean over the samples of the batch, from ``Context.logits``;
-            differentiable in the parameters, with all piecewise constant quantities detached. If those of
-            `Prefixes` are ``functools.partial`` of one function with different tensors, they may be
-            differentiated in one pass.
+            differentiable in the parameters, with all piecewise constant quantities detached.
         dropped: names of smooth dependences on the state that were detached; results print them.
         also: called after `loss`; returns further tensors in which the loss is differentiated, by the same
             backward pass. With several processes gradients in parameters are those of the whole batch,
@@ -35,6 +33,9 @@ class Update(NamedTuple):
         move: whether to update theta now, by the sum of the gradients added since its last update.
         shift: one tensor per parameter, added to it for the evaluation of `loss` and for the update, and
             subtracted afterwards (weight decay acts on the shifted parameters); None for none.
+        rowwise: whether `loss` is a ``functools.partial`` of a function of tensors with one row per sample,
+            which uses no other tensors but the network's, and whose course does not depend on their values.
+            The losses of `Prefixes` are then computed together for several controls and batches.
     """
 
     loss: Callable[[], Tensor]
@@ -43,6 +44,7 @@ class Update(NamedTuple):
     add: bool = True
     move: bool = True
     shift: Sequence[Tensor] | None = None
+    rowwise: bool = False
 
 
 Updates: TypeAlias = Generator[Update, Sequence[Tensor], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,7 +58,7 @@ class PgdAT:
     def updates(self, ctx: Context, batch: Batch, u: Control) -> Updates:
         """One update on the batch after K steps of ascent."""
         x = attacked(ctx, batch, u, mode=self.attack_mode, random_start=self.random_start)
-        yield Update(partial(self._loss(ctx, batch), x), smooth_steps(ctx, u))
+        yield self._update(ctx, batch, x, u)
 
     def prefixes(self, ctx: Context, batch: Batch, u: Control) -> Iterator[tuple[Control, Update]]:
         """Every K = 1, ..., u["steps"] from one trajectory: PGD-K is the beginning of PGD-(K+1)."""
@@ -75,21 +75,18 @@ class PgdAT:
                 loss=cross_entropy,
             )
             trajectory = list(points)
-        loss = self._loss(ctx, batch)
         for k, x in enumerate(trajectory, start=1):
             v = Control(alpha=u["alpha"], steps=k)
-            yield v, Update(partial(loss, x), smooth_steps(ctx, v))
+            yield v, self._update(ctx, batch, x, v)
 
-    def _loss(self, ctx: Context, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """The loss as a function of the attacked batch."""
-
-        def loss(x: Tensor) -> Tensor:
-            value = F.cross_entropy(ctx.logits(x), batch.y)
+    def _update(self, ctx: Context, batch: Batch, x: Tensor, u: Control) -> Update:
+        def loss(x: Tensor, x0: Tensor, y: Tensor) -> Tensor:
+            value = F.cross_entropy(ctx.logits(x), y)
             if self.clean_weight > 0:
-                value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
+                value = value + self.clean_weight * F.cross_entropy(ctx.logits(x0), y)
             return value
 
-        return loss
+        return Update(partial(loss, x, batch.x, batch.y), smooth_steps(ctx, u), rowwise=True)
 
 
 METHOD = PgdAT

@@ -55,11 +55,10 @@ def score_sweep(
             yield score_one(driver, batches, replaced(base, {"alpha": 0.0, "steps": 0}), rate, meter)
         for alpha in alphas if steps[-1] else ():
             longest = replaced(base, {"alpha": alpha, "steps": steps[-1]})
-            trajectories = (driver.fields(batch, longest, rate, meter) for batch in batches)
-            for fields in zip(*trajectories, strict=True):  # K = 1, 2, ... on all batches
+            for fields in driver.fields(batches, longest, rate, meter):  # K = 1, 2, ... on all batches
                 v = fields[0].control
                 if v["steps"] in steps:
-                    yield v, driver.method.controls.cost(v), list(fields)
+                    yield v, driver.method.controls.cost(v), fields
 
 
 def tpe(
