@@ -74,7 +74,7 @@ def fail_awkwardly() -> None:
 
 def hang(path: Path, child: bool = False) -> None:
     """Leave the number of this process, and that of a child of its own, in a file."""
-    from controlat.symbolic.limits import limited
+    from controlat._util.limits import limited
 
     write_text(path, f"{os.getpid()} {limited(os.getpid) if child else ''}")
     threading.Event().wait()
@@ -105,7 +105,7 @@ def interrupt() -> int:
 
 
 def ask_a_child() -> tuple[int, int]:
-    from controlat.symbolic.limits import limited
+    from controlat._util.limits import limited
 
     return limited(abs, -6), limited(os.getppid)
 

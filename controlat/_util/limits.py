@@ -2,8 +2,7 @@
 
 sympy can take forever, or all memory, on a harmless-looking question, and nothing inside one process can stop
 it. So one child process answers question after question, and is killed when the time is over; the next
-question starts another. It is neither forked (threads of torch would be copied in the middle of something)
-nor spawned by multiprocessing (that runs the user's main script again).
+question starts another.
 
 What is computed in this process ends, too: `within` sets a deadline, and `check`, which every evaluation of a
 landscape calls, raises once it has passed.
@@ -22,16 +21,14 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
+
+from controlat._util.child import Child
 
 __all__ = ["LATE", "SECONDS", "NotFound", "TimeLimit", "check", "close", "limited", "unhurried", "within"]
 
@@ -39,8 +36,6 @@ SECONDS = 60.0  # of a derivation in all
 LATE = "the time limit was over"
 _START = 120.0  # seconds for the child to import sympy or the like, on a busy machine with a cold disk
 _MEMORY = 4 << 30  # bytes of address space of the child
-# SIGINT first: a Ctrl-C during the imports is the parent's to handle, too.
-_CODE = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import {__name__} as m; m.serve()"
 
 Result = TypeVar("Result")
 
@@ -125,12 +120,7 @@ def limited(function: Callable[..., Result], *args: object, seconds: float = SEC
 # ------------------------------------------------------------------------------------------------- the parent
 
 
-class _Child(NamedTuple):
-    process: subprocess.Popen[bytes]
-    pipe: Connection
-
-
-_child: _Child | None = None
+_child: Child | None = None
 _lock = threading.RLock()
 # A fork waits for the answer. It has no child of its own: to `poll` the one of its parent has ended.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -143,9 +133,10 @@ def _ask(module: str, question: bytes, seconds: float) -> tuple[bool, Any]:
     """
     global _child
     try:
-        if _child is None or _child.process.poll() is not None:
+        if _child is None or _child.ended:
             close()
-            _child = _started()
+            # Its sets have one order, and so sympy one answer; what a function prints goes to stderr.
+            _child = Child.start(__name__, {"PYTHONHASHSEED": "0"}, stdout=2)
         _child.pipe.send(module)
         _receive(_child, _START)
         _child.pipe.send_bytes(question)
@@ -155,31 +146,11 @@ def _ask(module: str, question: bytes, seconds: float) -> tuple[bool, Any]:
         raise
 
 
-def _receive(child: _Child, seconds: float) -> Any:
+def _receive(child: Child, seconds: float) -> Any:
     """The next message; TimeoutError when the time is over, EOFError or OSError when the child is gone."""
     if not child.pipe.poll(min(seconds, max(_deadline.get() - time.monotonic(), 0.0), 1e6)):
         raise TimeoutError
     return child.pipe.recv()
-
-
-def _started() -> _Child:
-    """The child imports from where the parent does; its sets have one order, and so sympy one answer."""
-    root = str(Path(__file__).resolve().parents[2])
-    # An empty entry is the folder that the parent was in when it imported this, and found root there.
-    path = [os.path.abspath(entry) for entry in sys.path if entry]
-    if root not in map(os.path.realpath, path):
-        path.insert(0, root)
-    pipe, theirs = Pipe()
-    with theirs:
-        # -P: the folder that the user is in is no place to import from, unless the parent does, too.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CODE, str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a function prints goes to stderr
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"},
-        )
-    return _Child(process, pipe)
 
 
 @atexit.register
@@ -189,17 +160,14 @@ def close() -> None:
     with _lock:
         if _child is not None:
             gone, _child = _child, None
-            gone.process.kill()
-            gone.process.wait()
-            gone.pipe.close()
+            gone.end()
 
 
 # -------------------------------------------------------------------------------------------------- the child
 
 
-def serve() -> None:
+def serve(pipe: Connection) -> None:
     """What the child does: answer questions until the parent closes the pipe."""
-    pipe = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(ValueError, OSError):  # where the system has no limit, or a lower one
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

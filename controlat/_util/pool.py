@@ -18,19 +18,17 @@ import os
 import pickle
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from controlat._util.child import Child
 from controlat._util.progress import progress_bar, send_to
 
 __all__ = ["Pool", "Task", "WorkerDied", "cores"]
@@ -75,55 +73,26 @@ def cores() -> int:
 
 
 class _Worker:
-    """A process, the parent's end of its pipe, and the number of the task that it works on."""
+    """A process, and the number of the task that it works on."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.task: int | None = None
-        self.pipe, theirs = Pipe()
-        # It imports from where the parent does; an empty entry is the folder that the parent is in.
-        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        if (root := str(Path(__file__).resolve().parents[2])) not in path:
-            path.append(root)
-        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve({{}})"
-        with theirs, _ctrl_c_blocked():
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code.format(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **environment},
-            )
+        self.child = Child.start(__name__, environment)
 
     def give(self, number: int, task: bytes) -> None:
         """Let it work on a task."""
         self.task = number
         with contextlib.suppress(OSError):  # it has died: there will be no answer
-            self.pipe.send_bytes(task)
+            self.child.pipe.send_bytes(task)
 
     def answer(self) -> tuple[Any, ...] | None:
         """Its next message; None where it has died."""
         try:
-            if self.pipe.poll():
-                return pickle.loads(self.pipe.recv_bytes())  # type: ignore[no-any-return]
+            if self.child.pipe.poll():
+                return pickle.loads(self.child.pipe.recv_bytes())  # type: ignore[no-any-return]
         except (EOFError, OSError):
             return None
         return None
-
-    def kill(self) -> int:
-        """End it; its exit code, minus the signal where one ended it."""
-        self.process.kill()
-        code = self.process.wait()
-        self.pipe.close()
-        return code
-
-
-@contextlib.contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """A process that is started inside is deaf to Ctrl-C, which the parent handles for it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pool:
@@ -164,7 +133,7 @@ class Pool:
         """End all processes, whatever they are doing."""
         workers = [w for w in self._places if w is not None]
         for w in workers:
-            w.process.kill()  # all of them first: this may be interrupted
+            w.child.process.kill()  # all of them first: this may be interrupted
         for w in workers:
             self._end(w)
 
@@ -208,7 +177,7 @@ class Pool:
     def _ready(self, place: int) -> _Worker:
         """The worker of a place, which has no task; a new one, if need be."""
         worker = self._places[place]
-        if worker is not None and worker.process.poll() is not None:
+        if worker is not None and worker.child.ended:
             self._end(worker)
             worker = None
         if worker is None:
@@ -219,9 +188,9 @@ class Pool:
     def _listen(self, work: _Work) -> None:
         """Wait for messages of the workers, and take them in."""
         busy = [w for w in self._places if w is not None and w.task is not None]
-        ready = wait([w.pipe for w in busy], timeout=_PULSE)
+        ready = wait([w.child.pipe for w in busy], timeout=_PULSE)
         for worker in busy:
-            if worker.pipe not in ready and worker.process.poll() is None:
+            if worker.child.pipe not in ready and not worker.child.ended:
                 continue
             assert worker.task is not None
             if (message := worker.answer()) is None:
@@ -231,7 +200,7 @@ class Pool:
 
     def _end(self, worker: _Worker) -> int:
         self._places[self._places.index(worker)] = None
-        return worker.kill()
+        return worker.child.end()
 
 
 def _pickled(task: Task) -> bytes:
@@ -337,10 +306,10 @@ def _overwritten(line: str) -> str:
     return line.rpartition("\r")[2]
 
 
-def serve(handle: int) -> None:
+def serve(pipe: Connection) -> None:
     """What a worker does: task after task, until the parent closes the pipe."""
-    os.set_inheritable(handle, False)
-    pipe, lock = Connection(handle), threading.Lock()
+    os.set_inheritable(pipe.fileno(), False)  # its own children would keep the pipe open after its end
+    lock = threading.Lock()
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def send(*message: Any) -> None:
