@@ -41,7 +41,9 @@ def score_sweep(
 
     Where the method offers it (`Prefixes`), one inner trajectory per step size, up to the largest K, gives
     the outer step of every smaller K on the way: PGD-K is the beginning of PGD-(K+1). The scores equal those
-    of the candidates one by one (`score_one`), which is how they are computed for other methods.
+    of the candidates one by one (`score_one`), which is how they are computed for other methods. For small
+    networks all K and all batches are computed together, which may change the last digits
+    (`controlat.dynamics.stacked`).
     """
     if not isinstance(driver.method, Prefixes):
         for v in candidates.around(driver.method, u):
