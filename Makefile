@@ -34,7 +34,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/controlat evaluate --out $(DEMO) --threads 1
+	$(BIN)/controlat evaluate --out $(DEMO)
 	@echo "(the command is $(BIN)/controlat; 'source $(BIN)/activate' puts it on your path)"
 
 lint: $(VENV)/.installed-test
@@ -57,6 +57,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/batchnorm.py
+	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/importing.py
 
 clean:

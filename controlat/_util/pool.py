@@ -31,7 +31,7 @@ from tqdm import tqdm
 from controlat._util.child import Child
 from controlat._util.progress import progress_bar, send_to
 
-__all__ = ["Pool", "Task", "WorkerDied", "cores"]
+__all__ = ["Pool", "Task", "WorkerDied"]
 
 _PULSE = 5.0  # seconds between looks at processes that ended while a child of theirs holds their pipe
 _LIVES = 2  # how often a task is begun at most, where its process dies
@@ -60,13 +60,6 @@ class Task(NamedTuple):
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------- the parent

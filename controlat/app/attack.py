@@ -10,7 +10,6 @@ from controlat._util.files import expanded, write_json
 from controlat.app.checkpoints import load_weights
 from controlat.app.experiment import Experiment, pick_device
 from controlat.app.notes import note_step_size, step_sizes
-from controlat.app.placement import deterministic
 from controlat.app.runs import environment
 from controlat.app.settings import AttackSettings, Problem, from_json, settings_from
 from controlat.app.trainer import load_checkpoint
@@ -49,14 +48,16 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
             f"give one in {chosen.norm}"
         )
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
-    given |= {"device": chosen.device, "test_points": chosen.points}
+    given |= {"device": chosen.device, "test_points": chosen.points, "threads": chosen.threads}
+    given |= {"batch_size": chosen.batch_size, "tf32": "off"}
     stored |= {name: value for name, value in given.items() if value is not None}
     experiment = Experiment.of(Problem(**stored))
     model = experiment.model(0)
     load_weights(model, saved["model"], str(checkpoint))
     note_step_size("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
-    with deterministic(chosen.threads):
+    with experiment.running():
         measured = experiment.evaluate(model, chosen, chosen.seed, chosen.batch_size)
+        made_on = environment(device)
     result = measured.to_json() | {
         "checkpoint": checkpoint.name,
         "epoch": saved["tally"]["epoch"],
@@ -65,7 +66,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         "attacks": list(chosen.attacks),
         "seed": chosen.seed,
         "schedule": saved.get("schedule", {}).get("text", saved["settings"].get("controller")),
-        "environment": environment(device),
+        "environment": made_on,
     }
     if out is not None:
         write_json(out, result)

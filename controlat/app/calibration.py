@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +29,7 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import JSON_LIMIT, open_file, write_json
 from controlat._util.parallel import World
 from controlat._util.progress import progress_bar
-from controlat.app.experiment import Experiment, pick_device
-from controlat.app.placement import deterministic
+from controlat.app.experiment import Experiment
 from controlat.app.runs import environment
 from controlat.app.session import shares_held_out
 from controlat.app.settings import EvaluateSettings
@@ -104,7 +102,7 @@ def calibration(
     run = Path(run)
     settings, theirs = _read(run, data_dir, device, threads, probe, progress)
     check_inner_problem(settings.ball, steps)
-    key = _key(run, settings, steps)
+    key = _key(run, settings, theirs["threads"], steps)
     if (run / _KEPT).exists():
         open_file(run / _KEPT, JSON_LIMIT).close()  # what is no file of ours is refused, not replaced
     with contextlib.suppress(ValueError):  # missing, damaged, or of an earlier form
@@ -120,8 +118,8 @@ def calibration(
 def _measured(run: Path, settings: EvaluateSettings, steps: int, theirs: dict[str, Any]) -> dict[str, Any]:
     """The inner problem before every epoch and at the end, and whether training ended with the run's bits."""
     began = time.perf_counter()
-    with deterministic(settings.threads):
-        experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
+    experiment, seed = Experiment.of(settings, shares_held_out(run)), settings.seeds[0]
+    with experiment.running(experiment.threads(theirs["threads"])):
         schedule = settings.schedule_of(settings.schedules[0])
         spec = replace(experiment.spec(schedule, seed), world=World())
         driver, meter = experiment.driver(seed), Meter()
@@ -156,15 +154,16 @@ def _measured(run: Path, settings: EvaluateSettings, steps: int, theirs: dict[st
     }
 
 
-def _key(run: Path, settings: EvaluateSettings, steps: int) -> dict[str, Any]:
+def _key(run: Path, settings: EvaluateSettings, threads: int, steps: int) -> dict[str, Any]:
     """All that decides a measurement, as plain data."""
     files = ("last.pt", "settings.json", "schedule.json")
-    with deterministic(settings.threads):
-        there = environment(pick_device(settings.device))
+    experiment = Experiment.of(settings)
+    with experiment.running(experiment.threads(threads)):
+        there = environment(experiment.device)
     return {
         "version": _VERSION,
         "files": {name: _digest(run / name) for name in files},
-        "data": Experiment.of(settings).training.fingerprint(),
+        "data": experiment.training.fingerprint(),
         "probe": settings.probe,
         "steps": steps,
         "budget": BUDGET,
@@ -240,8 +239,6 @@ def _read(
     theirs: dict[str, Any] = stored["environment"]
     if data_dir is None:
         settings.data_dir = stored["settings"].get("data_dir")
-    if threads is None and theirs["threads"] <= (os.cpu_count() or 1):
-        settings.threads = theirs["threads"]
     return settings, theirs
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from controlat.app.evaluate import strides, tried_terminal
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import number_of_jobs
-from controlat.app.placement import deterministic
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
 from controlat.control.cost import Meter
@@ -51,7 +50,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
         parts.update(run.cost(phi, replays))
     parts["evaluation"] = len(runs) * experiment.evaluation_cost(chosen)  # type: ignore[assignment]
     jobs = number_of_jobs(chosen, experiment)
-    with deterministic(chosen.threads or (1 if jobs > 1 else None)):
+    with experiment.running(experiment.threads(jobs=jobs)):
         seconds = _seconds_per_evaluation(experiment, runs[0])
     total = sum(parts.values())
     gradients = {k: round(v) for k, v in parts.items()} | {"total": round(total)}

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from controlat import report
@@ -21,10 +20,10 @@ from controlat._util.texts import short
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import cards, number_of_jobs
 from controlat.app.notes import alphas, note_step_size, note_unreached, step_sizes
-from controlat.app.placement import deterministic
+from controlat.app.placement import Threads
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
-from controlat.app.session import session
+from controlat.app.session import begun_threads, session
 from controlat.app.settings import EvaluateSettings, names_factory, settings_from
 from controlat.app.trainer import load_checkpoint
 from controlat.control.controller import is_open
@@ -55,7 +54,12 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     chosen, out = settings_from(EvaluateSettings, settings, "evaluate"), expanded(out)
     with session(out, {"command": "evaluate"} | chosen.to_json(), chosen, chosen.run) as (world, _, shared):
         if not world.broadcast((out / "result.json").exists()):
-            result = _compared(Experiment.of(chosen, shared), chosen, out, world)
+            experiment = Experiment.of(chosen, shared)
+            directories = [out] if chosen.run is None else [out, chosen.run]
+            jobs, begun = number_of_jobs(chosen, experiment), world.once(lambda: begun_threads(*directories))
+            threads = experiment.threads(begun, jobs)
+            with experiment.running(threads):
+                result = _compared(experiment, chosen, out, world, jobs, threads)
             if world.first:
                 write_json(out / "result.json", result)
         result = world.once(lambda: report.read(out / "result.json"))
@@ -64,8 +68,10 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
     return dict(result)
 
 
-def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world: World) -> dict[str, Any]:
-    """The content of result.json, in the first process."""
+def _compared(
+    experiment: Experiment, chosen: EvaluateSettings, out: Path, world: World, jobs: int, threads: Threads
+) -> dict[str, Any]:
+    """The content of result.json, in the first process; so many runs are made at a time."""
     every = list(schedule_runs(experiment, chosen, out))
     if world.first:
         _note(chosen)
@@ -73,11 +79,9 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     phi = tried_terminal(experiment, chosen)
     if chosen.full:
         strides(experiment, chosen, every[0])
-    jobs = number_of_jobs(chosen, experiment)
     titles = [
         f"[{i}/{len(every)}] {short(run.text)}, seed {run.seed}" for i, run in enumerate(every, start=1)
     ]
-    threads = chosen.threads or (1 if jobs > 1 else torch.get_num_threads())
     if jobs > 1:
         results = _in_workers(jobs, threads, titles, chosen, experiment.shared, out)
     else:
@@ -96,7 +100,7 @@ def _compared(experiment: Experiment, chosen: EvaluateSettings, out: Path, world
     ]
     return report.assemble(
         settings=chosen.to_json(),
-        environment=environment(experiment.device) | {"threads": threads, "jobs": jobs},
+        environment=environment(experiment.device) | {"jobs": jobs},
         sizes=experiment.sizes,
         grid=_searched(every[0].candidates, chosen),
         terminal=phi,
@@ -115,7 +119,7 @@ def _run(run: ScheduleRun, title: str, world: World) -> dict[str, Any]:
 
 
 def _in_workers(
-    jobs: int, threads: int, titles: Sequence[str], chosen: EvaluateSettings, shared: bool, out: Path
+    jobs: int, threads: Threads, titles: Sequence[str], chosen: EvaluateSettings, shared: bool, out: Path
 ) -> list[dict[str, Any]]:
     """What the runs came to, some of them made at a time."""
     common = pickle.dumps(chosen), shared, out
@@ -124,10 +128,11 @@ def _in_workers(
         return pool.map(tasks)
 
 
-def _nth_run(common: tuple[bytes, bool, Path], i: int, title: str, threads: int) -> dict[str, Any]:
+def _nth_run(common: tuple[bytes, bool, Path], i: int, title: str, threads: Threads) -> dict[str, Any]:
     """`_run` in a worker."""
-    with deterministic(threads):
-        return _run(_runs(*common)[i], title, World())
+    run = _runs(*common)[i]
+    with run.experiment.running(threads):
+        return _run(run, title, World())
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +21,14 @@ from controlat._util.parallel import World, current
 from controlat._util.progress import progress_bar
 from controlat._util.texts import count, duration
 from controlat.app.checkpoints import load_checkpoint, load_weights
-from controlat.app.placement import initial_model, place
+from controlat.app.placement import (
+    TF32_CHOICES,
+    Threads,
+    default_threads,
+    deterministic,
+    initial_model,
+    place,
+)
 from controlat.app.settings import AttackSettings, EvaluateSettings, Problem, from_json
 from controlat.attacks.losses import cross_entropy
 from controlat.control.controller import Controller
@@ -151,6 +160,25 @@ class Experiment:
         p = self.problem
         model = initial_model(lambda: models.build(p.model, self.data.in_shape, self.data.num_classes), seed)
         return place(model.train(), self.device, p.channels_last, self.data.in_shape)
+
+    def threads(self, begun: int | None = None, jobs: int = 1) -> Threads:
+        """CPU threads: those that are given, else those of a run that goes on, else what suits the network.
+
+        Args:
+            begun: the number that the run was begun with, None for a new one; not kept where there are
+                fewer cores.
+            jobs: runs that are made at a time and share the cores.
+        """
+        if self.problem.threads is not None:
+            return Threads(self.problem.threads, "given")
+        if begun is not None and begun <= (os.cpu_count() or 1):
+            return Threads(begun, "as the run was begun")
+        size, shape = self.problem.batch_size, self.data.in_shape
+        return default_threads(self.model(0), jobs * current().size, in_shape=shape, batch_size=size)
+
+    def running(self, threads: Threads | None = None) -> contextlib.AbstractContextManager[None]:
+        """Deterministic kernels, the problem's precision and CPU threads (`threads`) inside the block."""
+        return deterministic(threads or self.threads(), TF32_CHOICES[self.problem.tf32])
 
     def driver(self, seed: int) -> Driver:
         """The system at its initial state."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from controlat._util.cores import available_cores
 from controlat._util.parallel import started
-from controlat._util.pool import cores
 from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings, names_factory
 from controlat.data import Samples
@@ -39,7 +39,7 @@ def number_of_jobs(chosen: EvaluateSettings, experiment: Experiment) -> int:
             raise ValueError(f"jobs must be 1 under torchrun, got {chosen.jobs}; start it without torchrun")
         return 1
     runs = len(chosen.schedules) * len(chosen.seeds)
-    jobs = min(runs, cores() if chosen.jobs is None else chosen.jobs)
+    jobs = min(runs, available_cores() if chosen.jobs is None else chosen.jobs)
     if chosen.jobs is None:
         work = runs * chosen.epochs * len(experiment.training)
         jobs = max(1, min(jobs, work // _WORTH, _fitting(chosen, experiment)))

@@ -9,7 +9,6 @@ from typing import Any
 from controlat._util.checks import number, whole
 from controlat._util.progress import progress_bar
 from controlat.app.experiment import Experiment
-from controlat.app.placement import deterministic
 from controlat.app.ranges import RANGES
 from controlat.app.settings import Problem, settings_from
 from controlat.control.controller import Controller
@@ -64,7 +63,7 @@ def objective(
     experiment = Experiment.of(chosen)
     spec = experiment.spec(controller, seed)
     steps = spec.epochs * spec.batches_per_epoch
-    with deterministic(chosen.threads), progress_bar(steps, " steps", chosen.progress, "objective") as bar:
+    with experiment.running(), progress_bar(steps, " steps", chosen.progress, "objective") as bar:
         outcome = experiment.objective(controller, seed, terminal, progress=bar.update)
     result = outcome.to_json(spec.price(gamma))
     return result | {"terminal": described(experiment.terminal(seed, terminal))}

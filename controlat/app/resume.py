@@ -52,9 +52,8 @@ def resume(
         stored = load_checkpoint(last, driver.device, content)
         world.once(lambda: _compare_data(stored.get("data", {}), data, spec, str(last)))
         _put_back(driver, spec, stored, str(last))
-        before = stored["environment"].get("processes", 1)
-        if before != world.size and world.first:
-            warn(f"this run was begun by {before} processes; with {world.size} it ends with other bits")
+        if world.first:
+            _compare_environment(stored["environment"], driver.device, world.size)
         tally, kept = Tally(**({"evaluations": None} | stored["tally"])), stored.get("log")
         if spec.open_loop and not tally.controls:  # a checkpoint of before does not have them
             first = tally.epoch * spec.batches_per_epoch
@@ -65,6 +64,16 @@ def resume(
 def warn(text: str) -> None:
     """One line on standard error, beside a progress bar."""
     tqdm.write(f"controlat: warning: {text}", file=sys.stderr)
+
+
+def _compare_environment(there: Mapping[str, Any], device: torch.device, processes: int) -> None:
+    """Warn where the run was begun with other numbers of processes or CPU threads, which decide its bits."""
+    here = {"processes": processes}
+    if device.type == "cpu":
+        here["threads"] = torch.get_num_threads()
+    for name, number in here.items():
+        if (before := there.get(name, 1)) != number:
+            warn(f"this run was begun with {before} {name}; with {number} it ends with other bits")
 
 
 def _compare_data(

@@ -17,6 +17,8 @@ import torch
 import controlat
 from controlat._util.files import left_over, write_json
 from controlat._util.parallel import World, current
+from controlat._util.precision import tf32_state
+from controlat.app.placement import threads
 from controlat.records import Settings, read_record
 
 __all__ = ["claimed", "environment", "slug"]
@@ -46,8 +48,8 @@ def _git_state() -> str | None:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, hardware and git state, to be stored with every result."""
-    device = torch.device(device)
+    """Versions, hardware, precision, threads and git state at present, to be stored with every result."""
+    device, cudnn, chosen = torch.device(device), torch.backends.cudnn, threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "controlat": controlat.__version__,
@@ -58,7 +60,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device.type,
         "hardware": name,
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": chosen.number,
+        "threads_chosen": chosen.why,
+        "cudnn": {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic},
+        "tf32": tf32_state()._asdict(),
         "processes": current().size,
         "git": _git_state(),
     }

@@ -1,4 +1,4 @@
-"""What every job that trains works in: its processes, its directory, deterministic kernels."""
+"""What every job that trains works in: its processes and its directory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from controlat._util.parallel import World, joined
-from controlat.app.placement import deterministic
+from controlat.app.checkpoints import load_checkpoint
+from controlat.app.resume import LAST
 from controlat.app.runs import SETTINGS, claimed
 from controlat.app.settings import Problem
 from controlat.records import Settings, read_record
 
-__all__ = ["Session", "session", "shares_held_out"]
+__all__ = ["Session", "begun_threads", "session", "shares_held_out"]
 
 # In settings.json of every run; in those of release 0.1, which have no such line, one slice serves for both.
 HELD_OUT = {"held_out_parts": ["validation", "phi"]}
@@ -37,12 +38,12 @@ class Session(NamedTuple):
 def session(
     out: Path, settings: Mapping[str, Any], chosen: Problem, run: str | None = None
 ) -> Iterator[Session]:
-    """Hold a directory, with deterministic kernels, in all processes.
+    """Hold a directory in all processes.
 
     Args:
         out: the directory.
         settings: plain data that decides the results.
-        chosen: device and threads.
+        chosen: the device.
         run: a finished run that is taken up, where there is one.
 
     Raises:
@@ -51,7 +52,7 @@ def session(
     with joined(chosen.device) as world:
         shared = world.once(lambda: shares_held_out(out, *([] if run is None else [run])))
         written = dict(settings) if shared else {**settings, **HELD_OUT}
-        with claimed(out, written, world) as known, deterministic(chosen.threads):
+        with claimed(out, written, world) as known:
             yield Session(world, known, shared)
 
 
@@ -61,3 +62,15 @@ def shares_held_out(*directories: str | Path) -> bool:
         if path.exists():
             return not HELD_OUT.items() <= read_record(path, Settings).items()
     return False
+
+
+def begun_threads(*directories: str | Path) -> int | None:
+    """CPU threads of what was begun in the first of some directories that has a checkpoint; None without one.
+
+    The bits of a run depend on them: it goes on with as many.
+    """
+    for directory in map(Path, directories):
+        for path in (directory / LAST, *sorted(directory.glob(f"runs/*/{LAST}"))):
+            if path.exists():
+                return int(load_checkpoint(path)["environment"]["threads"])
+    return None

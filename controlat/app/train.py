@@ -9,7 +9,7 @@ from controlat._util.files import expanded
 from controlat._util.texts import short
 from controlat.app.experiment import Experiment
 from controlat.app.notes import alphas, note_step_size, note_unreached
-from controlat.app.session import session
+from controlat.app.session import begun_threads, session
 from controlat.app.settings import TrainSettings, settings_from
 from controlat.app.trainer import fit, read_log
 from controlat.control.schedules import Schedule
@@ -53,19 +53,20 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
             note_unreached(chosen, {chosen.text: controller})
             note_step_size(short(chosen.text), alphas(controller), chosen.ball)
         experiment = Experiment.of(chosen, shared)
-        driver = experiment.driver(chosen.seed)
-        tally = fit(
-            driver,
-            experiment.spec(controller, chosen.seed),
-            out,
-            held_out=experiment.validation,
-            settings=plain | {"data_dir": chosen.data_dir},
-            checkpoint_minutes=chosen.checkpoint_minutes,
-            tensorboard=chosen.tensorboard,
-            progress=chosen.progress,
-            label=short(chosen.text),
-            name=chosen.text,
-        )
+        with experiment.running(experiment.threads(world.once(lambda: begun_threads(out)))):
+            driver = experiment.driver(chosen.seed)
+            tally = fit(
+                driver,
+                experiment.spec(controller, chosen.seed),
+                out,
+                held_out=experiment.validation,
+                settings=plain | {"data_dir": chosen.data_dir},
+                checkpoint_minutes=chosen.checkpoint_minutes,
+                tensorboard=chosen.tensorboard,
+                progress=chosen.progress,
+                label=short(chosen.text),
+                name=chosen.text,
+            )
         records = world.once(lambda: read_log(out))
     return {
         "directory": str(out),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from controlat._util import rng
 from controlat._util.errors import NonFiniteError
+from controlat._util.precision import full_precision
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.cost import Meter
@@ -126,6 +127,7 @@ class _Probe:
         yield self(x), None
 
 
+@full_precision()
 def inner_problem(
     model: nn.Module,
     x: Tensor,

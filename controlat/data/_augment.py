@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from controlat._util.checks import number
 from controlat._util.registry import meant
 from controlat._util.texts import only, split
+from controlat._util.transfer import to_device
 
 __all__ = ["Augment", "Placement", "parse_augment"]
 
@@ -41,6 +42,11 @@ class Placement:
     def __getitem__(self, rows: slice) -> Placement:
         """The placement of some of the images."""
         return replace(self, top=self.top[rows], left=self.left[rows], flip=self.flip[rows])
+
+    def to(self, device: torch.device | str) -> Placement:
+        """The same placement on another device."""
+        top, left, flip = (to_device(v, device) for v in (self.top, self.left, self.flip))
+        return replace(self, top=top, left=left, flip=flip)
 
     def frame(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) with the border around them."""
@@ -70,15 +76,15 @@ class Placement:
         """Index of every pixel of the windows: sample, channel, row, column."""
         n, channels, height, width = frame.shape
         device = frame.device
-        top, left, flip = (v.to(device) for v in (self.top, self.left, self.flip))
+        here = self.to(device)
         rows = torch.arange(height - 2 * self.pad, device=device)
         columns = torch.arange(width - 2 * self.pad, device=device)
-        mirrored = torch.where(flip[:, None], columns.flip(0), columns)
+        mirrored = torch.where(here.flip[:, None], columns.flip(0), columns)
         return (
             torch.arange(n, device=device).view(n, 1, 1, 1),
             torch.arange(channels, device=device).view(1, channels, 1, 1),
-            (top[:, None] + rows).view(n, 1, -1, 1),
-            (left[:, None] + mirrored).view(n, 1, 1, -1),
+            (here.top[:, None] + rows).view(n, 1, -1, 1),
+            (here.left[:, None] + mirrored).view(n, 1, 1, -1),
         )
 
 

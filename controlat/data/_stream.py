@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from controlat._util.cores import available_cores
+from controlat._util.transfer import to_device
 from controlat.data._types import Split
 
 __all__ = ["Streamed", "default_workers"]
@@ -22,8 +23,7 @@ _FINGERPRINTED = 64  # number of images that a fingerprint without stamps decode
 
 def default_workers() -> int:
     """Default number of decoding threads: the cores that this process may use, 16 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
+    return min(16, available_cores())
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Streamed:
     def _batch(self, index: Tensor, images: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
         decoded = [image.result() for image in images]
         pixels = torch.stack(decoded) if decoded else torch.empty(0, *self.in_shape, dtype=torch.uint8)
-        return pixels.to(self.device).float() / 255, self.y[index].to(self.device)
+        return to_device(pixels, self.device).float() / 255, to_device(self.y[index], self.device)
 
     def subset(self, index: Tensor) -> Streamed:
         """The split of the samples at some positions (B,), or where a mask (N,) is true."""

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from controlat._util.checks import brief, instance, number
+from controlat._util.transfer import free_memory, to_device
 
 TOLERANCE = 1e-6  # for pixels outside [0, 1]
+_SHARE = 0.25  # of the free memory of a GPU that the images of a split may take; there are three of them
 
 
 class Samples(Protocol):
@@ -53,6 +55,7 @@ class Split:
         x: images (N, C, H, W), uint8 or floating point, in [0, scale].
         y: labels (N,), int64, at least 0.
         scale: the stored value that means a pixel of 1 (255 for the usual uint8 images).
+        device: device of the batches; that of x if left out.
 
     Raises:
         ValueError: a shape, dtype, device or length that does not fit, no images, a pixel that is not
@@ -68,6 +71,7 @@ class Split:
     x: Tensor
     y: Tensor
     scale: float = 1.0
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         _check_form(self.x, self.y)
@@ -92,13 +96,18 @@ class Split:
             Pixels (B, C, H, W) in [0, 1], float32 (float64 where x is), and labels (B,), on the
             device of the split.
         """
-        index = index.to(self.x.device)
+        index = to_device(index, self.x.device)
         dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-        return self.x[index].to(dtype) / self.scale, self.y[index]
+        device = self.x.device if self.device is None else self.device
+        return to_device(self.x[index], device).to(dtype) / self.scale, to_device(self.y[index], device)
 
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """`take` of every chunk of positions in turn."""
-        return map(self.take, chunks)
+        """`take` of every chunk of positions in turn; positions go to the device in one copy."""
+        indices = list(chunks)
+        if not indices:
+            return iter(())
+        every = to_device(torch.cat(indices), self.x.device)
+        return map(self.take, every.split([len(index) for index in indices]))
 
     def subset(self, index: Tensor) -> Split:
         """The split of the samples at some positions (B,), in that order."""
@@ -106,8 +115,14 @@ class Split:
         return replace(self, x=self.x[index], y=self.y[index])
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split on another device."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device))
+        """The same split with its batches on another device.
+
+        Its images go there, too, if they take at most a quarter of the memory that is free; otherwise every
+        batch is copied there when it is needed.
+        """
+        if self.x.nbytes > _SHARE * free_memory(device):
+            return replace(self, device=device)
+        return replace(self, x=self.x.to(device), y=self.y.to(device), device=None)
 
     def fingerprint(self) -> str:
         """SHA-256 of shape, dtype, scale, labels and stored pixels, in order.

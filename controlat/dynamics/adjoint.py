@@ -39,6 +39,8 @@ def pullback(
     all updates of the method. Buffers other than running statistics that a forward pass writes to are
     treated as constants, and named in `dropped`.
 
+    A step that was taken in mixed precision or TF32 is run in float32 here.
+
     Args:
         driver: at the state before the step.
         batch: of the step.
@@ -86,7 +88,8 @@ def pullbacks(
     meter, kinks = Meter() if meter is None else meter, Kinks() if kinks is None else kinks
     present = driver.point(batch.indices)
     z = present.like(t.detach().clone().requires_grad_() for t in present.tensors())
-    with driver.scoring(), torch.enable_grad(), inward(driver), kinks.watched(driver):
+    float32 = driver.full_precision()
+    with float32, driver.scoring(), torch.enable_grad(), inward(driver), kinks.watched(driver):
         ctx = _context(driver, batch, rate, z, meter)
         start = ctx.theta
         after, dropped = _step(driver, ctx, batch, u, z)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from controlat._util.checks import brief, flag, instance, whole
 from controlat._util.parallel import Share, World
+from controlat._util.precision import full_precision
 from controlat._util.watch import Watch
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
@@ -339,6 +340,16 @@ class Driver:
     def fingerprint(self) -> list[Tensor]:
         """Sums over the state z: processes compare them to check that they hold the same state."""
         return self.state().fingerprint()
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Float32 inside the block, for analysis: no mixed precision, and no TF32 on a GPU."""
+        autocast, self.autocast = self.autocast, None
+        try:
+            with full_precision():
+                yield
+        finally:
+            self.autocast = autocast
 
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         """Parameters, buffers and training flags are restored after the block: for scoring controls."""

@@ -102,7 +102,7 @@ class RunSpec:
             placement = None
             if self.augment is not None:
                 draw = rng.generator(self.seed, epoch, number, "augment")
-                placement = self.augment.draw(share.total, draw)[share.rows]
+                placement = self.augment.draw(share.total, draw)[share.rows].to(x.device)
                 x = placement(x)
             yield Batch(
                 x=x,

@@ -208,7 +208,9 @@ class _Windows:
         needed = [h for h in ending if self._needed(h, number - 1, number)]
         if not needed:
             return
-        gradient, tail = self.terminal.gradient(driver, self.meter), momentum_tail(recording, number)
+        with driver.full_precision():
+            gradient = self.terminal.gradient(driver, self.meter)
+        tail = momentum_tail(recording, number)
         if len(gradient) < len(driver.parameters) + len(driver.statistics):
             self.dropped.add("BatchNorm's running statistics (Phi)")
         for h in needed:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from controlat._util.checks import choice
 from controlat._util.errors import NonFiniteError
+from controlat._util.precision import full_precision
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.data import Augment
@@ -41,6 +42,7 @@ from controlat.pmp.terminal import Terminal
 __all__ = ["probe_batches", "score"]
 
 
+@full_precision()
 def score(
     driver: Driver,
     batches: Sequence[Batch],

@@ -118,7 +118,8 @@ def gains(
     """
     meter = Meter() if meter is None else meter
     score = _by_gradients if isinstance(driver.method, Prefixes) else _by_steps
-    scores = score(driver, visit, costates, candidates, meter)
+    with driver.full_precision():
+        scores = score(driver, visit, costates, candidates, meter)
     for v, (_, products, size) in scores.items():
         if not np.isfinite([*products, size]).all():
             raise NonFiniteError(

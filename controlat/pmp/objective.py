@@ -145,7 +145,8 @@ def outcome_at(
         NonFiniteError: Phi is not finite.
     """
     meter, began = Meter(), time.perf_counter()
-    phi = float(terminal.value(driver, meter))
+    with driver.full_precision():
+        phi = float(terminal.value(driver, meter))
     if not math.isfinite(phi):
         raise NonFiniteError(f"the terminal cost is {phi}")
     seconds += time.perf_counter() - began

@@ -123,7 +123,8 @@ def relaxed(
             momentum = mixing.momentum
             driver.restore(recording.end)
             meter = Meter()
-            gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
+            with driver.full_precision():
+                gradient = terminal.gradient(driver, meter)[: len(driver.parameters)]
             triples = zip(gradient, momentum, driver.momentum, strict=True)
             phi = outcome.phi - tail * sum(float((g * (m - recorded)).sum()) for g, m, recorded in triples)
             outcome = replace(

@@ -96,6 +96,9 @@ class Environment(TypedDict):
     torch: str
     hardware: str
     threads: Annotated[int, Field(ge=1)]
+    threads_chosen: NotRequired[str]
+    cudnn: NotRequired[dict[str, bool]]
+    tf32: NotRequired[dict[str, bool]]
     processes: NotRequired[Annotated[int, Field(ge=1)]]
     jobs: NotRequired[Annotated[int, Field(ge=1)]]
 

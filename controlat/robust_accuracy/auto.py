@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from controlat._util import rng
 from controlat._util.checks import whole
 from controlat._util.errors import NonFiniteError
+from controlat._util.precision import full_precision
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
 from controlat.models.frozen.view import FrozenModel
@@ -132,6 +133,7 @@ class _Warnings(logging.Handler):
             self.texts.setdefault(re.sub(r"\d+", "#", text), text)
 
 
+@full_precision()
 def autoattack(
     model: nn.Module,
     source: Source,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat._util.checks import whole
+from controlat._util.precision import full_precision
 from controlat._util.rng import generator
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import cross_entropy
@@ -75,6 +76,7 @@ def curves_cost() -> Meter:
     return Meter(_ATTACK.steps * len(RADII) + STEPS[-1], len(RADII) + 1 + len(STEPS))
 
 
+@full_precision()
 def curves(
     model: nn.Module,
     source: Source,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from controlat._util.checks import number, whole
+from controlat._util.precision import full_precision
 from controlat._util.rng import generator
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_labels
@@ -153,6 +154,7 @@ def correct_mask(view: FrozenModel, source: Source, batch_size: int) -> Tensor:
     return correct
 
 
+@full_precision()
 def run_attacks(
     model: nn.Module,
     source: Source,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from controlat._util.checks import brief, instance, whole
+from controlat._util.transfer import to_device
 from controlat.attacks.balls import Ball
 from controlat.attacks.pgd import check_batch
 from controlat.models.frozen.contexts import normal_tensor
@@ -52,8 +53,8 @@ class Pair:
         device = self.x.device if self.device is None else torch.device(self.device)
         for chunk in chunks:
             yield (
-                self.x[chunk.to(self.x.device)].to(device),
-                self.y[chunk.to(self.y.device)].to(device),
+                to_device(self.x[to_device(chunk, self.x.device)], device),
+                to_device(self.y[to_device(chunk, self.y.device)], device),
             )
 
 

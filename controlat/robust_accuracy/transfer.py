@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlat._util.precision import full_precision
 from controlat._util.rng import generator
 from controlat.attacks.balls import Ball
 from controlat.control.cost import Meter
@@ -75,6 +76,7 @@ def check_surrogate(model: nn.Module, surrogate: nn.Module) -> None:
         raise ValueError("the surrogate has the weights of the network itself; train it with another seed")
 
 
+@full_precision()
 def transfer(
     model: nn.Module,
     surrogate: nn.Module,

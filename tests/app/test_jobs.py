@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
 
 # In a worker: kills it or its parent once, at the pass in training mode that a file `kill` names.
 MORTAL = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from pathlib import Path
 from torch import nn
 from controlat.models import build
@@ -54,10 +54,11 @@ class Mortal(nn.Module):
         passes += self.training
         order = Path("kill")
         if order.exists() and "pytest" not in sys.modules:
-            who, at = order.read_text().split()
-            if passes >= int(at):
-                order.rename("killed")
-                os.kill(os.getppid() if who == "parent" else os.getpid(), signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError):  # another worker was first
+                who, at = order.read_text().split()
+                if passes >= int(at):
+                    order.rename("killed")
+                    os.kill(os.getppid() if who == "parent" else os.getpid(), signal.SIGKILL)
         return self.net(x)
 
 def net(in_shape, num_classes):
@@ -196,7 +197,7 @@ LONG = {"epochs": 500}
 
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "cores", lambda: 8)
+    monkeypatch.setattr(jobs, "available_cores", lambda: 8)
     monkeypatch.setattr(jobs, "_available", lambda: 64.0 * 2**30)
 
 

@@ -274,9 +274,12 @@ def test_slugs_are_short_names_of_one_folder(text: str, name: str) -> None:
 def test_the_environment_is_plain_data_and_names_what_ran() -> None:
     found = environment()
     assert json.loads(json.dumps(found)) == found
-    assert {type(v) for v in found.values()} <= {str, int, type(None)}, (
-        "no subclass, which a checkpoint refuses"
-    )
+    parts = {name: found[name] for name in ("cudnn", "tf32")}
+    values = [v for v in found.values() if v not in parts.values()]
+    values += [v for part in parts.values() for v in part.values()]
+    assert {type(v) for v in values} <= {str, int, bool, type(None)}, "which a checkpoint takes"
+    assert parts["cudnn"] == {"enabled": torch.backends.cudnn.enabled, "deterministic": False}
+    assert list(parts["tf32"]) == ["convolutions", "matmul"]
     assert found["controlat"] == controlat.__version__
     assert found["torch"] == str(torch.__version__)
     assert found["threads"] == torch.get_num_threads()

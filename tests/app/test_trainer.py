@@ -17,7 +17,7 @@ from controlat import NonFiniteError, robustness
 from controlat._util.files import read_json_lines
 from controlat.app import cli
 from controlat.app.experiment import Experiment
-from controlat.app.placement import deterministic, place
+from controlat.app.placement import place
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import fit, load_checkpoint
 
@@ -456,23 +456,6 @@ def test_bf16_trains_and_evaluates_in_full_precision(tmp_path: Path) -> None:
     assert half == pytest.approx(full, rel=0.05)
     state = load_checkpoint(tmp_path / "half" / "last.pt")["model"]
     assert {t.dtype for t in state.values()} == {torch.float32}
-
-
-def test_deterministic_puts_threads_and_flags_back_even_after_an_error() -> None:
-    def flags() -> tuple[int, bool, bool, bool]:
-        cudnn = torch.backends.cudnn
-        return torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-
-    before = flags()
-
-    def fail_inside() -> None:
-        with deterministic(threads=2):
-            assert flags() == (2, True, False, False)
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail_inside()
-    assert flags() == before
 
 
 def test_fit_without_held_out_data_logs_no_accuracy_and_keeps_no_best(tmp_path: Path) -> None:

@@ -314,3 +314,12 @@ def test_augmentation_changes_what_is_trained() -> None:
     list(rollout(driver, p, until=1))
     list(rollout(other, spec(split(9, SHAPE), schedule="amata:min=0,max=2,tau=0.2", epochs=3), until=1))
     assert not same(driver.snapshot().model, other.snapshot().model)
+
+
+def test_a_placement_goes_to_a_device_whole_and_stays_the_same() -> None:
+    placement = Augment(pad=2, flip=True, fill=0.5).draw(3, torch.Generator().manual_seed(0))
+    there = placement.to("meta")
+    assert {t.device.type for t in (there.top, there.left, there.flip)} == {"meta"}
+    assert (there.pad, there.fill) == (2, 0.5)
+    x = torch.rand(3, 1, 4, 4)
+    assert torch.equal(placement.to("cpu")(x), placement(x))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from controlat.data import Dataset, Split, load
+from controlat.data import Dataset, Split, _types, load
 
 
 def images(n: int, dtype: torch.dtype = torch.uint8, shape: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
@@ -202,6 +202,40 @@ def wrong(): return [1]
         load("own_data_factories:wrong")
     with pytest.raises(ValueError, match="plain' accepts no keyword 'root'"):
         load("own_data_factories:plain", "a/b")
+
+
+# ----------------------------------------------------------------------------------------------------- device
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_images_that_do_not_fit_stay_on_the_host_and_batches_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    x = torch.randint(200, (9, 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
+    split = Split(x, torch.arange(9) % 5, 255)
+    monkeypatch.setattr(_types, "free_memory", lambda device: 4 * x.nbytes)
+    fits = split.to("cpu")
+    monkeypatch.setattr(_types, "free_memory", lambda device: 4 * x.nbytes - 1)
+    large = split.to("cpu")
+    assert (fits.device, large.device) == (None, "cpu")
+    assert large.x is split.x
+    index = torch.tensor([1, 5, 7, 2])
+    part = large.subset(index)
+    assert part.device == "cpu", "it stays so"
+    pairs = zip(part.stream(torch.arange(4).split(3)), fits.stream(index.split(3)), strict=True)
+    for (x_host, y_host), (x_there, y_there) in pairs:
+        assert torch.equal(x_host, x_there)
+        assert x_host.dtype == x_there.dtype
+        assert torch.equal(y_host, y_there)
+    assert large.fingerprint() == split.fingerprint()
+    assert list(split.stream([])) == []
+
+
+def test_batches_go_to_the_device_of_the_split_and_images_do_not() -> None:
+    split = Split(torch.ones(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 1, "meta")
+    for x, y in split.stream(torch.arange(4).split(2)):
+        assert (x.device.type, x.dtype, y.device.type) == ("meta", torch.float32, "meta")
+    assert split.x.device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ fingerprint

@@ -37,7 +37,7 @@ class AttackSettings:
         seed: Of the random starts.
         batch_size: Samples at a time.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-        threads: CPU threads; torch's default if left out.
+        threads: CPU threads; if left out, OMP_NUM_THREADS, else as many as suit the network.
         progress: Show a progress bar (on a terminal).
     """
 

@@ -54,8 +54,8 @@ class EvaluateSettings(Problem):
         horizons: Horizons of the full criterion in steps; 1, an epoch and the whole run if left out.
         looks: Steps of every epoch (or shorter stretch of one control) that the full criterion looks at.
         memory: GiB that states of a recorded roll-out may take; with less, more steps are taken again.
-        jobs: Runs at a time, each in a process of its own and on one thread if --threads is left out; as many
-            as cores, memory and the size of the runs allow if left out.
+        jobs: Runs at a time, each in a process of its own with its share of the cores; as many as cores,
+            memory and the size of the runs allow if left out.
         run: Directory of a finished controlat train: its problem, schedule and seed are evaluated, and the
             network is compared with its own. Takes the place of the settings that are named there.
     """
@@ -125,7 +125,11 @@ class EvaluateSettings(Problem):
         if self.data_dir is None:
             self.data_dir = load_checkpoint(run / "last.pt")["settings"].get("data_dir")
         theirs = {f.name: stored[f.name] for f in fields(Problem) if f.name in stored}
-        theirs |= {"schedules": [str(run / "schedule.json")], "seeds": [stored["seed"]]}
+        theirs |= {
+            "tf32": stored.get("tf32", "auto"),
+            "schedules": [str(run / "schedule.json")],
+            "seeds": [stored["seed"]],
+        }
         for f in fields(self):
             if f.name not in theirs:
                 continue

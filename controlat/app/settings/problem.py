@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlat._util.checks import number
+from controlat._util.checks import choice, number
 from controlat._util.files import expanded
 from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
+from controlat.app.placement import TF32_CHOICES
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
 from controlat.app.settings.schedules import names_factory, read_schedule
 from controlat.attacks.balls import Ball
@@ -100,10 +101,13 @@ class Problem:
         test_points: Test on this many samples (a fixed subset); all if left out.
         held_out: Samples of the training set that are held out: half of them, at most 256, for Phi, the rest
             for validation and all else that is decided in training; a tenth, at most 1000, if left out.
-        bf16: Train in bfloat16 mixed precision. Evaluation and greedy criterion stay in float32.
+        bf16: Train in bfloat16 mixed precision. Evaluation, costates and criterion stay in float32.
+        tf32: auto, on or off: whether training on a GPU rounds products of float32 numbers to TF32; auto
+            leaves it to torch (convolutions yes, matrix products no). Evaluation and criterion never do.
         channels_last: Run convolutional networks in NHWC layout (faster).
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-        threads: CPU threads; torch's default if left out.
+        threads: CPU threads; if left out, those of the run that is resumed, else OMP_NUM_THREADS, else as
+            many as suit the network: 1 for small ones.
         progress: Show progress bars (on a terminal).
     """
 
@@ -126,6 +130,7 @@ class Problem:
     test_points: int | None = None
     held_out: int | None = None
     bf16: bool = False
+    tf32: str = "auto"
     channels_last: bool = True
     device: str = "auto"
     threads: int | None = None
@@ -137,6 +142,7 @@ class Problem:
         if self.augment is None:
             self.augment = usual
         Ball(0.0, self.norm)
+        choice(self.tf32, "tf32", TF32_CHOICES)
         if self.eps is None:
             if (self.data, self.norm) != ("digits", "linf"):
                 raise ValueError(
@@ -182,6 +188,8 @@ class Problem:
         """What decides the results, as plain data."""
         plain = {k: v for k, v in asdict(self).items() if k not in RUNTIME}
         plain["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
+        if self.tf32 == "auto":  # runs of before, which have no such line, go on
+            del plain["tf32"]
         return plain
 
     def schedule_of(self, text: str) -> Schedule:
