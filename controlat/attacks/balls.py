@@ -194,16 +194,12 @@ class Ball:
 
     def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
         """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        moved = x + self.direction(gradient).mul_(alpha)
-        return self._within(moved.sub_(x0), x0)
+        return self.project(x + self.direction(gradient).mul_(alpha), x0)
 
     def project(self, x: Tensor, x0: Tensor) -> Tensor:
         """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
-        return self._within(x - x0, x0)
-
-    def _within(self, delta: Tensor, x0: Tensor) -> Tensor:
         self.check(x0.shape[1:])
-        return self._norm.shrink(delta, self.eps).add_(x0).clamp_(0, 1)
+        return self._norm.shrink(x - x0, self.eps).add_(x0).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""

@@ -115,8 +115,8 @@ def check_batch(x: Tensor, y: Tensor) -> int:
             f"got {y.dtype} {tuple(y.shape)}" + ": of one-hot rows take y.argmax(1)" * (y.dim() == 2)
         )
     real = torch.promote_types(x.dtype, torch.float32)
-    bounds = [torch.stack(torch.aminmax(t.detach())).to(real) for t in (x, y)]
-    low, high, least, top = torch.cat(bounds).tolist()  # one transfer from a GPU
+    bounds = [*torch.aminmax(x.detach()), *(t.to(real) for t in torch.aminmax(y))]
+    low, high, least, top = torch.stack(bounds).tolist()  # one transfer from a GPU
     if least < 0:  # torch's cross_entropy would silently ignore -100
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
     if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also for NaN

@@ -13,8 +13,8 @@ from waits import started, waited
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import cross_entropy
 from controlat.attacks.pgd import ascend, pgd
-from controlat.models.frozen import parts
 from controlat.models.frozen.layout import channels_first, channels_last
+from controlat.models.frozen.parts import Parts
 from controlat.models.frozen.view import FrozenModel
 
 STEP: dict[str, Any] = {"eps": 0.1, "alpha": 0.03}
@@ -24,11 +24,12 @@ def test_a_call_walks_through_the_modules_twice_whatever_the_number_of_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     walks: list[object] = []
-    walk, named = parts._walk, nn.Module.named_modules
+    of, named = Parts.of.__func__, nn.Module.named_modules  # type: ignore[attr-defined]
 
-    def counted(module: nn.Module, modules: dict[int, nn.Module]) -> None:
-        walks.append(module) if not modules else None
-        walk(module, modules)
+    def counted(cls: type[Parts], model: nn.Module | Parts) -> Parts:
+        if isinstance(model, nn.Module):
+            walks.append(model)
+        return of(cls, model)
 
     def listed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         walks.append(self)
@@ -37,7 +38,7 @@ def test_a_call_walks_through_the_modules_twice_whatever_the_number_of_steps(
     x, y = samples(5, (1, 4, 4))
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).double()
     pgd(model, x, y, steps=1, **STEP)
-    monkeypatch.setattr(parts, "_walk", counted)
+    monkeypatch.setattr(Parts, "of", classmethod(counted))
     monkeypatch.setattr(nn.Module, "named_modules", listed)
     pgd(model, x, y, steps=7, **STEP)
     assert walks == [model, model]  # the check of the model, and the view

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,28 +32,24 @@ class Parts(NamedTuple):
         if isinstance(model, Parts):
             return model
         modules: dict[int, nn.Module] = {}
-        _walk(model, modules)
-        return cls(
-            modules=[*modules.values()],
-            parameters=_tensors(modules.values(), lambda m: m._parameters),
-            buffers=_tensors(modules.values(), lambda m: m._buffers),
-        )
+        parameters: dict[int, Tensor] = {}
+        buffers: dict[int, Tensor] = {}
+
+        def walk(module: nn.Module) -> None:
+            if id(module) in modules:
+                return
+            modules[id(module)] = module
+            for own, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
+                # The values are copied, as another thread, whose view is open, may change them meanwhile.
+                own.update((id(t), t) for t in [*tensors.values()] if t is not None)
+            for child in module._modules.values():
+                if child is not None:
+                    walk(child)
+
+        walk(model)
+        return cls([*modules.values()], [*parameters.values()], [*buffers.values()])
 
     @property
     def model(self) -> nn.Module:
         """The network itself."""
         return self.modules[0]
-
-
-def _walk(module: nn.Module, modules: dict[int, nn.Module]) -> None:
-    """Add a module and those below it that are not there yet."""
-    if id(module) not in modules:
-        modules[id(module)] = module
-        for child in module._modules.values():
-            if child is not None:
-                _walk(child, modules)
-
-
-def _tensors(modules: Any, of: Callable[[nn.Module], Any]) -> list[Tensor]:
-    # Dictionaries are copied, as another thread, whose view is open, may change them meanwhile.
-    return [*{id(t): t for m in modules for t in [*of(m).values()] if t is not None}.values()]
