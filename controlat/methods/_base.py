@@ -35,7 +35,8 @@ class Update(NamedTuple):
             subtracted afterwards (weight decay acts on the shifted parameters); None for none.
         rowwise: whether `loss` is a ``functools.partial`` of a function of tensors with one row per sample,
             which uses no other tensors but the network's, and whose course does not depend on their values.
-            The losses of `Prefixes` are then computed together for several controls and batches.
+            Where every update of `prefixes` is such, and its random numbers come from `Context.noise`,
+            `normal` or `start`, small networks are given several controls and batches at once.
     """
 
     loss: Callable[[], Tensor]
