@@ -25,6 +25,7 @@ from controlat.control.space import Control
 from controlat.dynamics import fields
 from controlat.dynamics.fields import Field
 from controlat.dynamics.hooks import call_hook
+from controlat.dynamics.put_back import put_back
 from controlat.dynamics.requests import Requests
 from controlat.dynamics.rows import gather, scatter
 from controlat.dynamics.run_spec import RunSpec
@@ -37,7 +38,6 @@ from controlat.models.frozen import batchnorm
 from controlat.models.frozen.contexts import exclusive, in_mode
 from controlat.models.frozen.layout import is_convolutional
 from controlat.models.frozen.logits import check_model
-from controlat.models.frozen.parts import Parts
 
 __all__ = ["Driver", "Field", "SGDSettings", "Step"]
 
@@ -279,25 +279,7 @@ class Driver:
 
     def restore_network(self, z: State) -> None:
         """Set the network and the optimiser to those of z, and nothing else."""
-        copies = replace(z, momentum=[v.clone() for v in z.momentum])  # neither way below copies them
-        if not self._is_plain(z):
-            self.model.load_state_dict(z.model)
-            self.sgd.load_state_dict(copies.optimizer)
-            return
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, z.parameters)
-        self.sgd.state.clear()
-        self.sgd.state.update(
-            {p: {"momentum_buffer": v} for p, v in zip(self.parameters, copies.momentum, strict=False)}
-        )
-        for group, stored in zip(self.sgd.param_groups, z.optimizer["param_groups"], strict=True):
-            group.update({name: value for name, value in stored.items() if name != "params"})
-
-    def _is_plain(self, z: State) -> bool:
-        """Whether all of a network is in its trained parameters, so that copying these is all that
-        `load_state_dict` would do, which takes as long as a step of a small network."""
-        z_names = None if z.rest is None or z.rest.entries or z.statistics else z.rest.names
-        return z_names is self.names and all(map(_loads_plainly, Parts.of(self.model).modules))
+        put_back(self.model, self.sgd, self.parameters, self.names, z)
 
     def context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
         """The context of a method in the step on a batch.
@@ -354,11 +336,3 @@ class Driver:
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         """Parameters, buffers and training flags are restored after the block: for scoring controls."""
         return fields.restored(self.model, self.parameters)
-
-
-def _loads_plainly(m: nn.Module) -> bool:
-    """Whether a module's entries of a state dict are loaded by torch's own code, with nothing added to it."""
-    hooks = m._load_state_dict_pre_hooks, m._load_state_dict_post_hooks
-    kind = type(m)
-    own = kind.load_state_dict, kind._load_from_state_dict
-    return own == (nn.Module.load_state_dict, nn.Module._load_from_state_dict) and not any(hooks)
