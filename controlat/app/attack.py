@@ -49,7 +49,7 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         )
     given = {name: getattr(chosen, name) for name in ("eps", "norm", "data_dir")}
     given |= {"device": chosen.device, "test_points": chosen.points, "threads": chosen.threads}
-    given |= {"batch_size": chosen.batch_size, "tf32": "off"}
+    given |= {"batch_size": chosen.batch_size, "tf32": "off", "cuda_graphs": chosen.cuda_graphs}
     stored |= {name: value for name, value in given.items() if value is not None}
     experiment = Experiment.of(Problem(**stored))
     model = experiment.model(0)

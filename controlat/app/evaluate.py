@@ -88,6 +88,11 @@ def _compared(
         results = [_run(run, title, world) for run, title in zip(every, titles, strict=True)]
     if not world.first:
         return {}
+    made_on = environment(experiment.device) | {"jobs": jobs}
+    if jobs > 1:  # what workers have run without CUDA graphs, they alone know
+        made_on["cuda_graphs"] = load_checkpoint(every[0].directory / "last.pt")["environment"].get(
+            "cuda_graphs"
+        )
     n, names = len(chosen.seeds), labels(chosen.schedules)
     schedules = [
         {
@@ -100,7 +105,7 @@ def _compared(
     ]
     return report.assemble(
         settings=chosen.to_json(),
-        environment=environment(experiment.device) | {"jobs": jobs},
+        environment=made_on,
         sizes=experiment.sizes,
         grid=_searched(every[0].candidates, chosen),
         terminal=phi,

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from controlat._util.parallel import World, current
 from controlat._util.progress import progress_bar
 from controlat._util.texts import count, duration
 from controlat.app.checkpoints import load_checkpoint, load_weights
+from controlat.app.notes import note
 from controlat.app.placement import (
     TF32_CHOICES,
     Threads,
@@ -38,6 +39,7 @@ from controlat.data import load as load_data
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
+from controlat.models.frozen import graph_use
 from controlat.models.frozen.view import FrozenModel
 from controlat.pmp.objective import Outcome, objective
 from controlat.pmp.terminal import Terminal, build_terminal
@@ -176,9 +178,12 @@ class Experiment:
         size, shape = self.problem.batch_size, self.data.in_shape
         return default_threads(self.model(0), jobs * current().size, in_shape=shape, batch_size=size)
 
-    def running(self, threads: Threads | None = None) -> contextlib.AbstractContextManager[None]:
-        """Deterministic kernels, the problem's precision and CPU threads (`threads`) inside the block."""
-        return deterministic(threads or self.threads(), TF32_CHOICES[self.problem.tf32])
+    @contextlib.contextmanager
+    def running(self, threads: Threads | None = None) -> Iterator[None]:
+        """Deterministic kernels, the problem's precision and CUDA graphs, and CPU threads in the block."""
+        kernels = deterministic(threads or self.threads(), TF32_CHOICES[self.problem.tf32])
+        with kernels, graph_use.using(self.problem.cuda_graphs, note):
+            yield
 
     def driver(self, seed: int) -> Driver:
         """The system at its initial state."""

@@ -13,7 +13,12 @@ from controlat.attacks.balls import Ball
 from controlat.control.schedules import Schedule
 from controlat.robust_accuracy.attack import read_attacks
 
-__all__ = ["alphas", "note_step_size", "note_unreached", "step_sizes"]
+__all__ = ["alphas", "note", "note_step_size", "note_unreached", "step_sizes"]
+
+
+def note(text: str) -> None:
+    """Print a note beside the progress bars."""
+    tqdm.write(f"controlat: note: {text}", file=sys.stderr)
 
 
 def note_unreached(chosen: Problem, schedules: Mapping[str, Schedule]) -> None:
@@ -35,7 +40,7 @@ def note_unreached(chosen: Problem, schedules: Mapping[str, Schedule]) -> None:
         when = short(", ".join(late))
         told.append(f"lr {chosen.lr}: never changes at epoch {when}, as training has {epochs} epochs")
     for line in told:
-        tqdm.write(f"controlat: note: {line}", file=sys.stderr)
+        note(line)
 
 
 def _by_value(times: Mapping[str, tuple[float, ...]]) -> dict[tuple[float, ...], list[str]]:
@@ -48,7 +53,7 @@ def _by_value(times: Mapping[str, tuple[float, ...]]) -> dict[tuple[float, ...],
 def note_step_size(what: str, alphas: Iterable[float], ball: Ball) -> None:
     """Say where a step size is far above the width of the ball."""
     if told := ball.step_size_warning(max(alphas, default=0.0)):
-        tqdm.write(f"controlat: note: {what}: {told}", file=sys.stderr)
+        note(f"{what}: {told}")
 
 
 def alphas(schedule: Schedule) -> Iterator[float]:

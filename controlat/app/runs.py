@@ -19,6 +19,7 @@ from controlat._util.files import left_over, write_json
 from controlat._util.parallel import World, current
 from controlat._util.precision import tf32_state
 from controlat.app.placement import threads
+from controlat.models.frozen import graph_use
 from controlat.records import Settings, read_record
 
 __all__ = ["claimed", "environment", "slug"]
@@ -64,6 +65,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads_chosen": chosen.why,
         "cudnn": {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic},
         "tf32": tf32_state()._asdict(),
+        "cuda_graphs": graph_use.status(device),
         "processes": current().size,
         "git": _git_state(),
     }

@@ -69,7 +69,7 @@ class Norm:
 
     draw: Callable[[Tensor, float, torch.Generator | None], Tensor]
     direction: Callable[[Tensor], Tensor]
-    shrink: Callable[[Tensor, float], Tensor]
+    shrink: Callable[[Tensor, float | Tensor], Tensor]
     size: Callable[[Tensor], Tensor]
     dual: Callable[[Tensor], Tensor]
 
@@ -89,7 +89,11 @@ def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Ten
     return unit(delta) * (radius * eps)
 
 
-def _shrink_l2(delta: Tensor, eps: float) -> Tensor:
+def _shrink_linf(delta: Tensor, eps: float | Tensor) -> Tensor:
+    return torch.clamp(delta, -eps, eps)  # type: ignore[arg-type]  # two numbers or two tensors
+
+
+def _shrink_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
     direction, length = _polar(delta)
     inside = _per_sample(length <= eps, delta)  # false for NaN
     return torch.where(inside, delta, eps * direction)
@@ -100,7 +104,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "linf": Norm(
             draw=_draw_linf,
             direction=_sign,
-            shrink=lambda delta, eps: delta.clamp(-eps, eps),
+            shrink=_shrink_linf,
             size=lambda delta: delta.flatten(1).abs().amax(1),
             dual=lambda g: g.flatten(1).abs().sum(1),
         ),
@@ -192,14 +196,24 @@ class Ball:
         """A random perturbation of norm at most radius * eps, regardless of the pixel box."""
         return self._norm.draw(like, radius * self.eps, generator)
 
-    def step(self, x: Tensor, gradient: Tensor, alpha: float, x0: Tensor) -> Tensor:
-        """One step of projected steepest ascent, Pi(x + alpha direction(gradient))."""
-        return self.project(x + self.direction(gradient).mul_(alpha), x0)
+    def step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        alpha: float | Tensor,
+        x0: Tensor,
+        eps: float | Tensor | None = None,
+    ) -> Tensor:
+        """One step of projected steepest ascent, Pi(x + alpha direction(gradient)).
 
-    def project(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The point of the set for x: shrunk to the ball, then clamped to [0, 1]."""
+        alpha and `eps` (see `project`) may be 0-d tensors, as in CUDA graphs.
+        """
+        return self.project(x + self.direction(gradient).mul_(alpha), x0, eps)
+
+    def project(self, x: Tensor, x0: Tensor, eps: float | Tensor | None = None) -> Tensor:
+        """The point of the set for x: shrunk to the ball, then clamped to [0, 1]; `eps`: another radius."""
         self.check(x0.shape[1:])
-        return self._norm.shrink(x - x0, self.eps).add_(x0).clamp_(0, 1)
+        return self._norm.shrink(x - x0, self.eps if eps is None else eps).add_(x0).clamp_(0, 1)
 
     def bounds(self, x0: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """Bounds of the perturbation of each pixel: +-eps for l_inf, and within [0, 1] if x0 is given."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import types
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from controlat._util.checks import flag, instance, number, whole
+from controlat._util.checks import choice, flag, instance, number, whole
 from controlat._util.watch import finiteness
 from controlat.attacks.balls import Ball
 from controlat.attacks.losses import Loss, cross_entropy
 from controlat.control.space import Knob
+from controlat.models.frozen import graph_use
 from controlat.models.frozen.contexts import normal_tensor
 from controlat.models.frozen.view import FrozenModel
 
@@ -36,13 +40,47 @@ def path(
     alpha: float,
     steps: int,
     loss: Loss,
+    top: int = -1,
+    radius: float = 1.0,
+    keep: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield x^1, ..., x^K of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k))), from x^0 = start."""
+    """Yield x^1, ..., x^K of x^{k+1} = Pi(x^k + alpha direction(grad loss(x^k))), from x^0 = start.
+
+    Args: as of `ascend`, and
+
+        top: the largest label, which is checked to be one of the model's classes; -1 for no check.
+        radius: projects on perturbations of norm radius * eps.
+        keep: whether every x^k is kept; if not, all but the last may be overwritten by the next.
+    """
     x0, x = view.prepare(x0), view.prepare(start)
-    for _ in range(steps):
-        gradient = view.gradient(x, lambda logits: loss(logits, y))
-        x = ball.step(x, gradient, alpha, x0)
-        yield x
+
+    def step(x: Tensor, x0: Tensor, y: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
+        def objective(logits: Tensor) -> Tensor:
+            check_labels(top, logits.shape[1])
+            return loss(logits, y)
+
+        return ball.step(x, view.uncounted_gradient(x, objective), alpha, x0, eps)
+
+    formula = _formula(loss) if type(ball) is Ball else None  # one that watches projections is not captured
+    yield from view.iterate(
+        step,
+        x,
+        (x0, y),
+        (alpha, radius * ball.eps),
+        count=steps,
+        key=None if formula is None else (ball.norm, formula),
+        check=functools.partial(check_labels, top),
+        keep=keep,
+    )
+
+
+def _formula(loss: Loss) -> Hashable:
+    """What identifies a loss that computes the same formula at all times; None if it may have a state."""
+    if isinstance(loss, functools.partial):
+        inner, values = _formula(loss.func), (*loss.args, *loss.keywords.values())
+        plain = inner is not None and all(isinstance(value, (int, float, str)) for value in values)
+        return (inner, loss.args, *sorted(loss.keywords.items())) if plain else None
+    return loss if isinstance(loss, types.FunctionType) and loss.__closure__ is None else None
 
 
 def ascend(
@@ -57,6 +95,7 @@ def ascend(
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    top: int = -1,
 ) -> Tensor:
     """The last point of `path`, or x0 itself for ``steps=0``.
 
@@ -71,6 +110,7 @@ def ascend(
         loss: per-sample loss to ascend.
         generator: draws the random start.
         start: (N, ...) start that replaces the random one.
+        top: the largest label, which is checked to be one of the model's classes.
 
     Raises:
         NonFiniteError: the input gradient is not finite; raised when ``view.watch`` looks.
@@ -81,7 +121,8 @@ def ascend(
         start = ball.start(x0, generator) if random_start else x0
     last: list[Tensor] = []
     for part in view.chunks(x0):
-        points = path(view, x0[part], start[part], y[part], ball=ball, alpha=alpha, steps=steps, loss=loss)
+        arguments = (view, x0[part], start[part], y[part])
+        points = path(*arguments, ball=ball, alpha=alpha, steps=steps, loss=loss, top=top, keep=False)
         last += deque(points, maxlen=1)
     result = last[0] if len(last) == 1 else torch.cat(last)
     view.watch.finite(finiteness(result), NON_FINITE)
@@ -151,6 +192,7 @@ def pgd(
     mode: str = "eval",
     generator: torch.Generator | None = None,
     channels_last: bool = True,
+    cuda_graphs: str = "auto",
 ) -> Tensor:
     """Adversarial examples by projected gradient ascent on the cross-entropy.
 
@@ -172,6 +214,8 @@ def pgd(
             ``"train"`` mode dropout draws from the global generator.)
         channels_last: run convolutions in NHWC layout, up to twice as fast on CPU. False repeats
             torchattacks pixel by pixel; True gives the same loss to about 1e-3: signs near zero differ.
+        cuda_graphs: on a CUDA device ``"auto"`` captures the step as a CUDA graph in the second call with
+            inputs of one shape, and replays it from then on, if the model can be captured; ``"off"`` never.
 
     Returns:
         The detached adversarial batch, of the shape, dtype and device of x.
@@ -204,7 +248,9 @@ def pgd(
     if warning := ball.step_size_warning(size):
         warnings.warn(warning, stacklevel=2)
     x, y = normal_tensor(x.detach()), normal_tensor(y)
-    with FrozenModel(model, mode, channels_last=channels_last) as view:
+    choice(cuda_graphs, "cuda_graphs", graph_use.MODES)
+    use = graph_use.using("off") if cuda_graphs == "off" else contextlib.nullcontext()
+    with use, FrozenModel(model, mode, channels_last=channels_last) as view:
         result = ascend(
             view,
             x,
@@ -213,20 +259,10 @@ def pgd(
             alpha=size,
             steps=count,
             random_start=random_start,
-            loss=_checked_cross_entropy(top),
             generator=generator,
+            top=top,
         )
     return result.clone() if result is x else result
-
-
-def _checked_cross_entropy(top: int) -> Loss:
-    """The cross-entropy for labels up to `top`, which raises ValueError if the model has too few logits."""
-
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        check_labels(top, logits.shape[1])
-        return cross_entropy(logits, y)
-
-    return loss
 
 
 def _step_control(alpha: float | str | None, steps: int | None) -> tuple[float, int]:

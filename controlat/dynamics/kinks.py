@@ -61,8 +61,8 @@ class Kinks:
         kind: Any = type(plain)
 
         class Watching(kind):  # type: ignore[misc]
-            def project(self, x: Tensor, x0: Tensor) -> Tensor:
-                return plain.project(kinks._with_slope(x, x - x0, self.bounds(x0), tolerance), x0)
+            def project(self, x: Tensor, x0: Tensor, eps: float | Tensor | None = None) -> Tensor:
+                return plain.project(kinks._with_slope(x, x - x0, self.bounds(x0), tolerance), x0, eps)
 
             def shrink(self, delta: Tensor, *radius: float) -> Tensor:
                 return plain.shrink(kinks._with_slope(delta, delta, self.bounds(), tolerance), *radius)

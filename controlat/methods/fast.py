@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlat.attacks.losses import cross_entropy
-from controlat.attacks.pgd import ALPHA, ascend
+from controlat.attacks.pgd import ALPHA, ascend, path
 from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import (
     Batch,
@@ -81,8 +81,7 @@ class Fast:
         start = x + self._start(ctx, x, u)
         start = ball.box(start) if self.clamp_start else start
         with ctx.view(self.attack_mode) as view:
-            gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
-        x_adv = ball.step(start, gradient, u["alpha"], x)
+            (x_adv,) = path(view, x, start, y, ball=ball, alpha=u["alpha"], steps=1, loss=cross_entropy)
         if self.init == "previous":
             stored = ctx.memory.get("delta", x_adv[:0])
             ctx.memory["delta"] = torch.cat([ctx.all_gather(x_adv - x), stored[ctx.share.total :]])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from controlat.attacks.losses import cross_entropy
-from controlat.attacks.pgd import ALPHA
+from controlat.attacks.pgd import ALPHA, path
 from controlat.control.space import Control, ControlSpace, Knob
 from controlat.methods._base import Batch, Context, Update, Updates
 from controlat.methods._inner import smooth_steps
@@ -53,9 +53,17 @@ class NFgsm:
         x, y, ball = batch.x, batch.y, ctx.ball
         start = (x + ctx.noise(x, u["noise"])).clamp(0, 1)
         with ctx.view(self.attack_mode) as view:
-            gradient = view.gradient(view.prepare(start), lambda logits: cross_entropy(logits, y))
-        delta = start + u["alpha"] * ball.direction(gradient) - x
-        x_adv = (x + ball.shrink(delta, u["clip"])).clamp(0, 1)
+            (x_adv,) = path(
+                view,
+                x,
+                start,
+                y,
+                ball=ball,
+                alpha=u["alpha"],
+                steps=1,
+                loss=cross_entropy,
+                radius=u["clip"],
+            )
         yield Update(lambda: F.cross_entropy(ctx.logits(x_adv), y), smooth_steps(ctx, u))
 
 

@@ -99,6 +99,7 @@ class Environment(TypedDict):
     threads_chosen: NotRequired[str]
     cudnn: NotRequired[dict[str, bool]]
     tf32: NotRequired[dict[str, bool]]
+    cuda_graphs: NotRequired[str]
     processes: NotRequired[Annotated[int, Field(ge=1)]]
     jobs: NotRequired[Annotated[int, Field(ge=1)]]
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from controlat._util.checks import number, whole
+from controlat._util.checks import choice, number, whole
 from controlat._util.files import expanded
 from controlat.app.ranges import check_kinds, check_ranges
 from controlat.attacks.balls import Ball
+from controlat.models.frozen import graph_use
 from controlat.robust_accuracy import parse_attack
 from controlat.robust_accuracy.auto import require as require_autoattack
 from controlat.robust_accuracy.masking import CHECKS
@@ -38,6 +39,7 @@ class AttackSettings:
         batch_size: Samples at a time.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         threads: CPU threads; if left out, OMP_NUM_THREADS, else as many as suit the network.
+        cuda_graphs: auto (on a CUDA device, attacks as CUDA graphs where the network can be captured) or off.
         progress: Show a progress bar (on a terminal).
     """
 
@@ -55,10 +57,12 @@ class AttackSettings:
     batch_size: int = 256
     device: str = "auto"
     threads: int | None = None
+    cuda_graphs: str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         self.checkpoint = str(checkpoint_of(self.checkpoint))
         if self.data_dir is not None:
             self.data_dir = str(expanded(self.data_dir).absolute())

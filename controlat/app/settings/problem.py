@@ -22,6 +22,7 @@ from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
+from controlat.models.frozen import graph_use
 from controlat.records import checked, settings_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
-RUNTIME = ("memory", "device", "threads", "jobs", "progress", "tensorboard", "checkpoint_minutes", "data_dir")
+RUNTIME = (
+    *("memory", "device", "threads", "jobs", "cuda_graphs", "progress", "tensorboard"),
+    *("checkpoint_minutes", "data_dir"),
+)
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -108,6 +112,8 @@ class Problem:
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         threads: CPU threads; if left out, those of the run that is resumed, else OMP_NUM_THREADS, else as
             many as suit the network: 1 for small ones.
+        cuda_graphs: auto (on a CUDA device, inner ascents as CUDA graphs where the network can be captured)
+            or off.
         progress: Show progress bars (on a terminal).
     """
 
@@ -134,10 +140,12 @@ class Problem:
     channels_last: bool = True
     device: str = "auto"
     threads: int | None = None
+    cuda_graphs: str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
             self.augment = usual

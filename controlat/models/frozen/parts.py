@@ -34,22 +34,30 @@ class Parts(NamedTuple):
         modules: dict[int, nn.Module] = {}
         parameters: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
-
-        def walk(module: nn.Module) -> None:
-            if id(module) in modules:
-                return
-            modules[id(module)] = module
-            for own, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
-                # The values are copied, as another thread, whose view is open, may change them meanwhile.
-                own.update((id(t), t) for t in [*tensors.values()] if t is not None)
-            for child in module._modules.values():
-                if child is not None:
-                    walk(child)
-
-        walk(model)
+        _walk(model, modules, parameters, buffers)
         return cls([*modules.values()], [*parameters.values()], [*buffers.values()])
 
     @property
     def model(self) -> nn.Module:
         """The network itself."""
         return self.modules[0]
+
+
+def _walk(
+    module: nn.Module,
+    modules: dict[int, nn.Module],
+    parameters: dict[int, Tensor],
+    buffers: dict[int, Tensor],
+) -> None:
+    """Add a module and those below it, unless they are there. (A function within `of` would refer to itself,
+    and keep the network until the garbage collector comes.)
+    """
+    if id(module) in modules:
+        return
+    modules[id(module)] = module
+    for own, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
+        # The values are copied, as another thread, whose view is open, may change them meanwhile.
+        own.update((id(t), t) for t in [*tensors.values()] if t is not None)
+    for child in module._modules.values():
+        if child is not None:
+            _walk(child, modules, parameters, buffers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,7 @@ from controlat._util import kernels, rng
 from controlat._util.checks import choice, flag, instance
 from controlat._util.watch import Watch, finiteness
 from controlat.control.cost import Meter
+from controlat.models.frozen import capture, graphs
 from controlat.models.frozen.contexts import MODES, exclusive, in_mode, normal_tensor, swapped
 from controlat.models.frozen.hook import LayerHook
 from controlat.models.frozen.layout import (
@@ -109,6 +110,10 @@ class FrozenModel:
         with contextlib.ExitStack() as stack:
             parts = stack.enter_context(exclusive(self.model))
             self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
+            self._graphs = graphs.graphs_of(self._parts)
+            if self._graphs is not None:  # a view within a view has tensors of its own, and no graphs
+                device = (*self._parts.parameters, *self._parts.buffers)[0].device
+                self._graphs = stack.enter_context(self._graphs.taken_by_one(device))
             self._weights = stack.enter_context(contextlib.ExitStack())
             self._freeze(self.channels_last and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
@@ -124,14 +129,21 @@ class FrozenModel:
         self._weights.close()
         self._nhwc = nhwc
         layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
-        frozen: dict[int, Tensor] = {
-            id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
-            for p in self._parts.parameters
-        }
-        if self.channels_last:
-            for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
-                frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
-        frozen |= {id(b): b.detach().clone() for b in self._parts.buffers}
+
+        def freeze() -> dict[int, Tensor]:
+            frozen: dict[int, Tensor] = {
+                id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
+                for p in self._parts.parameters
+            }
+            if self.channels_last:
+                for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
+                    frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
+            return frozen | {id(b): b.detach().clone() for b in self._parts.buffers}
+
+        self._store = None
+        if self._graphs is not None:
+            self._store = self._graphs.store(self.mode, self.channels_last, nhwc)
+        frozen = freeze() if self._store is None else self._store.frozen(self._parts, freeze)
         self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
@@ -148,13 +160,17 @@ class FrozenModel:
     def _forward(self, x: Tensor) -> Tensor:
         if self.autocast is None:
             return self._run(x)
-        with torch.autocast(x.device.type, dtype=self.autocast):
+        with torch.autocast(x.device.type, dtype=self.autocast, cache_enabled=False):  # for graphs
             return self._run(x).float()
 
     def _run(self, x: Tensor) -> Tensor:
-        if not self.channels_last:
-            return checked_logits(self.model, x)
-        return run_in_layout(self.model, x, self._run_in)
+        if self.channels_last:
+            logits = run_in_layout(self.model, x, self._run_in)
+        else:
+            logits = checked_logits(self.model, x)
+        if self._store is not None:
+            self._store.classes = logits.shape[1]
+        return logits
 
     def _run_in(self, x: Tensor, nhwc: bool) -> Tensor:
         if nhwc != self._nhwc:
@@ -208,8 +224,55 @@ class FrozenModel:
         The sum, not the mean: row i is the gradient of sample i alone, whatever the batch size.
         """
         self.meter.gradients += len(x)
+        return self.uncounted_gradient(x, objective)
+
+    def uncounted_gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """`gradient` for a step of `iterate`, which counts for it."""
         x = normal_tensor(x.detach()).requires_grad_()
         with torch.enable_grad():
             losses = objective(self._forward(x))
         (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient
+
+    def iterate(
+        self,
+        step: capture.Step,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        numbers: Sequence[float],
+        *,
+        count: int,
+        key: Hashable,
+        check: Callable[[int], object],
+        keep: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield x^1, ..., x^count of x' = step(x, *inputs, *numbers), each counted as a gradient evaluation.
+
+        On a CUDA device the step is captured as a CUDA graph and replayed, where that is possible.
+
+        Args:
+            step: a function of its arguments, this network, and what `key` tells; it evaluates
+                `uncounted_gradient` once. It must work with 0-d tensors in place of `numbers`.
+            x: x^0, in the layout of `prepare`.
+            inputs: tensors that stay the same in all steps, the centre of the perturbation set first.
+            numbers: numbers that stay the same in all steps.
+            count: how many steps.
+            key: what else the step depends on; None if that cannot be told.
+            check: called with the number of classes before the steps of a graph, which check no labels.
+            keep: whether every x^k is kept; if not, all but the last may be overwritten by the next.
+        """
+        points = graphs.iterate(
+            self._store,
+            self._parts,
+            step,
+            x,
+            inputs,
+            numbers,
+            count=count,
+            key=None if key is None else (key, self.autocast),
+            check=check,
+            keep=keep,
+        )
+        for point in points:
+            self.meter.gradients += len(x)
+            yield point
