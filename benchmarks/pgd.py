@@ -32,14 +32,16 @@ CLOSE = 1e-6  # pixels nearer than this count as equal
 Contender = Callable[[], Tensor]
 
 
-def plain(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+def plain(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int, eps: float = EPS, alpha: float = ALPHA
+) -> Tensor:
     """PGD as one writes it by hand, with the gradient taken with respect to the input only."""
-    adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
     for _ in range(steps):
         adv.requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
-        adv = adv.detach() + ALPHA * gradient.sign()
-        adv = (x + (adv - x).clamp(-EPS, EPS)).clamp(0, 1)
+        adv = adv.detach() + alpha * gradient.sign()
+        adv = (x + (adv - x).clamp(-eps, eps)).clamp(0, 1)
     return adv
 
 

@@ -20,6 +20,7 @@ from controlat.control.space import Control
 from controlat.data import Augment, Split
 from controlat.dynamics.driver import Driver, SGDSettings
 from controlat.dynamics.rollout import rollout
+from controlat.pmp import controllers
 
 
 class Ranked(Follow):
@@ -70,7 +71,7 @@ def dithered(world: World) -> dict[str, Any]:
 
 def plain(d: Driver, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """A run as tensors and numbers."""
-    shown = [(s["samples"], s["loss"], vars(s["spent"]), list(s["dropped"])) for s in steps]
+    shown = [(s["samples"], float(s["value"]), vars(s["spent"]), list(s["dropped"])) for s in steps]
     meter = [d.meter.gradients, d.meter.forwards, d.meter.layers]
     return {**d.snapshot().to_dict(), "steps": shown, "meter": meter}
 
@@ -163,8 +164,27 @@ def closed_loop(world: World) -> dict[str, Any]:
     return found
 
 
+def measured(world: World) -> dict[str, Any]:
+    """Loops that measure, and move the driver of the first process meanwhile."""
+    found = {}
+    for text in (
+        "greedy:gamma=0.01,probe=8,alpha=0.03:0.1",
+        "horizon:h=2,alpha=0.03:0.1",
+        "ratio:threshold=1.0001",
+    ):
+        case = CASES["cat curriculum" if text.startswith("ratio") else "pgd_at"]
+        d = driver(case)
+        p = constant(case.control(), N, batch_size=BATCH, epochs=2, world=world)
+        loop = controllers.build(text, method=d.method, ball=d.ball)
+        p = replace(p, controller=loop, held_out=split(8, (1, 4, 4), seed=5))
+        steps = [step._asdict() for step in rollout(d, p)]
+        found[text.partition(":")[0]] = plain(d, steps) | {"controls": [dict(s["control"]) for s in steps]}
+    return found
+
+
 TASKS: dict[str, Callable[[World], dict[str, Any]]] = {
-    task.__name__: task for task in (every_case, dithered, batchnorm, twins, exchanges, drifting, closed_loop)
+    task.__name__: task
+    for task in (every_case, dithered, batchnorm, twins, exchanges, drifting, closed_loop, measured)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import controlat
 from controlat._util.files import read_json
 
 HERE = Path(__file__).resolve().parent.parent / "analysis"
-SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "amata_table1.py"))
+sys.path.insert(0, str(HERE))  # the scripts share a module
+SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "_table1.py"))
 SIZES = sorted(path.parent for path in (HERE / "amata_table1").glob("*/table.json"))
 
 

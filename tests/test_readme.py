@@ -15,7 +15,7 @@ import controlat
 from controlat import methods, report
 from controlat._util.files import read_json
 from controlat.data import load
-from controlat.pmp import terminal
+from controlat.pmp import controllers, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -113,3 +113,8 @@ def test_the_methods_of_the_readme_are_those_of_the_folder() -> None:
 def test_the_terminal_costs_of_the_readme_are_those_of_the_folder() -> None:
     shown = README.partition("<!-- terminals -->\n")[2].partition("\n<!-- end of terminals -->")[0]
     assert shown == report.terminals_table(terminal.describe())
+
+
+def test_the_closed_loops_of_the_readme_are_those_of_the_folder() -> None:
+    shown = README.partition("<!-- controllers -->\n")[2].partition("\n<!-- end of controllers -->")[0]
+    assert shown == report.controllers_table(controllers.describe())

@@ -13,7 +13,6 @@ from controlat.app.jobs import number_of_jobs
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
 from controlat.control.cost import Meter
-from controlat.dynamics.feedback import ahead
 from controlat.pmp import terminal_evaluations
 
 __all__ = ["estimate"]
@@ -61,7 +60,7 @@ def estimate(**settings: Any) -> dict[str, Any]:
 def _seconds_per_evaluation(experiment: Experiment, run: ScheduleRun) -> float:
     """The fastest of a few first steps."""
     driver, spec = experiment.driver(0), experiment.spec(run.controller, 0)
-    batch, control = next(spec.batches(0)), ahead(spec.controller, spec.moment(0), driver)
+    batch, (control,) = next(spec.batches(0)), spec.plan(0, 1)
     best = float("inf")
     for _ in range(4):
         meter, began = Meter(), time.perf_counter()

@@ -24,7 +24,7 @@ from controlat.app.placement import Threads
 from controlat.app.runs import environment
 from controlat.app.schedule_run import ScheduleRun, schedule_runs
 from controlat.app.session import begun_threads, session
-from controlat.app.settings import EvaluateSettings, names_factory, settings_from
+from controlat.app.settings import EvaluateSettings, names_controller, settings_from
 from controlat.app.trainer import load_checkpoint
 from controlat.control.controller import is_open
 from controlat.dynamics.recording import GIBI, Recording
@@ -149,7 +149,7 @@ def _runs(chosen: bytes, shared: bool, out: Path) -> list[ScheduleRun]:
 
 def _note(chosen: EvaluateSettings) -> None:
     """Say what is likely a mistake, and still allowed."""
-    planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_factory(t)}
+    planned = {t: chosen.schedule_of(t) for t in chosen.schedules if not names_controller(t)}
     note_unreached(chosen, planned)
     for text, schedule in planned.items():
         note_step_size(short(text), alphas(schedule), chosen.ball)

@@ -28,6 +28,7 @@ from controlat.app.settings import (
     TrainSettings,
 )
 from controlat.app.settings_file import parse_yaml, read_settings
+from controlat.pmp import controllers
 from controlat.pmp.terminal import names as terminals
 
 __all__ = ["LISTS", "Parser", "build_parser"]
@@ -167,6 +168,9 @@ def _command(settings: type, description: str) -> Parser:
     for action in parser._actions:
         if action.dest in known:
             action.allowed = range_of(known[action.dest])  # type: ignore[attr-defined]
+        if action.dest == "controller":
+            known_ones = ", ".join(controllers.names())
+            action.allowed = f"{known_ones}, or your own"  # type: ignore[attr-defined]
         if action.dest == "terminal":
             action.allowed = f"{', '.join(terminals())}, or a sum"  # type: ignore[attr-defined]
     return parser

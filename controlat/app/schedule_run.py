@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from controlat._util import rng
 from controlat._util.checks import number
 from controlat._util.files import append_json_line, plain, write_json, write_text
 from controlat._util.parallel import World
@@ -38,10 +36,11 @@ from controlat.pmp import (
     Candidates,
     Evaluations,
     Outcome,
+    epoch_scale,
     outcome_at,
-    probe_batches,
     rollout_cost,
     score,
+    training_probe,
 )
 from controlat.records import (
     CriterionLine,
@@ -57,7 +56,6 @@ from controlat.robust_accuracy import parse_attack
 __all__ = ["ScheduleRun", "schedule_runs"]
 
 CRITERION = "criterion.jsonl"
-_PROBE_BATCHES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -79,40 +77,26 @@ class ScheduleRun:
         return c if isinstance(c, Schedule) else load_schedule(self.directory / SCHEDULE)
 
     def probe(self, epoch: int) -> list[Batch]:
-        """The probe at one epoch: fixed training samples, in batches of the training batch size.
-
-        Of these there are four at least, which are smaller then, as cross-fitting needs two in each half; and
-        16 at most.
-        """
-        data, size = self.experiment.training, self.settings.batch_size
-        order = torch.randperm(len(data), generator=rng.generator(0, "probe"))[: self.settings.probe]
-        least, most = _PROBE_BATCHES
-        count = min(max(len(order) // size, 2, min(least, len(order) // 2)), most)
-        augment = self.settings.augmentation
-        return probe_batches(*data.take(order), count, epoch, order, augment)
+        """The probe at one epoch."""
+        s = self.settings
+        return training_probe(
+            self.experiment.training, s.probe, batch_size=s.batch_size, epoch=epoch, augment=s.augmentation
+        )
 
     def score_epoch(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
         began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
         u = ahead(spec.controller, now, driver)
-        analysis = Driver(
-            model=driver.model,
-            method=driver.method,
-            ball=driver.ball,
-            optimizer=driver.optimizer,
-            seed=self.seed,
-            channels_last=driver.channels_last,
-        )
-        analysis.memory, analysis.rows = driver.memory, driver.rows
         total = 1 + (len(self.candidates.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
-        with progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}") as bar:
+        bar = progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}")
+        with driver.full_precision(), bar:
             surface = score(
-                analysis,
+                driver,
                 self.probe(epoch),
                 u,
                 self.candidates,
                 terminal=self.experiment.terminal(self.seed, s.terminal),
-                scale=spec.mean_rate(epoch) / spec.mean_rate() / (1 - s.momentum),
+                scale=epoch_scale(driver, spec, epoch),
                 rate=spec.mean_rate(epoch),
                 maximiser=s.maximiser,
                 gamma=number(s.gamma, "gamma"),
@@ -171,10 +155,11 @@ class ScheduleRun:
         first = spec.plan()[:: spec.batches_per_epoch]
         full = full_criterion_cost(s, spec, self.method, self.candidates, phi, replays) if s.full else 0.0
         return {
-            "training": rollout_cost(spec, self.method),
+            "training": rollout_cost(spec, self.method) + spec.decision_cost,
             "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
             "Phi": phi.value,
-            "criterion": sum(self.score_epoch_cost(u, phi) for u in first),
+            # Each decision of a closed loop is asked for once more, ahead of its epoch.
+            "criterion": sum(self.score_epoch_cost(u, phi) for u in first) + spec.decision_cost,
             "full criterion": full,
         }
 

@@ -62,15 +62,18 @@ class Moment(NamedTuple):
 class Controller(Protocol):
     """A controller pi, which gives u_t = pi(t, z).
 
-    Two members are optional:
+    Four members are optional:
 
+    - ``for_run(spec)`` returns the controller for a run, a `controlat.dynamics.run_spec.RunSpec`: what it
+      measures may then use the training data, the learning rates and the seed;
     - ``observe(step, z)`` is called after each step, with its loss, cost and control (a
       `controlat.dynamics.driver.Step`) and the state after it;
     - ``most_expensive`` is the control with the most gradient evaluations that it may give: for planning, an
-      upper bound of the cost.
+      upper bound of the cost;
+    - ``decision_cost`` is an upper bound of the gradient evaluations that its decisions take in the run.
 
-    A controller must not change the network. It keeps what it remembers in ``z.controller_memory``, not in
-    its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain
+    A controller must leave the network as it was. It keeps what it remembers in ``z.controller_memory``, not
+    in its own attributes: that is part of the state and is saved in checkpoints. It is a dictionary of plain
     data (numbers, strings, lists, dictionaries with string keys); keys with a leading underscore are reserved
     for the roll-out. Gradient evaluations that the controller spends are counted on ``z.meter``. Random
     numbers come from torch's global generator, which is seeded for each step. In training with several

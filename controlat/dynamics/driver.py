@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from controlat.control.space import Control
 from controlat.dynamics import fields
 from controlat.dynamics.fields import Field
 from controlat.dynamics.hooks import call_hook
+from controlat.dynamics.put_back import put_back
 from controlat.dynamics.requests import Requests
 from controlat.dynamics.rows import gather, scatter
 from controlat.dynamics.run_spec import RunSpec
@@ -209,10 +210,10 @@ class Driver:
         return fields.field(self, batch, v, rate, Meter() if meter is None else meter)
 
     def fields(
-        self, batch: Batch, u: Control, rate: float = 0.0, meter: Meter | None = None
-    ) -> Iterator[Field]:
-        """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory."""
-        return fields.prefix_fields(self, batch, u, rate, Meter() if meter is None else meter)
+        self, batches: Sequence[Batch], u: Control, rate: float = 0.0, meter: Meter | None = None
+    ) -> Iterator[list[Field]]:
+        """`field` on all batches for every K = 1, ..., u["steps"]: see `fields.prefix_fields`."""
+        return fields.prefix_fields(self, batches, u, rate, Meter() if meter is None else meter)
 
     def state(self) -> State:
         """The state z itself: the driver's own tensors, not copies.
@@ -278,9 +279,7 @@ class Driver:
 
     def restore_network(self, z: State) -> None:
         """Set the network and the optimiser to those of z, and nothing else."""
-        self.model.load_state_dict(z.model)
-        copies = replace(z, momentum=[v.clone() for v in z.momentum])  # load_state_dict does not copy them
-        self.sgd.load_state_dict(copies.optimizer)
+        put_back(self.model, self.sgd, self.parameters, self.names, z)
 
     def context(self, batch: Batch, rate: float, meter: Meter, memory: dict[str, Tensor]) -> Context:
         """The context of a method in the step on a batch.

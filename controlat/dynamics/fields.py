@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.requests import own_batch
+from controlat.dynamics.stacked import Together
 from controlat.methods import Batch, Prefixes
 from controlat.models.frozen.contexts import exclusive, in_mode, preserved_buffers
 
@@ -72,8 +73,13 @@ def field(driver: Driver, batch: Batch, v: Control, rate: float, meter: Meter) -
         return Field(v, total, [r.clone() for r in driver.statistics])
 
 
-def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: Meter) -> Iterator[Field]:
-    """`field` for every K = 1, ..., u["steps"] at the step size of u, from one trajectory.
+def prefix_fields(
+    driver: Driver, batches: Sequence[Batch], u: Control, rate: float, meter: Meter
+) -> Iterator[list[Field]]:
+    """`field` on several batches for every K = 1, ..., u["steps"] at the step size of u.
+
+    There is one trajectory for each batch. Where the network allows it, those of all batches are one ascent,
+    and the gradients are computed together, which equals the others but for rounding (`Together`).
 
     Raises:
         ValueError: the method has no `prefixes`.
@@ -82,6 +88,17 @@ def prefix_fields(driver: Driver, batch: Batch, u: Control, rate: float, meter: 
         raise ValueError(
             f"{type(driver.method).__name__} offers no sweep over K: score its controls one by one"
         )
+    together = Together.of(driver, batches, u, rate, meter)
+    if together is None:
+        yield from map(list, zip(*(_one_by_one(driver, b, u, rate, meter) for b in batches), strict=True))
+        return
+    for v, by_batch in together.gradients():
+        yield [Field(v, gradients, []) for gradients in by_batch]
+
+
+def _one_by_one(driver: Driver, batch: Batch, u: Control, rate: float, meter: Meter) -> Iterator[Field]:
+    """The fields on one batch, one after the other."""
+    assert isinstance(driver.method, Prefixes)
     batch = own_batch(batch)
     ctx = driver.context(batch, rate, meter, dict(driver.memory))
     candidates, requests = driver.method.prefixes(ctx, batch, u), driver.requests

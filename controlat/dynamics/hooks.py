@@ -29,9 +29,10 @@ def call_hook(driver: Driver, spec: RunSpec, epoch: int, when: str) -> None:
     """
     hook = getattr(driver.method, f"{when}_epoch", None)
     if hook is not None:
+        u = spec.control_at(epoch, 0, driver)  # first: a controller may move the driver, and puts it back
         random = rng.scoped(driver.seed, epoch, -1, when, device=driver.device)
         with random, _noticed(driver, spec, epoch) as ctx:
-            hook(ctx, spec.control_at(epoch, 0, driver))
+            hook(ctx, u)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from controlat.methods import Batch, Context, Method, Update
 from controlat.models.frozen import batchnorm
 from controlat.models.frozen.contexts import normal_tensor, preserved_buffers, swapped
 
-__all__ = ["Requests", "own_batch"]
+__all__ = ["Requests", "diverged", "own_batch"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Requests:
         *means, norms = ctx.share.mean([*(gradients[j] for j in shared), norms])
         for j, g in zip(shared, means, strict=True):
             gradients[j] = g
-        ctx.watch.finite(norms, _diverged)
+        ctx.watch.finite(norms, diverged)
         return norms[0].double() if ctx.watch.every else float(norms[0])
 
     @contextlib.contextmanager
@@ -211,7 +211,7 @@ class Requests:
         return rng.scoped(self.seed, *key, device=self.parameters[0].device)
 
 
-def _diverged(numbers: list[float]) -> str:
+def diverged(numbers: list[float]) -> str:
     """The message for a loss and the norms of its gradients."""
     return f"training loss {numbers[0]:g}, gradient norm {math.hypot(*numbers[1:]):g}"
 

@@ -72,6 +72,8 @@ class RunSpec:
                 f"the last batch of an epoch has {last} samples for {self.world.size} processes; choose a "
                 "batch_size or train_points that leave more"
             )
+        if hasattr(self.controller, "for_run") and not is_open(self.controller):
+            object.__setattr__(self, "controller", as_controller(self.controller.for_run(self)))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -144,6 +146,14 @@ class RunSpec:
                 "upper bound of the cost"
             )
         return [Control(**most_expensive)] * len(numbers)
+
+    @property
+    def decision_cost(self) -> float:
+        """Gradient evaluations, in samples, that a closed loop spends on its decisions in the run at most.
+
+        It is the attribute of that name of the controller; 0 where it has none.
+        """
+        return float(getattr(self.controller, "decision_cost", 0.0))
 
     def blocks(self, first: int, last: int) -> tuple[int, ...]:
         """The number of the block of each step first, ..., last - 1.

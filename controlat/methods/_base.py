@@ -33,6 +33,10 @@ class Update(NamedTuple):
         move: whether to update theta now, by the sum of the gradients added since its last update.
         shift: one tensor per parameter, added to it for the evaluation of `loss` and for the update, and
             subtracted afterwards (weight decay acts on the shifted parameters); None for none.
+        rowwise: whether `loss` is a ``functools.partial`` of a function of tensors with one row per sample,
+            which uses no other tensors but the network's, and whose course does not depend on their values.
+            Where every update of `prefixes` is such, and its random numbers come from `Context.noise`,
+            `normal` or `start`, small networks are given several controls and batches at once.
     """
 
     loss: Callable[[], Tensor]
@@ -41,6 +45,7 @@ class Update(NamedTuple):
     add: bool = True
     move: bool = True
     shift: Sequence[Tensor] | None = None
+    rowwise: bool = False
 
 
 Updates: TypeAlias = Generator[Update, Sequence[Tensor], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,13 +80,13 @@ class PgdAT:
             yield v, self._update(ctx, batch, x, v)
 
     def _update(self, ctx: Context, batch: Batch, x: Tensor, u: Control) -> Update:
-        def loss() -> Tensor:
-            value = F.cross_entropy(ctx.logits(x), batch.y)
+        def loss(x: Tensor, x0: Tensor, y: Tensor) -> Tensor:
+            value = F.cross_entropy(ctx.logits(x), y)
             if self.clean_weight > 0:
-                value = value + self.clean_weight * F.cross_entropy(ctx.logits(batch.x), batch.y)
+                value = value + self.clean_weight * F.cross_entropy(ctx.logits(x0), y)
             return value
 
-        return Update(loss, smooth_steps(ctx, u))
+        return Update(partial(loss, x, batch.x, batch.y), smooth_steps(ctx, u), rowwise=True)
 
 
 METHOD = PgdAT

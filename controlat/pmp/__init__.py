@@ -4,7 +4,7 @@ from controlat.pmp.candidates import Candidates
 from controlat.pmp.costate import backward
 from controlat.pmp.examination import examine, looked_at
 from controlat.pmp.full_criterion import Criterion
-from controlat.pmp.greedy import probe_batches, score
+from controlat.pmp.greedy import epoch_scale, probe_batches, score, training_probe
 from controlat.pmp.greedy_criterion import criterion
 from controlat.pmp.maximise import MAXIMISERS
 from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
@@ -44,6 +44,7 @@ __all__ = [
     "criterion",
     "described",
     "differentiated",
+    "epoch_scale",
     "examine",
     "interval",
     "looked_at",
@@ -55,6 +56,7 @@ __all__ = [
     "rollout_cost",
     "score",
     "terminal_evaluations",
+    "training_probe",
     "trust",
     "try_terminal",
 ]

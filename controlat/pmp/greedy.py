@@ -25,21 +25,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlat._util import rng
 from controlat._util.checks import choice
 from controlat._util.errors import NonFiniteError
 from controlat._util.precision import full_precision
 from controlat.control.cost import Meter
 from controlat.control.space import Control
-from controlat.data import Augment
+from controlat.data import Augment, Samples
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import check_rows
+from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Batch
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.maximise import MAXIMISERS, Scored, score_one, score_sweep, tpe
 from controlat.pmp.surface import Array, Surface
 from controlat.pmp.terminal import Terminal
 
-__all__ = ["probe_batches", "score"]
+__all__ = ["epoch_scale", "probe_batches", "probe_positions", "score", "training_probe"]
+
+_PROBE_BATCHES = 4, 16  # at least and at most, of a probe of training samples
 
 
 @full_precision()
@@ -57,6 +61,7 @@ def score(
     form: str = "norm",
     trials: int = 100,
     progress: Callable[[], object] | None = None,
+    meter: Meter | None = None,
 ) -> Surface:
     """Score u_t and the candidates of G at the driver's present state, which does not change.
 
@@ -76,6 +81,7 @@ def score(
         form: the form that TPE maximises.
         trials: evaluations of TPE, besides that of u_t.
         progress: called after every candidate.
+        meter: where evaluations are counted.
 
     Returns:
         The scores of all candidates.
@@ -87,9 +93,10 @@ def score(
     """
     choice(maximiser, "maximiser", MAXIMISERS)
     _check_probe(driver, batches)
-    meter = Meter()
+    meter = Meter() if meter is None else meter
+    before = meter.gradients
     phi = None if terminal is None else _terminal_gradient(terminal, driver, meter)
-    scores = _Scores(phi, scale, meter, progress)
+    scores = _Scores(phi, scale, meter, progress, before)
     scores.add(score_one(driver, batches, control, rate, meter))
     if maximiser == "sweep":
         for scored in score_sweep(driver, batches, candidates, control, rate, meter):
@@ -129,6 +136,7 @@ class _Scores:
         scale: s_t.
         meter: where evaluations are counted.
         progress: called after every candidate.
+        before: gradient evaluations on the meter before the first one.
         rows: by candidate, n(v), the (M, M) products of its gradients, and the (M,) products with grad Phi.
     """
 
@@ -136,6 +144,7 @@ class _Scores:
     scale: float
     meter: Meter
     progress: Callable[[], object] | None
+    before: int = 0
     rows: dict[Control, tuple[float, Array, Array | None]] = field(default_factory=dict)
 
     def add(self, scored: Scored) -> None:
@@ -154,7 +163,7 @@ class _Scores:
             gram=np.stack(gram),
             costate=None if self.phi is None else np.stack([c for c in costate if c is not None]),
             scale=self.scale,
-            spent=self.meter.gradients,
+            spent=self.meter.gradients - self.before,
             dropped=dropped,
         )
 
@@ -217,3 +226,37 @@ def probe_batches(
         Batch(x=x[p], y=y[p], indices=positions[p], epoch=epoch, number=-1 - i, placement=placement)
         for i, p in enumerate(parts)
     ]
+
+
+def training_probe(
+    data: Samples, size: int, *, batch_size: int, epoch: int = 0, augment: Augment | None = None
+) -> list[Batch]:
+    """A probe of training samples, the same ones at all times, in batches of the training batch size.
+
+    There are four batches at least, which are smaller then, as cross-fitting needs two in each half; and 16
+    at most.
+
+    Args:
+        data: the training samples.
+        size: number of samples of the probe at most.
+        batch_size: samples per outer step.
+        epoch: epoch that the random numbers are drawn for.
+        augment: as in `probe_batches`.
+
+    Raises:
+        ValueError: there is but one sample.
+    """
+    order = probe_positions(data, size)
+    least, most = _PROBE_BATCHES
+    count = min(max(len(order) // batch_size, 2, min(least, len(order) // 2)), most)
+    return probe_batches(*data.take(order), count, epoch, order, augment)
+
+
+def probe_positions(data: Samples, size: int) -> Tensor:
+    """Positions of `size` samples at most, in random order, always the same ones."""
+    return torch.randperm(len(data), generator=rng.generator(0, "probe"))[:size]
+
+
+def epoch_scale(driver: Driver, spec: RunSpec, epoch: int) -> float:
+    """s_t in the mean over an epoch (SGD without dampening)."""
+    return spec.mean_rate(epoch) / spec.mean_rate() / (1 - driver.optimizer.momentum)

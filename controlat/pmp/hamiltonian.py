@@ -11,11 +11,12 @@ S_t is the whole outer step: all its updates, the momentum buffers, and the memo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from controlat._util.errors import NonFiniteError
@@ -151,18 +152,23 @@ def _by_gradients(
     sgd, batches, u = driver.optimizer, [visit.batch], visit.control
     # Nesterov's form moves theta along g + mu v', and v' contains g.
     rate = visit.rate * (1 + sgd.momentum if sgd.nesterov else 1)
-    weights = [State(parameters=_weights(p, rate), statistics=p.statistics) for p in costates.values()]
+    weights = torch.stack([_flat([*_weights(p, rate), *p.statistics]) for p in costates.values()])
     scored_u = score_one(driver, batches, u, visit.rate, meter)
     (field_u,) = scored_u[2]
-    base = State(parameters=field_u.gradients, statistics=field_u.statistics)
+    base = _flat([*field_u.gradients, *field_u.statistics])
+    count = sum(g.numel() for g in field_u.gradients)
     others = score_sweep(driver, batches, candidates, u, visit.rate, meter)
     scores: _Scores = {}
     for v, n, (field,) in itertools.chain([scored_u], others):
-        change = State(parameters=field.gradients, statistics=field.statistics).plus(base, -1)
-        g, r = State(parameters=change.parameters), State(parameters=[], statistics=change.statistics)
-        size = (rate**2 + (sgd.momentum > 0)) * g.dot(g) + r.dot(r)
-        scores.setdefault(v, (n, [w.dot(change) for w in weights], size))
+        change = _flat([*field.gradients, *field.statistics]) - base
+        squares = [float(part.square().sum()) for part in change.split([count, len(change) - count])]
+        size = (rate**2 + (sgd.momentum > 0)) * squares[0] + squares[1]
+        scores.setdefault(v, (n, (weights @ change).tolist(), size))
     return scores
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def _weights(p: State, rate: float) -> list[Tensor]:

@@ -41,7 +41,9 @@ def score_sweep(
 
     Where the method offers it (`Prefixes`), one inner trajectory per step size, up to the largest K, gives
     the outer step of every smaller K on the way: PGD-K is the beginning of PGD-(K+1). The scores equal those
-    of the candidates one by one (`score_one`), which is how they are computed for other methods.
+    of the candidates one by one (`score_one`), which is how they are computed for other methods. For small
+    networks all K and all batches are computed together, which may change the last digits
+    (`controlat.dynamics.stacked`).
     """
     if not isinstance(driver.method, Prefixes):
         for v in candidates.around(driver.method, u):
@@ -55,11 +57,10 @@ def score_sweep(
             yield score_one(driver, batches, replaced(base, {"alpha": 0.0, "steps": 0}), rate, meter)
         for alpha in alphas if steps[-1] else ():
             longest = replaced(base, {"alpha": alpha, "steps": steps[-1]})
-            trajectories = (driver.fields(batch, longest, rate, meter) for batch in batches)
-            for fields in zip(*trajectories, strict=True):  # K = 1, 2, ... on all batches
+            for fields in driver.fields(batches, longest, rate, meter):  # K = 1, 2, ... on all batches
                 v = fields[0].control
                 if v["steps"] in steps:
-                    yield v, driver.method.controls.cost(v), list(fields)
+                    yield v, driver.method.controls.cost(v), fields
 
 
 def tpe(

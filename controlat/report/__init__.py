@@ -3,7 +3,7 @@
 from controlat._util.texts import table
 from controlat.report.aggregate import assemble
 from controlat.report.attacked import attack_figure, attack_notes, attack_table
-from controlat.report.lists import methods_table, terminals_table
+from controlat.report.lists import controllers_table, methods_table, terminals_table
 from controlat.report.search import search_table, search_text
 from controlat.report.summary import figures, notes, read, rows, summary, write
 
@@ -12,6 +12,7 @@ __all__ = [
     "attack_figure",
     "attack_notes",
     "attack_table",
+    "controllers_table",
     "figures",
     "methods_table",
     "notes",

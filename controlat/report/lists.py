@@ -7,7 +7,7 @@ from typing import Any
 
 from controlat._util.texts import table
 
-__all__ = ["methods_table", "terminals_table"]
+__all__ = ["controllers_table", "methods_table", "terminals_table"]
 
 
 def methods_table(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -19,6 +19,12 @@ def methods_table(entries: Sequence[Mapping[str, Any]]) -> str:
 def terminals_table(entries: Sequence[Mapping[str, Any]]) -> str:
     """The terminal costs, as `controlat.pmp.terminal.describe` tells them."""
     columns = {"terminal": "name", "Phi": "what", "gradient evaluations per sample": "gradients"}
+    return _listed(entries, columns)
+
+
+def controllers_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The closed loops, as `controlat.pmp.controllers.describe` tells them."""
+    columns = {"controller": "name", "u_t": "what", "options (default)": "options", "source": "source"}
     return _listed(entries, columns)
 
 

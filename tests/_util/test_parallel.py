@@ -149,6 +149,23 @@ def test_the_first_process_decides_for_all_and_one_alone_decides_the_same(
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
+@counts
+@pytest.mark.parametrize("name", ["greedy", "horizon", "ratio"])
+def test_what_a_loop_measures_in_the_first_process_leaves_all_in_one_state(
+    several: Any, name: str, count: int
+) -> None:
+    expected = processes.measured(World())[name]
+    for rank in range(count):
+        found = several(count, rank)[name]
+        first = several(count, 0)[name]
+        assert same(found, first | {"meter": found["meter"]}), (
+            "the first process alone counts what it measures"
+        )
+        assert found["controls"] == expected["controls"]
+        for mine, theirs in zip(tensors(found["model"]), tensors(expected["model"]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(("count", "case"), of_each(processes.NAMES))
 def test_batchnorm_dropout_and_mixed_precision_are_no_obstacle(several: Any, case: str, count: int) -> None:
     found = several(count, count - 1)[case]

@@ -219,8 +219,8 @@ class Broken(PgdAT):
 
 SCORING: dict[str, Callable[[Driver, Batch], object]] = {
     "field": lambda driver, batch: driver.field(batch, V, 0.3),
-    "fields": lambda driver, batch: list(driver.fields(batch, V, 0.3)),
-    "fields, left early": lambda driver, batch: next(driver.fields(batch, V)),
+    "fields": lambda driver, batch: list(driver.fields([batch], V, 0.3)),
+    "fields, left early": lambda driver, batch: next(driver.fields([batch], V)),
 }
 
 
@@ -297,7 +297,7 @@ def test_scoring_candidates_in_between_changes_no_bit_of_training() -> None:
         found.append(step)
         batch = probe(shape=SHAPE, number=step.batch)
         disturbed.field(batch, V)
-        list(disturbed.fields(batch, V))
+        list(disturbed.fields([batch], V))
     assert same(found, steps)
     assert same(disturbed.snapshot(), driver.snapshot())
 
@@ -326,7 +326,7 @@ def test_candidates_share_their_dropout_masks_and_batches_do_not() -> None:
             update = masks[0]
         assert same(masks[-1], update)
     masks.clear()
-    list(driver.fields(batch, V))
+    list(driver.fields([batch], V))
     inner, updates = masks[:3], masks[3:]
     assert all(same(m, update) for m in updates)
     assert len(updates) == 3
@@ -429,7 +429,7 @@ def test_the_field_starts_from_the_memory_and_leaves_it_alone() -> None:
 
 def test_a_method_without_prefixes_has_no_sweep_and_says_so() -> None:
     with pytest.raises(ValueError, match="Free offers no sweep over K: score its controls one by one"):
-        list(Driver(mlp(), Free(), BALL).fields(probe(), V))
+        list(Driver(mlp(), Free(), BALL).fields([probe()], V))
 
 
 # -------------------------------------------------------------------------------------------- what goes wrong

@@ -9,6 +9,7 @@ from helpers import CLASSES, mlp, same
 from systems import CASES, HEAVY, batch, driver, smooth
 from torch import Tensor, nn
 
+from controlat.attacks.balls import Ball
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.finite_differences import verify
 from controlat.dynamics.state import State
@@ -240,3 +241,35 @@ def test_processes_that_stop_for_other_reasons_of_one_length_differ() -> None:
     assert not same(prints[0], prints[1])
     d.momentum[0].add_(1.0)
     assert not same(torch.stack([t.double() for t in d.fingerprint()]), prints[2])
+
+
+# ------------------------------------------------------------------------------------- put back by copying
+
+
+def test_a_network_of_nothing_but_parameters_is_put_back_by_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as torch's own loading, and the same tensors."""
+    d, other = (Driver(mlp(), CASES["pgd_at"].method(), Ball(0.3), HEAVY) for _ in range(2))
+    before = d.snapshot()
+    for i in range(2):
+        d.step(batch(number=i, shape=(1, 2, 2)), CASES["pgd_at"].control(), RATE)
+    after, tensors = d.snapshot(), [p.data_ptr() for p in d.parameters]
+    other.model.load_state_dict(after.model)
+    other.sgd.load_state_dict(after.copy().optimizer)
+    d.restore(before)
+    assert same(d.state().to_dict(), before.to_dict())
+    assert not d.sgd.state
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_: pytest.fail("loaded"))
+    d.restore(after)
+    assert same(d.model.state_dict(), other.model.state_dict())
+    assert same(d.sgd.state_dict(), other.sgd.state_dict())
+    assert [p.data_ptr() for p in d.parameters] == tensors
+    d.momentum[0].zero_()
+    assert after.momentum[0].abs().sum() > 0  # a copy
+
+
+def test_what_a_user_does_on_loading_is_done() -> None:
+    d, loaded = Driver(mlp(), CASES["pgd_at"].method(), Ball(0.3)), []
+    z = d.snapshot()
+    d.model.register_load_state_dict_post_hook(lambda *_: loaded.append(1))
+    d.restore(z)
+    assert loaded == [1]

@@ -339,12 +339,14 @@ def test_the_sweep_over_k_is_offered_by_those_who_can(case: Case) -> None:
     d, b, u = driver(case), batch(), case.control(steps=3)
     if not isinstance(d.method, Prefixes):
         with pytest.raises(ValueError, match="offers no sweep over K"):
-            list(d.fields(b, u))
+            list(d.fields([b], u))
         return
-    found = list(d.fields(b, u))
-    assert len(found) == 3
-    for field in found:
-        assert same(field, d.field(b, field.control))
+    fields = [field for (field,) in d.fields([b], u)]
+    assert len(fields) == 3
+    for field in fields:
+        alone = d.field(b, field.control)
+        torch.testing.assert_close(field.gradients, alone.gradients, rtol=1e-9, atol=1e-13)
+        assert same(field.statistics, alone.statistics)
 
 
 # -------------------------------------------------------------------------------------------------- no attack

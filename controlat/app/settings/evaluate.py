@@ -14,7 +14,7 @@ from controlat.app.checkpoints import load_checkpoint
 from controlat.app.ranges import check_kinds
 from controlat.app.settings.attack import ATTACKS, check_attacks, checkpoint_of
 from controlat.app.settings.problem import Problem, tidy
-from controlat.app.settings.schedules import default_schedules, names_factory
+from controlat.app.settings.schedules import default_schedules, names_controller
 from controlat.app.settings.train import finished_run
 from controlat.methods import build
 from controlat.pmp.candidates import Candidates
@@ -30,8 +30,8 @@ class EvaluateSettings(Problem):
     """Train under several schedules and compare: criterion C, robustness, cost.
 
     Args:
-        schedules: Short texts, JSON files, or your own controllers package.module:factory as in train; six of
-            the demo, scaled to eps, for digits if left out.
+        schedules: Short texts, JSON files, or closed loops as the controller of train; six of the demo,
+            scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
         maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
@@ -149,7 +149,7 @@ class EvaluateSettings(Problem):
         return super().to_json() | {
             "schedules": [
                 {"text": text, "controller": True}
-                if names_factory(text)
+                if names_controller(text)
                 else self.schedule_of(text).to_json()
                 for text in self.schedules
             ]

@@ -14,7 +14,7 @@ from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
 from controlat.app.placement import TF32_CHOICES
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
-from controlat.app.settings.schedules import names_factory, read_schedule
+from controlat.app.settings.schedules import names_controller, names_factory, read_schedule
 from controlat.attacks.balls import Ball
 from controlat.control.controller import Controller, as_controller
 from controlat.control.learning_rate import Rate, parse_rate
@@ -23,6 +23,7 @@ from controlat.data import Augment, augmentation, parse_augment
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
 from controlat.models.frozen import graph_use
+from controlat.pmp import controllers
 from controlat.records import checked, settings_of
 
 if TYPE_CHECKING:
@@ -218,21 +219,24 @@ class Problem:
         return known[key]
 
     def controller_of(self, given: str | os.PathLike[str] | Controller | Callable[..., Any]) -> Controller:
-        """A controller of this problem: a schedule, the user's own by its name (made anew), or one that is
-        there already.
+        """A controller of this problem: a schedule, a closed loop by its text or the user's own by its name
+        (made anew), or one that is there already.
 
         Raises:
             ValueError: it is malformed, not admissible or no controller, or its factory cannot be called.
         """
-        space = build(self.method, self.method_options).controls
+        method = build(self.method, self.method_options)
         if isinstance(given, Schedule):
-            return given.bound(space)
+            return given.bound(method.controls)
         if not isinstance(given, (str, os.PathLike)):
             return self._controller(given, "schedule must be a short text, JSON file or controller")
         text = os.fspath(given)
-        if not names_factory(text):
+        if not names_controller(text):
             return self.schedule_of(text)
-        made = call_factory(text, {"epochs": self.epochs, "ball": self.ball, "controls": space})
+        if not names_factory(text):
+            return controllers.build(text, method=method, ball=self.ball)
+        offered = {"epochs": self.epochs, "ball": self.ball, "controls": method.controls}
+        made = call_factory(text, offered)
         return self._controller(made, f"{text!r} makes no controller")
 
     @staticmethod

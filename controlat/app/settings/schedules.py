@@ -12,8 +12,9 @@ from controlat._util.files import expanded
 from controlat.control.schedule_text import FAMILIES, parse_schedule
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Knob
+from controlat.pmp import controllers
 
-__all__ = ["default_schedules", "names_factory", "read_schedule"]
+__all__ = ["default_schedules", "names_controller", "names_factory", "read_schedule"]
 
 
 def default_schedules(eps: str | float) -> tuple[str, ...]:
@@ -69,3 +70,12 @@ def names_factory(text: str) -> bool:
     module, _, name = text.strip().partition(":")
     parts = [*module.split("."), *name.split(".")]
     return all(map(str.isidentifier, parts)) and module not in FAMILIES and parts[-1] != "json"
+
+
+def names_controller(text: str) -> bool:
+    """Whether a text names a closed loop, one of controlat or the user's own, rather than a schedule.
+
+    >>> names_controller("greedy:gamma=0.01"), names_controller("my_rules:rule"), names_controller("none")
+    (True, True, False)
+    """
+    return names_factory(text) or text.partition(":")[0].strip() in controllers.names()

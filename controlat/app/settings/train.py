@@ -9,8 +9,9 @@ from typing import Any
 from controlat._util.checks import whole
 from controlat._util.texts import short
 from controlat.app.settings.problem import Problem, from_json
-from controlat.app.settings.schedules import default_schedules, names_factory
+from controlat.app.settings.schedules import default_schedules, names_controller
 from controlat.control.controller import Controller
+from controlat.pmp import controllers
 from controlat.records import LogLine, Settings, missing, read_epochs, read_record
 
 __all__ = ["TrainSettings", "finished_run"]
@@ -23,8 +24,9 @@ class TrainSettings(Problem):
     Args:
         schedule: Short text such as amata:min=2,max=10,tau=20/255, or a JSON file. amata from 1 to 10 steps
             with tau = 2 eps if left out.
-        controller: In place of a schedule, your own package.module:factory of (epochs, ball, controls)
-            returning a controller (controlat.control.controller); the schedule that it took is saved.
+        controller: In place of a schedule, a closed loop such as greedy:gamma=0.04, horizon or
+            ratio:threshold=1.1, or your own package.module:factory of (epochs, ball, controls) returning a
+            controller (controlat.control.controller); the schedule that it took is saved.
         seed: Of initial weights, order of samples and random starts.
         checkpoint_minutes: Longest time between two checkpoints within an epoch.
         tensorboard: Write TensorBoard event files too.
@@ -44,13 +46,16 @@ class TrainSettings(Problem):
                     f"give schedule or controller, not both: got {short(self.schedule)!r} and "
                     f"{short(self.controller)!r}"
                 )
-            if not names_factory(self.controller):
+            if not names_controller(self.controller):
                 raise ValueError(
-                    f"controller must read 'package.module:factory', such as 'my_rules:rule', got "
-                    f"{short(self.controller)!r}; a schedule is given as schedule"
+                    "controller must read 'package.module:factory', such as 'my_rules:rule', or begin with "
+                    f"one of {', '.join(controllers.names())}, got {short(self.controller)!r}; a schedule is "
+                    "given as schedule"
                 )
         elif self.schedule is None:
             self.schedule = default_schedules(self.eps or 0)[3]
+        elif names_controller(self.schedule):
+            raise ValueError(f"schedule {short(self.schedule)!r} is a closed loop: give it as controller")
         self.planned  # noqa: B018  (raises)
         self.seed = whole(self.seed, "seed")
 
