@@ -117,7 +117,7 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
 
 
 def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
-    """Schedules of the judgement by their names: what was found, the best of every other space, plain ones."""
+    """Schedules of the judgement by name: what was found, the best of every other space, plain ones."""
     best = {
         f"best {name}": next(t.text for t in work.promoted if t.space is branch.space)
         for name, branch in zip(chosen.spaces, work.branches, strict=True)

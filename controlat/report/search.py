@@ -66,9 +66,10 @@ def search_text(result: Mapping[str, Any]) -> str:
         search_table(result),
         "",
         _verdict(result),
-        f"- {len(seeds)} judging seeds, none of which the search used: mean ± deviation; differences are paired, "
-        "with 95 % intervals.",
+        f"- {len(seeds)} judging seeds, none of which the search used: mean ± deviation; differences are "
+        "paired, with 95 % intervals.",
         f"- J = Phi + {result['price']:.4g} n, n gradient evaluations per sample and step.",
-        f"- The search took {spent['trainings']} trainings, {count(spent['gradients'])} gradient evaluations.",
+        f"- The search took {spent['trainings']} trainings, {count(spent['gradients'])} gradient "
+        "evaluations.",
     ]
     return "\n".join(lines)

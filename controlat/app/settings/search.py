@@ -72,8 +72,8 @@ class SearchSettings(Problem):
         self.judge_seeds = [whole(s, "a judging seed", 0) for s in self.judge_seeds or range(count)]
         if len(set(self.judge_seeds)) < len(self.judge_seeds) or max(self.judge_seeds) >= _FIRST:
             raise ValueError(
-                f"judge_seeds must be different ones below {_FIRST}, from where on the search has its own, got "
-                f"{self.judge_seeds}"
+                f"judge_seeds must be different ones below {_FIRST}, where the search's own begin, "
+                f"got {self.judge_seeds}"
             )
         self.against = list(self.against) or self._plain()
         for text in self.against:
