@@ -43,9 +43,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "$(MARKS)"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder -m "$(MARKS)"
 
-# Both at once: lint by itself takes half a minute, and one core.
+# Both at once: lint by itself takes half a minute, and one core. Files of tests in the order of their folders: those
+# of few and long tests do not come last. Tests start processes, which should not compile the package each time.
 test: $(VENV)/.installed-test
 	@$(MAKE) --no-print-directory -j 2 lint pytest MARKS="not slow"
 

@@ -31,7 +31,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MART = "own_method:Mart"
 TINY = ["--train_points", "200", "--epochs", "3", "--threads", "1", "--progress", "false"]
 OWN_TESTS = {"own_method.py", "own_controller.py"}  # run below, and more is asked of what they print
-OTHERS = sorted({path.name for path in EXAMPLES.glob("*.py")} - OWN_TESTS - {"own_loop.py"})
+LONG = {"own_landscape.py", "own_loop.py"}  # `derive` and README's loop, which have tests of their own
+OTHERS = sorted({path.name for path in EXAMPLES.glob("*.py")} - OWN_TESTS - LONG)
 EPS, RATE = 0.1, 0.1
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -78,7 +79,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 # ------------------------------------------------------------------------------------- as a script, as a name
 
 
-@pytest.mark.parametrize("name", [*OTHERS, slow("own_loop.py")])  # README's loop, which test_readme runs
+@pytest.mark.parametrize("name", [*OTHERS, *map(slow, sorted(LONG))])
 def test_the_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ newer are used then.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,9 +29,25 @@ class TF32(NamedTuple):
     matmul: bool
 
 
+class _Value:
+    """A value that a block has assigned: compared by identity, as several blocks may assign equal ones."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+# What blocks have assigned and not put back, the value before all of them first, by object and name. Blocks
+# of several threads overlap: the last one to end must not put back what another one had assigned.
+_ASSIGNED: dict[tuple[int, str], list[_Value]] = {}
+_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def assigned(*assignments: tuple[Any, str, Any]) -> Iterator[None]:
     """Attributes of objects with other values inside the block only: (object, name, value).
+
+    Where blocks of several threads overlap, the value of the one that began last holds, and that of before
+    all of them is put back after the last one.
 
     >>> with assigned((torch.backends.cudnn, "deterministic", True)):
     ...     torch.backends.cudnn.deterministic
@@ -38,10 +55,34 @@ def assigned(*assignments: tuple[Any, str, Any]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for of, name, value in assignments:
-            before = getattr(of, name)
-            setattr(of, name, value)
-            stack.callback(setattr, of, name, before)
+            mine = _Value(value)
+            with _LOCK:
+                values = _ASSIGNED.get((id(of), name)) or [_Value(getattr(of, name))]
+                setattr(of, name, value)
+                _ASSIGNED[id(of), name] = [*values, mine]
+            stack.callback(_put_back, of, name, mine)
         yield
+
+
+def _put_back(of: Any, name: str, mine: _Value) -> None:
+    with _LOCK:
+        values = _ASSIGNED[id(of), name]
+        values.remove(mine)
+        setattr(of, name, values[-1].value)
+        if len(values) == 1:
+            del _ASSIGNED[id(of), name]
+
+
+class _Matmul:
+    """torch's precision of matrix products as an attribute."""
+
+    precision = property(
+        lambda _: torch.get_float32_matmul_precision(),
+        lambda _, value: torch.set_float32_matmul_precision(value),
+    )
+
+
+_MATMUL = _Matmul()
 
 
 def _older() -> tuple[bool, str] | None:
@@ -74,19 +115,17 @@ def tf32_state() -> TF32:
 @contextlib.contextmanager
 def tf32(on: bool | None) -> Iterator[None]:
     """TF32 for convolutions and matrix products on or off inside the block; None leaves both as they are."""
-    cudnn, older = torch.backends.cudnn, _older()
     if on is None:
         yield
-    elif older:
-        with assigned((cudnn, "allow_tf32", on)):
-            torch.set_float32_matmul_precision("high" if on else "highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(older[1])
-    else:
-        with assigned(*((of, "fp32_precision", "tf32" if on else "ieee") for of in _newer())):
-            yield
+        return
+    flags: list[tuple[Any, str, Any]] = [(of, "fp32_precision", "tf32" if on else "ieee") for of in _newer()]
+    if _older():
+        flags = [
+            (torch.backends.cudnn, "allow_tf32", on),
+            (_MATMUL, "precision", "high" if on else "highest"),
+        ]
+    with assigned(*flags):
+        yield
 
 
 @contextlib.contextmanager

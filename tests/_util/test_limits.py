@@ -275,6 +275,7 @@ assert limits._child.process.pid == first
     _run(code, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_child_ends_when_its_parent_is_killed_while_it_computes(tmp_path: Path) -> None:
     code = f"""
 import os, signal, threading, sympy

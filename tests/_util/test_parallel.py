@@ -358,6 +358,7 @@ def test_a_finished_run_is_only_reported(folder: Path) -> None:
     assert (first.output.count("finished before"), second.output) == (1, "")
 
 
+@pytest.mark.slow
 def test_schedules_are_evaluated_by_several_processes(folder: Path) -> None:
     settings = {k: v for k, v in SETTINGS.items() if k != "schedule"} | {"epochs": 2, "test_points": 50}
     words = ["--schedules", "none", "pgd:steps=2,alpha=0.05", "--seeds", "0", "--probe", "64"]

@@ -1,5 +1,6 @@
 """TF32 in a block: on, off and put back, whichever of torch's two sets of flags the user has."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -69,6 +70,23 @@ def test_inside_a_block_users_may_still_set_flags_of_cudnn() -> None:
     with full_precision(), CUDNN.flags(enabled=False, allow_tf32=False):  # reads the older flag
         assert not CUDNN.enabled
     assert CUDNN.enabled
+
+
+def test_blocks_of_several_threads_put_back_what_was_before_all_of_them() -> None:
+    class One:
+        a = 1
+
+    one = One()
+    for order in itertools.permutations(range(3)):  # in which the blocks end
+        blocks = [assigned((one, "a", value)) for value in (10, 11, 12)]
+        for block in blocks:
+            block.__enter__()
+        left = [10, 11, 12]
+        for i in order:
+            assert one.a == left[-1]
+            blocks[i].__exit__(None, None, None)
+            left.remove(10 + i)
+        assert one.a == 1
 
 
 def test_assigned_puts_back_what_it_had_assigned_when_a_later_one_fails() -> None:

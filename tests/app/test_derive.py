@@ -84,6 +84,7 @@ def test_what_a_run_decides_cannot_be_given_beside_it(run: Path) -> None:
         controlat.derive(calibrate=str(run), tau=3)
 
 
+@pytest.mark.slow
 def test_direct_transcription_is_an_option(amata: tuple[Path, controlat.Derived]) -> None:
     assert amata[1].result["verification"]["transcription"] is None
     assert "Direct transcription" not in str(amata[1])
@@ -210,6 +211,7 @@ def test_calibration_to_curvature_gives_k_of_the_network_too(run: Path) -> None:
     assert k == pytest.approx(0.3 * found.fit.fitted[-1], rel=1e-3)  # tau_net/alpha*
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_derives(tmp_path: Path) -> None:
     script = tmp_path / "plain.py"
     script.write_text("import controlat\nprint(controlat.derive(checks=False).derivation.formula('K'))\n")

@@ -457,6 +457,7 @@ def test_the_estimate_of_training_is_what_a_run_counts_and_the_rest_bounds_it(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_schedule_that_varies_within_an_epoch_is_close(tmp_path: Path) -> None:
     settings = SMALL | {"schedules": ["linear:start=4,end=0,tau=0.2,resolution=0.25"], "seeds": [0]}
     settings |= {"batch_size": 50, "epochs": 1, "attacks": ["fgsm"]}

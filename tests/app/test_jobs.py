@@ -124,6 +124,7 @@ def test_runs_at_a_time_give_the_results_of_one_by_one(
     assert controlat.evaluate("two", jobs=1, **own) == got, "it is no setting of the results"
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_no_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = SMALL | {"model": "mortal:net", "seeds": [0]}
     wanted = controlat.evaluate("undisturbed", **own)
@@ -139,6 +140,7 @@ def _evaluate(folder: Path, settings: dict[str, Any]) -> None:
     controlat.evaluate("disturbed", jobs=2, **settings)
 
 
+@pytest.mark.slow
 def test_an_evaluation_whose_parent_is_killed_goes_on(folder: Path) -> None:
     own = SMALL | {"model": "mortal:net", "seeds": [0]}
     wanted = controlat.evaluate("undisturbed", **own)
@@ -162,6 +164,7 @@ def test_a_training_that_diverges_is_told_as_one_by_one_and_others_are_kept(fold
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_an_error_comes_with_its_traceback_in_the_worker(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +255,7 @@ print(result["environment"]["jobs"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "number"), [("mlp", 2), pytest.param("__main__:net", 1, marks=pytest.mark.slow)]
 )

@@ -115,6 +115,7 @@ def test_killed_and_resumed_it_decides_the_same(runs: Path, tmp_path: Path, name
     assert timeless(one["tally"]) == timeless(two["tally"])
 
 
+@pytest.mark.slow
 def test_they_are_evaluated_beside_a_schedule_and_greedy_leaves_no_gap(runs: Path, tmp_path: Path) -> None:
     texts = [*TEXTS.values(), "pgd:steps=2,alpha=0.05"]
     result = controlat.evaluate(tmp_path / "out", schedules=texts, gamma=0.001, **FEW)

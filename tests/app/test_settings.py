@@ -256,6 +256,7 @@ def _child(code: str, *words: str, **options: Any) -> subprocess.CompletedProces
 MAIN = "import sys; from controlat.app.cli import main; sys.exit(main())"
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf8_gets_replacements(tmp_path: Path) -> None:
     words = ["train", "--out", str(tmp_path / "é"), "--epochs", "1", "--train-points", "120"]
     done = _child(MAIN, *words, environment={"PYTHONIOENCODING": "ascii"})
@@ -263,6 +264,7 @@ def test_a_terminal_that_is_not_utf8_gets_replacements(tmp_path: Path) -> None:
     assert "?/best.pt" in done.stdout
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_error() -> None:
     close = "import os; os.close({0})\nos.execv(sys.executable, [sys.executable, '-c', {1!r}, *sys.argv[1:]])"
     for number, code in ((1, 0), (2, 2)):

@@ -89,6 +89,7 @@ def test_an_evaluation_goes_on_with_the_threads_of_the_runs_it_has(tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_workers_run_with_the_threads_and_the_precision_of_the_problem(tmp_path: Path) -> None:
     schedules = ["none", SCHEDULE]
     result = controlat.evaluate(

@@ -62,6 +62,7 @@ class _Clock:
             raise TimeLimit(LATE)
 
 
+@pytest.mark.slow
 def test_what_was_checked_in_time_is_as_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     there, clock, seen = branch(), _Clock(), set[int]()
     monkeypatch.setattr("controlat.symbolic.landscape.check", clock)

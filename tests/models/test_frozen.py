@@ -350,7 +350,7 @@ def test_batches_of_inference_mode_are_as_good_as_others() -> None:
             criterion(net, x, y, U, form="costate", held_out=(x, y), **SMALL).value,
             inner_problem(net, x, y, Ball(EPS), steps=10).losses,
             verify(d, b, Control(**U), 0.1, directions=1).pairs,
-            [f.gradients for f in d.fields(b, Control(**U))],
+            [f.gradients for (f,) in d.fields([b], Control(**U))],
             d.step(b, Control(**U), 0.1).loss,
         ]
 

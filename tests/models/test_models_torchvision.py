@@ -101,7 +101,8 @@ print(torchvision.models.resnet18(num_classes=3).fc.out_features, torchvision.da
 
 
 @installed
-@pytest.mark.parametrize("before", [pytest.param("", marks=pytest.mark.slow), _TRIED_BEFORE])
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["", _TRIED_BEFORE])
 def test_a_fresh_process_imports_it(before: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", before + _FRESH],

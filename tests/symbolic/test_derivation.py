@@ -338,6 +338,7 @@ def test_a_constant_loss_has_no_list_of_minima() -> None:
     assert derivation.cost == pytest.approx(0.01 * 20 * 3)
 
 
+@pytest.mark.slow
 def test_a_long_horizon_ends() -> None:
     derivation = derived(horizon="1e5", seconds=2)
     assert derivation.cost == pytest.approx(0.01 * 20 * 1e5, rel=1e-3)

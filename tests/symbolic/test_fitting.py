@@ -37,6 +37,7 @@ def test_the_task_that_follows_has_the_length_of_the_run() -> None:
     assert float(task.tau) == pytest.approx(3.5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_standard_errors_cover_the_truth_under_noise() -> None:
     rng = np.random.default_rng(0)
     inside = 0
