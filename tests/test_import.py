@@ -33,6 +33,7 @@ ORDER = (
     "bolza",
     "dynamics",
     "pmp",
+    "schedule_search",
     "report",
     "app",
 )
@@ -45,6 +46,7 @@ APART = {
     "bolza": {"models", "data", "attacks", "records", "methods", "robust_accuracy"},
     "dynamics": {"records", "robust_accuracy", "symbolic", "bolza"},
     "pmp": {"records", "robust_accuracy", "symbolic", "bolza"},
+    "schedule_search": {"models", "data", "attacks", "records", "robust_accuracy", "dynamics", "pmp"},
     "report": {"models", "data", "attacks", "methods", "symbolic", "bolza", "dynamics"},
 }
 LOOSE = {"__init__.py", "__main__.py", "py.typed"}

@@ -67,10 +67,11 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
     """The content of result.json, and the text of the schedule that was found."""
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
-    shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / (len(spaces) - 1)] * (len(spaces) - 1)]
+    rest = len(spaces) - 1
+    shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / rest] * rest] if rest else [1.0]
     branches = [
         Branch(space, proposers.build(chosen.proposer, space, seed), share)
-        for seed, (space, share) in enumerate(zip(spaces, shares if len(spaces) > 1 else [1.0], strict=True))
+        for seed, (space, share) in enumerate(zip(spaces, shares, strict=True))
     ]
     with progress_bar(None, " trainings", chosen.progress, "search") as bar:
 

@@ -1,4 +1,4 @@
-"""The search itself: proposers ask, the ledger answers; the best are judged again, longer and on more seeds.
+"""The search loop: proposers ask, the ledger answers; the best are judged again, longer and on more seeds.
 
 1. **Explore.** Every space has a proposer. In turn each asks for a few points, which are trained under one
    seed, possibly shorter and on fewer samples, until the space's share of the budget is spent.

@@ -204,7 +204,7 @@ def named_space(
         coarse=2 * eps,
         tau=2 * max_steps * eps,
         most=max_steps,
-        late=0.9 * epochs,
+        late=max(min(0.9 * epochs, epochs - 1), 0.02),  # a change in the last epoch would come too late
         third=epochs / 3,
         two_thirds=2 * epochs / 3,
     )

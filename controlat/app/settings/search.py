@@ -11,6 +11,7 @@ from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.methods import build
 from controlat.pmp.terminal import parse_terminal
+from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
 
 __all__ = ["SearchSettings"]
@@ -60,6 +61,7 @@ class SearchSettings(Problem):
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
+        proposers.check(self.proposer)
         self.space_list()
         if not _BUDGET.fullmatch(self.budget):
             raise ValueError(f"budget must read 3trainings or 2e8gradients, got {self.budget!r}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from controlat._util import registry
 from controlat.schedule_search.space import Point, Space
 
-__all__ = ["Proposer", "Told", "build", "names"]
+__all__ = ["Proposer", "Told", "build", "check", "names"]
 
 
 class Told(NamedTuple):
@@ -50,6 +50,18 @@ def names() -> tuple[str, ...]:
     return registry.names(__name__)
 
 
+def check(name: str) -> Any:
+    """The class of a proposer.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    kind = registry.import_path(name) if ":" in name else registry.member(__name__, name).PROPOSER
+    if not callable(kind):
+        raise ValueError(f"proposer {name!r} is not a class or factory")
+    return kind
+
+
 def build(name: str, space: Space, seed: int, options: Mapping[str, Any] | None = None) -> Proposer:
     """Make a proposer: by its file name, or the user's own class by ``package.module:Class``.
 
@@ -66,9 +78,7 @@ def build(name: str, space: Space, seed: int, options: Mapping[str, Any] | None 
     >>> build("random", space, seed=0).ask(1) == build("random", space, seed=0).ask(1)
     True
     """
-    kind = registry.import_path(name) if ":" in name else registry.member(__name__, name).PROPOSER
-    if not callable(kind):
-        raise ValueError(f"proposer {name!r} is not a class or factory")
+    kind = check(name)
     takes = inspect.signature(kind)
     try:
         takes.bind(space, seed, **(options or {}))

@@ -1,0 +1,80 @@
+"""The command `search`: what it leaves, that it goes on where it was, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import controlat
+from controlat.app.cli import main
+from controlat.app.settings import SearchSettings
+
+SMALL: dict[str, Any] = {
+    "spaces": ["pgd:steps=1~3~whole,alpha=0.05~0.2~log", "delayed"],
+    "proposer": "random",
+    "budget": "4trainings",
+    "max_steps": 2,
+    "judge_seeds": [0, 1],
+    "against": ["none", "pgd:steps=2,alpha=0.1"],
+    "attacks": ["pgd-2"],
+    "epochs": 3,
+    "train_points": 200,
+    "test_points": 40,
+    "jobs": 2,
+    "progress": False,
+}
+
+
+def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = controlat.search(tmp_path / "out", **SMALL)
+    file = tmp_path / "out" / "trainings.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    schedule = controlat.load_schedule(tmp_path / "out" / "schedule.json")
+    assert dict(schedule(0)) == dict(SearchSettings(**SMALL).schedule_of(first["found"])(0))
+    names = [row["name"] for row in first["rows"]]
+    assert names[0] == "found"
+    assert names[1].startswith("best ")
+    assert names[2:] == SMALL["against"]
+    for row in first["rows"]:
+        assert row["J"] == [p + first["price"] * n for p, n in zip(row["phi"], row["mean_cost"], strict=True)]
+        assert all(
+            0 <= robust <= clean <= 1 for robust, clean in zip(row["robust"], row["clean"], strict=True)
+        )
+    assert first["price"] * 3 == pytest.approx(0.2)  # the whole cost of PGD-2
+    file.write_text("".join(lines[:-3]) + lines[-3][:20])
+    again = controlat.search(tmp_path / "out", **SMALL)
+    assert again["found"] == first["found"]
+    assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
+    judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]
+    assert {seed for line in judged for seed in (0, 1) if f'"seed": {seed},' in line} == {0, 1}
+    assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"budget": "much"}, "budget must read 3trainings or 2e8gradients, got 'much'"),
+        ({"spaces": ["amatta"]}, "did you mean 'amata'"),
+        ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
+        ({"against": ["pgd:steps=2"]}, "alpha"),
+        ({"attacks": ["pdg-2"]}, "unknown attack"),
+        ({"weight": 0}, "weight must be"),
+        ({"proposer": "tpee"}, "did you mean 'tpe'"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_trained(
+    tmp_path: Path, given: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        controlat.search(tmp_path / "out", **SMALL | given)
+    assert not (tmp_path / "out" / "trainings.jsonl").exists()
+
+
+def test_the_command_says_which_schedule_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["search", "--out", str(tmp_path / "out"), "--spaces", "constant", "--proposer", "random"]
+    words += ["--budget", "1trainings", "--max_steps", "1", "--epochs", "1", "--train_points", "100"]
+    words += ["--test_points", "20", "--judge_seeds", "0", "1", "--against", "none", "--attacks", "pgd-2"]
+    assert main([*words, "--jobs", "1", "--progress", "false"]) == 0
+    told = capsys.readouterr().out
+    assert "(found)" in told
+    assert "Use " in told
