@@ -10,7 +10,7 @@ JOBS ?= 2
 
 .PHONY: demo test test-all lint pytest bench clean help
 help:
-	@echo "make demo      install, then compare six schedules on the bundled digits (about 5 minutes)"
+	@echo "make demo      install, then compare six schedules on the bundled digits (a minute and a half)"
 	@echo "make test      install with the test extra, then run ruff, mypy, doctests and tests (about 5 minutes)"
 	@echo "make test-all  the same with the tests that take long or repeat what another shows"
 	@echo "make bench     the benchmarks (an idle machine, about 10 minutes)"

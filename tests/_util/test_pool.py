@@ -156,12 +156,13 @@ def test_a_task_whose_process_dies_twice_is_named(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- nobody left behind
 
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
 from controlat._util.files import write_text
 from controlat._util.pool import Pool, Task
 import tasks
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 folder = Path(sys.argv[1])
 with Pool(2) as pool:
     pool.map([Task(str(i), tasks.hang, (folder / str(i), True)) for i in range(3)])
