@@ -33,12 +33,16 @@ class Rung(NamedTuple):
         points: training samples; None for all.
         seeds: number of seeds.
         keep: how many trials of each space are judged at it; all that are asked for where it is the first.
+        until: epochs that are trained of a run; None for all.
+        surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
     """
 
     epochs: int
     points: int | None = None
     seeds: int = 1
     keep: int = 0
+    until: int | None = None
+    surface: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,11 @@ class Search:
         while open_:
             for branch in list(open_):
                 points = branch.proposer.ask(self.plan.batch)
-                trials = self._judged([(branch.space, p) for p in points], self.plan.rungs[0])
+                rung = self.plan.rungs[0]._replace(**getattr(branch.proposer, "fidelity", {}))
+                trials = self._judged([(branch.space, p) for p in points], rung)
                 told = [
-                    Told(t.point, None if t.failed else self._j(t), t.error(self.plan.price)) for t in trials
+                    Told(t.point, None if t.failed else self._j(t), t.error(self.plan.price), t.answers)
+                    for t in trials
                 ]
                 branch.proposer.tell(told)
                 branch.trials += trials
@@ -204,7 +210,17 @@ class Search:
         pairs = list(pairs)
         seeds = self.plan.seeds[: rung.seeds]
         questions = [
-            [Question(space.text_of(point), seed, rung.epochs, rung.points) for seed in seeds]
+            [
+                Question(
+                    text=space.text_of(point),
+                    seed=seed,
+                    epochs=rung.epochs,
+                    points=rung.points,
+                    until=rung.until,
+                    surface=rung.surface,
+                )
+                for seed in seeds
+            ]
             for space, point in pairs
         ]
         self.ledger.ask([q for each in questions for q in each], lambda: self.each(self.best))

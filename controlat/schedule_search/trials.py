@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,9 @@ class Question(NamedTuple):
         epochs: length of the run; the schedule is compressed to it.
         points: training samples; None for all.
         attacked: whether accuracies on test samples are wanted too.
+        until: epochs that are trained of those, Phi being taken then; None for all.
+        surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
+        method: of training, under its own controls; empty for that of the search.
     """
 
     text: str
@@ -32,6 +35,9 @@ class Question(NamedTuple):
     epochs: int
     points: int | None = None
     attacked: bool = False
+    until: int | None = None
+    surface: bool = False
+    method: str = ""
 
 
 class Answer(NamedTuple):
@@ -45,6 +51,7 @@ class Answer(NamedTuple):
         error: why it failed; empty if it did not.
         clean: accuracy on test samples, where it was asked for.
         robust: the share of them that survive every attack.
+        surface: gains of candidates over the run's own controls, where they were asked for, as plain data.
     """
 
     phi: float | None
@@ -54,6 +61,7 @@ class Answer(NamedTuple):
     error: str = ""
     clean: float | None = None
     robust: float | None = None
+    surface: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,12 @@ class Trial:
         if self.failed or len(values) < 2:
             return None
         return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def _said(fields: Question | Answer) -> dict[str, Any]:
+    """The fields of a question or an answer, those left out that have their default."""
+    defaults = fields._field_defaults
+    return {k: v for k, v in fields._asdict().items() if k not in defaults or v != defaults[k]}
 
 
 Judge = Callable[[Sequence[Question], Callable[[int, Answer], None]], None]
@@ -137,7 +151,7 @@ class Ledger:
         new = [q for q in dict.fromkeys(questions) if q not in self._known]
 
         def done(i: int, answer: Answer) -> None:
-            append_json_line(self.path, {"question": new[i]._asdict(), "answer": answer._asdict()})
+            append_json_line(self.path, {"question": _said(new[i]), "answer": _said(answer)})
             self._known[new[i]] = answer
             each()
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from controlat._util import registry
 from controlat.schedule_search.space import Point, Space
+from controlat.schedule_search.trials import Answer
 
 __all__ = ["Proposer", "Told", "build", "check", "names"]
 
@@ -23,11 +24,13 @@ class Told(NamedTuple):
         point: as it was asked for.
         value: mean of J over seeds; None where the trial failed.
         error: standard error of the mean; None where one seed was judged.
+        answers: of every seed.
     """
 
     point: Point
     value: float | None
     error: float | None = None
+    answers: tuple[Answer, ...] = ()
 
 
 @runtime_checkable
@@ -36,6 +39,9 @@ class Proposer(Protocol):
 
     It is deterministic: the same space, seed and history of calls give the same points. A search that was
     stopped goes on by telling a new one all that happened, so that a proposer needs no files of its own.
+
+    It may have an attribute `fidelity`, {field of `controlat.schedule_search.loop.Rung`: value}: how the
+    points of its next `ask` are judged where that differs from the plan, such as under several seeds.
     """
 
     def ask(self, count: int) -> list[dict[str, float]]:
