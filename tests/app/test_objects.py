@@ -1,27 +1,33 @@
-"""The user's own model, data and method as objects: the same as by name, in every process, and known again."""
+"""The user's own model, data and method as objects: as by name, in every process, and known again."""
 
 from __future__ import annotations
 
+import pickle
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import same
-from test_search import SMALL as SEARCH
+from helpers import same, slow
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import controlat
+from controlat._util.pool import InProcess, Pool, Task
+from controlat._util.sending import Common
 from controlat.app.checkpoints import load_checkpoint
 from controlat.app.cli import main
 from controlat.app.experiment import Experiment
-from controlat.app.settings import Problem, TrainSettings
+from controlat.app.jobs import workers
+from controlat.app.search import trained
+from controlat.app.settings import Problem, SearchSettings, TrainSettings
 from controlat.data import digits
 from controlat.methods import build
-from controlat.methods.pgd_at import PGDAT
+from controlat.methods.pgd_at import PgdAT
+from controlat.schedule_search.trials import Question
 
 TRAIN: dict[str, Any] = {
     "schedule": "pgd:steps=1,alpha=0.1",
@@ -61,7 +67,7 @@ def test_objects_give_the_bits_of_the_names(tmp_path: Path) -> None:
         "function": {"model": named},
         "local": {"model": lambda: net()},
         "module": {"model": net(), "data": data, "method": build("pgd_at")},
-        "pairs": {"model": net(), "data": pairs, "method": PGDAT},
+        "pairs": {"model": net(), "data": pairs, "method": PgdAT},
         "torch": {"model": net(), "data": [TensorDataset(*pair) for pair in pairs]},
     }
     for name, objects in given.items():
@@ -74,7 +80,7 @@ def test_objects_give_the_bits_of_the_names(tmp_path: Path) -> None:
     assert stored["module"]["model"].startswith("object:Sequential-")
     assert stored["module"]["data"].startswith("object:Dataset-")
     assert stored["pairs"]["data"] == stored["torch"]["data"]
-    assert stored["pairs"]["method"] == "controlat.methods.pgd_at:PGDAT"
+    assert stored["pairs"]["method"] == "controlat.methods.pgd_at:PgdAT"
 
 
 def test_every_seed_begins_at_weights_of_its_own_whatever_the_object_holds() -> None:
@@ -120,23 +126,43 @@ def test_what_is_not_trained_is_kept_and_the_whole_has_the_last_word() -> None:
     assert len(set(names)) == 3
 
 
-# ------------------------------------------------------------------------------------------ in other processes
+# ----------------------------------------------------------------------------------------- in other processes
 
 
-def test_a_search_with_objects_of_a_program_in_two_processes(tmp_path: Path) -> None:
-    data = digits.load()
-    objects = {"model": net(), "data": data, "method": build("pgd_at"), "eps": 0.15, "lr": 0.1}
-    few = SEARCH | {"spaces": ["constant"], "budget": "1trainings", "against": ["none"]}
-    one = controlat.search(tmp_path / "two", **few | objects)
-    here = controlat.search(tmp_path / "here", **few | objects | {"model": lambda: net()})
-    assert one["rows"] == here["rows"]
-    assert one["settings"]["model"].startswith("object:Sequential-")
-    with pytest.raises(
-        ValueError, match=r"model: 'object:Sequential-\w+' there, 'object:Sequential-\w+' here"
-    ):
-        controlat.search(tmp_path / "two", **few | objects | {"model": net(9)})
+def test_other_processes_are_sent_the_objects_and_give_the_same_network(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few: dict[str, Any] = {"train_points": 100, "eps": 0.15, "progress": False}
+    sent = SearchSettings(model=net(), data=digits.load(), method=build("trades"), **few)  # type: ignore[arg-type]
+    got: SearchSettings = pickle.loads(pickle.dumps(Common(sent))).value
+    assert got == sent
+    assert same(initial(3, model=got.model), initial(3, model=sent.model))
+    assert got.schedule_of("pgd:steps=1,alpha=0.1")(0)["beta"] == 6, "a control of TRADES"
+    with workers(sent, 2, "trainings") as pool:
+        assert isinstance(pool, Pool)
+    with workers(SearchSettings(model=lambda: net(), **few), 2, "trainings") as pool:  # type: ignore[arg-type]
+        assert isinstance(pool, InProcess)
+        assert pool.map([Task("1", trained, (Common(sent), Question("none", 0, 1)))])[0].phi > 0
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        r"controlat: note: object:lambda-\w{8} cannot be sent .*<lambda>.*after the other\n", told
+    )
 
 
+SEARCH: dict[str, Any] = {
+    "spaces": ["constant"],
+    "proposer": "random",
+    "budget": "1trainings",
+    "max_steps": 1,
+    "judge_seeds": [0, 1],
+    "against": ["none"],
+    "attacks": ["fgsm"],
+    "epochs": 1,
+    "train_points": 100,
+    "test_points": 20,
+    "jobs": 2,
+    "progress": False,
+}
 EVALUATE: dict[str, Any] = {
     "schedules": ["none", "pgd:steps=1,alpha=0.1"],
     "seeds": [0],
@@ -152,6 +178,25 @@ EVALUATE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
+def test_a_search_with_objects_in_two_processes_and_in_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = digits.load()
+    objects = {"model": net(), "data": data, "method": build("pgd_at"), "eps": 0.15, "lr": 0.1}
+    two = controlat.search(tmp_path / "two", **SEARCH | objects)
+    here = controlat.search(tmp_path / "here", **SEARCH | objects | {"model": lambda: net()})
+    told = capsys.readouterr().err
+    assert told.startswith("controlat: note: object:lambda-")
+    assert told.endswith("trainings are done one after the other\n")
+    assert two["rows"] == here["rows"]
+    assert two["settings"]["model"].startswith("object:Sequential-")
+    with pytest.raises(
+        ValueError, match=r"model: 'object:Sequential-\w+' there, 'object:Sequential-\w+' here"
+    ):
+        controlat.search(tmp_path / "two", **SEARCH | objects | {"model": net(9)})
+
+
 class Locked(nn.Sequential):
     """A network that holds what no other process can have."""
 
@@ -165,7 +210,7 @@ class Locked(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(lambda: net(), ""), (lambda: lambda: net(), "<lambda>"), (Locked, "lock")],
+    [slow(net, ""), (lambda: lambda: net(), "<lambda>"), (Locked, "lock")],
 )
 def test_what_cannot_be_sent_is_trained_here_and_a_note_says_so(
     tmp_path: Path, make: Callable[[], Any], reason: str, capsys: pytest.CaptureFixture[str]
@@ -181,7 +226,7 @@ def test_what_cannot_be_sent_is_trained_here_and_a_note_says_so(
 
 
 @pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of an own network that was stopped after its first epoch."""
     real = controlat.app.trainer.append_json_line  # type: ignore[attr-defined]
 
@@ -190,10 +235,11 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             raise KeyboardInterrupt
         real(path, line)
 
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr("controlat.app.trainer.append_json_line", stop)
+    monkeypatch.setattr("controlat.app.trainer.append_json_line", stop)
+    with pytest.raises(KeyboardInterrupt):
         controlat.train(tmp_path / "run", model=net(), **TRAIN)
-    yield tmp_path / "run"
+    monkeypatch.undo()
+    return tmp_path / "run"
 
 
 def test_a_run_goes_on_with_the_same_object_only(begun: Path, tmp_path: Path) -> None:
@@ -222,12 +268,12 @@ def test_a_command_says_that_a_run_has_an_object_of_a_program(
 
 def test_a_finished_run_is_evaluated_with_its_objects(tmp_path: Path) -> None:
     objects: dict[str, Any] = {"model": lambda: net(), "data": digits.load(), "method": build("trades")}
-    settings = {"eps": 0.15, "epochs": 1}
+    settings = {"eps": 0.15, "epochs": 1, "test_points": 20}
     controlat.train(tmp_path / "run", **TRAIN | settings | objects)
-    few = {k: v for k, v in EVALUATE.items() if k not in ("schedules", "seeds", "epochs", "train_points")}
+    few = {k: EVALUATE[k] for k in ("attacks", "checks", "full", "threads", "progress")}
     result = controlat.evaluate(tmp_path / "out", run=str(tmp_path / "run"), **few | objects)
     assert result["reproduced"]
-    with pytest.raises(ValueError, match=r"object:TRADES-\w+' was an object in a Python program"):
+    with pytest.raises(ValueError, match=r"object:Trades-\w+' was an object in a Python program"):
         controlat.evaluate(tmp_path / "other", run=str(tmp_path / "run"), **few)
 
 
@@ -255,7 +301,7 @@ X, Y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
         ({"model": Undrawn()}, r"no reset_parameters for scale: .*; give a class or function that makes it"),
         (
             {"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(10))},
-            "no reset_parameters for 1.weight, 1.bias",
+            "no reset_parameters for 1.weight",
         ),
         ({"model": lambda: ONE}, "model lambda makes one and the same network again and again"),
         ({"model": lambda: nn.Linear(3, 10)}, "fails on images of shape"),
