@@ -43,7 +43,8 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
 
     Args:
         out: directory for result.json, schedule.json, and the answers of all trainings.
-        **settings: the fields of `controlat.app.settings.search.SearchSettings`.
+        **settings: the fields of `controlat.app.settings.search.SearchSettings`; data, model and method
+            may be objects (`controlat.app.settings.objects`).
 
     Returns:
         The content of result.json.

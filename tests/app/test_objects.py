@@ -132,7 +132,7 @@ def test_what_is_not_trained_is_kept_and_the_whole_has_the_last_word() -> None:
 def test_other_processes_are_sent_the_objects_and_give_the_same_network(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    few: dict[str, Any] = {"train_points": 100, "eps": 0.15, "progress": False}
+    few: dict[str, Any] = {"spaces": ["constant"], "train_points": 100, "eps": 0.15, "progress": False}
     sent = SearchSettings(model=net(), data=digits.load(), method=build("trades"), **few)  # type: ignore[arg-type]
     got: SearchSettings = pickle.loads(pickle.dumps(Common(sent))).value
     assert got == sent
@@ -144,9 +144,7 @@ def test_other_processes_are_sent_the_objects_and_give_the_same_network(
         assert isinstance(pool, InProcess)
         assert pool.map([Task("1", trained, (Common(sent), Question("none", 0, 1)))])[0].phi > 0
     told = capsys.readouterr().err
-    assert re.fullmatch(
-        r"controlat: note: object:lambda-\w{8} cannot be sent .*<lambda>.*after the other\n", told
-    )
+    assert re.fullmatch(r"controlat: note: object:lambda-\w{8} cannot be sent .*<lambda>.* the other\n", told)
 
 
 SEARCH: dict[str, Any] = {
@@ -266,13 +264,23 @@ def test_a_command_says_that_a_run_has_an_object_of_a_program(
     assert "was an object in a Python program and is in no file" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_evaluated_with_its_objects(tmp_path: Path) -> None:
+def test_a_finished_run_is_evaluated_and_attacked_with_its_objects(tmp_path: Path) -> None:
     objects: dict[str, Any] = {"model": lambda: net(), "data": digits.load(), "method": build("trades")}
     settings = {"eps": 0.15, "epochs": 1, "test_points": 20}
     controlat.train(tmp_path / "run", **TRAIN | settings | objects)
     few = {k: EVALUATE[k] for k in ("attacks", "checks", "full", "threads", "progress")}
-    result = controlat.evaluate(tmp_path / "out", run=str(tmp_path / "run"), **few | objects)
+    controlat.train(tmp_path / "another", seed=1, **TRAIN | settings | objects)
+    other = {"surrogate": str(tmp_path / "another" / "last.pt")}
+    result = controlat.evaluate(tmp_path / "out", run=str(tmp_path / "run"), **few | other | objects)
     assert result["reproduced"]
+    assert result["schedules"][0]["runs"][0]["evaluation"]["transfer"]["points"] == 20
+    del objects["method"]
+    attacked = controlat.attack(tmp_path / "run", attacks=["fgsm"], checks=0, progress=False, **objects)
+    assert attacked["clean"]["points"] == 20
+    with pytest.raises(ValueError, match=r"model is object:Sequential-\w+, but .* is of object:lambda-\w+"):
+        controlat.attack(tmp_path / "run", **objects | {"model": net()})
+    with pytest.raises(ValueError, match="was an object in a Python program"):
+        controlat.attack(tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"object:Trades-\w+' was an object in a Python program"):
         controlat.evaluate(tmp_path / "other", run=str(tmp_path / "run"), **few)
 
