@@ -64,16 +64,14 @@ def attack(
     objects = {name: thing for name, thing in (("data", data), ("model", model)) if thing is not None}
     problem = Problem(**stored | objects)
     for name in objects:
-        if (given := getattr(problem, name)) != stored[name]:
-            raise ValueError(
-                f"{name} is {given}, but {checkpoint} is of {stored[name]}; give the same object"
-            )
+        if (given := getattr(problem, name)) != (there := stored[name]):
+            raise ValueError(f"{name} is {given}, but {checkpoint} is of {there}; give the same object")
     experiment = Experiment.of(problem)
-    model = experiment.model(0)
-    load_weights(model, saved["model"], str(checkpoint))
+    network = experiment.model(0)
+    load_weights(network, saved["model"], str(checkpoint))
     note_step_size("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
     with experiment.running():
-        measured = experiment.evaluate(model, chosen, chosen.seed, chosen.batch_size)
+        measured = experiment.evaluate(network, chosen, chosen.seed, chosen.batch_size)
         made_on = environment(device)
     result = measured.to_json() | {
         "checkpoint": checkpoint.name,

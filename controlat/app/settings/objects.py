@@ -9,7 +9,8 @@ first, then that of what holds them. Parameters without gradient and buffers kee
 `reset_parameters` leaves a parameter out, a class or function has to be given.
 
 **data** is a `controlat.Dataset`, or (train, test), each a pair (x, y) of tensors or arrays, a data set of
-torch's, which is read once into memory, or a `controlat.Split`. Pixels are uint8, or floats in [0, 1].
+torch's, which is read once into memory, or a `controlat.Split`. Pixels are uint8, or floats in [0, 1]; the
+classes are 0 to the largest label.
 
 **method** is an object with the protocol `controlat.methods.Method`, of which every run has a copy, or its
 class.
@@ -141,9 +142,8 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).cpu()
     except Exception as error:
-        raise ValueError(
-            f"model {type(model).__name__} cannot be copied ({error}); give {_FACTORY}"
-        ) from error
+        told = f"model {type(model).__name__} cannot be copied ({error})"
+        raise ValueError(f"{told}; give {_FACTORY}") from error
 
 
 def _redrawn(template: nn.Module) -> nn.Module:
@@ -157,7 +157,7 @@ def _redrawn(template: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad and not nn.parameter.is_lazy(p):
-                p.fill_(torch.nan)
+                p.fill_(torch.nan)  # what is not drawn stays so
         model.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
         for p, value in kept:
             p.copy_(value)
@@ -231,9 +231,8 @@ def _pair(given: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"its samples must be (x, y), x a tensor, as by torchvision's ToTensor; got {brief(samples[:1])}"
         )
-    return torch.stack([sample[0] for sample in samples]), torch.tensor(
-        [int(sample[1]) for sample in samples]
-    )
+    x, y = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
+    return torch.stack(x), torch.tensor(y)
 
 
 def _fingerprint(samples: Samples) -> str:
