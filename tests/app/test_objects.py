@@ -70,9 +70,9 @@ def test_objects_give_the_bits_of_the_names(tmp_path: Path) -> None:
         "pairs": {"model": net(), "data": pairs, "method": PgdAT},
         "torch": {"model": net(), "data": [TensorDataset(*pair) for pair in pairs]},
     }
+    few = TRAIN | {"epochs": 1, "eps": 0.15, "lr": "onecycle:lr=0.2"}  # as is usual for the digits
     for name, objects in given.items():
-        digits_only = {"eps": 0.15, "lr": "onecycle:lr=0.2"}
-        controlat.train(tmp_path / name, **TRAIN | digits_only | objects)
+        controlat.train(tmp_path / name, **few | objects)
         assert same(weights(tmp_path / name), weights(tmp_path / "names")), name
     stored = {name: load_checkpoint(tmp_path / name / "last.pt")["settings"] for name in given}
     assert stored["function"] == stored["names"] | {"data_dir": None}
@@ -208,7 +208,7 @@ class Locked(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [slow(net, ""), (lambda: lambda: net(), "<lambda>"), (Locked, "lock")],
+    [slow(net, ""), (lambda: lambda: net(), "<lambda>"), slow(Locked, "lock")],
 )
 def test_what_cannot_be_sent_is_trained_here_and_a_note_says_so(
     tmp_path: Path, make: Callable[[], Any], reason: str, capsys: pytest.CaptureFixture[str]
