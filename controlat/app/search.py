@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from controlat import report
 from controlat._util.cores import available_cores
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
@@ -20,6 +21,7 @@ from controlat.app.experiment import Experiment
 from controlat.app.jobs import cards
 from controlat.app.placement import Threads
 from controlat.app.runs import environment
+from controlat.app.search_result import trials_of
 from controlat.app.session import session
 from controlat.app.settings import settings_from
 from controlat.app.settings.search import SearchSettings
@@ -60,6 +62,7 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
             )
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
         write_json(out / "result.json", result)
+        report.write_search(result, out)
     return result
 
 
@@ -81,7 +84,10 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    spent = sum(a.gradients for a in ledger.answers.values())
+    searched = [a for q, a in ledger.answers.items() if not q.attacked]
+    spent = {"trainings": len(searched)} | {
+        key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
+    }
     rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
     result = {
         "format": "controlat search",
@@ -91,8 +97,9 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
         "sizes": experiment.sizes,
         "price": plan.price,
         "found": winner.text,
-        "spent": {"gradients": spent, "trainings": len(ledger)},
+        "spent": spent,
         "rows": rows,
+        **trials_of(chosen, work),
     }
     return result, winner.text
 
@@ -151,7 +158,9 @@ def _judged(
             row |= {
                 key: [getattr(a, key) for a in answers] for key in ("phi", "clean", "robust", "mean_cost")
             }
-            row["gradients"] = float(np.mean([a.gradients for a in answers]))
+            row |= {
+                key: float(np.mean([getattr(a, key) for a in answers])) for key in ("gradients", "seconds")
+            }
         rows.append(row)
     for row in rows[1:]:
         if not row["errors"] and not rows[0]["errors"]:

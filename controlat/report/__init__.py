@@ -4,7 +4,7 @@ from controlat._util.texts import table
 from controlat.report.aggregate import assemble
 from controlat.report.attacked import attack_figure, attack_notes, attack_table
 from controlat.report.lists import controllers_table, methods_table, terminals_table
-from controlat.report.search import search_table, search_text
+from controlat.report.search import read_search, search_summary, search_table, search_text, write_search
 from controlat.report.summary import figures, notes, read, rows, summary, write
 
 __all__ = [
@@ -17,11 +17,14 @@ __all__ = [
     "methods_table",
     "notes",
     "read",
+    "read_search",
     "rows",
+    "search_summary",
     "search_table",
     "search_text",
     "summary",
     "table",
     "terminals_table",
     "write",
+    "write_search",
 ]
