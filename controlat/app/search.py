@@ -17,6 +17,7 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import Pool, Task
 from controlat._util.progress import progress_bar
+from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import cards
 from controlat.app.placement import Threads
@@ -24,27 +25,28 @@ from controlat.app.runs import environment
 from controlat.app.search_result import trials_of
 from controlat.app.session import session
 from controlat.app.settings import settings_from
-from controlat.app.settings.search import SearchSettings
+from controlat.app.settings.search import SearchSettings, kept_settings
 from controlat.pmp.objective import objective
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
-__all__ = ["search"]
+__all__ = ["search", "searched"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
 
-def search(out: str | Path, **settings: Any) -> dict[str, Any]:
+def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     """Search for a schedule, and judge it under other seeds: `controlat search`.
 
     Called again with the same settings it goes on where it was stopped, with the same trials.
 
     Args:
-        out: directory for result.json, schedule.json, and the answers of all trainings.
+        out: directory for result.json, summary.md, figures, schedule.json, and the answers of all trainings.
+        resume: go on with the settings that are kept in the directory.
         **settings: the fields of `controlat.app.settings.search.SearchSettings`.
 
     Returns:
@@ -53,20 +55,26 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     Raises:
         ValueError: bad settings, a directory that holds something else, or every training failed.
     """
-    chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
+    out = expanded(out)
+    if resume:
+        settings = kept_settings(out) | settings
+    chosen = settings_from(SearchSettings, settings, "search")
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
-            result, found = _searched(
+            result, found = searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
             )
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
+        if chosen.certificate or (out / CERTIFICATE).exists():
+            there = out / CERTIFICATE
+            result["certificate"] = certificate(experiment, chosen, found, result["price"], there)
         write_json(out / "result.json", result)
         report.write_search(result, out)
     return result
 
 
-def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
+def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
     """The content of result.json, and the text of the schedule that was found."""
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()

@@ -84,10 +84,11 @@ class _Contender(TypedDict):
 
 
 class _Certificate(TypedDict):
-    C: Number
-    D: Number
-    trusted: bool
     seeds: list[int]
+    C: NotRequired[Number]
+    D: NotRequired[Number]
+    trusted: NotRequired[bool]
+    failed: NotRequired[str]
 
 
 class SearchResult(TypedDict):

@@ -12,8 +12,9 @@ from controlat._util.texts import count, duration, table
 from controlat.records import SearchResult, read_record
 from controlat.report.search.judgement import label, search_table, verdict
 from controlat.report.search.trials import at_prices, explained, failed, means
+from controlat.report.sections import Figure
 
-__all__ = ["read_search", "search_summary", "search_text", "write_search"]
+__all__ = ["read_search", "search_figures", "search_summary", "search_text", "write_search"]
 
 Result = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ def _notes(result: Result) -> list[str]:
 
 def search_summary(result: Result) -> str:
     """summary.md."""
-    images = {name: f"![{figure.title}]({name})" for name, figure in _figures(result).items()}
+    images = {name: f"![{figure.title}]({name})" for name, figure in search_figures(result).items()}
     env = result["environment"]
     parts = [
         "# Search for a schedule",
@@ -125,11 +126,15 @@ def _how(result: Result) -> str:
 def _certificate(result: Result) -> list[str]:
     """C and D of what was found, where they were asked for."""
     if "certificate" not in result:
-        return ["C and D, which say what first order would still gain, are computed with `--certificate`."]
+        return [
+            "C and D, which say how far it is from optimal by the maximum principle, were not asked for; "
+            "`controlat search --resume DIR --certificate true` adds them, for about ten trainings per seed."
+        ]
     c = result["certificate"]
-    cells = [
-        [f"{c['C']:.3g}", f"{c['D']:.3g}", "yes" if c["trusted"] else "no", ", ".join(map(str, c["seeds"]))]
-    ]
+    seeds = ", ".join(map(str, c["seeds"]))
+    if "failed" in c:
+        return [f"C and D under judging seeds {seeds} are not finite: {c['failed']}."]
+    cells = [[f"{c['C']:.3g}", f"{c['D']:.3g}", "yes" if c["trusted"] else "no", seeds]]
     return [
         table(["C full", "D", "trusted", "seeds"], cells, words=(2, 3)),
         "C full: the maximum principle's criterion over the whole run; D: the largest decrease of J that "
@@ -181,7 +186,7 @@ def _in_full(result: Result) -> list[list[str]]:
     ]
 
 
-def _figures(result: Result) -> dict[str, Any]:
+def search_figures(result: Result) -> dict[str, Figure]:
     """Figures by file name; without that of the parameters where nothing can be told of any."""
     every = registry.member(__package__, "figures").FIGURES  # which imports matplotlib
     told = any(one.degree for one in explained(result))
@@ -191,5 +196,5 @@ def _figures(result: Result) -> dict[str, Any]:
 def write_search(result: Result, out: Path) -> None:
     """Write summary.md and the figures beside result.json."""
     write_text(out / "summary.md", search_summary(result))
-    for name, figure in _figures(result).items():
+    for name, figure in search_figures(result).items():
         figure.draw(result, out / name)
