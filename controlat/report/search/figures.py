@@ -21,6 +21,7 @@ from controlat.report.search.trials import (
     failed,
     front,
     full_length,
+    is_whole,
     means,
     objective,
     spent_after,
@@ -96,11 +97,14 @@ def progress(result: Result, path: Path) -> None:
     j = np.array([objective(t, result["price"]) for t in trials])
     top = _top(j[np.isfinite(j)])
     for name, style in styles.items():
-        here = [i for i, t in enumerate(trials) if t["space"] == name and not failed(t)]
-        _dots(axis, [spent[i] for i in here], j[here], top, style | {"label": name})
+        good = [i for i, t in enumerate(trials) if t["space"] == name and not failed(t)]
+        for whole, fill in ((True, {}), (False, {"mfc": "none"})):
+            here = [i for i in good if is_whole(result, trials[i]) == whole]
+            label_ = name if whole else f"{name}, in part"
+            _dots(axis, [spent[i] for i in here], j[here], top, style | fill | {"label": label_})
     lost = [spent[i] for i, t in enumerate(trials) if failed(t)]
     _at_the_end(axis, lost, top, "x", "black", "failed")
-    _best_so_far(axis, trials, spent, j)
+    _best_so_far(axis, trials, spent, np.where([is_whole(result, t) for t in trials], j, np.nan))
     axis.set_ylim(top=top)
     axis.set_xlim(left=0)
     axis.set_xlabel("gradient evaluations spent (samples)")
@@ -124,7 +128,8 @@ def _top(j: Any) -> float:
 
 def _dots(axis: Any, x: Sequence[float], j: Any, top: float, style: Mapping[str, Any]) -> None:
     """Trials; those above the axis as triangles at its upper end."""
-    axis.plot(x, np.where(j <= top, j, np.nan), ls="", ms=6, alpha=0.75, **style)
+    if len(x):
+        axis.plot(x, np.where(j <= top, j, np.nan), ls="", ms=6, alpha=0.75, **style)
     _at_the_end(axis, [v for v, one in zip(x, j, strict=True) if one > top], top, 6, style["color"])
 
 
@@ -136,7 +141,7 @@ def _at_the_end(axis: Any, x: Sequence[float], top: float, marker: Any, colour: 
 
 
 def _best_so_far(axis: Any, trials: Sequence[Any], spent: Sequence[float], j: Any) -> None:
-    """A line for each stage: J under more seeds is another quantity."""
+    """A line for each stage, of whole runs: J under more seeds, or of less training, is another quantity."""
     stages = [t["stage"] for t in trials]
     for i, stage in enumerate(dict.fromkeys(stages)):
         here = [k for k, s in enumerate(stages) if s == stage]
@@ -161,7 +166,7 @@ def pareto(result: Result, path: Path) -> None:
     for axis in (upper, lower):
         axis.set_xlabel("n, gradient evaluations per sample and step")
         axis.set_xlim(left=0)
-    upper.legend(fontsize=8, ncols=2, loc="upper right")
+    upper.legend(fontsize=8, ncols=2, loc="best")
     handles, names = lower.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9)
     save(figure, path)
@@ -194,19 +199,27 @@ def _contenders(axis: Any, result: Result) -> None:
     """(n, robust accuracy) of the judgement with 95 % intervals over seeds, and their front."""
     rows = finished(result)
     points = [(float(np.mean(row["mean_cost"])), -100 * float(np.mean(row["robust"]))) for row in rows]
+    least = _bottom(sorted(-y for _, y in points))
     for i, (row, (n, y)) in enumerate(zip(rows, points, strict=True)):
-        style = {"color": line_style(i)["color"], "fmt": MARKERS[(i + i // 8) % 8], "capsize": 3}
-        style["ms"] = 10 if row is result["rows"][0] else 7
-        axis.errorbar(n, -y, yerr=_half_width(row["robust"]), label=label(row), **style)
+        style = {"color": line_style(i)["color"], "label": label(row)}
+        if -y < least:  # far below all others: a triangle at the lower end
+            axis.plot(n, least, marker=7, ms=8, ls="", clip_on=False, **style)
+            axis.annotate(f"  {-y:.0f} %", (n, least), (4, 4), textcoords="offset points", fontsize=9)
+            continue
+        style |= {"fmt": MARKERS[(i + i // 8) % 8], "capsize": 3, "ms": 10 if row is result["rows"][0] else 7}
+        axis.errorbar(n, -y, yerr=_half_width(row["robust"]), **style)
     edge = [points[i] for i in front(points)]
     axis.step([n for n, _ in edge], [-y for _, y in edge], where="post", color="0.5", lw=1, zorder=0)
-    heights = sorted((-y, label(row)) for (_, y), row in zip(points, rows, strict=True))
-    (lowest, name), (second, _), (highest, _) = heights[0], heights[min(1, len(heights) - 1)], heights[-1]
-    if second - lowest > highest - second > 0:
-        told = f"{name}: {lowest:.0f} %, below"
-        axis.annotate(told, (0.02, 0.02), xycoords="axes fraction", fontsize=9)
-        axis.set_ylim(second - 0.3 * (highest - second) - 3, highest + 4)
+    if np.isfinite(least):
+        axis.set_ylim(bottom=least)
     axis.set_ylabel("robust accuracy (%), judging seeds")
+
+
+def _bottom(heights: Sequence[float]) -> float:
+    """The lower end of an axis that leaves out one value far below all others; -inf where there is none."""
+    if len(heights) < 3 or heights[1] - heights[0] <= max(heights[-1] - heights[1], 3.0):
+        return -np.inf
+    return heights[1] - 0.5 * (heights[-1] - heights[1]) - 3
 
 
 def _half_width(shares: Sequence[float]) -> float:
@@ -224,6 +237,7 @@ def parameters(result: Result, path: Path) -> None:
     """What every parameter explains of the order of the trials of its space."""
     every = [space for space in explained(result) if space.degree]
     figure, axes = panels(_WIDTH, 0.9 + sum(0.7 + 0.32 * (len(e.shares) + 1) for e in every), 1, len(every))
+    np.ravel(axes)[0].get_gridspec().set_height_ratios([len(one.shares) + 1 for one in every])
     for axis, one in zip(np.ravel(axes), every, strict=True):
         _bars(axis, one)
     np.ravel(axes)[-1].set_xlabel("share of the variance of the ranks of J (%)")

@@ -101,7 +101,10 @@ def _decided(best: Row, others: Sequence[Row]) -> list[str]:
     near = [row for row in others if not against(row, best, "J").decided]
     if not near:
         return ["That is decided against all others."]
-    names = [label(row) for row in sorted(near, key=lambda row: float(np.mean(row["J"])))]
+    names = [
+        "what was found" if row["name"] == "found" else label(row)
+        for row in sorted(near, key=lambda row: float(np.mean(row["J"])))
+    ]
     if len(names) > _LISTED:
         names = [*names[:_LISTED], f"{len(names) - _LISTED} more"]
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

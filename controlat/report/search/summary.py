@@ -73,8 +73,9 @@ def search_summary(result: Result) -> str:
         "## How it was searched",
         _how(result),
         images["progress.png"],
-        "Each mark is a trial, a triangle at the upper end one above it. The best so far begins anew where "
-        "trials get more seeds: the lowest of many J under one seed owes part of it to luck.",
+        "Each mark is a trial, a triangle at the upper end one above it; open marks are trainings in part. "
+        "The best so far, of whole ones, begins anew where trials get more seeds: the lowest of many J under "
+        "one seed owes part of it to luck.",
         "## Robustness against cost",
         images["pareto.png"],
         "Above: trials of the search, Phi under its seeds (most have one), the Pareto front, and circles "

@@ -10,7 +10,18 @@ from scipy import stats
 
 from controlat.schedule_search.space import Parameter
 
-__all__ = ["Explained", "at_prices", "explained", "failed", "front", "full_length", "means", "spent_after"]
+__all__ = [
+    "Explained",
+    "at_prices",
+    "explained",
+    "failed",
+    "front",
+    "full_length",
+    "is_whole",
+    "means",
+    "objective",
+    "spent_after",
+]
 
 Result = Mapping[str, Any]
 Trial = Mapping[str, Any]
@@ -20,6 +31,11 @@ PRICES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of n, in units of that of the search
 def failed(trial: Trial) -> bool:
     """Whether a training failed under any seed."""
     return any(run["phi"] is None for run in trial["runs"])
+
+
+def is_whole(result: Result, trial: Trial) -> bool:
+    """Whether its runs were trained to the end, at full length and on all samples."""
+    return (trial["epochs"], trial["points"], trial["until"]) == (result["settings"]["epochs"], None, None)
 
 
 def means(trial: Trial) -> tuple[float, float]:
@@ -49,13 +65,8 @@ def spent_after(result: Result) -> list[float]:
 
 def full_length(result: Result) -> list[Trial]:
     """Trials of whole runs on all samples that did not fail, each schedule once: under the most seeds."""
-    epochs = result["settings"]["epochs"]
-    whole = [
-        t
-        for t in result["trials"]
-        if (t["epochs"], t["points"], t["until"]) == (epochs, None, None) and not failed(t)
-    ]
-    every = sorted(whole, key=lambda t: len(t["runs"]))
+    good = [t for t in result["trials"] if is_whole(result, t) and not failed(t)]
+    every = sorted(good, key=lambda t: len(t["runs"]))
     return list({t["schedule"]: t for t in every}.values())
 
 
