@@ -58,19 +58,17 @@ def _search(parsed: Namespace) -> None:
     from controlat._util.texts import speaker
     from controlat.app.search import search
     from controlat.app.search_plan import search_plan
-    from controlat.app.settings.search import changed, kept_settings
+    from controlat.app.settings.search import kept_settings
 
     settings = _settings(parsed, ("config", "out", "resume", "dry_run"))
-    if (parsed.out is None) == (parsed.resume is None):
+    begun, out = parsed.get("resume"), parsed.get("resume") or parsed.get("out")
+    if out is None or (begun and parsed.get("out")):
         raise ValueError("give --out DIR for a new search, or --resume DIR for one that was begun")
-    out = parsed.out or parsed.resume
-    if parsed.resume is not None:  # what is not given is as it was
-        settings = changed(settings)
-    if parsed.dry_run:
-        kept = {} if parsed.resume is None else kept_settings(Path(out))
+    if parsed.get("dry_run"):
+        kept = kept_settings(Path(out)) if begun else {}
         print(report.search_plan_text(search_plan(**kept | settings)))
         return
-    result = search(out, resume=parsed.resume is not None, **settings)
+    result = search(out, resume=begun is not None, **settings)
     if not speaker():
         print(report.search_text(result))
         print(
@@ -262,6 +260,8 @@ def _run(words: list[str]) -> int:
     parser = build_parser()
     try:
         parsed = parser.parse_args(words)
+        if parsed.command == "search" and parsed.search.resume is not None:
+            parsed = parser.parse_args(words, defaults=False)  # all that is not given is as it was
         if started() > 1 and (
             parsed.command not in ("train", "evaluate") or parsed[parsed.command].get("dry_run")
         ):

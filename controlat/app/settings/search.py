@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from controlat.records import Settings, checked, read_record, settings_of
 from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
 
-__all__ = ["SearchSettings", "changed", "kept_settings"]
+__all__ = ["SearchSettings", "kept_settings"]
 
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
@@ -148,10 +148,3 @@ def kept_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not the directory of a controlat search")
     checked(stored, settings_of(SearchSettings), str(path))
     return {f.name: stored[f.name] for f in fields(SearchSettings) if f.name in stored}
-
-
-def changed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that are not what they are if left out: the command line fills in the others."""
-    usual = {f.name: f.default if f.default is not MISSING else {} for f in fields(SearchSettings)}
-    lists = {k: list(v) for k, v in usual.items() if isinstance(v, tuple)}
-    return {k: v for k, v in given.items() if v != (usual | lists)[k]}

@@ -110,6 +110,7 @@ def _decided(best: Row, others: Sequence[Row]) -> list[str]:
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     rest = len(others) - len(near)
     told = f", {'the other is' if rest == 1 else f'the {rest} others are'} decidedly worse" * bool(rest)
+    listed = listed.replace("what", "What") if listed.startswith("what was") else listed
     return [f"{listed} cannot be told apart from it by J{told}."]
 
 
