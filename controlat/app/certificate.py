@@ -33,7 +33,7 @@ def certificate(
         ``{"seeds", "C", "D", "trusted"}``, or ``{"seeds", "failed"}`` where the criterion is not finite.
     """
     seeds = list(chosen.judge_seeds[:_SEEDS])
-    spec = experiment.spec(chosen.schedule_of(found), seeds[0])
+    spec = experiment.spec(chosen.controller_of(found), seeds[0])
     problem = {f.name: getattr(chosen, f.name) for f in fields(Problem)}
     result = evaluate(
         out,

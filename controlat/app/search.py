@@ -107,7 +107,7 @@ def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> 
         "found": winner.text,
         "spent": spent,
         "rows": rows,
-        **trials_of(chosen, work),
+        **trials_of(chosen, work, chosen.schedule_of(winner.text)),
     }
     return result, winner.text
 

@@ -41,31 +41,37 @@ def search_plan(**settings: Any) -> dict[str, Any]:
     asked = settings_from(SearchSettings, settings, "search")
     chosen = replace(asked, proposer="random", progress=False)
     experiment = Experiment.of(chosen)
-    result, _ = searched(experiment, chosen, Ledger(None, _planned(experiment, chosen)))
+    with experiment.running(Threads(1, "one for each of the trainings at a time")):
+        each = seconds_per_evaluation(experiment, chosen.schedule_of(chosen.most))
+    result, _ = searched(experiment, chosen, Ledger(None, _planned(experiment, chosen, each)))
     sizes = len(experiment.test), experiment.data.num_classes, chosen.attacks
     attack = sum(m.gradients + m.forwards / 3 for m in Extras(checks=0).cost(*sizes).values())
     judging = sum(row["gradients"] + attack for row in result["rows"]) * len(chosen.judge_seeds)
-    with experiment.running(Threads(1, "one for each of the trainings at a time")):
-        each = seconds_per_evaluation(experiment, chosen.schedule_of(chosen.most))
-    total = result["spent"]["gradients"] + judging
-    seconds = total * each / (chosen.jobs or available_cores())
+    seconds = (result["spent"]["seconds"] + judging * each) / (chosen.jobs or available_cores())
     return result | {"settings": asked.to_json(), "judging": judging, "expected_seconds": seconds}
 
 
-def _planned(experiment: Experiment, chosen: SearchSettings) -> Judge:
-    """A judge that trains nothing: it knows what trainings would cost, and takes Phi to be noise."""
+def _planned(experiment: Experiment, chosen: SearchSettings, each: float) -> Judge:
+    """A judge that trains nothing: it knows what trainings would cost, and takes Phi to be noise.
+
+    Args:
+        experiment: the problem.
+        chosen: settings.
+        each: seconds of a gradient evaluation.
+    """
     seed = chosen.judge_seeds[0]
     phi = terminal_evaluations(experiment.terminal(seed, chosen.terminal), experiment.driver(seed)).value
 
     def answer(q: Question) -> Answer:
         problem = _problem(chosen, q.method)
         there = replace(experiment, problem=problem)
-        spec = there.spec(problem.schedule_of(q.text), q.seed)
-        whole = rollout_cost(spec, there.driver(q.seed).method)
+        spec = there.spec(problem.controller_of(q.text), q.seed)
+        whole = rollout_cost(spec, there.driver(q.seed).method) + spec.decision_cost
         part = (q.until or q.epochs) / spec.epochs * (q.points or len(spec.data)) / len(spec.data)
-        n = whole / (len(spec.data) * spec.epochs)
+        n = whole / (len(spec.data) * spec.epochs) * (q.until or q.epochs) / q.epochs
+        gradients = whole * part + phi
         noise = float(np.random.default_rng([q.seed, *q.text.encode()]).standard_normal())
-        return Answer(noise, n, whole * part + phi, 0.0, clean=0.0, robust=0.0)
+        return Answer(noise, n, gradients, gradients * each, clean=0.0, robust=0.0)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
         for i, question in enumerate(questions):

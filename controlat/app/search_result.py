@@ -6,23 +6,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from controlat.app.settings.schedules import names_controller
 from controlat.app.settings.search import SearchSettings
+from controlat.control.schedules import Schedule
 from controlat.schedule_search.loop import Search
 from controlat.schedule_search.trials import Answer, Question, Trial
 
 __all__ = ["trials_of"]
 
 
-def trials_of(chosen: SearchSettings, work: Search) -> dict[str, Any]:
+def trials_of(chosen: SearchSettings, work: Search, found: Schedule) -> dict[str, Any]:
     """Parts of result.json: the unit of budgets, the spaces, all trials in the order made, schedules in full.
 
     Args:
         chosen: settings.
         work: a search that has ended.
+        found: the schedule of its winner.
     """
     unit = Question(chosen.most, work.plan.seeds[0], chosen.epochs)
     names = {id(b.space): name for name, b in zip(chosen.spaces, work.branches, strict=True)}
-    finalists = dict.fromkeys(t.text for t in (*work.raced, *work.promoted) if not t.failed)
+    others = (t.text for t in (*work.raced[1:], *work.promoted) if not t.failed)
+    schedules = {t: chosen.schedule_of(t) for t in others if not names_controller(t)}
     return {
         "unit": {"schedule": unit.text, **_run(unit, work.ledger.answers[unit])},
         "spaces": [
@@ -30,7 +34,7 @@ def trials_of(chosen: SearchSettings, work: Search) -> dict[str, Any]:
             for name, b in zip(chosen.spaces, work.branches, strict=True)
         ],
         "trials": [_plain(t, _stage(work, t), names[id(t.space)]) for t in work.made],
-        "schedules": {text: chosen.schedule_of(text).to_json() for text in finalists},
+        "schedules": {text: s.to_json() for text, s in (schedules | {work.raced[0].text: found}).items()},
     }
 
 

@@ -73,6 +73,7 @@ class _Spent(TypedDict):
 class _Contender(TypedDict):
     name: str
     schedule: str
+    method: NotRequired[str]
     errors: list[str]
     J: NotRequired[list[Number]]
     phi: NotRequired[list[Number]]

@@ -117,7 +117,7 @@ def _decided(best: Row, others: Sequence[Row]) -> list[str]:
 def _gain(result: Mapping[str, Any], best: Row) -> list[str]:
     """Robust accuracy and cost against PGD-K_max, where that was judged."""
     unit = result.get("unit", {}).get("schedule")
-    rows = [row for row in finished(result) if row["schedule"] == unit and row is not best]
+    rows = [r for r in finished(result) if r["schedule"] == unit and not r.get("method") and r is not best]
     if not rows:
         return []
     share = best["gradients"] / rows[0]["gradients"]
