@@ -18,14 +18,14 @@ _SEEDS = 3  # judging seeds at most: it costs about ten trainings under each
 
 
 def certificate(
-    experiment: Experiment, chosen: SearchSettings, found: str, price: float, out: Path
+    experiment: Experiment, chosen: SearchSettings, text: str, price: float, out: Path
 ) -> dict[str, Any]:
     """C and D of what was found, at the search's price, by `evaluate` in a directory of its own.
 
     Args:
         experiment: the problem.
         chosen: settings of the search.
-        found: the schedule.
+        text: of the schedule.
         price: of the mean cost n of a step, in units of J.
         out: the directory, which has the whole evaluation then.
 
@@ -33,12 +33,12 @@ def certificate(
         ``{"seeds", "C", "D", "trusted"}``, or ``{"seeds", "failed"}`` where the criterion is not finite.
     """
     seeds = list(chosen.judge_seeds[:_SEEDS])
-    spec = experiment.spec(chosen.controller_of(found), seeds[0])
+    spec = experiment.spec(chosen.controller_of(text), seeds[0])
     problem = {f.name: getattr(chosen, f.name) for f in fields(Problem)}
     result = evaluate(
         out,
         **problem,
-        schedules=[found],
+        schedules=[text],
         seeds=seeds,
         gamma=price / (spec.price(1.0) * spec.epochs * spec.batches_per_epoch),
         terminal=chosen.terminal,

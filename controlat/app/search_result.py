@@ -15,13 +15,13 @@ from controlat.schedule_search.trials import Answer, Question, Trial
 __all__ = ["trials_of"]
 
 
-def trials_of(chosen: SearchSettings, work: Search, found: Schedule) -> dict[str, Any]:
+def trials_of(chosen: SearchSettings, work: Search, schedule: Schedule) -> dict[str, Any]:
     """Parts of result.json: the unit of budgets, the spaces, all trials in the order made, schedules in full.
 
     Args:
         chosen: settings.
         work: a search that has ended.
-        found: the schedule of its winner.
+        schedule: of its winner.
     """
     unit = Question(chosen.most, work.plan.seeds[0], chosen.epochs)
     names = {id(b.space): name for name, b in zip(chosen.spaces, work.branches, strict=True)}
@@ -34,7 +34,7 @@ def trials_of(chosen: SearchSettings, work: Search, found: Schedule) -> dict[str
             for name, b in zip(chosen.spaces, work.branches, strict=True)
         ],
         "trials": [_plain(t, _stage(work, t), names[id(t.space)]) for t in work.made],
-        "schedules": {text: s.to_json() for text, s in (schedules | {work.raced[0].text: found}).items()},
+        "schedules": {text: s.to_json() for text, s in (schedules | {work.raced[0].text: schedule}).items()},
     }
 
 

@@ -28,9 +28,9 @@ def redraw(directory: str | Path) -> list[str]:
     content = read_json(path)
     kind = content.get("format") if isinstance(content, dict) else None
     if kind == "controlat search":
-        found = read_search(path)
-        write_search(found, out)
-        return ["summary.md", *search_figures(found)]
+        searched = read_search(path)
+        write_search(searched, out)
+        return ["summary.md", *search_figures(searched)]
     if kind == "controlat evaluation":
         compared = read(path)
         write(compared, out, again=True)

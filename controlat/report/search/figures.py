@@ -55,9 +55,9 @@ def _legend(figure: Any, axis: Any, columns: int = 3) -> None:
 def schedules(result: Result, path: Path) -> None:
     """Every control over time: what was found, and pale behind it the best of the others."""
     every = {text: Schedule.from_json(entry) for text, entry in result["schedules"].items()}
-    found = every.pop(result["found"])
+    best = every.pop(result["found"])
     spaces = {trial["schedule"]: trial["space"] for trial in result["trials"]}
-    knobs = sorted(found.curves, key=lambda k: ([*_KNOBS, k].index(k), k))
+    knobs = sorted(best.curves, key=lambda k: ([*_KNOBS, k].index(k), k))
     figure, axes = panels(_WIDTH, 3.4, len(knobs))
     styles = _styles(result)
     for axis, knob in zip(axes, knobs, strict=True):
@@ -67,7 +67,7 @@ def schedules(result: Result, path: Path) -> None:
             _draw_knob(axis, every[text], knob, style)
         name = f"found, {spaces[result['found']]}"
         style = {"color": styles[spaces[result["found"]]]["color"], "lw": 2.8, "label": name}
-        _draw_knob(axis, found, knob, style)
+        _draw_knob(axis, best, knob, style)
         axis.set_ylabel(_KNOBS.get(knob, knob))
         axis.set_xlabel("t (epochs)")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))

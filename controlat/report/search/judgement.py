@@ -13,7 +13,7 @@ from controlat.schedule_search.loop import Difference, paired
 __all__ = ["against", "finished", "label", "search_table", "verdict"]
 
 Row = Mapping[str, Any]
-_NAME = 38  # letters of a name in the table, which then has at most 110 columns
+_NAME = 30  # letters of a name in the table, which then has at most 110 columns
 _LISTED = 3  # contenders that a sentence names
 
 
@@ -38,14 +38,14 @@ def search_table(result: Mapping[str, Any]) -> str:
     return table(heads, [_cells(row, result["rows"][0]) for row in result["rows"]])
 
 
-def _cells(row: Row, found: Row) -> list[str]:
+def _cells(row: Row, first: Row) -> list[str]:
     if row["errors"]:
         return [label(row), "failed", *["-"] * 5]
     return [
         label(row),
         _spread(row["J"], 1, 3),
         _spread(row["robust"], 100, 1),
-        "" if row is found or found["errors"] else _points(against(row, found, "robust")),
+        "" if row is first or first["errors"] else _points(against(row, first, "robust")),
         f"{100 * np.mean(row['clean']):.1f}",
         f"{np.mean(row['mean_cost']):.1f}",
         count(row["gradients"]),
@@ -79,16 +79,16 @@ def verdict(result: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _choice(found: Row, best: Row) -> str:
-    """The recommendation."""
+def _choice(first: Row, best: Row) -> str:
+    """The recommendation; `first` is what was found."""
     mean = f"{np.mean(best['J']):.3f}"
-    if best is found:
+    if best is first:
         return f"Use {best['schedule']}, which was found: its J, {mean}, is the lowest."
     name = best["schedule"] if best["name"] in best["schedule"] else f"{best['name']}, {best['schedule']}"
-    if found["errors"]:
+    if first["errors"]:
         return f"Use {name} (J {mean}): what was found failed under a judging seed."
     return (
-        f"Use {name}, not what was found: its J is {mean}, that of what was found {np.mean(found['J']):.3f}."
+        f"Use {name}, not what was found: its J is {mean}, that of what was found {np.mean(first['J']):.3f}."
     )
 
 
@@ -107,7 +107,7 @@ def _decided(best: Row, others: Sequence[Row]) -> list[str]:
     ]
     if len(names) > _LISTED:
         names = [*names[:_LISTED], f"{len(names) - _LISTED} more"]
-    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    listed = " and ".join(filter(None, ("; ".join(names[:-1]), names[-1])))
     rest = len(others) - len(near)
     told = f", {'the other is' if rest == 1 else f'the {rest} others are'} decidedly worse" * bool(rest)
     listed = listed.replace("what", "What") if listed.startswith("what was") else listed

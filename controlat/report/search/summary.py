@@ -1,4 +1,4 @@
-"""What a search leaves for its reader: the text on the terminal, summary.md and the figures."""
+"""What a search leaves for its reader: what is printed, summary.md and the figures."""
 
 from __future__ import annotations
 
