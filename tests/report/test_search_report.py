@@ -58,7 +58,7 @@ def result() -> dict[str, Any]:
         row("found", text, [1.0, 1.1, 1.2, 1.1], 0.58),
         row(PGD, PGD, [1.2, 1.31, 1.39, 1.3], 0.56, 1100.0),
         row("none", "none", [4.0, 4.2, 4.1, 4.0], 0.1, 100.0),
-        row("best " + 90 * "x", "pgd:" + 90 * "x", [4.0, 1.2, 8.1, 4.0], 0.1, 123e6),
+        row("best " + 90 * "x", "pgd:" + 90 * "x", [4.0, 1.2, 8.1, 4.0], 0.1) | {"gradients": 123e6},
         {"name": "broken", "schedule": "pgd:steps=3,alpha=0.3", "errors": ["diverged"]},
     ]
     return {
