@@ -10,39 +10,43 @@ from typing import Any
 
 import numpy as np
 
+from controlat import report
 from controlat._util.cores import available_cores
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
 from controlat._util.sending import Common
+from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import workers
 from controlat.app.placement import Threads
 from controlat.app.runs import environment
+from controlat.app.search_result import trials_of
 from controlat.app.session import session
 from controlat.app.settings import settings_from
-from controlat.app.settings.search import SearchSettings
+from controlat.app.settings.search import SearchSettings, kept_settings
 from controlat.pmp.objective import objective
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
-__all__ = ["search"]
+__all__ = ["search", "searched"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
 
-def search(out: str | Path, **settings: Any) -> dict[str, Any]:
+def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     """Search for a schedule, and judge it under other seeds: `controlat search`.
 
     Called again with the same settings it goes on where it was stopped, with the same trials.
 
     Args:
-        out: directory for result.json, schedule.json, and the answers of all trainings.
+        out: directory for result.json, summary.md, figures, schedule.json, and the answers of all trainings.
+        resume: go on with the settings that are kept in the directory.
         **settings: the fields of `controlat.app.settings.search.SearchSettings`; data, model and method
             may be objects (`controlat.app.settings.objects`).
 
@@ -52,19 +56,26 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     Raises:
         ValueError: bad settings, a directory that holds something else, or every training failed.
     """
-    chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
+    out = expanded(out)
+    if resume:
+        settings = kept_settings(out) | settings
+    chosen = settings_from(SearchSettings, settings, "search")
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with workers(chosen, chosen.jobs or available_cores(), "trainings") as pool:
-            result, found = _searched(
+            result, found = searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
             )
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
+        if chosen.certificate or (out / CERTIFICATE).exists():
+            there = out / CERTIFICATE
+            result["certificate"] = certificate(experiment, chosen, found, result["price"], there)
         write_json(out / "result.json", result)
+        report.write_search(result, out)
     return result
 
 
-def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
+def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
     """The content of result.json, and the text of the schedule that was found."""
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
@@ -82,7 +93,10 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    spent = sum(a.gradients for a in ledger.answers.values())
+    searched = [a for q, a in ledger.answers.items() if not q.attacked]
+    spent = {"trainings": len(searched)} | {
+        key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
+    }
     rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
     result = {
         "format": "controlat search",
@@ -92,8 +106,9 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
         "sizes": experiment.sizes,
         "price": plan.price,
         "found": winner.text,
-        "spent": {"gradients": spent, "trainings": len(ledger)},
+        "spent": spent,
         "rows": rows,
+        **trials_of(chosen, work, chosen.schedule_of(winner.text)),
     }
     return result, winner.text
 
@@ -152,7 +167,9 @@ def _judged(
             row |= {
                 key: [getattr(a, key) for a in answers] for key in ("phi", "clean", "robust", "mean_cost")
             }
-            row["gradients"] = float(np.mean([a.gradients for a in answers]))
+            row |= {
+                key: float(np.mean([getattr(a, key) for a in answers])) for key in ("gradients", "seconds")
+            }
         rows.append(row)
     for row in rows[1:]:
         if not row["errors"] and not rows[0]["errors"]:

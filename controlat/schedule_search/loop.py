@@ -125,12 +125,14 @@ class Search:
         ledger: answers.
         plan: how the budget is spent.
         each: called after every training, with the best trial so far; None before there is one.
+        made: all trials in the order in which they were made; those of a race again with every seed more.
     """
 
     branches: Sequence[Branch]
     ledger: Ledger
     plan: Plan
     each: Callable[[Trial | None], object] = lambda _: None
+    made: list[Trial] = field(default_factory=list)
     promoted: list[Trial] = field(default_factory=list)
     raced: list[Trial] = field(default_factory=list)
 
@@ -225,10 +227,12 @@ class Search:
         ]
         self.ledger.ask([q for each in questions for q in each], lambda: self.each(self.best))
         answers = self.ledger.answers
-        return [
+        trials = [
             Trial(space, point, tuple(asked), tuple(answers[q] for q in asked))
             for (space, point), asked in zip(pairs, questions, strict=True)
         ]
+        self.made += trials
+        return trials
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

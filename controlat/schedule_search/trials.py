@@ -115,7 +115,7 @@ class Ledger:
     take no time, so that it comes to where it was and goes on with the same trials.
 
     Args:
-        path: of the file, of JSON lines.
+        path: of the file, of JSON lines; None to keep them in memory alone.
         judge: judge(questions, done) trains, and calls done(i, answer) as each training ends.
 
     Raises:
@@ -123,10 +123,10 @@ class Ledger:
             cut off is left out.
     """
 
-    def __init__(self, path: Path, judge: Judge) -> None:
+    def __init__(self, path: Path | None, judge: Judge) -> None:
         self.path, self._judge = path, judge
         self._known: dict[Question, Answer] = {}
-        for number, row in enumerate(read_json_lines(path), start=1):
+        for number, row in enumerate([] if path is None else read_json_lines(path), start=1):
             try:
                 self._known[Question(**row["question"])] = Answer(**row["answer"])
             except (TypeError, KeyError) as error:
@@ -151,7 +151,8 @@ class Ledger:
         new = [q for q in dict.fromkeys(questions) if q not in self._known]
 
         def done(i: int, answer: Answer) -> None:
-            append_json_line(self.path, {"question": _said(new[i]), "answer": _said(answer)})
+            if self.path is not None:
+                append_json_line(self.path, {"question": _said(new[i]), "answer": _said(answer)})
             self._known[new[i]] = answer
             each()
 

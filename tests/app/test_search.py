@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 import controlat
-from controlat.app.cli import main
 from controlat.app.settings import SearchSettings
 
 SMALL: dict[str, Any] = {
@@ -43,6 +42,8 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert first["price"] * 3 == pytest.approx(0.2)  # the whole cost of PGD-2
     file.write_text("".join(lines[:-3]) + lines[-3][:20])
     again = controlat.search(tmp_path / "out", **SMALL)
+    for key in ("trainings", "gradients"):
+        assert again["spent"][key] == first["spent"][key]  # those of the judgement are not counted
     assert again["found"] == first["found"]
     assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
     judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]
@@ -68,13 +69,3 @@ def test_what_is_wrong_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=told):
         controlat.search(tmp_path / "out", **SMALL | given)
     assert not (tmp_path / "out" / "trainings.jsonl").exists()
-
-
-def test_the_command_says_which_schedule_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["search", "--out", str(tmp_path / "out"), "--spaces", "constant", "--proposer", "random"]
-    words += ["--budget", "1trainings", "--max_steps", "1", "--epochs", "1", "--train_points", "100"]
-    words += ["--test_points", "20", "--judge_seeds", "0", "1", "--against", "none", "--attacks", "pgd-2"]
-    assert main([*words, "--jobs", "1", "--progress", "false"]) == 0
-    told = capsys.readouterr().out
-    assert "(found)" in told
-    assert "Use " in told

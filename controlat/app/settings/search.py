@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from controlat._util.checks import number, whole
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.methods import build
 from controlat.pmp.terminal import parse_terminal
+from controlat.records import Settings, checked, read_record, settings_of
 from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
 
-__all__ = ["SearchSettings"]
+__all__ = ["SearchSettings", "kept_settings"]
 
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
@@ -40,6 +43,8 @@ class SearchSettings(Problem):
         judge_seeds: Seeds of the judgement; 0 to 7 for digits, 0 to 4 for other data if left out.
         against: Schedules that the one that is found is judged against, beside the best of every space; plain
             ones if left out.
+        certificate: Compute the full criterion C and the reachable decrease D of what was found too, under up
+            to three of the judging seeds; about ten trainings each. A finished search may be asked for it.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
     """
 
@@ -53,6 +58,7 @@ class SearchSettings(Problem):
     attacks: Sequence[str] = ("pgd-50-10",)
     judge_seeds: Sequence[int] = ()
     against: Sequence[str] = ()
+    certificate: bool = False
     jobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +86,10 @@ class SearchSettings(Problem):
         self.against = list(self.against) or self._plain()
         for text in self.against:
             self.schedule_of(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results; not whether they get a certificate, which may be asked for later."""
+        return {name: value for name, value in super().to_json().items() if name != "certificate"}
 
     @property
     def most(self) -> str:
@@ -122,3 +132,19 @@ class SearchSettings(Problem):
     def search_seeds(self, count: int) -> tuple[int, ...]:
         """Seeds of the search, none of which the judgement uses."""
         return tuple(range(_FIRST, _FIRST + count))
+
+
+def kept_settings(directory: Path) -> dict[str, Any]:
+    """The settings of the search that a directory holds.
+
+    Raises:
+        ValueError: it holds none, or its settings are malformed.
+    """
+    path = directory / "settings.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is not the directory of a controlat search: it has no settings.json")
+    stored = read_record(path, Settings)
+    if stored.get("command") != "search":
+        raise ValueError(f"{directory} is not the directory of a controlat search")
+    checked(stored, settings_of(SearchSettings), str(path))
+    return {f.name: stored[f.name] for f in fields(SearchSettings) if f.name in stored}
