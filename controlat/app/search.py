@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from controlat._util.progress import progress_bar
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import cards
 from controlat.app.placement import Threads
+from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
 from controlat.app.session import session
-from controlat.app.settings import settings_from
+from controlat.app.settings import Problem, settings_from
 from controlat.app.settings.search import SearchSettings
 from controlat.pmp.objective import objective
 from controlat.robust_accuracy.robust import run_attacks
@@ -33,6 +35,8 @@ __all__ = ["search"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
+_PROMOTED = 4  # of each space, judged at full length under more seeds
+_STATES = "states"
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
 
@@ -55,11 +59,11 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
-            result, found = _searched(
-                experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
-            )
+            judge = judge_in(pool, chosen, out / _STATES)
+            result, found = _searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
         write_json(out / "result.json", result)
+        shutil.rmtree(out / _STATES, ignore_errors=True)
     return result
 
 
@@ -107,14 +111,27 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     if chosen.gamma is not None:
         spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
+    budget, unit = chosen.allowance(most.gradients)
     return Plan(
-        budget=chosen.evaluations(most.gradients),
+        budget=budget,
+        unit=unit,
         price=price,
-        rungs=(Rung(chosen.epochs), Rung(chosen.epochs, seeds=3, keep=4)),
+        rungs=_rungs(chosen, len(experiment.training)),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
     )
+
+
+def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
+    """Exploring, and the rungs above it; each keeps a third of what the one before keeps."""
+    cheap = [
+        Rung(round(epochs * chosen.epochs), None if points == 1 else max(1, round(points * samples)))
+        for epochs, points in chosen.shares()
+    ]
+    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=3)]
+    kept = [_PROMOTED * 3**i for i in reversed(range(len(above)))]
+    return explore, *(rung._replace(keep=keep) for rung, keep in zip(above, kept, strict=True))
 
 
 def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
@@ -162,18 +179,24 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
-    """A judge of questions that trains in the processes of a pool."""
+def judge_in(pool: Pool, chosen: SearchSettings, states: Path) -> Judge:
+    """A judge of questions that trains in the processes of a pool.
+
+    Args:
+        pool: the processes.
+        chosen: the settings of the search.
+        states: folder in which trainings that end early leave their states, for others to go on from.
+    """
     sent = pickle.dumps(chosen)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
-        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (sent, q)) for q in questions]
+        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (sent, q, states)) for q in questions]
         pool.map(tasks, done)
 
     return judge
 
 
-def trained(sent: bytes, question: Question) -> Answer:
+def trained(sent: bytes, question: Question, states: Path | None = None) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = pickle.loads(sent)
     experiment = _experiment(sent, question.epochs, question.points)
@@ -182,7 +205,12 @@ def trained(sent: bytes, question: Question) -> Answer:
     with experiment.running(_ONE):
         try:
             driver = experiment.driver(question.seed)
-            outcome = objective(driver, spec, experiment.terminal(question.seed, chosen.terminal))
+            prefix = None if states is None else Prefix(states, driver, spec, experiment.problem)
+            epoch, before = (0, 0.0) if prefix is None else prefix.restore(question.until or spec.epochs)
+            terminal = experiment.terminal(question.seed, chosen.terminal)
+            outcome = objective(driver, spec, terminal, epoch=epoch, before=before, until=question.until)
+            if prefix is not None and question.until is not None:
+                prefix.save(question.until, outcome.evaluations)
         except NonFiniteError as error:
             return Answer(None, 0.0, 0.0, 0.0, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
@@ -204,4 +232,9 @@ def trained(sent: bytes, question: Question) -> Answer:
 def _experiment(sent: bytes, epochs: int, points: int | None) -> Experiment:
     """The problem at one fidelity; its data are loaded once."""
     chosen: SearchSettings = pickle.loads(sent)
-    return Experiment.of(replace(chosen, epochs=epochs, train_points=points or chosen.train_points))
+    problem = Problem(**{f.name: getattr(chosen, f.name) for f in fields(Problem)} | {"epochs": epochs})
+    experiment = Experiment.of(problem)
+    if points is None:
+        return experiment
+    fewer = replace(experiment.data, train=experiment.training).limited(points, None).train
+    return replace(experiment, training=fewer)
