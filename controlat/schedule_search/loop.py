@@ -240,4 +240,7 @@ class Search:
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:
     """Trials without those whose schedule stands before."""
-    return list({t.text: t for t in reversed(trials)}.values())[::-1]
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.text, trial)
+    return list(first.values())

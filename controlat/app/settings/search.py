@@ -35,7 +35,7 @@ class SearchSettings(Problem):
         budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, gradient
             evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed over its trainings.
         fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
-            epochs=1/4 epochs=1/2,points=1/2: the first kind explores, every other one is for the best of the
+            epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
             kind before. All trainings are full ones if left out.
         max_steps: K_max, the largest K.
         weight: What the whole cost of PGD-K_max weighs in J, in units of the loss (nats): it decides gamma.
@@ -133,17 +133,16 @@ class SearchSettings(Problem):
         """The shares of epochs and of samples of the cheaper trainings.
 
         Raises:
-            ValueError: one is malformed, out of range, less than an epoch, or not dearer than the one before.
+            ValueError: one is malformed, out of range, less than an epoch, or cheaper than the one before.
         """
         pairs = [_shares(text) for text in self.fidelity]
         for text, (epochs, _) in zip(self.fidelity, pairs, strict=True):
             if round(epochs * self.epochs) < 1:
                 raise ValueError(f"fidelity {text!r} is less than one of the {self.epochs} epochs")
         costs = [epochs * points for epochs, points in pairs] + [1.0]
-        if any(b <= a for a, b in pairwise(costs)):
+        if any(b < a for a, b in pairwise(costs)):
             raise ValueError(
-                "fidelity lists trainings that are cheaper than a whole one, the cheapest first, got "
-                + " ".join(self.fidelity)
+                "fidelity lists cheaper trainings, the cheapest first, got " + " ".join(self.fidelity)
             )
         return pairs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,9 +22,9 @@ Member = dict[str, float]  # the coordinates of a point in the unit cube, by the
 class PBT:
     """A population of trainings that is judged between intervals of training.
 
-    The parameters of the space must begin to act at different times, as the two values of K in
-    ``step:steps=0~8:0~8,at=6,alpha=0.1`` do: these times divide training into intervals. All members are
-    trained to the end of an interval, and judged by J there: Phi of the state, with the cost so far. Then
+    The space must be one of stages: controls that are constant but for given times, from each of which on one
+    or more of the parameters act, as in ``step:steps=0~8:0~8,at=6,alpha=0.01~0.1``. All members are trained
+    to the end of a stage, and judged by J there: Phi of the state, with the cost so far. Then
     copies of the best replace the worst (exploit), and their controls from there on are changed at random
     (explore). Members that are not replaced keep their controls, as constants. Every member is a schedule,
     and after the last interval a whole trial; then a new population begins.
@@ -40,7 +41,7 @@ class PBT:
         renewed: the probability with which it is drawn anew in place of that.
 
     Raises:
-        ValueError: a number is out of range, or all parameters act from the first epoch on.
+        ValueError: a number is out of range, or it is no space of stages.
 
     Source:
         Jaderberg et al. (2017), "Population based training of neural networks", algorithm 1, with truncation
@@ -77,11 +78,6 @@ class PBT:
         self._moved, self._spread, self._renewed = round(replaced * population), spread, renewed
         self._onset = {p.name: int(t) for p, t in zip(space.parameters, _onsets(space), strict=True)}
         self._ends: list[int | None] = [*sorted({t for t in self._onset.values() if t}), None]
-        if len(self._ends) < 2:
-            raise ValueError(
-                f"pbt changes controls in the course of training, but all those of {short(space.text)!r} act "
-                "from the first epoch on; take a space of stages (--spaces stages)"
-            )
         self._rng = np.random.default_rng(seed)
         self._drawn = Random(space, seed)
         self._begin()
@@ -152,18 +148,24 @@ def _onsets(space: Space) -> list[float]:
 
     It is looked for with the other parameters at their smallest, middle and largest values; 0 for a parameter
     that never changes one.
+
+    Raises:
+        ValueError: it is no space of stages: controls change at other times.
     """
-    onsets = [math.inf] * len(space.parameters)
+    onsets, changes = [math.inf] * len(space.parameters), set[float]()
     for level in (0.0, 0.5, 1.0):
         base = [level] * len(space.parameters)
         for i, onset in enumerate(onsets):
-            ends = [
-                space.schedule(space.point([*base[:i], share, *base[i + 1 :]])) for share in (0.0, 0.5, 1.0)
-            ]
-            a = ends[0]
-            times = (piece * a.resolution for piece in range(a.pieces))
-            differ = (t for t in times if any(b(t) != a(t) for b in ends[1:]))
-            onsets[i] = min(onset, next(differ, onset))
+            probes = [space.schedule(space.point([*base[:i], x, *base[i + 1 :]])) for x in (0.0, 0.5, 1.0)]
+            a = probes[0]
+            times = [piece * a.resolution for piece in range(a.pieces)]
+            onsets[i] = min(onset, next((t for t in times if any(b(t) != a(t) for b in probes)), math.inf))
+            changes |= {t for s, t in pairwise(times) if any(b(t) != b(s) for b in probes)}
+    if not changes or not changes <= set(onsets):
+        raise ValueError(
+            f"pbt takes a space of stages, as --spaces stages: one whose controls are constant but for given "
+            f"times, from each of which on a parameter acts; got {short(space.text)!r}"
+        )
     return [0.0 if t == math.inf else t for t in onsets]
 
 
