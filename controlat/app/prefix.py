@@ -16,6 +16,8 @@ from controlat.app.settings import Problem
 from controlat.app.tally import Tally
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.run_spec import RunSpec
+from controlat.pmp.objective import Outcome, objective
+from controlat.pmp.terminal import Terminal
 
 __all__ = ["Prefix"]
 
@@ -39,14 +41,33 @@ class Prefix:
     spec: RunSpec
     problem: Problem
 
-    def restore(self, until: int) -> tuple[int, float]:
-        """Put the driver where the longest beginning that ends before an epoch has led.
+    def objective(self, terminal: Terminal, until: int | None) -> Outcome:
+        """Train on from the longest beginning that was kept, and take Phi; a run that ends early is kept.
 
-        A state at `until` itself is not used: so the cost of a run does not depend on whether it was stopped
-        after it had left its state.
+        Args:
+            terminal: Phi.
+            until: epoch before which to end; None for the end of the run, whose state is not kept.
 
         Returns:
-            The epoch to go on with, and the sum of n over the steps before; 0 and 0 where nothing was kept,
+            The outcome: its sum of n begins with the run, its cost is that of what was new.
+
+        Raises:
+            NonFiniteError: training diverged, or Phi is not finite.
+        """
+        epoch, before = self._restored(until or self.spec.epochs)
+        outcome = objective(self.driver, self.spec, terminal, epoch=epoch, before=before, until=until)
+        if until is not None:
+            self._save(until, outcome.evaluations)
+        return outcome
+
+    def _restored(self, until: int) -> tuple[int, float]:
+        """Put the driver where the longest beginning that ends before an epoch has led.
+
+        A state at `until` itself is not used, so that the cost of a run that was killed after it had left its
+        state, and is asked for again, is that of one that was not.
+
+        Returns:
+            The epoch to go on with, and the sum of n over the steps before: 0 and 0 where nothing was kept,
             or what was kept is damaged.
         """
         for epoch in range(until - 1, 0, -1) if self.folder.is_dir() else ():
@@ -61,13 +82,8 @@ class Prefix:
             return epoch, stored["tally"]["evaluations"]
         return 0, 0.0
 
-    def save(self, epoch: int, evaluations: float) -> None:
-        """Keep the driver's state.
-
-        Args:
-            epoch: at the beginning of which the driver is.
-            evaluations: the sum of n over the steps before.
-        """
+    def _save(self, epoch: int, evaluations: float) -> None:
+        """Keep the driver's state at the beginning of an epoch, and the sum of n over the steps before."""
         state = self.driver.state().to_dict()
         state |= {"tally": asdict(Tally(epoch=epoch, evaluations=evaluations))}
         state |= {"settings": {}, "environment": environment(self.driver.device)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -203,16 +204,16 @@ def trained(sent: bytes, question: Question, states: Path | None = None) -> Answ
     schedule = chosen.schedule_of(question.text).stretched(question.epochs)
     spec = experiment.spec(schedule, question.seed)
     with experiment.running(_ONE):
+        driver, began = experiment.driver(question.seed), time.perf_counter()
+        terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
-            driver = experiment.driver(question.seed)
-            prefix = None if states is None else Prefix(states, driver, spec, experiment.problem)
-            epoch, before = (0, 0.0) if prefix is None else prefix.restore(question.until or spec.epochs)
-            terminal = experiment.terminal(question.seed, chosen.terminal)
-            outcome = objective(driver, spec, terminal, epoch=epoch, before=before, until=question.until)
-            if prefix is not None and question.until is not None:
-                prefix.save(question.until, outcome.evaluations)
+            if states is None:
+                outcome = objective(driver, spec, terminal, until=question.until)
+            else:
+                outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
         except NonFiniteError as error:
-            return Answer(None, 0.0, 0.0, 0.0, str(error))
+            spent, seconds = float(driver.meter.gradients), time.perf_counter() - began
+            return Answer(None, 0.0, spent, seconds, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
         answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
         if not question.attacked:

@@ -97,8 +97,11 @@ def test_the_worst_are_replaced_by_copies_of_the_best_and_failures_first() -> No
     assert second[2:] == first[2:]
     assert {p["steps[0]"] for p in second[:2]} <= {p["steps[0]"] for p in first[2:]}
     assert all(p["steps[1]"] == p["steps[3]"] != first[2]["steps[1]"] for p in second[:2])
-    pbt.tell([Told(p, None) for p in second])
-    assert pbt.fidelity["until"] == 6
+    pbt.tell([Told(p, v) for p, v in zip(second, (None, None, 0.1, None), strict=True)])
+    third = pbt.ask(4)
+    assert len({(p["steps[0]"], p["steps[1]"]) for p in third}) == 1, "copies of the only one"
+    pbt.tell([Told(p, None) for p in third])
+    assert pbt.fidelity["until"] == 9
     assert not {p["steps[0]"] for p in pbt.ask(4)} & {p["steps[0]"] for p in first}, "all failed: a new one"
     assert pbt.fidelity["until"] == 3
 

@@ -108,12 +108,13 @@ class PBT:
     def _next(self) -> None:
         """The population of the next interval."""
         start = self._ends[self._interval]
-        if start is None or min(self._values) == np.inf:
+        good = int(np.isfinite(self._values).sum())
+        if start is None or not good:
             self._begin()
             return
         order = np.argsort(self._values, kind="stable")
-        best, worst = order[: self._moved], order[self._size - self._moved :]
-        for i in worst:
+        best = order[: min(max(self._moved, 1), good)]
+        for i in order[min(self._size - self._moved, good) :]:
             self._members[i] = self._explored(self._members[self._rng.choice(best)], start)
         self._interval, self._values = self._interval + 1, []
 
