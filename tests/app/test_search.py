@@ -1,5 +1,6 @@
 """The command `search`: what it leaves, that it goes on where it was, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ SMALL: dict[str, Any] = {
 
 
 def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    first = controlat.search(tmp_path / "out", **SMALL)
+    settings = SMALL | {"budget": "2trainings", "fidelity": ["epochs=2/3,points=1/2"]}
+    first = controlat.search(tmp_path / "out", **settings)
     file = tmp_path / "out" / "trainings.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     schedule = controlat.load_schedule(tmp_path / "out" / "schedule.json")
     assert dict(schedule(0)) == dict(SearchSettings(**SMALL).schedule_of(first["found"])(0))
+    asked = [json.loads(line)["question"] for line in lines]
+    assert {(q["epochs"], q.get("points")) for q in asked} == {(2, 90), (3, None)}
+    assert asked[1]["epochs"] == 2, "cheaper ones come first"
     names = [row["name"] for row in first["rows"]]
     assert names[0] == "found"
     assert names[1].startswith("best ")
@@ -44,7 +49,7 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         )
     assert first["price"] * 3 == pytest.approx(0.2)  # the whole cost of PGD-2
     file.write_text("".join(lines[:-3]) + lines[-3][:20])
-    again = controlat.search(tmp_path / "out", **SMALL)
+    again = controlat.search(tmp_path / "out", **settings)
     assert again["found"] == first["found"]
     assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
     judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]

@@ -1,4 +1,4 @@
-"""Population based training where J is a sum over intervals of how far K is from the best value there."""
+"""Population based training where J is a sum over stages of how far K is from the best value there."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,7 +147,7 @@ def test_a_search_that_goes_on_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_in_part_is_promoted_only_where_there_is_nothing_else(tmp_path: Path) -> None:
-    s = search(tmp_path / "short.jsonl", Staged(), budget=3.5)  # the last interval is not reached
+    s = search(tmp_path / "short.jsonl", Staged(), budget=3.5)  # the last stage is not reached
     s.run()
     (branch,) = s.branches
     assert {q.until for t in branch.trials for q in t.questions} == {3, 6}

@@ -1,4 +1,4 @@
-"""Population based training: from interval to interval the worst members go on as copies of the best."""
+"""Population based training: between stages of training, copies of the best members replace the worst."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Member = dict[str, float]  # the coordinates of a point in the unit cube, by the
 
 
 class PBT:
-    """A population of trainings that is judged between intervals of training.
+    """A population of trainings that is judged between the stages of training.
 
     The space must be one of stages: controls that are constant but for given times, from each of which on one
     or more of the parameters act, as in ``step:steps=0~8:0~8,at=6,alpha=0.01~0.1``. All members are trained
-    to the end of a stage, and judged by J there: Phi of the state, with the cost so far. Then
-    copies of the best replace the worst (exploit), and their controls from there on are changed at random
-    (explore). Members that are not replaced keep their controls, as constants. Every member is a schedule,
-    and after the last interval a whole trial; then a new population begins.
+    to the end of a stage, and judged by J there: Phi of the state, with the cost so far. Then copies of the
+    best replace the worst (exploit), and their controls from there on are changed at random (explore). A
+    member that is not replaced keeps its controls, as constants. Every member is a schedule, and after the
+    last stage a whole trial; then a new population begins.
 
-    All members have the same seed: a copy's schedule begins as its parent's does, hence from the same state,
-    which the judge has kept: a copy costs its new interval only.
+    All members have the same seed: the schedule of a copy begins as its parent's does, hence it goes on from
+    the same state, which the judge has kept. A copy costs its new stage only.
 
     Args:
         space: what is searched.
         seed: of its random numbers.
         population: number of members.
-        replaced: share of them that is replaced after an interval, at most 1/2; as many are copied.
+        replaced: share of them that is replaced after a stage, at most 1/2; as many may be copied.
         spread: by how much a parameter is changed, as a standard deviation in units of its range.
         renewed: the probability with which it is drawn anew in place of that.
 
@@ -75,7 +75,7 @@ class PBT:
         ):
             if not 0 <= number(value, name) <= high:
                 raise ValueError(f"{name} must be from 0 to {high:g}, got {value:g}")
-        self._moved, self._spread, self._renewed = round(replaced * population), spread, renewed
+        self._moved, self._spread, self._renewed = int(replaced * population), spread, renewed
         self._onset = {p.name: int(t) for p, t in zip(space.parameters, _onsets(space), strict=True)}
         self._ends: list[int | None] = [*sorted({t for t in self._onset.values() if t}), None]
         self._rng = np.random.default_rng(seed)
@@ -84,11 +84,11 @@ class PBT:
 
     @property
     def fidelity(self) -> dict[str, int | None]:
-        """How the points of the last `ask` are judged: up to the end of the present interval."""
-        return {"epochs": self.space.epochs, "until": self._ends[self._interval]}
+        """How the points of the last `ask` are judged: up to the end of the present stage."""
+        return {"epochs": self.space.epochs, "until": self._ends[self._stage]}
 
     def ask(self, count: int) -> list[dict[str, float]]:
-        """Members that are not judged yet in the present interval, at most `count`."""
+        """Members that are not judged yet in the present stage, at most `count`."""
         if len(self._values) == self._size:
             self._next()
         waiting = self._members[len(self._values) :][:count]
@@ -100,14 +100,14 @@ class PBT:
 
     def _begin(self) -> None:
         """A new population, whose first controls fill their space evenly."""
-        self._interval, self._values = 0, list[float]()
+        self._stage, self._values = 0, list[float]()
         points = self._drawn.ask(self._size)
         drawn = [dict(zip(p, self.space.shares(p), strict=True)) for p in points]
         self._members = [self._continued(m, 0) for m in drawn]
 
     def _next(self) -> None:
-        """The population of the next interval."""
-        start = self._ends[self._interval]
+        """The population of the next stage."""
+        start = self._ends[self._stage]
         good = int(np.isfinite(self._values).sum())
         if start is None or not good:
             self._begin()
@@ -116,10 +116,10 @@ class PBT:
         best = order[: min(max(self._moved, 1), good)]
         for i in order[min(self._size - self._moved, good) :]:
             self._members[i] = self._explored(self._members[self._rng.choice(best)], start)
-        self._interval, self._values = self._interval + 1, []
+        self._stage, self._values = self._stage + 1, []
 
     def _explored(self, parent: Member, start: int) -> Member:
-        """A copy of a member, with other controls in the interval that begins at an epoch."""
+        """A copy of a member, with other controls in the stage that begins at an epoch."""
         copy = dict(parent)
         for name, onset in self._onset.items():
             if onset == start:
