@@ -189,7 +189,7 @@ SPACES: Mapping[str, str] = MappingProxyType(
         "exponential": "exponential:start=0.1~{most}~log,end=0.1~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
         "rounding=dither",
         "delayed": f"delayed:steps=1~{{most}}~whole,alpha={_ALPHA},since=0.01~{{late:.4g}}",
-        "stages": f"step:steps={':'.join(['0~{most}'] * 4)},alpha={':'.join([_ALPHA] * 4)},"
+        "stages": f"step:steps={':'.join([_STEPS] * 4)},alpha={':'.join([_ALPHA] * 4)},"
         "at={changes},rounding=dither",
     }
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from controlat._util.checks import number, whole
 from controlat._util.texts import short
 from controlat.schedule_search.proposers import Told
-from controlat.schedule_search.proposers.random import Random
 from controlat.schedule_search.space import Space
 
 __all__ = ["PBT", "PROPOSER"]
@@ -79,7 +78,7 @@ class PBT:
         self._onset = {p.name: int(t) for p, t in zip(space.parameters, _onsets(space), strict=True)}
         self._ends: list[int | None] = [*sorted({t for t in self._onset.values() if t}), None]
         self._rng = np.random.default_rng(seed)
-        self._drawn = Random(space, seed)
+        self._design = space.design(seed)
         self._begin()
 
     @property
@@ -101,7 +100,7 @@ class PBT:
     def _begin(self) -> None:
         """A new population, whose first controls fill their space evenly."""
         self._stage, self._values = 0, list[float]()
-        points = self._drawn.ask(self._size)
+        points = list(itertools.islice(self._design, self._size))
         drawn = [dict(zip(p, self.space.shares(p), strict=True)) for p in points]
         self._members = [self._continued(m, 0) for m in drawn]
 
@@ -161,7 +160,7 @@ def _onsets(space: Space) -> list[float]:
             a = probes[0]
             times = [piece * a.resolution for piece in range(a.pieces)]
             onsets[i] = min(onset, next((t for t in times if any(b(t) != a(t) for b in probes)), math.inf))
-            changes |= {t for s, t in pairwise(times) if any(b(t) != b(s) for b in probes)}
+            changes |= {t for s, t in itertools.pairwise(times) if any(b(t) != b(s) for b in probes)}
     if not changes or not changes <= set(onsets):
         raise ValueError(
             f"pbt takes a space of stages, as --spaces stages: one whose controls are constant but for given "
