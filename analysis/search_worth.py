@@ -212,8 +212,8 @@ def table(result: Mapping[str, Any]) -> str:
     """Mean J, with its standard error over repetitions, of every proposer at every level."""
     levels = result["levels"]
     lines = [
-        f"Mean J over {PARTS[result['part']]['judges']} judging seeds of what had the lowest J so far; ± standard "
-        "error over repetitions. The budget in trainings of PGD-K_max.",
+        f"Mean J over {PARTS[result['part']]['judges']} judging seeds of what had the lowest J so far; ± "
+        "standard error over repetitions. The budget in trainings of PGD-K_max.",
         "",
         "| proposer | repetitions | "
         + " | ".join(f"{level:g}" for level in levels)

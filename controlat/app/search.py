@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import workers
 from controlat.app.placement import Threads
+from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
 from controlat.app.search_result import trials_of
 from controlat.app.session import session
-from controlat.app.settings import settings_from
+from controlat.app.settings import Problem, settings_from
 from controlat.app.settings.search import SearchSettings, kept_settings
 from controlat.pmp.objective import objective
 from controlat.robust_accuracy.robust import run_attacks
@@ -36,6 +39,8 @@ __all__ = ["search", "searched"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
+_PROMOTED = 4  # of each space, judged at full length under more seeds
+_STATES = "states"
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
 
@@ -63,15 +68,15 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with workers(chosen, chosen.jobs or available_cores(), "trainings") as pool:
-            result, found = searched(
-                experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
-            )
+            judge = judge_in(pool, chosen, out / _STATES)
+            result, found = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
         if chosen.certificate or (out / CERTIFICATE).exists():
             there = out / CERTIFICATE
             result["certificate"] = certificate(experiment, chosen, found, result["price"], there)
         write_json(out / "result.json", result)
         report.write_search(result, out)
+        shutil.rmtree(out / _STATES, ignore_errors=True)
     return result
 
 
@@ -123,14 +128,27 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     if chosen.gamma is not None:
         spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
+    budget, unit = chosen.allowance(most.gradients)
     return Plan(
-        budget=chosen.evaluations(most.gradients),
+        budget=budget,
+        unit=unit,
         price=price,
-        rungs=(Rung(chosen.epochs), Rung(chosen.epochs, seeds=3, keep=4)),
+        rungs=_rungs(chosen, len(experiment.training)),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
     )
+
+
+def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
+    """Exploring, and the rungs above it; each keeps a third of what the one before keeps."""
+    cheap = [
+        Rung(round(epochs * chosen.epochs), None if points == 1 else max(1, round(points * samples)))
+        for epochs, points in chosen.shares()
+    ]
+    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=3)]
+    kept = [_PROMOTED * 3**i for i in reversed(range(len(above)))]
+    return explore, *(rung._replace(keep=keep) for rung, keep in zip(above, kept, strict=True))
 
 
 def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
@@ -180,29 +198,40 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool | InProcess, chosen: SearchSettings) -> Judge:
-    """A judge of questions that trains in the processes of a pool."""
+def judge_in(pool: Pool | InProcess, chosen: SearchSettings, states: Path) -> Judge:
+    """A judge of questions that trains in the processes of a pool.
+
+    Args:
+        pool: the processes.
+        chosen: the settings of the search.
+        states: folder in which trainings that end early leave their states, for others to go on from.
+    """
     settings = Common(chosen)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
-        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q)) for q in questions]
+        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q, states)) for q in questions]
         pool.map(tasks, done)
 
     return judge
 
 
-def trained(settings: Common, question: Question) -> Answer:
+def trained(settings: Common, question: Question, states: Path | None = None) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = settings.value
     experiment = _experiment(settings, question.epochs, question.points)
     schedule = chosen.schedule_of(question.text).stretched(question.epochs)
     spec = experiment.spec(schedule, question.seed)
     with experiment.running(_ONE):
+        driver, began = experiment.driver(question.seed), time.perf_counter()
+        terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
-            driver = experiment.driver(question.seed)
-            outcome = objective(driver, spec, experiment.terminal(question.seed, chosen.terminal))
+            if states is None:
+                outcome = objective(driver, spec, terminal, until=question.until)
+            else:
+                outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
         except NonFiniteError as error:
-            return Answer(None, 0.0, 0.0, 0.0, str(error))
+            spent, seconds = float(driver.meter.gradients), time.perf_counter() - began
+            return Answer(None, 0.0, spent, seconds, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
         answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
         if not question.attacked:
@@ -222,4 +251,9 @@ def trained(settings: Common, question: Question) -> Answer:
 def _experiment(settings: Common, epochs: int, points: int | None) -> Experiment:
     """The problem at one fidelity; its data are loaded once."""
     chosen: SearchSettings = settings.value
-    return Experiment.of(replace(chosen, epochs=epochs, train_points=points or chosen.train_points))
+    problem = Problem(**{f.name: getattr(chosen, f.name) for f in fields(Problem)} | {"epochs": epochs})
+    experiment = Experiment.of(problem)
+    if points is None:
+        return experiment
+    fewer = replace(experiment.data, train=experiment.training).limited(points, None).train
+    return replace(experiment, training=fewer)

@@ -25,7 +25,8 @@ class Question(NamedTuple):
         epochs: length of the run; the schedule is compressed to it.
         points: training samples; None for all.
         attacked: whether accuracies on test samples are wanted too.
-        until: epochs that are trained of those, Phi being taken then; None for all.
+        until: epochs that are trained of those, Phi being taken then; None for all. J is that of the state
+            there, with the cost so far.
         surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
         method: of training, under its own controls; empty for that of the search.
     """
@@ -45,8 +46,10 @@ class Answer(NamedTuple):
 
     Args:
         phi: the terminal cost Phi(theta_T); None if the training failed.
-        mean_cost: n, gradient evaluations per sample and step, mean over the steps.
-        gradients: gradient evaluations that it took to train and to take Phi, in samples.
+        mean_cost: n, gradient evaluations per sample and step: the sum over the steps that were trained,
+            divided by the number of steps of the whole run.
+        gradients: gradient evaluations that it took to train and to take Phi, in samples; without those of a
+            beginning that an earlier training has left.
         seconds: wall time of both.
         error: why it failed; empty if it did not.
         clean: accuracy on test samples, where it was asked for.
@@ -82,6 +85,11 @@ class Trial:
     def failed(self) -> bool:
         """Whether a training failed under any seed."""
         return any(answer.phi is None for answer in self.answers)
+
+    @property
+    def reach(self) -> float:
+        """The share of the run that was trained."""
+        return min((q.until or q.epochs) / q.epochs for q in self.questions)
 
     def values(self, price: float) -> list[float]:
         """J of every seed, at a price of the mean cost n of a step; infinite where training failed."""

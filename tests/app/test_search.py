@@ -1,12 +1,15 @@
 """The command `search`: what it leaves, that it goes on where it was, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import controlat
+from controlat.app.search import _rungs
 from controlat.app.settings import SearchSettings
+from controlat.schedule_search.loop import Rung
 
 SMALL: dict[str, Any] = {
     "spaces": ["pgd:steps=1~3~whole,alpha=0.05~0.2~log", "delayed"],
@@ -25,11 +28,15 @@ SMALL: dict[str, Any] = {
 
 
 def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    first = controlat.search(tmp_path / "out", **SMALL)
+    settings = SMALL | {"budget": "2trainings", "fidelity": ["epochs=2/3,points=1/2"]}
+    first = controlat.search(tmp_path / "out", **settings)
     file = tmp_path / "out" / "trainings.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     schedule = controlat.load_schedule(tmp_path / "out" / "schedule.json")
     assert dict(schedule(0)) == dict(SearchSettings(**SMALL).schedule_of(first["found"])(0))
+    asked = [json.loads(line)["question"] for line in lines]
+    assert {(q["epochs"], q.get("points")) for q in asked} == {(2, 90), (3, None)}
+    assert asked[1]["epochs"] == 2, "cheaper ones come first"
     names = [row["name"] for row in first["rows"]]
     assert names[0] == "found"
     assert names[1].startswith("best ")
@@ -41,7 +48,7 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         )
     assert first["price"] * 3 == pytest.approx(0.2)  # the whole cost of PGD-2
     file.write_text("".join(lines[:-3]) + lines[-3][:20])
-    again = controlat.search(tmp_path / "out", **SMALL)
+    again = controlat.search(tmp_path / "out", **settings)
     for key in ("trainings", "gradients"):
         assert again["spent"][key] == first["spent"][key]  # those of the judgement are not counted
     assert again["found"] == first["found"]
@@ -51,16 +58,32 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
 
 
+def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
+    chosen = SearchSettings(
+        **SMALL | {"epochs": 8, "spaces": ["constant"], "fidelity": ["epochs=1/4,points=1/2", "epochs=1/2"]}
+    )
+    assert _rungs(chosen, 180) == (Rung(2, 90), Rung(4, keep=12), Rung(8, seeds=3, keep=4))
+    assert _rungs(SearchSettings(**SMALL), 180) == (Rung(3), Rung(3, seeds=3, keep=4))
+    assert SearchSettings(budget="2trainings").allowance(50.0) == (100.0, "gradients")
+    assert SearchSettings(budget="600 seconds").allowance(50.0) == (600.0, "seconds")
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"budget": "much"}, "budget must read 3trainings or 2e8gradients, got 'much'"),
+        ({"budget": "much"}, "budget must read 3trainings, 2e8gradients or 600seconds, got 'much'"),
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),
+        ({"proposer": "pbt", "spaces": ["delayed"]}, "takes a space of stages, as --spaces stages"),
+        ({"fidelity": ["0.5"]}, "expected name=value, got '0.5'"),
+        ({"fidelity": ["epoch=1/2"]}, "did you mean 'epochs'"),
+        ({"fidelity": ["epochs=2"]}, "above 0 and at most 1, got 'epochs=2'"),
+        ({"fidelity": ["epochs=1/9"]}, "'epochs=1/9' is less than one of the 3 epochs"),
+        ({"fidelity": ["epochs=2/3", "epochs=1/3"]}, "the cheapest first, got epochs=2/3 epochs=1/3"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_trained(

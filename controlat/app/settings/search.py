@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from controlat._util.checks import number, whole
+from controlat._util.texts import only, split
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.methods import build
@@ -19,7 +21,7 @@ from controlat.schedule_search.space import Space, named_space
 
 __all__ = ["SearchSettings", "kept_settings"]
 
-_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
+_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients|seconds)")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
 
 
@@ -31,9 +33,13 @@ class SearchSettings(Problem):
         spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, or your own: the text
             of a schedule with ranges, such as pgd:steps=1~9~whole,alpha=0.01~0.1~log. The first gets half of
             the budget, the others share the rest.
-        proposer: Who proposes schedules: tpe, gp, random, grid, or your own package.module:Class.
-        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, or gradient
-            evaluations, such as 2e8gradients.
+        proposer: Who proposes schedules: tpe, gp, pbt (on --spaces stages), random, grid, or your own
+            package.module:Class.
+        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, gradient
+            evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed over its trainings.
+        fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
+            epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
+            kind before. All trainings are full ones if left out.
         max_steps: K_max, the largest K.
         weight: What the whole cost of PGD-K_max weighs in J, in units of the loss (nats): it decides gamma.
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm, in the
@@ -51,6 +57,7 @@ class SearchSettings(Problem):
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
     proposer: str = "tpe"
     budget: str = "3trainings"
+    fidelity: Sequence[str] = ()
     max_steps: int = 10
     weight: float = 0.2
     gamma: str | float | None = None
@@ -67,10 +74,12 @@ class SearchSettings(Problem):
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
-        proposers.check(self.proposer)
-        self.space_list()
+        for space in self.space_list():
+            proposers.build(self.proposer, space, 0)
         if not _BUDGET.fullmatch(self.budget):
-            raise ValueError(f"budget must read 3trainings or 2e8gradients, got {self.budget!r}")
+            raise ValueError(f"budget must read 3trainings, 2e8gradients or 600seconds, got {self.budget!r}")
+        self.fidelity = list(self.fidelity)
+        self.shares()
         if self.gamma is not None:
             self.gamma = tidy(self.gamma)
         parse_terminal(self.terminal)
@@ -120,14 +129,32 @@ class SearchSettings(Problem):
             for s in self.spaces
         ]
 
-    def evaluations(self, training: float) -> float:
-        """The budget in gradient evaluations, in samples.
+    def allowance(self, training: float) -> tuple[float, str]:
+        """The budget, and its unit: ``gradients``, evaluations in samples, or ``seconds``.
 
         Args:
-            training: what a training of `most` takes.
+            training: gradient evaluations that a training of `most` takes.
         """
         value, unit = _BUDGET.fullmatch(self.budget).groups()  # type: ignore[union-attr]
-        return number(value, "budget") * (training if unit == "trainings" else 1.0)
+        amount = number(value, "budget")
+        return (amount * training, "gradients") if unit == "trainings" else (amount, unit)
+
+    def shares(self) -> list[tuple[float, float]]:
+        """The shares of epochs and of samples of the cheaper trainings.
+
+        Raises:
+            ValueError: one is malformed, out of range, less than an epoch, or cheaper than the one before.
+        """
+        pairs = [_shares(text) for text in self.fidelity]
+        for text, (epochs, _) in zip(self.fidelity, pairs, strict=True):
+            if round(epochs * self.epochs) < 1:
+                raise ValueError(f"fidelity {text!r} is less than one of the {self.epochs} epochs")
+        costs = [epochs * points for epochs, points in pairs] + [1.0]
+        if any(b < a for a, b in pairwise(costs)):
+            raise ValueError(
+                "fidelity lists cheaper trainings, the cheapest first, got " + " ".join(self.fidelity)
+            )
+        return pairs
 
     def search_seeds(self, count: int) -> tuple[int, ...]:
         """Seeds of the search, none of which the judgement uses."""
@@ -148,3 +175,13 @@ def kept_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not the directory of a controlat search")
     checked(stored, settings_of(SearchSettings), str(path))
     return {f.name: stored[f.name] for f in fields(SearchSettings) if f.name in stored}
+
+
+def _shares(text: str) -> tuple[float, float]:
+    """The shares of epochs and of samples in a text of `SearchSettings.fidelity`."""
+    _, given = split(f"fidelity:{text}")
+    only(given, (), ("epochs", "points"), "fidelity (such as epochs=1/2,points=1/2)")
+    shares = [number(given.get(name, 1.0), f"{name} of fidelity") for name in ("epochs", "points")]
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"the shares of fidelity are above 0 and at most 1, got {text!r}")
+    return shares[0], shares[1]
