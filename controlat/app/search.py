@@ -27,6 +27,7 @@ from controlat.pmp.objective import objective
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
+from controlat.schedule_search.surfaces import examined
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
 __all__ = ["search"]
@@ -181,12 +182,16 @@ def trained(sent: bytes, question: Question) -> Answer:
     spec = experiment.spec(schedule, question.seed)
     with experiment.running(_ONE):
         try:
-            driver = experiment.driver(question.seed)
-            outcome = objective(driver, spec, experiment.terminal(question.seed, chosen.terminal))
+            driver, surface = experiment.driver(question.seed), None
+            terminal = experiment.terminal(question.seed, chosen.terminal)
+            if question.surface:
+                outcome, surface = examined(driver, spec, terminal, chosen.max_steps)
+            else:
+                outcome = objective(driver, spec, terminal)
         except NonFiniteError as error:
             return Answer(None, 0.0, 0.0, 0.0, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
-        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
+        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds, surface=surface)
         if not question.attacked:
             return answer
         robust = run_attacks(
