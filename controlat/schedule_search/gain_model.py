@@ -30,11 +30,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GainModel:
-    """The part of Phi in the Hamiltonian, up to a function of t alone, as gain in Phi per unit of t in [0, 1]:
+    """The Hamiltonian's part of Phi, up to a function of t alone; its differences are gains per unit of t:
 
         h(t, alpha, K) = sum_{i,j,k} c_ijk P_i(2t - 1) P_j(a) f_k(K),    f = (log(1 + K), K),
 
-    P_i the Legendre polynomials of degree 0 to 2, a = log alpha scaled to [-1, 1] over the candidates'. It is
+    t in [0, 1], P_i the Legendre polynomials of degree 0 to 2, a = log alpha scaled to [-1, 1] over the candidates'. It is
     0 without an attack, whatever alpha. For a real K, which is dithered, h is linear between the whole
     numbers around it: the relaxed control. Beyond the candidates alpha and K count as at their border.
 
@@ -94,9 +94,8 @@ class GainModel:
             alpha: step size; without an attack it may be 0.
             steps: K, real where it is dithered.
         """
-        t, alpha, steps = np.broadcast_arrays(
-            *(np.atleast_1d(np.asarray(v, float)) for v in (t, alpha, steps))
-        )
+        arrays = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (t, alpha, steps))
+        t, alpha, steps = np.broadcast_arrays(*arrays)
         low, high = self.log_alpha
         a = np.log(np.clip(alpha, math.exp(low), math.exp(high)))
         a = 2 * (a - low) / (high - low) - 1 if high > low else np.zeros_like(a)
@@ -135,7 +134,8 @@ def _evaluations(surfaces: Sequence[Mapping[str, Any]]) -> Array:
         for (_, steps), n in zip(surface["candidates"], surface["evaluations"], strict=True):
             costs.setdefault(int(steps), []).append(n)
     known = sorted(costs)
-    return np.interp(np.arange(max(known[-1], 1) + 1), known, [np.mean(costs[k]) for k in known])
+    means = [float(np.mean(costs[k])) for k in known]
+    return np.asarray(np.interp(np.arange(max(known[-1], 1) + 1), known, means))
 
 
 def _ridge(rows: Array, gains: Array, folds: NDArray[np.int64]) -> Array:

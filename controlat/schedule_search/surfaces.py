@@ -31,7 +31,7 @@ from controlat.pmp.objective import Outcome, evaluations, outcome_at
 from controlat.pmp.terminal import Terminal
 from controlat.schedule_search.space import Space
 
-__all__ = ["LOOKS", "STEP_SIZES", "examined", "check_knobs", "surface_of", "usable"]
+__all__ = ["LOOKS", "STEP_SIZES", "check_knobs", "examined", "surface_of", "usable"]
 
 # On the digits a training with its surface costs three to eight times one without, with these.
 STEP_SIZES = 4  # of the candidates, spaced logarithmically in [eps/40, 2 eps]; K takes every value
@@ -51,8 +51,8 @@ def examined(
         last: number of the step before which training ends; all of it by default.
 
     Returns:
-        Phi, sum n and what all of it took (as ``training_gradients``), and the surface of `surface_of`. Where a costate is not finite,
-        the surface is {"failed": reason}.
+        Phi, sum n and what all of it took, as ``training_gradients``; and the surface of `surface_of`, which
+        is {"failed": reason} where a costate is not finite.
 
     Raises:
         ValueError: the method is not controlled by alpha and steps.
@@ -98,20 +98,20 @@ def surface_of(criterion: Criterion, steps: int) -> dict[str, Any]:
     blocks = []
     for index in dict.fromkeys(criterion.blocks):
         members = numbers[np.array(criterion.blocks) == index]
-        pairs = [(g, t) for g, t in zip(criterion.looked, tables, strict=True) if g.number in members]
-        gains = np.mean([[g.rewards[horizon][table[v]] for v in common] for g, table in pairs], axis=0)
+        pairs = zip(criterion.looked, tables, strict=True)
+        inside = [(g, table) for g, table in pairs if g.number in members]
+        gains = np.mean([[g.rewards[horizon][table[v]] for v in common] for g, table in inside], axis=0)
         blocks.append(
             {
                 "t": _digits((members[0] + members[-1] + 1) / (2 * steps)),
                 "share": _digits(len(members) / steps),
-                "own": [list(_key(g.controls[0])) for g, _ in pairs],
+                "own": [list(_key(g.controls[0])) for g, _ in inside],
                 "gains": [_digits(steps * gain) for gain in gains],
             }
         )
-    n = np.mean(
-        [[g.evaluations[t[v]] for v in common] for g, t in zip(criterion.looked, tables, strict=True)], axis=0
-    )
-    return {"candidates": [list(v) for v in common], "evaluations": [_digits(e) for e in n], "blocks": blocks}
+    pairs = zip(criterion.looked, tables, strict=True)
+    n = np.mean([[g.evaluations[table[v]] for v in common] for g, table in pairs], axis=0)
+    return {"candidates": [list(v) for v in common], "evaluations": list(map(_digits, n)), "blocks": blocks}
 
 
 def usable(surface: Mapping[str, Any] | None) -> bool:

@@ -102,8 +102,8 @@ def build(name: str, space: Space, seed: int, options: Mapping[str, Any] | None 
 def price_of(told: Told) -> float:
     """The price of the mean cost n of a step that J was told with, J = Phi + price n; 0 where n is 0.
 
-    >>> price_of(Told({}, 0.8, answers=(Answer(0.5, 3.0, 0, 0), Answer(0.7, 1.0, 0, 0))))
-    0.1
+    >>> price_of(Told({}, 1.0, answers=(Answer(0.25, 3.0, 0, 0), Answer(0.75, 1.0, 0, 0))))
+    0.25
     """
     phi = [a.phi for a in told.answers if a.phi is not None]
     n = float(np.mean([a.mean_cost for a in told.answers])) if told.answers else 0.0

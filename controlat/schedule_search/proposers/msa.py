@@ -1,4 +1,4 @@
-"""Successive approximations: the maximum principle, along runs under the best schedule so far, says what next."""
+"""Successive approximations: a maximiser of the Hamiltonian along runs under the incumbent is tried next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from controlat.schedule_search.surfaces import check_knobs, usable
 
 __all__ = ["MSA", "PROPOSER"]
 
-_POOL = 9  # 2^9 points of the trust region on which the model is compared
+_POOL = 8  # 2^8 points of the trust region on which the model is compared
 _ROUNDS, _NEAR = 4, 64  # of refinement near the best of them, and points in each
 _LEAST = 0.02  # smallest radius
 Array = NDArray[np.float64]
@@ -125,6 +125,7 @@ class MSA:
             return
         self._incumbent, self._x0 = told, self._shares(told)
         self._price, self._model = price_of(told), GainModel.of(surfaces)
+        self._base = self._hamiltonian(self._x0)
         self._step()
 
     def _step(self) -> None:
@@ -158,10 +159,10 @@ class MSA:
 
     def _gain(self, x: Array) -> float:
         """The predicted gain of x over the incumbent, to first order in the state."""
-        values = [
-            self._model.value(self.space.schedule(self.space.point(y)), self._price) for y in (x, self._x0)
-        ]
-        return values[0] - values[1]
+        return self._hamiltonian(x) - self._base
+
+    def _hamiltonian(self, x: Array) -> float:
+        return self._model.value(self.space.schedule(self.space.point(x)), self._price)
 
     def _augmentation(self, x: Array) -> float:
         return self._rho / 2 * float(np.square(x - self._x0).sum())
@@ -194,10 +195,10 @@ def _decrease(before: Told, after: Told) -> tuple[float, float]:
     if before.value is None or after.value is None:
         return -math.inf, 0.0
     price, decrease = price_of(before), before.value - after.value
-    js = [[a.phi + price * a.mean_cost for a in t.answers if a.phi is not None] for t in (before, after)]
-    if len(js[0]) != len(js[1]) or len(js[0]) < 2:
+    a, b = ([r.phi + price * r.mean_cost for r in t.answers if r.phi is not None] for t in (before, after))
+    if len(a) != len(b) or len(a) < 2:
         return decrease, 0.0
-    return decrease, float(np.std(np.subtract(*js), ddof=1) / math.sqrt(len(js[0])))
+    return decrease, float(np.std(np.subtract(a, b), ddof=1) / math.sqrt(len(a)))
 
 
 PROPOSER = MSA
