@@ -34,9 +34,10 @@ class GainModel:
 
         h(t, alpha, K) = sum_{i,j,k} c_ijk P_i(2t - 1) P_j(a) f_k(K),    f = (log(1 + K), K),
 
-    t in [0, 1], P_i the Legendre polynomials of degree 0 to 2, a = log alpha scaled to [-1, 1] over the candidates'. It is
-    0 without an attack, whatever alpha. For a real K, which is dithered, h is linear between the whole
-    numbers around it: the relaxed control. Beyond the candidates alpha and K count as at their border.
+    t in [0, 1], P_i the Legendre polynomials of degree 0 to 2, a = log alpha scaled so that the candidates'
+    goes from -1 to 1. It is 0 without an attack, whatever alpha. For a real K, which is dithered, h is linear
+    between the whole numbers around it: the relaxed control. Beyond the candidates alpha and K count as at
+    their border.
 
     Args:
         coefficients: c, in the order of `features`.
