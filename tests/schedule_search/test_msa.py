@@ -38,8 +38,8 @@ def answer(point: dict[str, float], surface: bool, sign: float, noise: float, rn
     blocks = []
     for i, t in times if surface else []:
         alpha, k = own[i]
-        up = round(100 * (k - int(k)))  # of a hundred steps of the epoch that are looked at
-        steps = [[alpha, int(k) + 1]] * up + [[alpha, int(k)]] * (100 - up)
+        up = round(20 * (k - int(k)))  # of twenty steps of the epoch that are looked at
+        steps = [[alpha, int(k) + 1]] * up + [[alpha, int(k)]] * (20 - up)
         base = np.mean([loss(t, *u) for u in steps])
         gains = [sign * (base - loss(t, *v)) for v in GRID]
         blocks.append({"t": t, "share": 1 / EPOCHS, "own": steps, "gains": gains})
@@ -83,17 +83,18 @@ def least(price: float = PRICE) -> float:
     return min(values)
 
 
-@pytest.mark.parametrize("price", [0.02, 0.1])
-def test_the_maximiser_of_a_known_hamiltonian_is_reached_in_a_few_asks(price: float) -> None:
-    history = played(build("msa", SPACE, 0), 8, price=price)
-    assert best(history) == pytest.approx(least(price), abs=2e-3)
+def test_the_maximiser_of_a_known_hamiltonian_is_reached_in_a_few_asks() -> None:
+    dear = played(build("msa", SPACE, 0), 8, price=0.1)
+    assert best(dear) == pytest.approx(least(0.1), abs=2e-3)
+    history = played(build("msa", SPACE, 0), 8)
+    assert best(history) == pytest.approx(least(), abs=2e-3)
     wished = [w for w, _ in history]
     assert wished[:5] == [{}] * 4 + [{"seeds": 3, "surface": True}]
     assert wished[5] == {"seeds": 3}
 
 
 def test_steps_that_do_not_lower_j_are_not_taken_and_the_next_start_follows() -> None:
-    history = played(build("msa", SPACE, 0), 14, sign=-1.0)  # the surface points the wrong way
+    history = played(build("msa", SPACE, 0), 11, sign=-1.0)  # the surface points the wrong way
     incumbents = [t for w, t in history if w.get("surface")]
     starts = sorted(float(t.value or 0) for _, t in history[:4])
     assert [t.value for t in incumbents] == pytest.approx(starts[: len(incumbents)])

@@ -28,7 +28,7 @@ class SearchSettings(Problem):
         spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, or your own: the text
             of a schedule with ranges, such as pgd:steps=1~9~whole,alpha=0.01~0.1~log. The first gets half of
             the budget, the others share the rest.
-        proposer: Who proposes schedules: tpe, gp, random, grid, or your own package.module:Class.
+        proposer: Who proposes schedules: tpe, gp, msa, random, grid, or your own package.module:Class.
         budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, or gradient
             evaluations, such as 2e8gradients.
         max_steps: K_max, the largest K.

@@ -19,8 +19,8 @@ from controlat.schedule_search.surfaces import check_knobs, usable
 
 __all__ = ["MSA", "PROPOSER"]
 
-_POOL = 8  # 2^8 points of the trust region on which the model is compared
-_ROUNDS, _NEAR = 4, 64  # of refinement near the best of them, and points in each
+_POOL = 7  # 2^7 points of the trust region on which the model is compared
+_ROUNDS, _NEAR = 4, 48  # of refinement near the best of them, and points in each
 _LEAST = 0.02  # smallest radius
 Array = NDArray[np.float64]
 
