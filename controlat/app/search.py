@@ -24,10 +24,10 @@ from controlat.app.session import session
 from controlat.app.settings import settings_from
 from controlat.app.settings.search import SearchSettings
 from controlat.pmp.objective import objective
+from controlat.pmp.run_surface import examined
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
-from controlat.schedule_search.surfaces import examined
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
 __all__ = ["search"]

@@ -16,10 +16,11 @@ from numpy.polynomial.legendre import legvander
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats.qmc import Sobol
 
+from controlat._util.texts import short
 from controlat.control.schedules import Schedule
 from controlat.schedule_search.space import Space
 
-__all__ = ["GainModel", "sensitivities"]
+__all__ = ["GainModel", "check_knobs", "sensitivities", "usable"]
 
 _TIMES, _SIZES = 2, 2  # degrees in t and in log alpha
 _RIDGES = tuple(10.0**i for i in range(-7, 3))  # weights of the penalty, columns scaled to mean square 1
@@ -58,7 +59,7 @@ class GainModel:
         one run, the gains of a block.
 
         Args:
-            surfaces: one or more, as `controlat.schedule_search.surfaces.surface_of` gives them.
+            surfaces: one or more, as `controlat.pmp.run_surface.surface_of` gives them.
 
         Raises:
             ValueError: there is none.
@@ -156,6 +157,25 @@ def _ridge(rows: Array, gains: Array, folds: NDArray[np.int64]) -> Array:
 
     best = min(_RIDGES, key=error) if len(parts) > 1 else _RIDGES[0]
     return np.asarray(solved(gram, product, best) / size)
+
+
+def usable(surface: Mapping[str, Any] | None) -> bool:
+    """Whether there is a surface, and none that failed."""
+    return surface is not None and "failed" not in surface
+
+
+def check_knobs(space: Space, proposer: str) -> None:
+    """Refuse a space whose schedules do not set alpha and steps.
+
+    Raises:
+        ValueError: as above.
+    """
+    u = space.schedule(space.point([0.5] * len(space.parameters)))(0)
+    if missing := {"alpha", "steps"} - set(u):
+        raise ValueError(
+            f"{proposer} compares values of alpha and steps, but {short(space.text)!r} does not set "
+            f"{' and '.join(sorted(missing))}: take tpe"
+        )
 
 
 def sensitivities(

@@ -141,5 +141,7 @@ def test_a_surface_that_misleads_gets_no_weight() -> None:
 def test_what_is_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="radius must be above 0 and at most 1, got 2"):
         build("msa", SPACE, 0, {"radius": 2})
+    with pytest.raises(ValueError, match=r"msa compares .* does not set alpha and steps: take tpe"):
+        build("msa", Space("set:noise=0.1~1", 4), 0)
     with pytest.raises(ValueError, match="gp with costates compares"):
         build("gp", Space("set:noise=0.1~1", 4), 0, {"costates": 1})

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from scipy.stats.qmc import Sobol
 
 from controlat._util.checks import number, whole
-from controlat.schedule_search.gain_model import GainModel
+from controlat.schedule_search.gain_model import GainModel, check_knobs, usable
 from controlat.schedule_search.proposers import Told, price_of
 from controlat.schedule_search.space import Space
-from controlat.schedule_search.surfaces import check_knobs, usable
 
 __all__ = ["MSA", "PROPOSER"]
 

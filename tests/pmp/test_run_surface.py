@@ -16,9 +16,7 @@ from controlat.dynamics.driver import Driver
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import build
-from controlat.pmp import AdversarialLoss, Candidates, examine, objective
-from controlat.schedule_search import surfaces
-from controlat.schedule_search.space import Space
+from controlat.pmp import AdversarialLoss, Candidates, examine, objective, run_surface
 
 BALL = Ball(0.1)
 
@@ -40,13 +38,13 @@ def problem(text: str, method: str = "pgd_at") -> tuple[Driver, RunSpec, Adversa
 def test_they_are_the_gains_of_the_full_criterion_and_training_is_the_same(text: str) -> None:
     plain = objective(*problem(text))
     driver, spec, terminal = problem(text)
-    outcome, surface = surfaces.examined(driver, spec, terminal, max_steps=3)
+    outcome, surface = run_surface.examined(driver, spec, terminal, max_steps=3)
     assert (outcome.phi, outcome.evaluations) == (plain.phi, plain.evaluations)
     assert outcome.spent > 2 * plain.spent
 
     driver, spec, terminal = problem(text)
-    recording, candidates = Recording.of(driver, spec), Candidates.default(0.1, 3, surfaces.STEP_SIZES)
-    criterion = examine(recording, terminal, candidates, gamma=0.0, looks=surfaces.LOOKS)
+    recording, candidates = Recording.of(driver, spec), Candidates.default(0.1, 3, run_surface.STEP_SIZES)
+    criterion = examine(recording, terminal, candidates, gamma=0.0, looks=run_surface.LOOKS)
     assert sum(b["share"] for b in surface["blocks"]) == pytest.approx(1)
     assert [b["t"] for b in surface["blocks"]] == [0.125, 0.375, 0.625, 0.875]
     at = [tuple(v) for v in surface["candidates"]]
@@ -65,17 +63,14 @@ def test_a_costate_that_is_not_finite_leaves_the_training(monkeypatch: pytest.Mo
     def explode(*_: Any, **__: Any) -> None:
         raise NonFiniteError("the costate after step 3 is not finite")
 
-    monkeypatch.setattr(surfaces, "examine", explode)
-    outcome, surface = surfaces.examined(*problem("pgd:steps=2,alpha=0.05"), max_steps=3)
+    monkeypatch.setattr(run_surface, "examine", explode)
+    outcome, surface = run_surface.examined(*problem("pgd:steps=2,alpha=0.05"), max_steps=3)
     assert outcome.phi == objective(*problem("pgd:steps=2,alpha=0.05")).phi
     assert "step 3" in surface["failed"]
-    assert not surfaces.usable(surface)
 
 
 def test_other_knobs_than_alpha_and_steps_are_refused() -> None:
     _, spec, terminal = problem("none")
     driver: Any = SimpleNamespace(method=SimpleNamespace(controls={"alpha": None}))
     with pytest.raises(ValueError, match="the method has no steps"):
-        surfaces.examined(driver, spec, terminal, max_steps=3)
-    with pytest.raises(ValueError, match=r"msa compares .* does not set alpha and steps: take tpe"):
-        surfaces.check_knobs(Space("set:noise=0.1~1", 4), "msa")
+        run_surface.examined(driver, spec, terminal, max_steps=3)

@@ -10,14 +10,12 @@ to first order. The part of Phi and n(v) are kept apart, so that they serve any 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from controlat._util.errors import NonFiniteError
-from controlat._util.texts import short
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
@@ -29,9 +27,8 @@ from controlat.pmp.full_criterion import Criterion
 from controlat.pmp.hamiltonian import Gains
 from controlat.pmp.objective import Outcome, evaluations, outcome_at
 from controlat.pmp.terminal import Terminal
-from controlat.schedule_search.space import Space
 
-__all__ = ["LOOKS", "STEP_SIZES", "check_knobs", "examined", "surface_of", "usable"]
+__all__ = ["LOOKS", "STEP_SIZES", "examined", "surface_of"]
 
 # On the digits a training with its surface costs three to eight times one without, with these.
 STEP_SIZES = 4  # of the candidates, spaced logarithmically in [eps/40, 2 eps]; K takes every value
@@ -112,25 +109,6 @@ def surface_of(criterion: Criterion, steps: int) -> dict[str, Any]:
     pairs = zip(criterion.looked, tables, strict=True)
     n = np.mean([[g.evaluations[table[v]] for v in common] for g, table in pairs], axis=0)
     return {"candidates": [list(v) for v in common], "evaluations": list(map(_digits, n)), "blocks": blocks}
-
-
-def usable(surface: Mapping[str, Any] | None) -> bool:
-    """Whether there is a surface, and none that failed."""
-    return surface is not None and "failed" not in surface
-
-
-def check_knobs(space: Space, proposer: str) -> None:
-    """Refuse a space whose schedules do not set alpha and steps.
-
-    Raises:
-        ValueError: as above.
-    """
-    u = space.schedule(space.point([0.5] * len(space.parameters)))(0)
-    if missing := {"alpha", "steps"} - set(u):
-        raise ValueError(
-            f"{proposer} compares values of alpha and steps, but {short(space.text)!r} does not set "
-            f"{' and '.join(sorted(missing))}: take tpe"
-        )
 
 
 def _key(u: Control) -> tuple[float, int]:
