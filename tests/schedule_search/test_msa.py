@@ -43,8 +43,8 @@ def answer(point: dict[str, float], surface: bool, sign: float, noise: float, rn
         base = np.mean([loss(t, *u) for u in steps])
         gains = [sign * (base - loss(t, *v)) for v in GRID]
         blocks.append({"t": t, "share": 1 / EPOCHS, "own": steps, "gains": gains})
-    found = {"candidates": GRID, "evaluations": [k + 1 for _, k in GRID], "blocks": blocks}
-    return Answer(phi, n, 100.0, 0.0, surface=found if surface else None)
+    looked = {"candidates": GRID, "evaluations": [k + 1 for _, k in GRID], "blocks": blocks}
+    return Answer(phi, n, 100.0, 0.0, surface=looked if surface else None)
 
 
 def played(

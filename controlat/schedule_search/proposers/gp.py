@@ -74,23 +74,27 @@ class GP:
         self._pool_size = 2 ** (_SMALL_POOL if costates else _POOL)
         self._gains: GainModel | None = None
         self._price = self._beta = 0.0
-        self._looking = False
         self._rng = np.random.default_rng(seed)
         self._sobol = Sobol(len(space.parameters), rng=self._rng)
         self._x, self._y = list[list[float]](), list[float | None]()
 
     @property
+    def _looks_back(self) -> bool:
+        """Whether the next points are the best of the startup once more, with surfaces."""
+        started = len(self._y) >= self._startup and any(y is not None for y in self._y)
+        return self._wanted > 0 and started
+
+    @property
     def fidelity(self) -> dict[str, Any]:
-        """How the points of the last `ask` are judged."""
-        return {"surface": True} if self._looking else {}
+        """How the points of the next `ask` are judged."""
+        return {"surface": True} if self._looks_back else {}
 
     def ask(self, count: int) -> list[dict[str, float]]:
         """The next points, one after the other with the model's mean in place of what is not told yet."""
-        known = [y for y in self._y if y is not None]
-        if self._wanted and len(self._y) >= self._startup and known:
-            self._looking = True
+        if self._looks_back:
             best = np.argsort(self._targets(), kind="stable")[: min(count, self._wanted)]
             return [self.space.point(self._x[i]) for i in best]
+        known = [y for y in self._y if y is not None]
         chosen: list[Array] = []
         model = self._fitted() if len(self._y) >= self._startup and len(set(known)) > 1 else None
         for _ in range(count):
@@ -111,8 +115,8 @@ class GP:
 
     def tell(self, trials: Sequence[Told]) -> None:
         """Take in what was found; a point that was judged once more with its surface is known already."""
-        if self._looking:
-            self._looking, self._wanted = False, 0
+        if self._looks_back:
+            self._wanted = 0
             surfaces = [a.surface for t in trials for a in t.answers if a.surface and usable(a.surface)]
             if surfaces:
                 self._gains = GainModel.of(surfaces)

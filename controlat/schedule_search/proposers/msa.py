@@ -94,7 +94,7 @@ class MSA:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """How the points of the last `ask` are judged."""
+        """How the points of the next `ask` are judged."""
         several = {"seeds": self._seeds}
         return {"startup": {}, "incumbent": several | {"surface": True}, "step": several}[self._stage]
 
@@ -111,9 +111,9 @@ class MSA:
             self._begin()
             return
         best = min(range(len(self._waiting)), key=lambda i: self._waiting[i][0])
-        self._wish("incumbent", self._waiting.pop(best)[1])
+        self._want("incumbent", self._waiting.pop(best)[1])
 
-    def _wish(self, stage: str, x: Array) -> None:
+    def _want(self, stage: str, x: Array) -> None:
         self._stage, self._next = stage, x
 
     def _look_back(self, told: Told) -> None:
@@ -135,7 +135,7 @@ class MSA:
             self._next_start()
             return
         self._predicted = gain
-        self._wish("step", x)
+        self._want("step", x)
 
     def _compare(self, told: Told) -> None:
         """Take the step or not, and adapt the trust region and rho."""
@@ -150,7 +150,7 @@ class MSA:
         elif not ratio >= 0.25:
             self._radius /= 2
         if decrease > 0:
-            self._wish("incumbent", x)
+            self._want("incumbent", x)
         else:
             self._step()
 
