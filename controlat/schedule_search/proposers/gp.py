@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class GP:
     Args:
         space: what is searched.
         seed: of its random numbers.
-        startup: points of a Sobol sequence before the model is used.
+        startup: points of the space's design before the model is used.
         costates: how many of them are looked back upon with costates; 0 for no help from them.
 
     Raises:
@@ -75,7 +76,7 @@ class GP:
         self._gains: GainModel | None = None
         self._price = self._beta = 0.0
         self._rng = np.random.default_rng(seed)
-        self._sobol = Sobol(len(space.parameters), rng=self._rng)
+        self._sobol, self._design = Sobol(len(space.parameters), rng=self._rng), space.design(seed)
         self._x, self._y = list[list[float]](), list[float | None]()
 
     @property
@@ -97,10 +98,9 @@ class GP:
         known = [y for y in self._y if y is not None]
         chosen: list[Array] = []
         model = self._fitted() if len(self._y) >= self._startup and len(set(known)) > 1 else None
+        if model is None:
+            return list(itertools.islice(self._design, count))
         for _ in range(count):
-            if model is None:
-                chosen.append(self._random(1)[0])
-                continue
             x = np.array([*self._x, *chosen])
             rest = model.predict(x)
             mean_at = self._trend(x) + rest
@@ -167,14 +167,9 @@ class GP:
         believed = clone(model).set_params(kernel=model.kernel_, optimizer=None)
         return believed.fit(x, np.append(self._rest, rest[len(self._x) :]))
 
-    def _random(self, count: int) -> Array:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The balance properties")
-            return np.asarray(self._sobol.random(count))
-
     def _pool(self, best: Array) -> Array:
         """Where the acquisition is compared: everywhere, and near the best."""
-        far = self._random(self._pool_size)
+        far = np.asarray(self._sobol.random(self._pool_size))
         near = best + _SPREAD * self._rng.standard_normal(far.shape)
         return np.asarray(np.clip(np.concatenate([far, near]), 0, 1))
 

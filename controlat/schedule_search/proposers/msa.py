@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,13 +38,13 @@ class MSA:
         ratio = (A + s) / (P + s),
 
     r doubles where the ratio is at least 3/4, and halves where it is below 1/4. rho is the curvature with
-    which the model would have predicted A. The first incumbent is the best of a few points that fill the
-    space; where r becomes too small, or the incumbent maximises the Hamiltonian, the next one is.
+    which the model would have predicted A. The first incumbent is the best of a few points of the space's
+    design; where r becomes too small, or the incumbent maximises the Hamiltonian, the next one is.
 
     Args:
         space: what is searched; its schedules set alpha and steps.
         seed: of its random numbers.
-        startup: points that fill the space, of which incumbents are taken, the best first.
+        startup: points of the space's design, of which incumbents are taken, the best first.
         seeds: under which an incumbent and what follows from it are judged.
         radius: r at the beginning, in units of the cube.
 
@@ -66,7 +66,7 @@ class MSA:
         if not 0 < self._first_radius <= 1:
             raise ValueError(f"radius must be above 0 and at most 1, got {self._first_radius:g}")
         self._rng = np.random.default_rng(seed)
-        self._sobol = Sobol(len(space.parameters), rng=self._rng)
+        self._sobol, self._design = Sobol(len(space.parameters), rng=self._rng), space.design(seed)
         self._waiting: list[tuple[float, Array]] = []  # startup points that are not incumbents yet
         self._begin()
 
@@ -75,7 +75,7 @@ class MSA:
     def ask(self, count: int) -> list[dict[str, float]]:
         """The next points of the startup, or the one that is wanted next."""
         if self._stage == "startup":
-            return [self.space.point(x) for x in self._spread(min(count, self._left))]
+            return list(itertools.islice(self._design, min(count, self._left)))
         return [self.space.point(self._next)]
 
     def tell(self, trials: Sequence[Told]) -> None:
@@ -101,7 +101,7 @@ class MSA:
     # ------------------------------------------------------------------------------------ what comes next
 
     def _begin(self) -> None:
-        """Ask for points that fill the space."""
+        """Ask for the next points of the design."""
         self._stage, self._left = "startup", self._startup
 
     def _next_start(self) -> None:
@@ -169,7 +169,7 @@ class MSA:
     def _maximiser(self) -> Array:
         """The best of a Sobol sequence in the trust region and of points ever nearer to the best."""
         low, high = np.maximum(self._x0 - self._radius, 0), np.minimum(self._x0 + self._radius, 1)
-        pool = low + (high - low) * self._spread(2**_POOL)
+        pool = low + (high - low) * self._sobol.random(2**_POOL)
         best, value = self._x0, 0.0
         for i in range(_ROUNDS + 1):
             values = np.array([self._gain(x) - self._augmentation(x) for x in pool])
@@ -182,11 +182,6 @@ class MSA:
 
     def _shares(self, told: Told) -> Array:
         return np.array(self.space.shares(told.point))
-
-    def _spread(self, count: int) -> Array:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The balance properties")  # of counts that are no power of 2
-            return np.asarray(self._sobol.random(count))
 
 
 def _decrease(before: Told, after: Told) -> tuple[float, float]:
