@@ -30,6 +30,7 @@ from controlat.app.session import session
 from controlat.app.settings import Problem, settings_from
 from controlat.app.settings.search import SearchSettings, kept_settings
 from controlat.pmp.objective import objective
+from controlat.pmp.run_surface import examined
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
@@ -222,10 +223,12 @@ def trained(settings: Common, question: Question, states: Path | None = None) ->
     schedule = chosen.schedule_of(question.text).stretched(question.epochs)
     spec = experiment.spec(schedule, question.seed)
     with experiment.running(_ONE):
-        driver, began = experiment.driver(question.seed), time.perf_counter()
+        driver, began, surface = experiment.driver(question.seed), time.perf_counter(), None
         terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
-            if states is None:
+            if question.surface:
+                outcome, surface = examined(driver, spec, terminal, chosen.max_steps)
+            elif states is None:
                 outcome = objective(driver, spec, terminal, until=question.until)
             else:
                 outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
@@ -233,7 +236,7 @@ def trained(settings: Common, question: Question, states: Path | None = None) ->
             spent, seconds = float(driver.meter.gradients), time.perf_counter() - began
             return Answer(None, 0.0, spent, seconds, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
-        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
+        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds, surface=surface)
         if not question.attacked:
             return answer
         robust = run_attacks(

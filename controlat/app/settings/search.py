@@ -33,8 +33,8 @@ class SearchSettings(Problem):
         spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, or your own: the text
             of a schedule with ranges, such as pgd:steps=1~9~whole,alpha=0.01~0.1~log. The first gets half of
             the budget, the others share the rest.
-        proposer: Who proposes schedules: tpe, gp, pbt (on --spaces stages), random, grid, or your own
-            package.module:Class.
+        proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
+            own package.module:Class.
         budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, gradient
             evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed over its trainings.
         fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
