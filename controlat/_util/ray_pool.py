@@ -7,9 +7,11 @@ people who trust each other.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +22,8 @@ from controlat._util.tasks import Lines, Task, Work, perform, pickled
 
 __all__ = ["RayPool"]
 
-# While a Ray is started: it reports to nobody, and leaves to us which GPUs a process without a share sees.
+_ANSWER = 30.0  # seconds that a cluster has to answer
+# While a Ray is started: it sends no statistics, and no note on GPUs of tasks that have none.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -43,7 +46,8 @@ class RayPool:
         self, workers: int | None = None, *, address: str | None = None, gpu_share: float = 0.0
     ) -> None:
         try:
-            import ray
+            # Not by `import`: type checkers would read all of Ray.
+            self._ray: Any = importlib.import_module("ray")
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "the engine ray needs Ray: pip install 'controlat[ray]', or take processes"
@@ -51,7 +55,6 @@ class RayPool:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be >= 1, got {workers}")
         self.workers, self.address, self.gpu_share = workers, address, gpu_share
-        self._ray: Any = ray
         self._ours = False
 
     def __enter__(self) -> RayPool:
@@ -75,6 +78,8 @@ class RayPool:
         Raises:
             ValueError: there is no cluster at the address.
         """
+        if ":" in (self.address or ""):
+            self._knock()
         cores = {} if self.address else {"num_cpus": self.workers or available_cores()}
         with _environment(_QUIET), _signals_kept():
             try:
@@ -85,8 +90,22 @@ class RayPool:
                     log_to_driver=False,
                     **cores,
                 )
-            except ConnectionError as error:
-                raise ValueError(f"no Ray cluster answers at address {self.address!r}: {error}") from error
+            except (ConnectionError, ValueError) as error:
+                raise self._no_cluster(error) from error
+
+    def _knock(self) -> None:
+        """Refuse an address where nobody listens: Ray would go on trying for minutes."""
+        host, _, port = str(self.address).rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise self._no_cluster(error) from error
+
+    def _no_cluster(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"no Ray cluster answers at address {self.address!r} ({error}); give the host:port that "
+            "`ray start --head` names, or auto on a machine of the cluster"
+        )
 
     def __exit__(self, *_: object) -> None:
         if self._ours:

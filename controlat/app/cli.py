@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(words: list[str]) -> str:
-    cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
+    cure = dict.fromkeys(("evaluate", "data", "search"), "the same command goes on")
     cure["train"] = "the same command with --resume goes on"
     told = cure.get(words[0] if words else "", "the same command begins again")
     return f"controlat: interrupted; {told}"
@@ -251,7 +251,7 @@ def _run(words: list[str]) -> int:
     except (PeerLost, WorkerDied) as error:
         print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
         parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))

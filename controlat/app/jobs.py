@@ -18,10 +18,10 @@ from controlat.data import Samples
 from controlat.dynamics.recording import GIBI
 from controlat.pmp.terminal import parse_terminal
 
-__all__ = ["cards", "number_of_jobs"]
+__all__ = ["PER_CARD", "cards", "number_of_jobs"]
 
 _WORTH = 10_000  # samples that a process should train on, counted in every epoch: it takes seconds to start
-_PER_CARD = 4  # processes on one GPU, whose launches overlap then
+PER_CARD = 4  # processes on one GPU, whose launches overlap then
 _MEMORY = 0.75 * GIBI  # of a process that has imported all, without data
 
 
@@ -80,7 +80,7 @@ def _fitting(chosen: EvaluateSettings, experiment: Experiment) -> int:
     if experiment.device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(experiment.device)
-    each = min(_PER_CARD, int(free // (2 * need + states)))
+    each = min(PER_CARD, int(free // (2 * need + states)))
     return min(len(cards(chosen)) * each, int(_available() // need))
 
 

@@ -16,8 +16,9 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import Pool, Task
 from controlat._util.progress import progress_bar
+from controlat._util.ray_pool import RayPool
 from controlat.app.experiment import Experiment
-from controlat.app.jobs import cards
+from controlat.app.jobs import PER_CARD, cards
 from controlat.app.placement import Threads
 from controlat.app.runs import environment
 from controlat.app.session import session
@@ -54,7 +55,7 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
-        with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
+        with _workers(chosen) as pool:
             result, found = _searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
             )
@@ -162,8 +163,16 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
-    """A judge of questions that trains in the processes of a pool."""
+def _workers(chosen: SearchSettings) -> Pool | RayPool:
+    """Where trainings run."""
+    if chosen.engine == "ray":
+        share = 0.0 if chosen.device == "cpu" else 1 / PER_CARD
+        return RayPool(chosen.jobs, address=chosen.address, gpu_share=share)
+    return Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings")
+
+
+def judge_in(pool: Pool | RayPool, chosen: SearchSettings) -> Judge:
+    """A judge of questions that trains in the workers of a pool."""
     sent = pickle.dumps(chosen)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,19 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'controlat\[ray\]', or take processes"):
         RayPool(2)
+
+
+@on_ray
+@pytest.mark.slow
+def test_an_address_where_no_cluster_answers_is_refused_at_once() -> None:
+    with socket.socket() as taken:  # bound, so that nobody else is, and deaf
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"at address '{address}' .*refused"), RayPool(address=address):
+            pass
+    for address in ("nonsense", "here:there"):
+        with pytest.raises(ValueError, match=f"at address '{address}'"), RayPool(address=address):
+            pass
 
 
 @pytest.fixture(scope="module")

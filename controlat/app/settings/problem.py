@@ -37,7 +37,7 @@ DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
 RUNTIME = (
     *("memory", "device", "threads", "jobs", "cuda_graphs", "progress", "tensorboard"),
-    *("checkpoint_minutes", "data_dir"),
+    *("checkpoint_minutes", "data_dir", "engine", "address"),
 )
 
 T = TypeVar("T", bound="DataclassInstance")

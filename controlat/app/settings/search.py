@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controlat._util.checks import number, whole
+from controlat._util.checks import choice, number, whole
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.methods import build
@@ -17,6 +17,7 @@ from controlat.schedule_search.space import Space, named_space
 __all__ = ["SearchSettings"]
 
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
+_ENGINES = ("processes", "ray")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
 
 
@@ -41,6 +42,8 @@ class SearchSettings(Problem):
         against: Schedules that the one that is found is judged against, beside the best of every space; plain
             ones if left out.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
+        engine: Where they run: processes (of this machine) or ray (with the extra ray); results are the same.
+        address: host:port of a Ray cluster, or auto for that of this machine; a Ray of its own if left out.
     """
 
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
@@ -54,9 +57,12 @@ class SearchSettings(Problem):
     judge_seeds: Sequence[int] = ()
     against: Sequence[str] = ()
     jobs: int | None = None
+    engine: str = "processes"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_engine()
         self.max_steps = whole(self.max_steps, "max_steps", 1)
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
@@ -80,6 +86,16 @@ class SearchSettings(Problem):
         self.against = list(self.against) or self._plain()
         for text in self.against:
             self.schedule_of(text)
+
+    def _check_engine(self) -> None:
+        choice(self.engine, "engine", _ENGINES)
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"address {self.address!r} is that of a Ray cluster; give engine ray with it")
+        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                "device must be auto, cpu or cuda with engine ray, which hands out the GPUs itself, "
+                f"got {self.device!r}"
+            )
 
     @property
     def most(self) -> str:
