@@ -91,6 +91,8 @@ class RayPool:
                     **cores,
                 )
             except (ConnectionError, ValueError) as error:
+                if self.address is None:
+                    raise
                 raise self._no_cluster(error) from error
 
     def _knock(self) -> None:
@@ -104,7 +106,8 @@ class RayPool:
     def _no_cluster(self, error: Exception) -> ValueError:
         return ValueError(
             f"no Ray cluster answers at address {self.address!r} ({error}); give the host:port that "
-            "`ray start --head` names, or auto on a machine of the cluster"
+            "`ray start --head` names, or auto on a machine of the cluster. One that asks for a token needs "
+            "RAY_AUTH_MODE=token in the environment"
         )
 
     def __exit__(self, *_: object) -> None:

@@ -156,6 +156,23 @@ if __name__ == "__main__":
     with RayPool(address=sys.argv[1]) as pool:
         print(pool.map([Task("a", tasks.variable, ("HOME",))]))
 """
+GPUS = """
+import ray
+from pathlib import Path
+from controlat._util.ray_pool import RayPool
+from controlat._util.tasks import Task
+import os, sys, tasks
+
+if __name__ == "__main__":
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    a, b = Path(sys.argv[1], "a"), Path(sys.argv[1], "b")
+    with RayPool(gpu_share=1 / 4) as pool:
+        print(pool.map([Task("a", tasks.meet, (a, b)), Task("b", tasks.meet, (b, a))]))
+        print(pool.map([Task("card", tasks.variable, ("CUDA_VISIBLE_DEVICES",))]))
+    with RayPool(1, gpu_share=1 / 4) as pool:
+        print(len(set(pool.map([Task(str(i), os.getpid) for i in range(3)]))))
+    print(ray.is_initialized())
+"""
 PARENT = """
 import signal, sys
 from pathlib import Path
@@ -187,6 +204,7 @@ def _program(code: str, *arguments: str) -> subprocess.Popen[str]:
 def test_another_program_may_use_a_cluster_by_its_address_and_leaves_it_there(pool: RayPool) -> None:
     import ray
 
+    # A Ray of one's own asks for a token, which it leaves in the home folder, and has set RAY_AUTH_MODE here.
     client = _program(CLIENT, ray.get_runtime_context().gcs_address)
     said, complaint = client.communicate(timeout=GUARD)
     assert (said, complaint) == (f"[{os.environ['HOME']!r}]\n", "")
@@ -200,7 +218,15 @@ def test_another_program_may_use_a_cluster_by_its_address_and_leaves_it_there(po
 
 @on_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_tasks_share_a_gpu_and_stay_in_their_process(tmp_path: Path) -> None:
+    """One that there is by Ray's word alone; the program's own Ray serves, and stays."""
+    said, _ = _program(GPUS, str(tmp_path)).communicate(timeout=GUARD)
+    assert said.splitlines() == ["['a', 'b']", "['0']", "1", "True"]
+
+
+@on_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_ray_of_its_own_and_all_its_workers_end_with_the_parent(tmp_path: Path, number: int) -> None:
     parent = _program(PARENT, str(tmp_path))
     files = [tmp_path / "0", tmp_path / "1"]
