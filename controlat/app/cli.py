@@ -275,7 +275,7 @@ def _run(words: list[str]) -> int:
     except (PeerLost, WorkerDied) as error:
         print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
         parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))

@@ -18,10 +18,11 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
+from controlat._util.ray_pool import RayPool
 from controlat._util.sending import Common
 from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
-from controlat.app.jobs import workers
+from controlat.app.jobs import PER_CARD, only_here, workers
 from controlat.app.placement import Threads
 from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
@@ -68,7 +69,7 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
     chosen = settings_from(SearchSettings, settings, "search")
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
-        with workers(chosen, chosen.jobs or available_cores(), "trainings") as pool:
+        with _workers(chosen) as pool:
             judge = judge_in(pool, chosen, out / _STATES)
             result, found = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
@@ -199,11 +200,19 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool | InProcess, chosen: SearchSettings, states: Path) -> Judge:
-    """A judge of questions that trains in the processes of a pool.
+def _workers(chosen: SearchSettings) -> Pool | InProcess | RayPool:
+    """Where trainings run."""
+    if chosen.engine == "ray" and not only_here(chosen, "trainings are done"):
+        share = 0.0 if chosen.device == "cpu" else 1 / PER_CARD
+        return RayPool(chosen.jobs, address=chosen.address, gpu_share=share)
+    return workers(chosen, chosen.jobs or available_cores(), "trainings")
+
+
+def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: Path) -> Judge:
+    """A judge of questions that trains in the workers of a pool.
 
     Args:
-        pool: the processes.
+        pool: the workers.
         chosen: the settings of the search.
         states: folder in which trainings that end early leave their states, for others to go on from.
     """

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from controlat._util.checks import number, whole
+from controlat._util.checks import choice, number, whole
 from controlat._util.texts import only, split
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
@@ -22,6 +22,7 @@ from controlat.schedule_search.space import Space, named_space
 __all__ = ["SearchSettings", "kept_settings"]
 
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients|seconds)")
+_ENGINES = ("processes", "ray")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
 
 
@@ -52,6 +53,8 @@ class SearchSettings(Problem):
         certificate: Compute the full criterion C and the reachable decrease D of what was found too, under up
             to three of the judging seeds; about ten trainings each. A finished search may be asked for it.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
+        engine: Where they run: processes (of this machine) or ray (with the extra ray); results are the same.
+        address: host:port of a Ray cluster, or auto for that of this machine; a Ray of its own if left out.
     """
 
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
@@ -67,9 +70,12 @@ class SearchSettings(Problem):
     against: Sequence[str] = ()
     certificate: bool = False
     jobs: int | None = None
+    engine: str = "processes"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_engine()
         self.max_steps = whole(self.max_steps, "max_steps", 1)
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
@@ -99,6 +105,16 @@ class SearchSettings(Problem):
     def to_json(self) -> dict[str, Any]:
         """What decides the results; not whether they get a certificate, which may be asked for later."""
         return {name: value for name, value in super().to_json().items() if name != "certificate"}
+
+    def _check_engine(self) -> None:
+        choice(self.engine, "engine", _ENGINES)
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"address {self.address!r} is that of a Ray cluster; give engine ray with it")
+        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                "device must be auto, cpu or cuda with engine ray, which hands out the GPUs itself, "
+                f"got {self.device!r}"
+            )
 
     @property
     def most(self) -> str:
