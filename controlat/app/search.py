@@ -236,7 +236,7 @@ def trained(settings: Common, question: Question, states: Path | None = None) ->
         terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
             if question.surface:
-                outcome, surface = examined(driver, spec, terminal, chosen.max_steps)
+                outcome, surface = examined(driver, spec, terminal, chosen.max_steps, question.until)
             elif states is None:
                 outcome = objective(driver, spec, terminal, until=question.until)
             else:
