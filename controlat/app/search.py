@@ -23,7 +23,7 @@ from controlat.app.runs import environment
 from controlat.app.session import session
 from controlat.app.settings import settings_from
 from controlat.app.settings.search import SearchSettings
-from controlat.pmp.objective import objective
+from controlat.pmp.objective import objective, weighed
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
@@ -103,7 +103,7 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     (most,) = ledger.ask([Question(chosen.most, seeds[0], chosen.epochs)])
     if most.phi is None:
         raise ValueError(f"PGD-K_max, {chosen.most}, cannot be trained: {most.error}")
-    price = chosen.weight / most.mean_cost
+    price = weighed(chosen.weight, most.mean_cost)
     if chosen.gamma is not None:
         spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch

@@ -1,6 +1,7 @@
 """The objective of training, J = Phi(theta_T) + gamma eta sum_t n(u_t), and what it costs to know it.
 
-gamma eta is the price of one gradient evaluation per sample in units of J, eta the mean learning rate.
+gamma eta is the price of one gradient evaluation per sample in units of J, eta the mean learning rate. It can
+be stated by what the whole cost of the most expensive run weighs in J (`weighed`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Method
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "evaluations", "objective", "outcome_at", "rollout_cost"]
+__all__ = [
+    "WEIGHT",
+    "Outcome",
+    "evaluations",
+    "objective",
+    "outcome_at",
+    "planned_evaluations",
+    "rollout_cost",
+    "weighed",
+]
+
+WEIGHT = 0.2  # nats: what the whole cost of the most expensive run weighs in J, unless it is said
 
 
 @dataclass(frozen=True)
@@ -124,9 +136,33 @@ def objective(
     return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
 
 
+def weighed(weight: float, evaluations: float) -> float:
+    """gamma eta at which a cost weighs so much in J: gamma eta sum n = weight.
+
+    Args:
+        weight: in units of J, such as nats.
+        evaluations: sum n of the run that it is the cost of, gradient evaluations per sample.
+
+    Raises:
+        ValueError: the run takes no gradient evaluations.
+
+    >>> price = weighed(0.2, 1000.0)
+    >>> Outcome(phi=0.5, evaluations=500.0).objective(price)  # half the cost weighs half as much
+    0.6
+    """
+    if not evaluations > 0:
+        raise ValueError(f"a run of {evaluations:g} gradient evaluations decides no price: give gamma")
+    return weight / evaluations
+
+
+def planned_evaluations(spec: RunSpec, method: Method) -> float:
+    """sum over steps of n, at most: by the controls that are planned and the declared cost of the method."""
+    return sum(map(method.controls.cost, spec.plan()))
+
+
 def rollout_cost(spec: RunSpec, method: Method) -> float:
     """Gradient evaluations of a roll-out, in samples, at most, by the cost that its method declares."""
-    return sum(map(method.controls.cost, spec.plan())) * len(spec.data) / spec.batches_per_epoch
+    return planned_evaluations(spec, method) * len(spec.data) / spec.batches_per_epoch
 
 
 def outcome_at(

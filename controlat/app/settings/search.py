@@ -10,6 +10,7 @@ from controlat._util.checks import number, whole
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.methods import build
+from controlat.pmp.objective import WEIGHT
 from controlat.pmp.terminal import parse_terminal
 from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
@@ -47,7 +48,7 @@ class SearchSettings(Problem):
     proposer: str = "tpe"
     budget: str = "3trainings"
     max_steps: int = 10
-    weight: float = 0.2
+    weight: float = WEIGHT
     gamma: str | float | None = None
     terminal: str = "adversarial"
     attacks: Sequence[str] = ("pgd-50-10",)
