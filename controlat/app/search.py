@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,10 @@ from controlat.app.placement import Threads
 from controlat.app.runs import environment
 from controlat.app.session import session
 from controlat.app.settings import settings_from
+from controlat.app.settings.schedules import names_controller
 from controlat.app.settings.search import SearchSettings
+from controlat.control.controller import as_schedule
+from controlat.control.schedules import Schedule
 from controlat.pmp.objective import objective, weighed
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
@@ -55,16 +57,18 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
-            result, found = _searched(
+            result, schedule = _searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
             )
-        chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
+        schedule.save(out / "schedule.json", overwrite=True)
         write_json(out / "result.json", result)
     return result
 
 
-def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
-    """The content of result.json, and the text of the schedule that was found."""
+def _searched(
+    experiment: Experiment, chosen: SearchSettings, ledger: Ledger
+) -> tuple[dict[str, Any], Schedule]:
+    """The content of result.json, and the schedule that was found."""
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
     rest = len(spaces) - 1
@@ -94,7 +98,23 @@ def _searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) ->
         "spent": {"gradients": spent, "trainings": len(ledger)},
         "rows": rows,
     }
-    return result, winner.text
+    return result, _schedule(chosen, ledger, winner.text)
+
+
+def _schedule(chosen: SearchSettings, ledger: Ledger, text: str) -> Schedule:
+    """The schedule of a text; of a closed loop, that which it took under the first judging seed."""
+    if not names_controller(text):
+        return chosen.schedule_of(text)
+    answers = [ledger.answers[q] for q in _judging(chosen, text)]
+    taken = [a.taken for a in answers if a.taken is not None]
+    if not taken:
+        raise ValueError(f"{text} was found, but failed under every judging seed: {answers[0].error}")
+    return Schedule.from_json(taken[0])
+
+
+def _judging(chosen: SearchSettings, text: str, method: str = "") -> list[Question]:
+    """The trainings of a contender under the judging seeds."""
+    return [Question(text, seed, chosen.epochs, attacked=True, method=method) for seed in chosen.judge_seeds]
 
 
 def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Plan:
@@ -117,33 +137,31 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     )
 
 
-def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
-    """Schedules of the judgement by name: what was found, the best of every other space, plain ones."""
+def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, tuple[str, str]]:
+    """Method and schedule of the judgement by name: what was found, the best of every other space, others."""
     best = {
-        f"best {name}": next(t.text for t in work.promoted if t.space is branch.space)
+        f"best {name}": ("", next(t.text for t in work.promoted if t.space is branch.space))
         for name, branch in zip(chosen.spaces, work.branches, strict=True)
         if branch.space is not winner.space
     }
-    return {"found": winner.text, **best, **{text: text for text in chosen.against}}
+    against = {given: chosen.contender(given) for given in chosen.against}
+    return {"found": ("", winner.text), **best, **against}
 
 
 def _judged(
-    chosen: SearchSettings, ledger: Ledger, plan: Plan, contenders: dict[str, str]
+    chosen: SearchSettings, ledger: Ledger, plan: Plan, contenders: dict[str, tuple[str, str]]
 ) -> list[dict[str, Any]]:
     """A row for every contender under the judging seeds, with its paired differences to what was found."""
-    questions = [
-        Question(text, seed, chosen.epochs, attacked=True)
-        for text in contenders.values()
-        for seed in chosen.judge_seeds
-    ]
+    questions = [q for method, text in contenders.values() for q in _judging(chosen, text, method)]
     with progress_bar(len(questions), " trainings", chosen.progress, "judgement") as bar:
         ledger.ask(questions, bar.update)
     known, rows = ledger.answers, list[dict[str, Any]]()
-    for name, text in contenders.items():
-        answers = [known[Question(text, s, chosen.epochs, attacked=True)] for s in chosen.judge_seeds]
+    for name, (method, text) in contenders.items():
+        answers = [known[q] for q in _judging(chosen, text, method)]
         row: dict[str, Any] = {
             "name": name,
             "schedule": text,
+            **({"method": method} if method else {}),
             "errors": [a.error for a in answers if a.error],
         }
         if not row["errors"]:
@@ -176,9 +194,9 @@ def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
 def trained(sent: bytes, question: Question) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = pickle.loads(sent)
-    experiment = _experiment(sent, question.epochs, question.points)
-    schedule = chosen.schedule_of(question.text).stretched(question.epochs)
-    spec = experiment.spec(schedule, question.seed)
+    experiment = _experiment(sent, question.epochs, question.points, question.method)
+    controller = chosen.controller(question.text, question.epochs, question.method)
+    spec = experiment.spec(controller, question.seed)
     with experiment.running(_ONE):
         try:
             driver = experiment.driver(question.seed)
@@ -197,11 +215,14 @@ def trained(sent: bytes, question: Question) -> Answer:
             seed=question.seed,
             channels_last=chosen.channels_last,
         )
-    return answer._replace(clean=robust.clean.value, robust=robust.robust.value)
+    taken = None
+    if not spec.open_loop:
+        taken = as_schedule(outcome.controls, spec.batches_per_epoch, spec.epochs, question.text).to_json()
+    return answer._replace(clean=robust.clean.value, robust=robust.robust.value, taken=taken)
 
 
 @functools.lru_cache(maxsize=4)
-def _experiment(sent: bytes, epochs: int, points: int | None) -> Experiment:
-    """The problem at one fidelity; its data are loaded once."""
+def _experiment(sent: bytes, epochs: int, points: int | None, method: str) -> Experiment:
+    """The problem at one fidelity, with one method; its data are loaded once."""
     chosen: SearchSettings = pickle.loads(sent)
-    return Experiment.of(replace(chosen, epochs=epochs, train_points=points or chosen.train_points))
+    return Experiment.of(chosen.problem(epochs, points, method))

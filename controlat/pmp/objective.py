@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from controlat._util.checks import instance
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
@@ -47,6 +48,7 @@ class Outcome:
             included.
         terminal_gradients: gradient evaluations that Phi took, in samples.
         seconds: wall time of both.
+        controls: of every step of a training (`objective`).
 
     >>> Outcome(phi=0.5, evaluations=12.0).objective(0.01)
     0.62
@@ -57,6 +59,7 @@ class Outcome:
     training_gradients: int = 0
     terminal_gradients: int = 0
     seconds: float = 0.0
+    controls: tuple[Control, ...] = ()
 
     def objective(self, price: float) -> float:
         """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation (`RunSpec.price`)."""
@@ -127,13 +130,16 @@ def objective(
     instance(spec, RunSpec, "spec")
     check_terminal(terminal, "terminal")
     began, before, total = time.perf_counter(), driver.meter.copy(), 0.0
+    controls: list[Control] = []
     for step in rollout(driver, spec):
         total += step.evaluations
+        controls.append(step.control)
         if progress is not None:
             progress()
     check_parameters(driver, step)
     training, seconds = driver.meter.since(before).gradients, time.perf_counter() - began
-    return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
+    outcome = outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
+    return replace(outcome, controls=tuple(controls))
 
 
 def weighed(weight: float, evaluations: float) -> float:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import controlat
+from controlat._util.files import read_json_lines
 from controlat.app.cli import main
 from controlat.app.settings import SearchSettings
 
@@ -50,6 +52,31 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
 
 
+def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
+    loops = {"spaces": ["ratio:threshold=1.01~1.2,most=2,tau=0.2"], "budget": "2trainings"}
+    result = controlat.search(tmp_path / "out", **SMALL | loops | {"against": ["nfgsm", "trades@none"]})
+    _, nfgsm, trades = result["rows"]
+    assert (nfgsm["method"], nfgsm["schedule"], nfgsm["mean_cost"]) == ("nfgsm", "fgsm:alpha=0.15", [2, 2])
+    assert (trades["method"], trades["mean_cost"]) == ("trades", [1, 1])
+
+    taken = tmp_path / "out" / "schedule.json"
+    names = ("epochs", "train_points", "progress")
+    trained = {name: SMALL[name] for name in names} | {"seed": 0, "threads": 1}
+    controlat.train(tmp_path / "run", controller=result["found"], **trained)
+    assert taken.read_text() == (tmp_path / "run" / "schedule.json").read_text()
+
+    steps = [int(controlat.load_schedule(taken)(epoch)["steps"]) for epoch in range(3)]
+    deciding = sum(k + 2 for k in [0, *steps[:-1]] if k < 2)  # attacks of K and of 2 steps, K = 0 before all
+    (answer,) = (
+        line["answer"]
+        for line in read_json_lines(tmp_path / "out" / "trainings.jsonl")
+        if line["question"].get("attacked") and line["question"]["text"] == result["found"]
+        if line["question"]["seed"] == 0
+    )
+    assert answer["mean_cost"] == pytest.approx(np.mean([k + 1 for k in steps]))
+    assert answer["gradients"] == 180 * sum(k + 1 for k in steps) + 180 * deciding + 20 * 10  # and Phi
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -57,6 +84,8 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),
+        ({"against": ["nfgsm@pgd:steps=3,alpha=0.1"]}, r"steps must be in \[1, 1\], got 3"),
+        ({"spaces": ["ratio:threshold=0.5~2,tau=0.3"]}, "threshold must be > 1"),
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),
