@@ -15,6 +15,7 @@ from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import Pool, Task
 from controlat._util.progress import progress_bar
+from controlat.app.apart import check_apart
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import cards
 from controlat.app.placement import Threads
@@ -56,6 +57,7 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
+        check_apart(experiment)
         with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
             result, schedule = _searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))

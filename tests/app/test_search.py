@@ -52,6 +52,47 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
 
 
+OWN_DATA = """
+from dataclasses import replace
+from controlat.data import Split, load
+
+def relabelled():
+    data = load("digits")
+    return replace(data, test=replace(data.test, y=9 - data.test.y))
+
+def tested_on_training():
+    data = load("digits")
+    return replace(data, test=data.train)
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings for a data set of the module own_digits."""
+    (tmp_path / "own_digits.py").write_text(OWN_DATA)
+    monkeypatch.chdir(tmp_path)
+    return {"eps": "0.15", "lr": "onecycle:lr=0.2"}
+
+
+@pytest.mark.slow
+def test_what_is_found_does_not_depend_on_test_samples(tmp_path: Path, own_data: dict[str, Any]) -> None:
+    few = SMALL | own_data | {"budget": "1trainings", "against": ["none"]}
+    first = controlat.search(tmp_path / "first", **few)
+    other = controlat.search(tmp_path / "other", **few | {"data": "own_digits:relabelled"})
+    assert other["found"] == first["found"]
+    assert [row["J"] for row in other["rows"]] == [row["J"] for row in first["rows"]]
+    assert other["rows"][0]["clean"] != first["rows"][0]["clean"]
+
+
+def test_data_that_are_tested_on_what_is_trained_on_are_refused(
+    tmp_path: Path, own_data: dict[str, Any]
+) -> None:
+    given = SMALL | own_data | {"data": "own_digits:tested_on_training", "test_points": 40}
+    with pytest.raises(ValueError, match=r"of 40 test samples are trained on too.* mend the data set"):
+        controlat.search(tmp_path / "out", **given)
+
+
+@pytest.mark.slow
 def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
     loops = {"spaces": ["ratio:threshold=1.01~1.2,most=2,tau=0.2"], "budget": "2trainings"}
     result = controlat.search(tmp_path / "out", **SMALL | loops | {"against": ["nfgsm", "trades@none"]})
