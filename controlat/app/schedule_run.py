@@ -27,7 +27,6 @@ from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
-from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
@@ -91,8 +90,7 @@ class ScheduleRun:
 
     def score_epoch(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
-        began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
-        u = ahead(spec.controller, now, driver)
+        began, s, u = time.perf_counter(), self.settings, spec.control_at(epoch, 0, driver)
         total = 1 + (len(self.candidates.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         bar = progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}")
         with driver.full_precision(), bar:
@@ -165,8 +163,7 @@ class ScheduleRun:
             "training": rollout_cost(spec, self.method) + spec.decision_cost,
             "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
             "Phi": phi.value,
-            # Each decision of a closed loop is asked for once more, ahead of its epoch.
-            "criterion": sum(self.score_epoch_cost(u, phi) for u in first) + spec.decision_cost,
+            "criterion": sum(self.score_epoch_cost(u, phi) for u in first),
             "full criterion": full,
         }
 
