@@ -150,7 +150,7 @@ def test_an_evaluation_decides_once_in_every_epoch(monkeypatch: pytest.MonkeyPat
         return decide(self, now, z, u)
 
     monkeypatch.setattr(Ratio, "decide", counted)
-    result = controlat.evaluate(tmp_path / "out", schedules=[TEXTS["ratio"]], full=False, max_steps=1, **FEW)
+    result = controlat.evaluate(tmp_path / "out", schedules=[TEXTS["ratio"]], full=False, **FEW)
     assert decided == [0, 1, 2]
     scored = result["schedules"][0]["runs"][0]
     assert [line["norm"]["control"] for line in scored["criterion"]] == (
