@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats.qmc import Sobol
 
 from controlat._util.checks import instance, number
 from controlat._util.registry import meant
@@ -23,7 +24,7 @@ from controlat.pmp import controllers
 __all__ = ["CLOSED_LOOPS", "SCALES", "SPACES", "Parameter", "Point", "Space", "named_space"]
 
 Point = Mapping[str, float]
-SCALES = ("linear", "log", "whole")
+SCALES = ("linear", "log", "root", "whole")
 _RANGE = re.compile(r"([^~:,=]+~[^:,=]*)")  # not braces or brackets, which the shell interprets
 _DIGITS = 4  # of a number in a schedule's text
 
@@ -36,7 +37,8 @@ class Parameter:
         name: such as ``"steps"``, or ``"steps[0]"`` where a value has several free numbers.
         low: its smallest value.
         high: its largest value.
-        scale: ``linear``, ``log`` (searched on a logarithmic scale) or ``whole`` (a whole number).
+        scale: ``linear``, ``log`` (searched on a logarithmic scale), ``root`` (on that of square roots: more
+            of the small values) or ``whole`` (a whole number).
 
     Raises:
         ValueError: the range is empty, or its bounds do not fit the scale.
@@ -65,6 +67,8 @@ class Parameter:
             return min(math.floor(self.low + share * (self.high - self.low + 1)), self.high)
         if self.scale == "log":
             return self._rounded(self.low * (self.high / self.low) ** share)
+        if self.scale == "root":
+            share = share**2
         return self._rounded(self.low + share * (self.high - self.low))
 
     def share(self, value: float) -> float:
@@ -73,7 +77,8 @@ class Parameter:
             return (value - self.low + 0.5) / (self.high - self.low + 1)
         if self.scale == "log":
             return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+        share = (value - self.low) / (self.high - self.low)
+        return math.sqrt(share) if self.scale == "root" else share
 
     def _rounded(self, value: float) -> float:
         return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
@@ -83,14 +88,15 @@ class Parameter:
 class Space:
     """A set of schedules or closed loops: the text of one, with ranges ``low~high`` in place of some numbers.
 
-    ``low~high~log`` is searched on a logarithmic scale, ``low~high~whole`` over whole numbers. A point of the
-    space is {name of a parameter: value}; in the unit cube each parameter goes from 0 to 1. Bounds may be
-    fractions such as ``2/255``.
+    ``low~high~log`` is searched on a logarithmic scale, ``low~high~root`` on that of square roots,
+    ``low~high~whole`` over whole numbers. A point of the space is {name of a parameter: value}; in the unit
+    cube each parameter goes from 0 to 1. Bounds may be fractions such as ``2/255``.
 
     Args:
         text: as above.
         epochs: length of a run.
         knobs: the method's controls.
+        starts: what is tried first, a number for each parameter.
 
     Raises:
         ValueError: the text has no range, a range cannot be read, or the schedules at its ends are refused.
@@ -105,6 +111,7 @@ class Space:
     text: str
     epochs: int
     knobs: Mapping[str, Knob] | None = None
+    starts: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         instance(self.text, str, "the text of a search space")
@@ -146,6 +153,19 @@ class Space:
         """The coordinates of a point in the unit cube."""
         return [p.share(point[p.name]) for p in self.parameters]
 
+    def design(self, seed: int) -> Iterator[dict[str, float]]:
+        """Points to begin with, without end: `starts`, then a scrambled Sobol sequence, uniform on the cube.
+
+        Source:
+            Sobol (1967); Owen (1998), scrambling.
+        """
+        for values in self.starts:
+            pairs = zip(self.parameters, values, strict=True)
+            yield {p.name: p.value(p.share(min(max(v, p.low), p.high))) for p, v in pairs}
+        sobol = Sobol(len(self.parameters), rng=np.random.default_rng(seed))
+        while True:
+            yield self.point(sobol.random()[0])
+
     def text_of(self, point: Point) -> str:
         """The text of the schedule at a point."""
         values = [f"{point[p.name]:.{_DIGITS + 2}g}" for p in self.parameters]
@@ -164,13 +184,15 @@ def _parameter(name: str, text: str) -> Parameter:
     return Parameter(name, number(low, name), number(high, name), *scale)
 
 
-# Named spaces, of eps, the largest K and the length T of a run; alpha from a fortieth of eps to 2 eps.
+# Named spaces, of eps, the largest K and the length T of a run; alpha from a tenth of eps to 2 eps.
 _ALPHA = "{fine:.4g}~{coarse:.4g}~log"
+_STEPS = "0~{most}~root"
 SPACES: Mapping[str, str] = MappingProxyType(
     {
-        "anneal": f"anneal:steps={':'.join(['0~{most}'] * 4)},alpha={_ALPHA}:{_ALPHA}",
-        "constant": f"anneal:steps=0~{{most}},alpha={_ALPHA}",
-        "amata": "amata:start=0~{most},end=1~{most},tau={eps:.4g}~{tau:.4g}~log,rounding=dither",
+        "anneal": f"anneal:steps={':'.join([_STEPS] * 3)},alpha={_ALPHA}:{_ALPHA}",
+        "ramp": f"anneal:steps={_STEPS}:{_STEPS},alpha={_ALPHA}",
+        "constant": f"anneal:steps={_STEPS},alpha={_ALPHA}",
+        "amata": f"amata:start={_STEPS},end={_STEPS},tau={{eps:.4g}}~{{tau:.4g}}~log,rounding=dither",
         "exponential": "exponential:start=0.1~{most}~log,end=0.1~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
         "rounding=dither",
         "delayed": f"delayed:steps=1~{{most}}~whole,alpha={_ALPHA},since=0.01~{{late:.4g}}",
@@ -185,6 +207,18 @@ CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
         "horizon": "horizon:gamma=0.00003~0.03~log,steps=0..{most}",
     }
 )
+
+
+def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]]:
+    """What is tried first in a named space: what the literature trains with, and plain ramps up from 0."""
+    alpha, ends = eps / 1.5, (most / 2, most)
+    return {
+        "anneal": [[0, end / 2, end, alpha, alpha] for end in ends],
+        "ramp": [[0, end, alpha] for end in ends],
+        "constant": [[most / 5, alpha]],
+        "amata": [[1, most, 2 * eps]],
+        "delayed": [[most, 2.5 * eps / most, 0.4 * epochs]],
+    }.get(name, [])
 
 
 def named_space(
@@ -215,7 +249,7 @@ def named_space(
         )
     text = named[name].format(
         eps=eps,
-        fine=eps / 40,
+        fine=eps / 10,
         coarse=2 * eps,
         tau=2 * max_steps * eps,
         most=max_steps,
@@ -223,4 +257,4 @@ def named_space(
         third=epochs / 3,
         two_thirds=2 * epochs / 3,
     )
-    return Space(text, epochs, knobs)
+    return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, max_steps, epochs))))

@@ -1,5 +1,7 @@
 """Search spaces: the ranges in a schedule's text, by hand; every point is a schedule."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,6 +26,19 @@ def test_ranges_by_hand() -> None:
     assert point == {"steps[0]": 2, "steps[1]": 0.75, "alpha": 0.2}
     assert s.text_of(point) == "step:steps=2:5:0.75,at=3:6,alpha=0.2,rounding=dither"
     assert [s.parameters[0].value(share) for share in (0, 0.19, 0.21, 0.99, 1)] == [0, 0, 1, 4, 4]
+    assert Parameter("steps", 0, 8, "root").value(0.5) == 2
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_design_begins_with_what_the_literature_trains_with_and_fills_the_space(name: str) -> None:
+    s = space(name)
+    points = list(itertools.islice(s.design(3), 64))
+    assert points == list(itertools.islice(s.design(3), 64))
+    for start, point in zip(s.starts, points, strict=False):
+        assert list(point.values()) == pytest.approx(list(start), rel=1e-3)
+    shares = np.array([s.shares(p) for p in points])
+    assert (np.ptp(shares, axis=0) > 0.8).all()
+    assert s.schedule(points[0])(11)["steps"] > 0
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -52,7 +67,7 @@ def test_any_knob_of_any_method() -> None:
         ("pgd:steps=3~3,alpha=0.1", "from a number to a larger one, got 3~3~linear"),
         ("pgd:steps=3,alpha=0~0.1~log", "starts above 0"),
         ("pgd:steps=1.5~3~whole,alpha=0.1", "between whole numbers"),
-        ("pgd:steps=1~3~cubic,alpha=0.1", "one of linear, log, whole"),
+        ("pgd:steps=1~3~cubic,alpha=0.1", "one of linear, log, root, whole"),
         ("pgd:steps=1~3~log~whole,alpha=0.1", "low~high or low~high~scale"),
         ("pgd:steps=a~3,alpha=0.1", "steps"),
         ("amatta:min=1~3", "unknown schedule 'amatta'"),
