@@ -218,6 +218,8 @@ def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]
         "constant": [[most / 5, alpha]],
         "amata": [[1, most, 2 * eps]],
         "delayed": [[most, 2.5 * eps / most, 0.4 * epochs]],
+        "ratio": [[1.1, 2 * eps]],
+        "greedy": [[0.04]],
     }.get(name, [])
 
 
