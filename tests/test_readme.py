@@ -14,6 +14,7 @@ from torch import nn
 import controlat
 from controlat import methods, report
 from controlat._util.files import read_json
+from controlat._util.pool import InProcess
 from controlat.data import load
 from controlat.pmp import controllers, terminal
 
@@ -25,7 +26,7 @@ def test_the_loop_of_the_readme_runs_on_the_users_model_and_loader(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     section = README.partition("## Your own model and loop")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    _, block = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     data = load("digits")
     x, y = data.train.take(torch.arange(256))
     torch.manual_seed(0)
@@ -47,6 +48,25 @@ def test_the_loop_of_the_readme_runs_on_the_users_model_and_loader(
     assert len(printed) == 4
     assert "C = " in printed[0]
     assert "%" in printed[-1]
+
+
+def test_the_users_model_and_tensors_are_searched_for_and_trained_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = README.partition("## Your own model and loop")[2].partition("\n## ")[0]
+    block, _ = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("controlat.app.search.workers", lambda *_: InProcess())
+    x, y = load("digits").train.take(torch.arange(100))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    few: dict[str, Any] = {"epochs": 2, "progress": False}
+    less = {"spaces": ["constant"], "budget": "1trainings", "max_steps": 1, "judge_seeds": [0]}
+    less |= {"against": ["none"], "attacks": ["fgsm"], "jobs": 1}
+    names: dict[str, Any] = {"model": model, "x": x, "y": y, "x_test": x[:20], "y_test": y[:20]}
+    names["less"] = iter([few | less, few])  # of the search, of the training
+    exec(block.replace("eps=8 / 255", "eps=8 / 255, **next(less)"), names)
+    assert controlat.load_schedule("found/schedule.json").text == names["found"]
+    model.load_state_dict(torch.load("run/best.pt")["model"])
 
 
 def test_every_schedule_text_of_the_readme_parses() -> None:

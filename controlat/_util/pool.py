@@ -31,7 +31,7 @@ from tqdm import tqdm
 from controlat._util.child import Child
 from controlat._util.progress import progress_bar, send_to
 
-__all__ = ["Pool", "Task", "WorkerDied"]
+__all__ = ["InProcess", "Pool", "Task", "WorkerDied"]
 
 _PULSE = 5.0  # seconds between looks at processes that ended while a child of theirs holds their pipe
 _LIVES = 2  # how often a task is begun at most, where its process dies
@@ -143,12 +143,13 @@ class Pool:
             WorkerDied: the process of a task died, twice.
             ValueError: a function cannot be sent to workers.
         """
-        sent = [_pickled(task) for task in tasks]
+        for task in tasks:
+            _check_function(task)
         work = _Work(tasks, done)
         bar_format = f"{{n_fmt}}/{{total_fmt}} {self.unit}, {{elapsed}}{{postfix}}"
         try:
             with progress_bar(len(tasks), "", self.show, bar_format=bar_format) as bar:
-                while self._hand_out(work, sent):
+                while self._hand_out(work):
                     self._listen(work)
                     work.display(bar)
         except BaseException:  # Ctrl-C, too: what is under way is of no use any more
@@ -158,7 +159,7 @@ class Pool:
             raise work.errors[work.end]
         return [work.results[i] for i in range(len(tasks))]
 
-    def _hand_out(self, work: _Work, sent: Sequence[bytes]) -> bool:
+    def _hand_out(self, work: _Work) -> bool:
         """Give waiting tasks to workers that are free; whether any worker is busy."""
         for place, worker in enumerate(self._places):
             if worker is not None and worker.task is not None and worker.task >= work.end:
@@ -166,7 +167,8 @@ class Pool:
             free = (worker := self._places[place]) is None or worker.task is None
             if free and work.waiting and work.waiting[0] < work.end:
                 number = work.waiting.pop(0)
-                self._ready(place).give(number, sent[number])
+                task = work.tasks[number]  # pickled only now: the data that come with them may be large
+                self._ready(place).give(number, pickle.dumps((task.function, task.arguments)))
         return any(w is not None and w.task is not None for w in self._places)
 
     def _ready(self, place: int) -> _Worker:
@@ -198,13 +200,38 @@ class Pool:
         return worker.child.end()
 
 
-def _pickled(task: Task) -> bytes:
+def _check_function(task: Task) -> None:
     if task.function.__module__ == "__main__":
         raise ValueError(
             f"{task.function.__qualname__} is defined in the program itself, which workers do not import; "
             "put it in a module"
         )
-    return pickle.dumps((task.function, task.arguments))
+
+
+class InProcess:
+    """In the place of a `Pool`: tasks are done by this process, one after the other, and nothing is sent.
+
+    >>> import math
+    >>> with InProcess() as pool:
+    ...     pool.map([Task("a", math.gcd, (12, 18)), Task("b", math.factorial, (5,))])
+    [6, 120]
+    """
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], object] = lambda i, result: None
+    ) -> list[Any]:
+        """The results of tasks, in their order; done(i, result) is called as the i-th of them ends."""
+        results = []
+        for i, task in enumerate(tasks):
+            results.append(task.function(*task.arguments))
+            done(i, results[-1])
+        return results
 
 
 class _Work:

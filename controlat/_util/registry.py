@@ -1,7 +1,7 @@
 """Folders as registries: a new method, network or data set is one new file, without any list of them.
 
 `names` and `member` serve the files of the package; `import_path` and `call_factory` serve the user's
-own code, named as "package.module:attribute".
+own code, named as "package.module:attribute", or handed over with its name (`Named`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,61 @@ import pkgutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import Any, Self
 
-__all__ = ["call_factory", "import_path", "meant", "member", "names", "variant"]
+__all__ = [
+    "NAMED",
+    "Named",
+    "call_factory",
+    "import_path",
+    "importable",
+    "meant",
+    "member",
+    "names",
+    "variant",
+]
+
+
+NAMED = "object:"  # how the name of an object begins
+
+
+class Named(str):
+    """A name that carries the object it is the name of, and stands wherever "package.module:attribute" may.
+
+    Compared, printed and written to files it is its text; `import_path` returns the object, without which the
+    text alone is of no use.
+
+    Args:
+        text: the name, such as "object:Net-1f9a3c07".
+        thing: the object.
+
+    >>> name = Named("object:pi-1", 3.14)
+    >>> name == "object:pi-1", import_path(name)
+    (True, 3.14)
+    """
+
+    thing: object
+
+    def __new__(cls, text: str, thing: object) -> Self:
+        name = super().__new__(cls, text)
+        name.thing = thing
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Named, (str(self), self.thing)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+def importable(module: str) -> bool:
+    """Whether other processes can import a module by its name, if it is one of this program's at all.
+
+    >>> importable("math"), importable("__main__")
+    (True, False)
+    """
+    loaded = sys.modules.get(module)
+    return module != "__main__" and (loaded is None or loaded.__spec__ is not None)
 
 
 def meant(name: object, choices: Iterable[str]) -> str:
@@ -130,7 +183,7 @@ def import_path(text: str) -> object:
     The current directory is importable too, but only while the import runs.
 
     Args:
-        text: module and attribute, both possibly dotted, with one colon between them.
+        text: module and attribute, both possibly dotted, with one colon between them; or a `Named`.
 
     Returns:
         The attribute.
@@ -143,6 +196,12 @@ def import_path(text: str) -> object:
         >>> import_path("fractions:Fraction.from_float")(0.5)
         Fraction(1, 2)
     """
+    if isinstance(text, Named):
+        return text.thing
+    if text.startswith(NAMED) and "-" in text:
+        raise ValueError(
+            f"{text!r} was an object in a Python program and is in no file; give the object from there"
+        )
     name, colon, attribute = text.partition(":")
     if not colon or not all(part.isidentifier() for part in [*name.split("."), *attribute.split(".")]):
         raise ValueError(f"{text!r} must read 'package.module:attribute', such as 'my_models:build'")

@@ -17,13 +17,22 @@ from controlat.app.trainer import load_checkpoint
 __all__ = ["attack", "figure_of"]
 
 
-def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+def attack(
+    checkpoint: str | Path,
+    *,
+    out: str | Path | None = None,
+    data: Any = None,
+    model: Any = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Measure the robustness of a checkpoint on its test set: `controlat attack`.
 
     Args:
         checkpoint: a run directory, for its best.pt or else its last.pt, or such a file; model, data and eps
             are read from it.
         out: a JSON file to write, and a PNG file of the same name for sweeps; neither may exist.
+        data: the data of training, where they were given as an object (`controlat.app.settings.objects`).
+        model: the network of training, where it was given as an object; its weights play no part.
         **settings: the fields of `controlat.app.settings.AttackSettings`.
 
     Returns:
@@ -31,7 +40,8 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
         for gradient masking and their warnings, and what else was asked for.
 
     Raises:
-        ValueError: bad settings, a damaged checkpoint, or a file that exists.
+        ValueError: bad settings, a damaged checkpoint, another object than in training, or a file that
+            exists.
     """
     chosen = settings_from(AttackSettings, {"checkpoint": str(checkpoint)} | settings, "attack")
     checkpoint, out = Path(chosen.checkpoint), None if out is None else expanded(out)
@@ -51,12 +61,17 @@ def attack(checkpoint: str | Path, *, out: str | Path | None = None, **settings:
     given |= {"device": chosen.device, "test_points": chosen.points, "threads": chosen.threads}
     given |= {"batch_size": chosen.batch_size, "tf32": "off", "cuda_graphs": chosen.cuda_graphs}
     stored |= {name: value for name, value in given.items() if value is not None}
-    experiment = Experiment.of(Problem(**stored))
-    model = experiment.model(0)
-    load_weights(model, saved["model"], str(checkpoint))
+    objects = {name: thing for name, thing in (("data", data), ("model", model)) if thing is not None}
+    problem = Problem(**stored | objects)
+    for name in objects:
+        if (given := getattr(problem, name)) != (there := stored[name]):
+            raise ValueError(f"{name} is {given}, but {checkpoint} is of {there}; give the same object")
+    experiment = Experiment.of(problem)
+    network = experiment.model(0)
+    load_weights(network, saved["model"], str(checkpoint))
     note_step_size("attacks", step_sizes(chosen.attacks), experiment.problem.ball)
     with experiment.running():
-        measured = experiment.evaluate(model, chosen, chosen.seed, chosen.batch_size)
+        measured = experiment.evaluate(network, chosen, chosen.seed, chosen.batch_size)
         made_on = environment(device)
     result = measured.to_json() | {
         "checkpoint": checkpoint.name,

@@ -42,7 +42,8 @@ def evaluate(out: str | Path, **settings: Any) -> dict[str, Any]:
 
     Args:
         out: directory for result.json, summary.md, figures and one run directory per schedule and seed.
-        **settings: the fields of `controlat.app.settings.EvaluateSettings`.
+        **settings: the fields of `controlat.app.settings.EvaluateSettings`; data, model and method may be
+            objects (`controlat.app.settings.objects`).
 
     Returns:
         The content of result.json.

@@ -233,7 +233,9 @@ class Experiment:
             )
         plain = {"method": "pgd_at", "method_options": {}}  # how it was trained plays no part
         from_json(Problem, there | plain, f"surrogate {checkpoint}: settings")
-        model = models.build(there["model"], self.data.in_shape, self.data.num_classes).train()
+        mine = self.problem.model  # which may carry an object
+        name = mine if there["model"] == mine else there["model"]
+        model = models.build(name, self.data.in_shape, self.data.num_classes).train()
         network = (
             f"{there['model']} for inputs {tuple(self.data.in_shape)} and {self.data.num_classes} classes"
         )

@@ -12,13 +12,16 @@ from tqdm import tqdm
 
 from controlat._util.cores import available_cores
 from controlat._util.parallel import started
+from controlat._util.pool import InProcess, Pool
+from controlat._util.registry import Named, importable
+from controlat._util.sending import unsendable
 from controlat.app.experiment import Experiment
 from controlat.app.settings import EvaluateSettings, Problem, names_factory
 from controlat.data import Samples
 from controlat.dynamics.recording import GIBI
 from controlat.pmp.terminal import parse_terminal
 
-__all__ = ["cards", "number_of_jobs"]
+__all__ = ["cards", "number_of_jobs", "workers"]
 
 _WORTH = 10_000  # samples that a process should train on, counted in every epoch: it takes seconds to start
 _PER_CARD = 4  # processes on one GPU, whose launches overlap then
@@ -43,23 +46,42 @@ def number_of_jobs(chosen: EvaluateSettings, experiment: Experiment) -> int:
     if chosen.jobs is None:
         work = runs * chosen.epochs * len(experiment.training)
         jobs = max(1, min(jobs, work // _WORTH, _fitting(chosen, experiment)))
-    if jobs > 1 and (name := _unknown_to_workers(chosen)):
-        told = f"{name} is part of the program itself, which other processes do not import"
-        tqdm.write(f"controlat: note: {told}; runs are made one after the other", file=sys.stderr)
-        return 1
-    return jobs
+    return 1 if jobs > 1 and _only_here(chosen, "runs are made") else jobs
 
 
-def _unknown_to_workers(chosen: EvaluateSettings) -> str | None:
-    """The first of the user's own parts that a script or a notebook defines itself, if there is one."""
-    terminals = (name for _, name in parse_terminal(chosen.terminal))
-    own = [chosen.data, chosen.model, chosen.method, *terminals, *filter(names_factory, chosen.schedules)]
-    for name in own:
+def workers(chosen: Problem, jobs: int, unit: str) -> Pool | InProcess:
+    """So many processes for tasks under some settings; this one alone where others cannot have the parts.
+
+    Args:
+        chosen: the settings.
+        jobs: tasks at a time.
+        unit: what a task is, in the plural.
+    """
+    if _only_here(chosen, f"{unit} are done"):
+        return InProcess()
+    return Pool(jobs, environments=cards(chosen), unit=unit)
+
+
+def _only_here(chosen: Problem, what: str) -> bool:
+    """Whether a part of the user's cannot be sent to other processes; a note says so."""
+    told = _unknown_to_workers(chosen)
+    if told:
+        tqdm.write(f"controlat: note: {told}; {what} one after the other", file=sys.stderr)
+    return bool(told)
+
+
+def _unknown_to_workers(chosen: Problem) -> str:
+    """The first of the user's own parts that other processes cannot have, and why; empty if there is none."""
+    terminals = (name for _, name in parse_terminal(getattr(chosen, "terminal", "clean")))
+    schedules = filter(names_factory, getattr(chosen, "schedules", ()))
+    for name in (chosen.data, chosen.model, chosen.method, *terminals, *schedules):
         module, colon, _ = name.partition(":")
-        loaded = sys.modules.get(module)
-        if colon and (module == "__main__" or (loaded is not None and loaded.__spec__ is None)):
-            return name
-    return None
+        if isinstance(name, Named):
+            if reason := unsendable(name):
+                return f"{name} cannot be sent to other processes ({reason})"
+        elif colon and not importable(module):
+            return f"{name} is part of the program itself, which other processes do not import"
+    return ""
 
 
 def cards(chosen: Problem) -> list[dict[str, str]]:

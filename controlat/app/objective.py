@@ -35,7 +35,8 @@ def objective(
         seed: of initial weights, order of samples and random starts.
         gamma: price of one gradient evaluation per sample, in units of the squared gradient norm.
         terminal: Phi, as `controlat.app.settings.EvaluateSettings` reads it.
-        **settings: the fields of `controlat.app.settings.Problem`.
+        **settings: the fields of `controlat.app.settings.Problem`; data, model and method may be objects
+            (`controlat.app.settings.objects`).
 
     Returns:
         ``J``, its parts ``phi``, ``evaluations`` (sum over steps of n, per sample) and ``price`` (gamma eta),

@@ -126,17 +126,21 @@ def range_of(field: Field[Any]) -> Range | None:
     return None if field.type in (bool, "bool") else RANGES.get(field.name)
 
 
-def check_kinds(settings: Any) -> None:
+def check_kinds(settings: Any, objects: Collection[str] = ()) -> None:
     """Check that every field of a settings dataclass holds a value of the kind that its annotation says.
 
     What numbers are is left to `check_ranges`, and what is in lists of them.
+
+    Args:
+        settings: the dataclass.
+        objects: fields that may hold another object than a text, and are checked elsewhere.
 
     Raises:
         ValueError: one does not; the message says what it must be.
     """
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
-        if value is None and type(None) in get_args(hint):
+        if name in objects or (value is None and type(None) in get_args(hint)):
             continue
         kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
         listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))

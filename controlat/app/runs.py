@@ -18,6 +18,7 @@ import controlat
 from controlat._util.files import left_over, write_json
 from controlat._util.parallel import World, current
 from controlat._util.precision import tf32_state
+from controlat._util.registry import NAMED
 from controlat.app.placement import threads
 from controlat.models.frozen import graph_use
 from controlat.records import Settings, read_record
@@ -158,7 +159,11 @@ def _claim(stack: contextlib.ExitStack, directory: Path, settings: Mapping[str, 
     different = _differences(read_record(directory / SETTINGS, Settings), settings)
     if different:
         listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
-        raise ValueError(f"{directory} was made with other settings ({listed}); give another directory")
+        cure = "give another directory"
+        if NAMED in listed:
+            program = f"what begins with {NAMED} was given as an object by a Python program"
+            cure = f"{program}: give the same from there, or another directory"
+        raise ValueError(f"{directory} was made with other settings ({listed}); {cure}")
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from controlat._util.cores import available_cores
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
-from controlat._util.pool import Pool, Task
+from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
+from controlat._util.sending import Common
 from controlat.app.apart import check_apart
 from controlat.app.experiment import Experiment
-from controlat.app.jobs import cards
+from controlat.app.jobs import workers
 from controlat.app.placement import Threads
 from controlat.app.runs import environment
 from controlat.app.session import session
@@ -46,7 +46,8 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
 
     Args:
         out: directory for result.json, schedule.json, and the answers of all trainings.
-        **settings: the fields of `controlat.app.settings.search.SearchSettings`.
+        **settings: the fields of `controlat.app.settings.search.SearchSettings`; data, model and method
+            may be objects (`controlat.app.settings.objects`).
 
     Returns:
         The content of result.json.
@@ -58,7 +59,7 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         check_apart(experiment)
-        with Pool(chosen.jobs or available_cores(), environments=cards(chosen), unit="trainings") as pool:
+        with workers(chosen, chosen.jobs or available_cores(), "trainings") as pool:
             result, schedule = _searched(
                 experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
             )
@@ -182,21 +183,21 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool, chosen: SearchSettings) -> Judge:
+def judge_in(pool: Pool | InProcess, chosen: SearchSettings) -> Judge:
     """A judge of questions that trains in the processes of a pool."""
-    sent = pickle.dumps(chosen)
+    settings = Common(chosen)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
-        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (sent, q)) for q in questions]
+        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q)) for q in questions]
         pool.map(tasks, done)
 
     return judge
 
 
-def trained(sent: bytes, question: Question) -> Answer:
+def trained(settings: Common, question: Question) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
-    chosen: SearchSettings = pickle.loads(sent)
-    experiment = _experiment(sent, question.epochs, question.points, question.method)
+    chosen: SearchSettings = settings.value
+    experiment = _experiment(settings, question.epochs, question.points, question.method)
     controller = chosen.controller(question.text, question.epochs, question.method)
     spec = experiment.spec(controller, question.seed)
     with experiment.running(_ONE):
@@ -224,7 +225,7 @@ def trained(sent: bytes, question: Question) -> Answer:
 
 
 @functools.lru_cache(maxsize=4)
-def _experiment(sent: bytes, epochs: int, points: int | None, method: str) -> Experiment:
+def _experiment(settings: Common, epochs: int, points: int | None, method: str) -> Experiment:
     """The problem at one fidelity, with one method; its data are loaded once."""
-    chosen: SearchSettings = pickle.loads(sent)
+    chosen: SearchSettings = settings.value
     return Experiment.of(chosen.problem(epochs, points, method))

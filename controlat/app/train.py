@@ -24,7 +24,8 @@ def train(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str
     Args:
         out: the run directory. It gets settings.json, schedule.json, log.jsonl, last.pt, best.pt.
         resume: go on with an interrupted run of the same settings.
-        **settings: the fields of `controlat.app.settings.TrainSettings`.
+        **settings: the fields of `controlat.app.settings.TrainSettings`; data, model and method may be
+            objects (`controlat.app.settings.objects`).
 
     Returns:
         ``{"directory", "epochs": [one record per epoch], "gradients", "seconds", "finished_before"}``.

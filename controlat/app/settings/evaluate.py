@@ -10,10 +10,11 @@ from typing import Any
 
 from controlat._util.checks import brief, number, whole
 from controlat._util.files import expanded
+from controlat._util.registry import Named
 from controlat.app.checkpoints import load_checkpoint
 from controlat.app.ranges import check_kinds
 from controlat.app.settings.attack import ATTACKS, check_attacks, checkpoint_of
-from controlat.app.settings.problem import Problem, tidy
+from controlat.app.settings.problem import OBJECTS, Problem, tidy
 from controlat.app.settings.schedules import default_schedules, names_controller
 from controlat.app.settings.train import finished_run
 from controlat.methods import build
@@ -89,7 +90,7 @@ class EvaluateSettings(Problem):
     run: str | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_kinds(self, OBJECTS)
         if self.run is not None:
             self.run = str(expanded(self.run))
             self._take(Path(self.run))
@@ -128,7 +129,9 @@ class EvaluateSettings(Problem):
 
     def _take(self, run: Path) -> None:
         """The problem, schedule and seed of a finished run; settings that say otherwise are refused."""
-        stored = finished_run(run)
+        self.name_object("data")
+        self.name_object("method")
+        stored = finished_run(run, (self.data, self.method))
         if self.data_dir is None:
             self.data_dir = load_checkpoint(run / "last.pt")["settings"].get("data_dir")
         theirs = {f.name: stored[f.name] for f in fields(Problem) if f.name in stored}
@@ -140,6 +143,8 @@ class EvaluateSettings(Problem):
         for f in fields(self):
             if f.name not in theirs:
                 continue
+            if f.name == "model":  # after the data that it is for
+                self.name_object("model")
             mine, default = (
                 getattr(self, f.name),
                 f.default_factory() if callable(f.default_factory) else f.default,
@@ -149,7 +154,7 @@ class EvaluateSettings(Problem):
                     f"{f.name} {mine} contradicts {run}, which has {theirs[f.name]}: leave it "
                     "out, or evaluate without --run"
                 )
-            setattr(self, f.name, theirs[f.name])
+            setattr(self, f.name, mine if isinstance(mine, Named) else theirs[f.name])
 
     @property
     def greedy_gamma(self) -> float:

@@ -14,12 +14,14 @@ from controlat._util.registry import call_factory, meant
 from controlat._util.texts import short
 from controlat.app.placement import TF32_CHOICES
 from controlat.app.ranges import RANGES, check_kinds, check_ranges
+from controlat.app.settings.objects import named_data, named_method, named_model
 from controlat.app.settings.schedules import names_controller, names_factory, read_schedule
 from controlat.attacks.balls import Ball
 from controlat.control.controller import Controller, as_controller
 from controlat.control.learning_rate import Rate, parse_rate
 from controlat.control.schedules import Schedule
 from controlat.data import Augment, augmentation, parse_augment
+from controlat.data import load as load_data
 from controlat.dynamics.driver import SGDSettings
 from controlat.methods import build
 from controlat.models.frozen import graph_use
@@ -29,10 +31,12 @@ from controlat.records import checked, settings_of
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["DEMO_EPS", "RUNTIME", "Problem", "from_json", "settings_from", "tidy"]
+__all__ = ["DEMO_EPS", "OBJECTS", "RUNTIME", "Problem", "from_json", "settings_from", "tidy"]
 
 DEMO_EPS = "0.15"
 DEMO_LR, DEFAULT_LR = "onecycle:lr=0.2", 0.05
+
+OBJECTS = ("data", "method", "model")  # settings that from Python may be objects
 
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
 RUNTIME = (
@@ -82,6 +86,8 @@ def tidy(value: Any) -> Any:
 @dataclass
 class Problem:
     """What is trained on what, and how: shared by training and evaluation of schedules.
+
+    From Python, data, model and method may be objects too (`controlat.app.settings.objects`).
 
     Args:
         data: A data set (controlat data lists them), or your own package.module:factory returning a
@@ -145,7 +151,9 @@ class Problem:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_kinds(self, OBJECTS)
+        for name in OBJECTS:
+            self.name_object(name)
         choice(self.cuda_graphs, "cuda_graphs", graph_use.MODES)
         usual = augmentation(self.data)  # first of all: it says which data sets there are
         if self.augment is None:
@@ -173,6 +181,18 @@ class Problem:
         if hasattr(method, "check_ball"):
             method.check_ball(self.ball)
 
+    def name_object(self, name: str) -> None:
+        """Put a name in the place of an object that was given as one of `OBJECTS`."""
+        if name == "model":
+            self.model = named_model(self.model, self._form)
+        else:
+            setattr(self, name, {"data": named_data, "method": named_method}[name](getattr(self, name)))
+
+    def _form(self) -> tuple[tuple[int, int, int], int]:
+        """Shape of the images, and number of classes."""
+        data = load_data(self.data, self.data_dir, **self.data_options)
+        return data.in_shape, data.num_classes
+
     @property
     def ball(self) -> Ball:
         """The perturbation set."""
@@ -196,6 +216,7 @@ class Problem:
     def to_json(self) -> dict[str, Any]:
         """What decides the results, as plain data."""
         plain = {k: v for k, v in asdict(self).items() if k not in RUNTIME}
+        plain |= {name: str(plain[name]) for name in OBJECTS}
         plain["data_options"] = {k: v for k, v in self.data_options.items() if k != "workers"}
         if self.tf32 == "auto":  # runs of before, which have no such line, go on
             del plain["tf32"]

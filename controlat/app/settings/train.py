@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,20 @@ class TrainSettings(Problem):
         return plain | {"schedule": self.schedule_of(self.text).to_json()}
 
 
-def finished_run(run: Path) -> dict[str, Any]:
-    """The settings of a finished `controlat train`; an error says what the directory is instead."""
+def finished_run(run: Path, named: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a finished `controlat train`; an error says what the directory is instead.
+
+    Args:
+        run: the directory.
+        named: names that carry their objects, which take the place of equal ones there.
+    """
     if not (run / "settings.json").exists():
         raise ValueError(f"{run} is not the directory of a controlat train: it has no settings.json")
     stored: dict[str, Any] = read_record(run / "settings.json", Settings)
     if stored.get("command") != "train":
         raise ValueError(f"{run} is not the directory of a controlat train")
+    objects = {name: name for name in named}
+    stored = {k: objects.get(v, v) if isinstance(v, str) else v for k, v in stored.items()}
     from_json(TrainSettings, stored, str(run / "settings.json"))
     if lost := missing(read_epochs(run / "log.jsonl", LogLine), stored["epochs"]):
         told = f"{stored['epochs'] - len(lost)} of {stored['epochs']} epochs"
