@@ -16,10 +16,9 @@ from scipy.stats.qmc import Sobol
 from controlat._util.checks import instance, number
 from controlat._util.registry import meant
 from controlat._util.texts import short
-from controlat.control.schedule_text import parse_schedule
+from controlat.control.schedule_text import FAMILIES, parse_schedule
 from controlat.control.schedules import Schedule
 from controlat.control.space import Knob
-from controlat.pmp import controllers
 
 __all__ = ["CLOSED_LOOPS", "SCALES", "SPACES", "Parameter", "Point", "Space", "named_space"]
 
@@ -125,8 +124,8 @@ class Space:
 
     @property
     def open_loop(self) -> bool:
-        """Whether it consists of schedules; closed loops are checked by who knows method and eps."""
-        return self.text.partition(":")[0].strip() not in controllers.names()
+        """Whether it consists of schedules; closed loops are for who knows method and eps to check."""
+        return self.text.partition(":")[0].strip() in FAMILIES
 
     @cached_property
     def _pieces(self) -> list[str]:
