@@ -212,8 +212,8 @@ def table(result: Mapping[str, Any]) -> str:
     """Mean J, with its standard error over repetitions, of every proposer at every level."""
     levels = result["levels"]
     lines = [
-        f"Mean J over {PARTS[result['part']]['judges']} judging seeds of what had the lowest J so far; ± standard "
-        "error over repetitions. The budget in trainings of PGD-K_max.",
+        f"Mean J over {PARTS[result['part']]['judges']} judging seeds of what had the lowest J so far; ± "
+        "standard error over repetitions. The budget in trainings of PGD-K_max.",
         "",
         "| proposer | repetitions | "
         + " | ".join(f"{level:g}" for level in levels)
@@ -288,7 +288,8 @@ def figure(result: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("J of the best so far, judging seeds")
     axes.legend(fontsize=8, ncols=2)
     image = io.BytesIO()
-    FigureCanvasAgg(fig).print_png(image)
+    FigureCanvasAgg(fig)
+    fig.savefig(image, format="png", dpi=130)
     return image.getvalue()
 
 
@@ -307,7 +308,8 @@ def main() -> None:
     out = Path(args.out) / args.part
     write_json(out / "result.json", result)
     write_text(out / "table.md", table(result))
-    write(out / "budget.png", figure(result))
+    image = figure(result)
+    write(out / "budget.png", lambda file: file.write(image))
     print(table(result))
 
 

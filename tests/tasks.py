@@ -93,6 +93,14 @@ def quit_(code: int) -> None:
     os._exit(code)
 
 
+def alone(path: Path) -> bool:
+    """Whether no other task of this folder runs at the same time."""
+    path.touch(exist_ok=False)
+    time.sleep(0.1)
+    path.unlink()
+    return True
+
+
 def talk() -> None:
     print("said", end=" ")
     print("so")

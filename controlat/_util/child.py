@@ -18,9 +18,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["Child"]
+__all__ = ["Child", "import_path"]
 
 _NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def import_path() -> list[str]:
+    """Where this process imports from, as `sys.path` of another one."""
+    root = str(Path(__file__).resolve().parents[2])
+    # An empty entry is the folder that this process was in when it imported this, and found root there.
+    path = [os.path.abspath(entry) for entry in sys.path if entry]
+    return path if root in map(os.path.realpath, path) else [root, *path]
 
 
 class Child(NamedTuple):
@@ -41,15 +49,10 @@ class Child(NamedTuple):
             environment: variables beside those of this process.
             stdout: descriptor that takes the place of its standard output.
         """
-        root = str(Path(__file__).resolve().parents[2])
-        # An empty entry is the folder that the parent was in when it imported this, and found root there.
-        path = [os.path.abspath(entry) for entry in sys.path if entry]
-        if root not in map(os.path.realpath, path):
-            path.insert(0, root)
         ours, theirs = Pipe()
         connection = f"multiprocessing.connection.Connection({theirs.fileno()})"
         code = (
-            f"import sys; sys.path[:] = {path!r}; "
+            f"import sys; sys.path[:] = {import_path()!r}; "
             f"import multiprocessing.connection, {module} as m; m.serve({connection})"
         )
         with theirs, _ctrl_c_blocked():

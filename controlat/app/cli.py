@@ -1,4 +1,4 @@
-"""The command line: evaluate, train, derive, attack, data, methods, models. Bad usage: one line, code 2."""
+"""The command line: a function for each command of `controlat --help`. Bad usage: one line, code 2."""
 
 from __future__ import annotations
 
@@ -57,10 +57,31 @@ def _search(parsed: Namespace) -> None:
     from controlat import report
     from controlat._util.texts import speaker
     from controlat.app.search import search
+    from controlat.app.search_plan import search_plan
+    from controlat.app.settings.search import kept_settings
 
-    result = search(parsed.out, **_settings(parsed, ("config", "out")))
+    settings = _settings(parsed, ("config", "out", "resume", "dry_run"))
+    begun, out = parsed.get("resume"), parsed.get("resume") or parsed.get("out")
+    if out is None or (begun and parsed.get("out")):
+        raise ValueError("give --out DIR for a new search, or --resume DIR for one that was begun")
+    if parsed.get("dry_run"):
+        kept = kept_settings(Path(out)) if begun else {}
+        print(report.search_plan_text(search_plan(**kept | settings)))
+        return
+    result = search(out, resume=begun is not None, **settings)
     if not speaker():
         print(report.search_text(result))
+        print(
+            f"\nIn {out}: summary.md, schedule.json, result.json, {', '.join(report.search_figures(result))}."
+        )
+        print(f"Train under it: controlat train --out RUN --schedule {Path(out) / 'schedule.json'} ...")
+
+
+def _report(parsed: Namespace) -> None:
+    from controlat import report
+
+    names = report.redraw(Path(parsed.directory))
+    print(f"In {parsed.directory}: {', '.join(names)}.")
 
 
 _NEXT = """Next: your own schedules, for example
@@ -187,6 +208,7 @@ def _underscored(argument: str) -> str:
 _COMMANDS = {
     "evaluate": _evaluate,
     "search": _search,
+    "report": _report,
     "train": _train,
     "derive": _derive,
     "attack": _attack,
@@ -221,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(words: list[str]) -> str:
-    cure = dict.fromkeys(("evaluate", "data"), "the same command goes on")
+    cure = dict.fromkeys(("evaluate", "search", "data"), "the same command goes on")
     cure["train"] = "the same command with --resume goes on"
     told = cure.get(words[0] if words else "", "the same command begins again")
     return f"controlat: interrupted; {told}"
@@ -238,6 +260,8 @@ def _run(words: list[str]) -> int:
     parser = build_parser()
     try:
         parsed = parser.parse_args(words)
+        if parsed.command == "search" and parsed.search.resume is not None:
+            parsed = parser.parse_args(words, defaults=False)  # all that is not given is as it was
         if started() > 1 and (
             parsed.command not in ("train", "evaluate") or parsed[parsed.command].get("dry_run")
         ):
@@ -251,7 +275,7 @@ def _run(words: list[str]) -> int:
     except (PeerLost, WorkerDied) as error:
         print(f"controlat{speaker()}: stopped: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CONTROLAT_DEBUG"):
             raise
         parser.error("; ".join([str(error), *getattr(error, "__notes__", ())]))

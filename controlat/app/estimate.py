@@ -10,12 +10,13 @@ from typing import Any
 from controlat.app.evaluate import strides, tried_terminal
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import number_of_jobs
-from controlat.app.schedule_run import ScheduleRun, schedule_runs
+from controlat.app.schedule_run import schedule_runs
 from controlat.app.settings import EvaluateSettings, settings_from
+from controlat.control.controller import Controller
 from controlat.control.cost import Meter
 from controlat.pmp import terminal_evaluations
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "seconds_per_evaluation"]
 
 
 def estimate(**settings: Any) -> dict[str, Any]:
@@ -50,16 +51,16 @@ def estimate(**settings: Any) -> dict[str, Any]:
     parts["evaluation"] = len(runs) * experiment.evaluation_cost(chosen)  # type: ignore[assignment]
     jobs = number_of_jobs(chosen, experiment)
     with experiment.running(experiment.threads(jobs=jobs)):
-        seconds = _seconds_per_evaluation(experiment, runs[0])
+        seconds = seconds_per_evaluation(experiment, runs[0].controller)
     total = sum(parts.values())
     gradients = {k: round(v) for k, v in parts.items()} | {"total": round(total)}
     rounds = -(-len(runs) // jobs)  # as many runs at a time as there are jobs
     return {"gradients": gradients, "seconds": total * seconds * rounds / len(runs)}
 
 
-def _seconds_per_evaluation(experiment: Experiment, run: ScheduleRun) -> float:
-    """The fastest of a few first steps."""
-    driver, spec = experiment.driver(0), experiment.spec(run.controller, 0)
+def seconds_per_evaluation(experiment: Experiment, controller: Controller) -> float:
+    """Seconds of a gradient evaluation of one sample, by the fastest of a few first steps."""
+    driver, spec = experiment.driver(0), experiment.spec(controller, 0)
     batch, (control,) = next(spec.batches(0)), spec.plan(0, 1)
     best = float("inf")
     for _ in range(4):

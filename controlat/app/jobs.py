@@ -21,10 +21,10 @@ from controlat.data import Samples
 from controlat.dynamics.recording import GIBI
 from controlat.pmp.terminal import parse_terminal
 
-__all__ = ["cards", "number_of_jobs", "workers"]
+__all__ = ["PER_CARD", "cards", "number_of_jobs", "only_here", "workers"]
 
 _WORTH = 10_000  # samples that a process should train on, counted in every epoch: it takes seconds to start
-_PER_CARD = 4  # processes on one GPU, whose launches overlap then
+PER_CARD = 4  # processes on one GPU, whose launches overlap then
 _MEMORY = 0.75 * GIBI  # of a process that has imported all, without data
 
 
@@ -46,7 +46,7 @@ def number_of_jobs(chosen: EvaluateSettings, experiment: Experiment) -> int:
     if chosen.jobs is None:
         work = runs * chosen.epochs * len(experiment.training)
         jobs = max(1, min(jobs, work // _WORTH, _fitting(chosen, experiment)))
-    return 1 if jobs > 1 and _only_here(chosen, "runs are made") else jobs
+    return 1 if jobs > 1 and only_here(chosen, "runs are made") else jobs
 
 
 def workers(chosen: Problem, jobs: int, unit: str) -> Pool | InProcess:
@@ -57,12 +57,12 @@ def workers(chosen: Problem, jobs: int, unit: str) -> Pool | InProcess:
         jobs: tasks at a time.
         unit: what a task is, in the plural.
     """
-    if _only_here(chosen, f"{unit} are done"):
+    if only_here(chosen, f"{unit} are done"):
         return InProcess()
     return Pool(jobs, environments=cards(chosen), unit=unit)
 
 
-def _only_here(chosen: Problem, what: str) -> bool:
+def only_here(chosen: Problem, what: str) -> bool:
     """Whether a part of the user's cannot be sent to other processes; a note says so."""
     told = _unknown_to_workers(chosen)
     if told:
@@ -102,7 +102,7 @@ def _fitting(chosen: EvaluateSettings, experiment: Experiment) -> int:
     if experiment.device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(experiment.device)
-    each = min(_PER_CARD, int(free // (2 * need + states)))
+    each = min(PER_CARD, int(free // (2 * need + states)))
     return min(len(cards(chosen)) * each, int(_available() // need))
 
 

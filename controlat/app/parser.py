@@ -265,14 +265,25 @@ def _models() -> Parser:
 def _search() -> Parser:
     parser = _command(SearchSettings, "Search for a schedule, and judge it under seeds of its own.")
     parser.add_argument(
-        "--out", type=str, required=True, help="Directory for results; with it alone: the demo."
+        "--out", type=str, default=None, help="Directory for results; with it alone: the demo."
     )
+    parser.add_argument(
+        "--resume", type=str, default=None, help="Directory of a search: go on with the settings kept in it."
+    )
+    parser.add_argument("--dry_run", action="store_true", help="Print plan and estimated time only.")
+    return parser
+
+
+def _report() -> Parser:
+    parser = _parser("Make summary.md and figures of an evaluation or a search again, from result.json.")
+    parser.add_argument("directory", type=str, help="Directory that has a result.json.")
     return parser
 
 
 _COMMANDS: dict[str, tuple[Callable[[], Parser], str]] = {
     "evaluate": (_evaluate, "compare schedules: criterion C, robustness, cost"),
     "search": (_search, "search for a schedule, judge what was found"),
+    "report": (_report, "make summary and figures again from a result"),
     "train": (_train, "train under one schedule"),
     "derive": (_derive, "solve a landscape and make it a schedule"),
     "attack": (_attack, "robust accuracy of a checkpoint"),

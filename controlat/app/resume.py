@@ -21,7 +21,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import State
 from controlat.records import LogLine, missing, read_epochs
 
-__all__ = ["LAST", "LOG", "read_log", "resume", "warn"]
+__all__ = ["LAST", "LOG", "put_back", "read_log", "resume", "warn"]
 
 LAST, LOG = "last.pt", "log.jsonl"
 
@@ -51,7 +51,7 @@ def resume(
         content = world.broadcast_bytes(read_checkpoint(last) if world.first else b"")
         stored = load_checkpoint(last, driver.device, content)
         world.once(lambda: _compare_data(stored.get("data", {}), data, spec, str(last)))
-        _put_back(driver, spec, stored, str(last))
+        put_back(driver, spec, stored, str(last))
         if world.first:
             _compare_environment(stored["environment"], driver.device, world.size)
         tally, kept = Tally(**({"evaluations": None} | stored["tally"])), stored.get("log")
@@ -89,7 +89,7 @@ def _compare_data(
         warn(f"{told}, by names, sizes and times of files; if more than the times differ, train anew")
 
 
-def _put_back(driver: Driver, spec: RunSpec, stored: Mapping[str, Any], where: str) -> None:
+def put_back(driver: Driver, spec: RunSpec, stored: Mapping[str, Any], where: str) -> None:
     """Put the driver where a checkpoint left it, if it is one of this driver's and this plan's."""
     for part in (stored, *stored.get("kept", {}).values()):
         check_weights(driver.model, part["model"], where)

@@ -3,49 +3,61 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from controlat import report
 from controlat._util.cores import available_cores
 from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
 from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
+from controlat._util.ray_pool import RayPool
 from controlat._util.sending import Common
 from controlat.app.apart import check_apart
+from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
-from controlat.app.jobs import workers
+from controlat.app.jobs import PER_CARD, only_here, workers
 from controlat.app.placement import Threads
+from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
+from controlat.app.search_result import trials_of
 from controlat.app.session import session
 from controlat.app.settings import settings_from
 from controlat.app.settings.schedules import names_controller
-from controlat.app.settings.search import SearchSettings
+from controlat.app.settings.search import SearchSettings, kept_settings
 from controlat.control.controller import as_schedule
 from controlat.control.schedules import Schedule
 from controlat.pmp.objective import objective, weighed
+from controlat.pmp.run_surface import examined
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
 
-__all__ = ["search"]
+__all__ = ["search", "searched"]
 
 _ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
+_PROMOTED = 4  # of each space, judged at full length under more seeds
+_STATES = "states"
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
 
-def search(out: str | Path, **settings: Any) -> dict[str, Any]:
+def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     """Search for a schedule, and judge it under other seeds: `controlat search`.
 
     Called again with the same settings it goes on where it was stopped, with the same trials.
 
     Args:
-        out: directory for result.json, schedule.json, and the answers of all trainings.
+        out: directory for result.json, summary.md, figures, schedule.json, and the answers of all trainings.
+        resume: go on with the settings that are kept in the directory.
         **settings: the fields of `controlat.app.settings.search.SearchSettings`; data, model and method
             may be objects (`controlat.app.settings.objects`).
 
@@ -55,20 +67,27 @@ def search(out: str | Path, **settings: Any) -> dict[str, Any]:
     Raises:
         ValueError: bad settings, a directory that holds something else, or every training failed.
     """
-    chosen, out = settings_from(SearchSettings, settings, "search"), expanded(out)
+    out = expanded(out)
+    if resume:
+        settings = kept_settings(out) | settings
+    chosen = settings_from(SearchSettings, settings, "search")
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         check_apart(experiment)
-        with workers(chosen, chosen.jobs or available_cores(), "trainings") as pool:
-            result, schedule = _searched(
-                experiment, chosen, Ledger(out / "trainings.jsonl", judge_in(pool, chosen))
-            )
+        with _workers(chosen) as pool:
+            judge = judge_in(pool, chosen, out / _STATES)
+            result, schedule = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         schedule.save(out / "schedule.json", overwrite=True)
+        if chosen.certificate or (out / CERTIFICATE).exists():
+            there = out / CERTIFICATE
+            result["certificate"] = certificate(experiment, chosen, result["found"], result["price"], there)
         write_json(out / "result.json", result)
+        report.write_search(result, out)
+        shutil.rmtree(out / _STATES, ignore_errors=True)
     return result
 
 
-def _searched(
+def searched(
     experiment: Experiment, chosen: SearchSettings, ledger: Ledger
 ) -> tuple[dict[str, Any], Schedule]:
     """The content of result.json, and the schedule that was found."""
@@ -88,8 +107,12 @@ def _searched(
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    spent = sum(a.gradients for a in ledger.answers.values())
+    searched = [a for q, a in ledger.answers.items() if not q.attacked]
+    spent = {"trainings": len(searched)} | {
+        key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
+    }
     rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
+    schedule = _schedule(chosen, ledger, winner.text)
     result = {
         "format": "controlat search",
         "version": 1,
@@ -98,10 +121,11 @@ def _searched(
         "sizes": experiment.sizes,
         "price": plan.price,
         "found": winner.text,
-        "spent": {"gradients": spent, "trainings": len(ledger)},
+        "spent": spent,
         "rows": rows,
+        **trials_of(chosen, work, schedule),
     }
-    return result, _schedule(chosen, ledger, winner.text)
+    return result, schedule
 
 
 def _schedule(chosen: SearchSettings, ledger: Ledger, text: str) -> Schedule:
@@ -130,14 +154,27 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     if chosen.gamma is not None:
         spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
+    budget, unit = chosen.allowance(most.gradients)
     return Plan(
-        budget=chosen.evaluations(most.gradients),
+        budget=budget,
+        unit=unit,
         price=price,
-        rungs=(Rung(chosen.epochs), Rung(chosen.epochs, seeds=3, keep=4)),
+        rungs=_rungs(chosen, len(experiment.training)),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
     )
+
+
+def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
+    """Exploring, and the rungs above it; each keeps a third of what the one before keeps."""
+    cheap = [
+        Rung(round(epochs * chosen.epochs), None if points == 1 else max(1, round(points * samples)))
+        for epochs, points in chosen.shares()
+    ]
+    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=3)]
+    kept = [_PROMOTED * 3**i for i in reversed(range(len(above)))]
+    return explore, *(rung._replace(keep=keep) for rung, keep in zip(above, kept, strict=True))
 
 
 def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, tuple[str, str]]:
@@ -172,7 +209,9 @@ def _judged(
             row |= {
                 key: [getattr(a, key) for a in answers] for key in ("phi", "clean", "robust", "mean_cost")
             }
-            row["gradients"] = float(np.mean([a.gradients for a in answers]))
+            row |= {
+                key: float(np.mean([getattr(a, key) for a in answers])) for key in ("gradients", "seconds")
+            }
         rows.append(row)
     for row in rows[1:]:
         if not row["errors"] and not rows[0]["errors"]:
@@ -183,31 +222,52 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- a training
 
 
-def judge_in(pool: Pool | InProcess, chosen: SearchSettings) -> Judge:
-    """A judge of questions that trains in the processes of a pool."""
+def _workers(chosen: SearchSettings) -> Pool | InProcess | RayPool:
+    """Where trainings run."""
+    if chosen.engine == "ray" and not only_here(chosen, "trainings are done"):
+        share = 0.0 if chosen.device == "cpu" else 1 / PER_CARD
+        return RayPool(chosen.jobs, address=chosen.address, gpu_share=share)
+    return workers(chosen, chosen.jobs or available_cores(), "trainings")
+
+
+def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: Path) -> Judge:
+    """A judge of questions that trains in the workers of a pool.
+
+    Args:
+        pool: the workers.
+        chosen: the settings of the search.
+        states: folder in which trainings that end early leave their states, for others to go on from.
+    """
     settings = Common(chosen)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
-        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q)) for q in questions]
+        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q, states)) for q in questions]
         pool.map(tasks, done)
 
     return judge
 
 
-def trained(settings: Common, question: Question) -> Answer:
+def trained(settings: Common, question: Question, states: Path | None = None) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = settings.value
     experiment = _experiment(settings, question.epochs, question.points, question.method)
     controller = chosen.controller(question.text, question.epochs, question.method)
     spec = experiment.spec(controller, question.seed)
     with experiment.running(_ONE):
+        driver, began, surface = experiment.driver(question.seed), time.perf_counter(), None
+        terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
-            driver = experiment.driver(question.seed)
-            outcome = objective(driver, spec, experiment.terminal(question.seed, chosen.terminal))
+            if question.surface:
+                outcome, surface = examined(driver, spec, terminal, chosen.max_steps)
+            elif states is None or not spec.open_loop:
+                outcome = objective(driver, spec, terminal, until=question.until)
+            else:
+                outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
         except NonFiniteError as error:
-            return Answer(None, 0.0, 0.0, 0.0, str(error))
+            spent, seconds = float(driver.meter.gradients), time.perf_counter() - began
+            return Answer(None, 0.0, spent, seconds, str(error))
         mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
-        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds)
+        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds, surface=surface)
         if not question.attacked:
             return answer
         robust = run_attacks(
@@ -228,4 +288,8 @@ def trained(settings: Common, question: Question) -> Answer:
 def _experiment(settings: Common, epochs: int, points: int | None, method: str) -> Experiment:
     """The problem at one fidelity, with one method; its data are loaded once."""
     chosen: SearchSettings = settings.value
-    return Experiment.of(chosen.problem(epochs, points, method))
+    experiment = Experiment.of(chosen.problem(epochs, method))
+    if points is None:
+        return experiment
+    fewer = replace(experiment.data, train=experiment.training).limited(points, None).train
+    return replace(experiment, training=fewer)

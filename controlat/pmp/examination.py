@@ -26,6 +26,7 @@ def examine(
     horizons: Sequence[int] | None = None,
     looks: int | None = None,
     progress: Callable[[], object] | None = None,
+    meter: Meter | None = None,
 ) -> Criterion:
     """Run costates backward through a recorded roll-out, and score the candidates of G on the way.
 
@@ -37,6 +38,7 @@ def examine(
         horizons: numbers of steps; the whole roll-out is always among them.
         looks: number of steps of each block that are looked at, spread evenly; all of them by default.
         progress: called after every step of the backward pass.
+        meter: where evaluations of costates and scoring are counted; a new one by default.
 
     Returns:
         The criterion over all horizons.
@@ -51,7 +53,8 @@ def examine(
     gamma = _checked(recording, terminal, candidates, gamma, horizons, looks)
     blocks = recording.spec.blocks(recording.first, recording.last)
     numbers = {recording.first + n for n in looked_at(blocks, looks)}
-    meter, replayed = Meter(), recording.spent.gradients
+    meter, replayed = Meter() if meter is None else meter, recording.spent.gradients
+    counted = meter.gradients
     with recording.put_back():
         recording.driver.restore(recording.end)
         outcome = outcome_at(recording.driver, terminal, evaluations(recording.steps))
@@ -69,7 +72,7 @@ def examine(
         lower=terminal.lower,
         norms=tuple(reversed(norms)),
         dropped=dropped,
-        spent=meter.gradients + outcome.terminal_gradients,
+        spent=meter.gradients - counted + outcome.terminal_gradients,
         replayed=recording.spent.gradients - replayed,
     )
 

@@ -48,7 +48,7 @@ class Outcome:
             included.
         terminal_gradients: gradient evaluations that Phi took, in samples.
         seconds: wall time of both.
-        controls: of every step of a training (`objective`).
+        controls: of the steps that `objective` has trained.
 
     >>> Outcome(phi=0.5, evaluations=12.0).objective(0.01)
     0.62
@@ -83,7 +83,14 @@ class Outcome:
 
 
 def objective(
-    driver: Driver, spec: RunSpec, terminal: Terminal, *, progress: Callable[[], object] | None = None
+    driver: Driver,
+    spec: RunSpec,
+    terminal: Terminal,
+    *,
+    epoch: int = 0,
+    before: float = 0.0,
+    until: int | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Outcome:
     """Train under a controller, nothing recorded, and take Phi at the end: J without costates.
 
@@ -92,9 +99,13 @@ def objective(
     gamma enters by the price alone, so that one outcome serves for all of them.
 
     Args:
-        driver: the system at its initial state; it is left at the end of training.
+        driver: the system at its state at the beginning of `epoch`; it is left at the end of training.
         spec: data, controller, learning rate, seed.
         terminal: Phi.
+        epoch: the first that is trained; the cost of training those before it is not counted in the outcome.
+        before: sum n over the steps before it.
+        until: epoch before which to end: then Phi is that of the state there, and sum n that of the steps up
+            to there; by default the end of the run.
         progress: called after every step.
 
     Returns:
@@ -129,15 +140,16 @@ def objective(
     instance(driver, Driver, "driver")
     instance(spec, RunSpec, "spec")
     check_terminal(terminal, "terminal")
-    began, before, total = time.perf_counter(), driver.meter.copy(), 0.0
+    began, meter, total, step = time.perf_counter(), driver.meter.copy(), before, None
     controls: list[Control] = []
-    for step in rollout(driver, spec):
+    for step in rollout(driver, spec, epoch=epoch, until=until):
         total += step.evaluations
         controls.append(step.control)
         if progress is not None:
             progress()
-    check_parameters(driver, step)
-    training, seconds = driver.meter.since(before).gradients, time.perf_counter() - began
+    if step is not None:  # the method may have stopped before
+        check_parameters(driver, step)
+    training, seconds = driver.meter.since(meter).gradients, time.perf_counter() - began
     outcome = outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
     return replace(outcome, controls=tuple(controls))
 

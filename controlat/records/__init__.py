@@ -9,6 +9,7 @@ from controlat.records.evaluation import Evaluation
 from controlat.records.fields import Settings, settings_of
 from controlat.records.reading import checked, missing, read_epochs, read_record
 from controlat.records.result import Result
+from controlat.records.search import SearchResult
 from controlat.records.training import Calibrated, Checkpoint, LogLine
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LogLine",
     "Objective",
     "Result",
+    "SearchResult",
     "Settings",
     "checked",
     "missing",

@@ -4,7 +4,16 @@ from controlat._util.texts import table
 from controlat.report.aggregate import assemble
 from controlat.report.attacked import attack_figure, attack_notes, attack_table
 from controlat.report.lists import controllers_table, methods_table, terminals_table
-from controlat.report.search import search_table, search_text
+from controlat.report.redraw import redraw
+from controlat.report.search import (
+    read_search,
+    search_figures,
+    search_plan_text,
+    search_summary,
+    search_table,
+    search_text,
+    write_search,
+)
 from controlat.report.summary import figures, notes, read, rows, summary, write
 
 __all__ = [
@@ -17,11 +26,17 @@ __all__ = [
     "methods_table",
     "notes",
     "read",
+    "read_search",
+    "redraw",
     "rows",
+    "search_figures",
+    "search_plan_text",
+    "search_summary",
     "search_table",
     "search_text",
     "summary",
     "table",
     "terminals_table",
     "write",
+    "write_search",
 ]

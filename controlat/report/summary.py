@@ -77,10 +77,10 @@ def summary(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(result: Result, out: Path) -> None:
-    """Write summary.md and the figures beside result.json, where they are missing."""
-    if not (out / "summary.md").exists():
+def write(result: Result, out: Path, *, again: bool = False) -> None:
+    """Write summary.md and the figures beside result.json, where they are missing or are wanted again."""
+    if again or not (out / "summary.md").exists():
         write_text(out / "summary.md", summary(result))
     for name, figure in figures(result).items():
-        if not (out / name).exists():
+        if again or not (out / name).exists():
             figure.draw(result, out / name)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Plan:
     """How a search spends its budget.
 
     Args:
-        budget: gradient evaluations, in samples, that are spent on exploring.
+        budget: what is spent on exploring, in the unit below.
         price: of the mean cost n of a step, in units of J: gamma eta T.
         rungs: the first is that of exploring; the last is at full length.
         batch: points that a proposer is asked for at a time; it decides which trials are made, the number of
@@ -58,6 +59,8 @@ class Plan:
         seeds: search seeds, in the order in which they are used.
         race: how many trials take part in the race.
         race_seeds: seeds at most of each of them.
+        unit: of the budget, a field of `Answer`: ``gradients`` (evaluations, in samples) or ``seconds`` (of
+            trainings, summed).
     """
 
     budget: float
@@ -67,6 +70,7 @@ class Plan:
     batch: int = 8
     race: int = 3
     race_seeds: int = 8
+    unit: str = "gradients"
 
     def __post_init__(self) -> None:
         needed = max(self.race_seeds, *(rung.seeds for rung in self.rungs))
@@ -83,10 +87,9 @@ class Branch:
     share: float
     trials: list[Trial] = field(default_factory=list)
 
-    @property
-    def spent(self) -> float:
-        """Gradient evaluations of its trials."""
-        return sum(a.gradients for trial in self.trials for a in trial.answers)
+    def spent(self, unit: str = "gradients") -> float:
+        """What its trials took, in a unit of `Plan`."""
+        return float(sum(getattr(a, unit) for trial in self.trials for a in trial.answers))
 
 
 class Difference(NamedTuple):
@@ -125,12 +128,14 @@ class Search:
         ledger: answers.
         plan: how the budget is spent.
         each: called after every training, with the best trial so far; None before there is one.
+        made: all trials in the order in which they were made; those of a race again with every seed more.
     """
 
     branches: Sequence[Branch]
     ledger: Ledger
     plan: Plan
     each: Callable[[Trial | None], object] = lambda _: None
+    made: list[Trial] = field(default_factory=list)
     promoted: list[Trial] = field(default_factory=list)
     raced: list[Trial] = field(default_factory=list)
 
@@ -140,7 +145,7 @@ class Search:
         Raises:
             ValueError: every training failed.
         """
-        self._explore()
+        self.explore()
         self.promoted = self._promote()
         self.raced = self._race([t for t in self.promoted if not t.failed][: self.plan.race])
         return self.raced[0]
@@ -151,13 +156,17 @@ class Search:
         for trials in (self.raced, self.promoted, [t for b in self.branches for t in b.trials]):
             good = [t for t in trials if not t.failed]
             if good:
-                return min(good, key=self._j)
+                return min(good, key=self._rank)
         return None
 
     def _j(self, trial: Trial) -> float:
         return trial.mean(self.plan.price)
 
-    def _explore(self) -> None:
+    def _rank(self, trial: Trial) -> tuple[float, float]:
+        """Its place: those that were trained the furthest first, by their J."""
+        return (math.inf if trial.failed else -trial.reach, self._j(trial))
+
+    def explore(self) -> None:
         """Ask each proposer in turn, until its share of the budget is spent or it has nothing left."""
         open_ = list(self.branches)
         while open_:
@@ -171,12 +180,12 @@ class Search:
                 ]
                 branch.proposer.tell(told)
                 branch.trials += trials
-                if not points or branch.spent >= branch.share * self.plan.budget:
+                if not points or branch.spent(self.plan.unit) >= branch.share * self.plan.budget:
                     open_.remove(branch)
 
     def _promote(self) -> list[Trial]:
         """The best of every space at the last rung, best first."""
-        ranked = [sorted(branch.trials, key=self._j) for branch in self.branches]
+        ranked = [sorted(branch.trials, key=self._rank) for branch in self.branches]
         for rung in self.plan.rungs[1:]:
             kept = [t for trials in ranked for t in _distinct(trials)[: rung.keep]]
             judged = self._judged([(t.space, t.point) for t in kept], rung)
@@ -225,12 +234,17 @@ class Search:
         ]
         self.ledger.ask([q for each in questions for q in each], lambda: self.each(self.best))
         answers = self.ledger.answers
-        return [
+        trials = [
             Trial(space, point, tuple(asked), tuple(answers[q] for q in asked))
             for (space, point), asked in zip(pairs, questions, strict=True)
         ]
+        self.made += trials
+        return trials
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:
     """Trials without those whose schedule stands before."""
-    return list({t.text: t for t in reversed(trials)}.values())[::-1]
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.text, trial)
+    return list(first.values())

@@ -195,8 +195,8 @@ SPACES: Mapping[str, str] = MappingProxyType(
         "exponential": "exponential:start=0.1~{most}~log,end=0.1~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
         "rounding=dither",
         "delayed": f"delayed:steps=1~{{most}}~whole,alpha={_ALPHA},since=0.01~{{late:.4g}}",
-        "stages": f"step:steps={':'.join(['0~{most}~whole'] * 3)},alpha={':'.join([_ALPHA] * 3)},"
-        "at={third:.4g}:{two_thirds:.4g}",
+        "stages": f"step:steps={':'.join([_STEPS] * 4)},alpha={':'.join([_ALPHA] * 4)},"
+        "at={changes},rounding=dither",
     }
 )
 CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
@@ -255,7 +255,6 @@ def named_space(
         tau=2 * max_steps * eps,
         most=max_steps,
         late=max(min(0.9 * epochs, epochs - 1), 0.02),  # a change in the last epoch would come too late
-        third=epochs / 3,
-        two_thirds=2 * epochs / 3,
+        changes=":".join(f"{i * epochs / 4:g}" for i in (1, 2, 3)),
     )
     return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, max_steps, epochs))))

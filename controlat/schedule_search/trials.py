@@ -26,7 +26,8 @@ class Question(NamedTuple):
             that length.
         points: training samples; None for all.
         attacked: whether accuracies on test samples are wanted too.
-        until: epochs that are trained of those, Phi being taken then; None for all.
+        until: epochs that are trained of those, Phi being taken then; None for all. J is that of the state
+            there, with the cost so far.
         surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
         method: of training, under its own controls; empty for that of the search.
     """
@@ -46,9 +47,10 @@ class Answer(NamedTuple):
 
     Args:
         phi: the terminal cost Phi(theta_T); None if the training failed.
-        mean_cost: n, gradient evaluations per sample and step, mean over the steps.
+        mean_cost: n, gradient evaluations per sample and step: the sum over the steps that were trained,
+            divided by the number of steps of the whole run.
         gradients: gradient evaluations that it took to train, the decisions of a closed loop among them, and
-            to take Phi, in samples.
+            to take Phi, in samples; without those of a beginning that an earlier training has left.
         seconds: wall time of both.
         error: why it failed; empty if it did not.
         clean: accuracy on test samples, where it was asked for.
@@ -87,6 +89,11 @@ class Trial:
         """Whether a training failed under any seed."""
         return any(answer.phi is None for answer in self.answers)
 
+    @property
+    def reach(self) -> float:
+        """The share of the run that was trained."""
+        return min((q.until or q.epochs) / q.epochs for q in self.questions)
+
     def values(self, price: float) -> list[float]:
         """J of every seed, at a price of the mean cost n of a step; infinite where training failed."""
         return [math.inf if a.phi is None else a.phi + price * a.mean_cost for a in self.answers]
@@ -119,7 +126,7 @@ class Ledger:
     take no time, so that it comes to where it was and goes on with the same trials.
 
     Args:
-        path: of the file, of JSON lines.
+        path: of the file, of JSON lines; None to keep them in memory alone.
         judge: judge(questions, done) trains, and calls done(i, answer) as each training ends.
 
     Raises:
@@ -127,10 +134,10 @@ class Ledger:
             cut off is left out.
     """
 
-    def __init__(self, path: Path, judge: Judge) -> None:
+    def __init__(self, path: Path | None, judge: Judge) -> None:
         self.path, self._judge = path, judge
         self._known: dict[Question, Answer] = {}
-        for number, row in enumerate(read_json_lines(path), start=1):
+        for number, row in enumerate([] if path is None else read_json_lines(path), start=1):
             try:
                 self._known[Question(**row["question"])] = Answer(**row["answer"])
             except (TypeError, KeyError) as error:
@@ -155,7 +162,8 @@ class Ledger:
         new = [q for q in dict.fromkeys(questions) if q not in self._known]
 
         def done(i: int, answer: Answer) -> None:
-            append_json_line(self.path, {"question": _said(new[i]), "answer": _said(answer)})
+            if self.path is not None:
+                append_json_line(self.path, {"question": _said(new[i]), "answer": _said(answer)})
             self._known[new[i]] = answer
             each()
 

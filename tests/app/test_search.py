@@ -1,5 +1,6 @@
 """The command `search`: what it leaves, that it goes on where it was, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 import controlat
 from controlat._util.files import read_json_lines
-from controlat.app.cli import main
+from controlat.app.search import _rungs
 from controlat.app.settings import SearchSettings
+from controlat.schedule_search.loop import Rung
 
 SMALL: dict[str, Any] = {
     "spaces": ["pgd:steps=1~3~whole,alpha=0.05~0.2~log", "delayed"],
@@ -28,11 +30,15 @@ SMALL: dict[str, Any] = {
 
 
 def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    first = controlat.search(tmp_path / "out", **SMALL)
+    settings = SMALL | {"budget": "2trainings", "fidelity": ["epochs=2/3,points=1/2"]}
+    first = controlat.search(tmp_path / "out", **settings)
     file = tmp_path / "out" / "trainings.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     schedule = controlat.load_schedule(tmp_path / "out" / "schedule.json")
     assert dict(schedule(0)) == dict(SearchSettings(**SMALL).schedule_of(first["found"])(0))
+    asked = [json.loads(line)["question"] for line in lines]
+    assert {(q["epochs"], q.get("points")) for q in asked} == {(2, 90), (3, None)}
+    assert asked[1]["epochs"] == 2, "cheaper ones come first"
     names = [row["name"] for row in first["rows"]]
     assert names[0] == "found"
     assert names[1].startswith("best ")
@@ -44,7 +50,9 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         )
     assert first["price"] * 3 == pytest.approx(0.2)  # the whole cost of PGD-2
     file.write_text("".join(lines[:-3]) + lines[-3][:20])
-    again = controlat.search(tmp_path / "out", **SMALL)
+    again = controlat.search(tmp_path / "out", **settings)
+    for key in ("trainings", "gradients"):
+        assert again["spent"][key] == first["spent"][key]  # those of the judgement are not counted
     assert again["found"] == first["found"]
     assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
     judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]
@@ -118,10 +126,20 @@ def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
     assert answer["gradients"] == 180 * sum(k + 1 for k in steps) + 180 * deciding + 20 * 10  # and Phi
 
 
+def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
+    chosen = SearchSettings(
+        **SMALL | {"epochs": 8, "spaces": ["constant"], "fidelity": ["epochs=1/4,points=1/2", "epochs=1/2"]}
+    )
+    assert _rungs(chosen, 180) == (Rung(2, 90), Rung(4, keep=12), Rung(8, seeds=3, keep=4))
+    assert _rungs(SearchSettings(**SMALL), 180) == (Rung(3), Rung(3, seeds=3, keep=4))
+    assert SearchSettings(budget="2trainings").allowance(50.0) == (100.0, "gradients")
+    assert SearchSettings(budget="600 seconds").allowance(50.0) == (600.0, "seconds")
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"budget": "much"}, "budget must read 3trainings or 2e8gradients, got 'much'"),
+        ({"budget": "much"}, "budget must read 3trainings, 2e8gradients or 600seconds, got 'much'"),
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),
@@ -130,6 +148,12 @@ def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),
+        ({"proposer": "pbt", "spaces": ["delayed"]}, "takes a space of stages, as --spaces stages"),
+        ({"fidelity": ["0.5"]}, "expected name=value, got '0.5'"),
+        ({"fidelity": ["epoch=1/2"]}, "did you mean 'epochs'"),
+        ({"fidelity": ["epochs=2"]}, "above 0 and at most 1, got 'epochs=2'"),
+        ({"fidelity": ["epochs=1/9"]}, "'epochs=1/9' is less than one of the 3 epochs"),
+        ({"fidelity": ["epochs=2/3", "epochs=1/3"]}, "the cheapest first, got epochs=2/3 epochs=1/3"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_trained(
@@ -138,13 +162,3 @@ def test_what_is_wrong_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=told):
         controlat.search(tmp_path / "out", **SMALL | given)
     assert not (tmp_path / "out" / "trainings.jsonl").exists()
-
-
-def test_the_command_says_which_schedule_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["search", "--out", str(tmp_path / "out"), "--spaces", "constant", "--proposer", "random"]
-    words += ["--budget", "1trainings", "--max_steps", "1", "--epochs", "1", "--train_points", "100"]
-    words += ["--test_points", "20", "--judge_seeds", "0", "1", "--against", "none", "--attacks", "pgd-2"]
-    assert main([*words, "--jobs", "1", "--progress", "false"]) == 0
-    told = capsys.readouterr().out
-    assert "(found)" in told
-    assert "Use " in told

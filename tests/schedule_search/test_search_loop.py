@@ -62,8 +62,8 @@ def test_a_budget_is_kept_and_shared(tmp_path: Path) -> None:
     s = search(tmp_path / "trials.jsonl", Exact())
     s.run()
     bowl, flat = s.branches
-    assert 0.8 * 8000 <= bowl.spent < 0.8 * 8000 + 8 * 100  # one ask more at most
-    assert 0.2 * 8000 <= flat.spent < 0.2 * 8000 + 8 * 100
+    assert 0.8 * 8000 <= bowl.spent() < 0.8 * 8000 + 8 * 100  # one ask more at most
+    assert 0.2 * 8000 <= flat.spent() < 0.2 * 8000 + 8 * 100
 
 
 def test_a_search_that_goes_on_asks_nothing_twice_and_ends_the_same(tmp_path: Path) -> None:

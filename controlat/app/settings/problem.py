@@ -41,7 +41,7 @@ OBJECTS = ("data", "method", "model")  # settings that from Python may be object
 # What decides where and how fast a run happens, not what comes out of it on one device and thread count.
 RUNTIME = (
     *("memory", "device", "threads", "jobs", "cuda_graphs", "progress", "tensorboard"),
-    *("checkpoint_minutes", "data_dir"),
+    *("checkpoint_minutes", "data_dir", "engine", "address"),
 )
 
 T = TypeVar("T", bound="DataclassInstance")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from controlat import methods
-from controlat._util.checks import number, whole
+from controlat._util.checks import choice, number, whole
+from controlat._util.texts import only, split
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
 from controlat.app.settings.schedules import names_controller, names_factory
@@ -15,12 +19,14 @@ from controlat.control.controller import Controller
 from controlat.methods import build
 from controlat.pmp.objective import WEIGHT
 from controlat.pmp.terminal import parse_terminal
+from controlat.records import Settings, checked, read_record, settings_of
 from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
 
-__all__ = ["SearchSettings"]
+__all__ = ["SearchSettings", "kept_settings"]
 
-_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients)")
+_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients|seconds)")
+_ENGINES = ("processes", "ray")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
 
 
@@ -33,9 +39,13 @@ class SearchSettings(Problem):
             ratio, greedy and horizon, or your own: the text of a schedule or closed loop with ranges, such as
             pgd:steps=1~9~whole,alpha=0.01~0.1~log or ratio:threshold=1.05~2,tau=0.3. The first gets half of
             the budget, the others share the rest.
-        proposer: Who proposes schedules: tpe, gp, random, grid, or your own package.module:Class.
-        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, or gradient
-            evaluations, such as 2e8gradients.
+        proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
+            own package.module:Class.
+        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, gradient
+            evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed over its trainings.
+        fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
+            epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
+            kind before. All trainings are full ones if left out.
         max_steps: K_max, the largest K.
         weight: What the whole cost of PGD-K_max weighs in J, in units of the loss (nats): it decides gamma.
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm, in the
@@ -47,12 +57,17 @@ class SearchSettings(Problem):
             closed loops such as greedy, or other methods: trades (under PGD-K_max, or a single step of eps)
             or METHOD@SCHEDULE, such as trades@pgd:steps=5,alpha=0.04. Plain schedules if left out, and nfgsm
             where the method is pgd_at.
+        certificate: Compute the full criterion C and the reachable decrease D of what was found too, under up
+            to three of the judging seeds; about ten trainings each. A finished search may be asked for it.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
+        engine: Where they run: processes (of this machine) or ray (with the extra ray); results are the same.
+        address: host:port of a Ray cluster, or auto for that of this machine; a Ray of its own if left out.
     """
 
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
     proposer: str = "tpe"
     budget: str = "3trainings"
+    fidelity: Sequence[str] = ()
     max_steps: int = 10
     weight: float = WEIGHT
     gamma: str | float | None = None
@@ -60,18 +75,24 @@ class SearchSettings(Problem):
     attacks: Sequence[str] = ("pgd-50-10",)
     judge_seeds: Sequence[int] = ()
     against: Sequence[str] = ()
+    certificate: bool = False
     jobs: int | None = None
+    engine: str = "processes"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_engine()
         self.max_steps = whole(self.max_steps, "max_steps", 1)
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
-        proposers.check(self.proposer)
-        self.space_list()
+        for space in self.space_list():
+            proposers.build(self.proposer, space, 0)
         if not _BUDGET.fullmatch(self.budget):
-            raise ValueError(f"budget must read 3trainings or 2e8gradients, got {self.budget!r}")
+            raise ValueError(f"budget must read 3trainings, 2e8gradients or 600seconds, got {self.budget!r}")
+        self.fidelity = list(self.fidelity)
+        self.shares()
         if self.gamma is not None:
             self.gamma = tidy(self.gamma)
         parse_terminal(self.terminal)
@@ -87,7 +108,21 @@ class SearchSettings(Problem):
         self.against = list(self.against) or self._plain()
         for given in self.against:
             method, text = self.contender(given)
-            self.problem(self.epochs, method=method).controller_of(text)
+            self.problem(self.epochs, method).controller_of(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the results; not whether they get a certificate, which may be asked for later."""
+        return {name: value for name, value in super().to_json().items() if name != "certificate"}
+
+    def _check_engine(self) -> None:
+        choice(self.engine, "engine", _ENGINES)
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"address {self.address!r} is that of a Ray cluster; give engine ray with it")
+        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                "device must be auto, cpu or cuda with engine ray, which hands out the GPUs itself, "
+                f"got {self.device!r}"
+            )
 
     @property
     def most(self) -> str:
@@ -125,10 +160,9 @@ class SearchSettings(Problem):
         steps = build(given).controls.get("steps")
         return given, f"fgsm:alpha={self.ball.eps:.4g}" if steps and steps.high == 1 else self.most
 
-    def problem(self, epochs: int, points: int | None = None, method: str = "") -> Problem:
-        """What is trained on what: over so many epochs, on so many samples, by another method."""
+    def problem(self, epochs: int, method: str = "") -> Problem:
+        """What is trained on what: over so many epochs, by another method if one is named."""
         given = {f.name: getattr(self, f.name) for f in fields(Problem)} | {"epochs": epochs}
-        given |= {"train_points": points} if points else {}
         problem = Problem(**given | ({"method": method, "method_options": {}} if method else {}))
         problem.__dict__["_schedules"] = self.__dict__.setdefault("_schedules", {})  # files are read once
         return problem
@@ -136,8 +170,8 @@ class SearchSettings(Problem):
     def controller(self, text: str, epochs: int, method: str = "") -> Controller:
         """A schedule, stretched to a run of so many epochs, or a closed loop in such a run."""
         if names_controller(text):
-            return self.problem(epochs, method=method).controller_of(text)
-        return self.problem(self.epochs, method=method).schedule_of(text).stretched(epochs)
+            return self.problem(epochs, method).controller_of(text)
+        return self.problem(self.epochs, method).schedule_of(text).stretched(epochs)
 
     def space_list(self) -> list[Space]:
         """The spaces."""
@@ -151,15 +185,59 @@ class SearchSettings(Problem):
                 self.controller_of(space.text_of(space.point([share] * len(space.parameters))))
         return spaces
 
-    def evaluations(self, training: float) -> float:
-        """The budget in gradient evaluations, in samples.
+    def allowance(self, training: float) -> tuple[float, str]:
+        """The budget, and its unit: ``gradients``, evaluations in samples, or ``seconds``.
 
         Args:
-            training: what a training of `most` takes.
+            training: gradient evaluations that a training of `most` takes.
         """
         value, unit = _BUDGET.fullmatch(self.budget).groups()  # type: ignore[union-attr]
-        return number(value, "budget") * (training if unit == "trainings" else 1.0)
+        amount = number(value, "budget")
+        return (amount * training, "gradients") if unit == "trainings" else (amount, unit)
+
+    def shares(self) -> list[tuple[float, float]]:
+        """The shares of epochs and of samples of the cheaper trainings.
+
+        Raises:
+            ValueError: one is malformed, out of range, less than an epoch, or cheaper than the one before.
+        """
+        pairs = [_shares(text) for text in self.fidelity]
+        for text, (epochs, _) in zip(self.fidelity, pairs, strict=True):
+            if round(epochs * self.epochs) < 1:
+                raise ValueError(f"fidelity {text!r} is less than one of the {self.epochs} epochs")
+        costs = [epochs * points for epochs, points in pairs] + [1.0]
+        if any(b < a for a, b in pairwise(costs)):
+            raise ValueError(
+                "fidelity lists cheaper trainings, the cheapest first, got " + " ".join(self.fidelity)
+            )
+        return pairs
 
     def search_seeds(self, count: int) -> tuple[int, ...]:
         """Seeds of the search, none of which the judgement uses."""
         return tuple(range(_FIRST, _FIRST + count))
+
+
+def kept_settings(directory: Path) -> dict[str, Any]:
+    """The settings of the search that a directory holds.
+
+    Raises:
+        ValueError: it holds none, or its settings are malformed.
+    """
+    path = directory / "settings.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is not the directory of a controlat search: it has no settings.json")
+    stored = read_record(path, Settings)
+    if stored.get("command") != "search":
+        raise ValueError(f"{directory} is not the directory of a controlat search")
+    checked(stored, settings_of(SearchSettings), str(path))
+    return {f.name: stored[f.name] for f in fields(SearchSettings) if f.name in stored}
+
+
+def _shares(text: str) -> tuple[float, float]:
+    """The shares of epochs and of samples in a text of `SearchSettings.fidelity`."""
+    _, given = split(f"fidelity:{text}")
+    only(given, (), ("epochs", "points"), "fidelity (such as epochs=1/2,points=1/2)")
+    shares = [number(given.get(name, 1.0), f"{name} of fidelity") for name in ("epochs", "points")]
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"the shares of fidelity are above 0 and at most 1, got {text!r}")
+    return shares[0], shares[1]

@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from controlat._util import registry
 from controlat.schedule_search.space import Point, Space
 from controlat.schedule_search.trials import Answer
 
-__all__ = ["Proposer", "Told", "build", "check", "names"]
+__all__ = ["Proposer", "Told", "build", "check", "names", "price_of"]
 
 
 class Told(NamedTuple):
@@ -95,3 +97,16 @@ def build(name: str, space: Space, seed: int, options: Mapping[str, Any] | None 
     if not isinstance(made, Proposer):
         raise ValueError(f"proposer {name!r} must have ask(count) and tell(trials)")
     return made
+
+
+def price_of(told: Told) -> float:
+    """The price of the mean cost n of a step that J was told with, J = Phi + price n; 0 where n is 0.
+
+    >>> price_of(Told({}, 1.0, answers=(Answer(0.25, 3.0, 0, 0), Answer(0.75, 1.0, 0, 0))))
+    0.25
+    """
+    phi = [a.phi for a in told.answers if a.phi is not None]
+    n = float(np.mean([a.mean_cost for a in told.answers])) if told.answers else 0.0
+    if told.value is None or len(phi) < len(told.answers) or n == 0:
+        return 0.0
+    return float((told.value - np.mean(phi)) / n)
