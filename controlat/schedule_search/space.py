@@ -16,7 +16,7 @@ from scipy.stats.qmc import Sobol
 from controlat._util.checks import instance, number
 from controlat._util.registry import meant
 from controlat._util.texts import short
-from controlat.control.schedule_text import FAMILIES, parse_schedule
+from controlat.control.schedule_text import parse_schedule
 from controlat.control.schedules import Schedule
 from controlat.control.space import Knob
 
@@ -125,7 +125,7 @@ class Space:
     @property
     def open_loop(self) -> bool:
         """Whether it consists of schedules; closed loops are for who knows method and eps to check."""
-        return self.text.partition(":")[0].strip() in FAMILIES
+        return self.text.partition(":")[0].strip() not in CLOSED_LOOPS
 
     @cached_property
     def _pieces(self) -> list[str]:
@@ -199,6 +199,7 @@ SPACES: Mapping[str, str] = MappingProxyType(
         "at={changes},rounding=dither",
     }
 )
+# One for every closed loop of controlat/pmp/controllers.
 CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
     {
         "ratio": "ratio:threshold=1.01~2~log,most={most},tau={eps:.4g}~{tau:.4g}~log",
