@@ -22,7 +22,7 @@ from controlat.app.jobs import cards, number_of_jobs
 from controlat.app.notes import alphas, note_step_size, note_unreached, step_sizes
 from controlat.app.placement import Threads
 from controlat.app.runs import environment
-from controlat.app.schedule_run import ScheduleRun, schedule_runs
+from controlat.app.schedule_run import ScheduleRun, priced, schedule_runs
 from controlat.app.session import begun_threads, session
 from controlat.app.settings import EvaluateSettings, names_controller, settings_from
 from controlat.app.trainer import load_checkpoint
@@ -112,7 +112,18 @@ def _compared(
         terminal=phi,
         schedules=schedules,
         reproduced=_reproduced(chosen.run, every[0].directory),
+        **_price(experiment, chosen, names),
     )
+
+
+def _price(experiment: Experiment, chosen: EvaluateSettings, names: Sequence[str]) -> dict[str, Any]:
+    """Where weight decides it, gamma of J and of the greedy forms, and the schedule that it is by."""
+    gamma, most = priced(experiment, chosen)
+    if not most:
+        return {}
+    name = names[list(chosen.schedules).index(most)]
+    greedy = chosen.greedy_gamma
+    return {"price": {"gamma": gamma, "weight": chosen.weight, "schedule": name, "greedy": greedy}}
 
 
 def _run(run: ScheduleRun, title: str, world: World) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def full_criterion(
     controller: Controller,
     seed: int,
     candidates: Candidates,
+    gamma: float,
     trained: nn.Module | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
@@ -53,10 +54,11 @@ def full_criterion(
 
     Args:
         experiment: the problem with its data.
-        settings: gamma, horizons, looks, memory.
+        settings: horizons, looks, memory.
         controller: decides u_t; what is looked back upon are the controls that it took.
         seed: of the run.
         candidates: what is searched.
+        gamma: price of one gradient evaluation per sample.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
         bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
 
@@ -77,7 +79,7 @@ def full_criterion(
                 recording,
                 terminal,
                 candidates,
-                gamma=settings.gamma,
+                gamma=gamma,
                 horizons=settings.horizons or [1, spec.batches_per_epoch],
                 looks=settings.looks,
                 progress=_told(b),

@@ -27,8 +27,8 @@ def objective(
 ) -> dict[str, Any]:
     """Train under a schedule or controller, in memory, and tell J = Phi(theta_T) + gamma eta sum_t n(u_t).
 
-    This is the J that `controlat.evaluate` reports. Phi is taken on held-out samples that nothing which is
-    decided during training sees.
+    This is the J that `controlat.evaluate` reports at the same gamma. Phi is taken on held-out samples that
+    nothing which is decided during training sees.
 
     Args:
         schedule: short text, JSON file, or a controller as `controlat.dynamics.run_spec.RunSpec` takes it.

@@ -27,7 +27,6 @@ from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
-from controlat.dynamics.feedback import ahead
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
@@ -38,9 +37,11 @@ from controlat.pmp import (
     Outcome,
     epoch_scale,
     outcome_at,
+    planned_evaluations,
     rollout_cost,
     score,
     training_probe,
+    weighed,
 )
 from controlat.records import (
     CriterionLine,
@@ -53,14 +54,17 @@ from controlat.records import (
 )
 from controlat.robust_accuracy import parse_attack
 
-__all__ = ["ScheduleRun", "schedule_runs"]
+__all__ = ["ScheduleRun", "priced", "schedule_runs"]
 
 CRITERION = "criterion.jsonl"
 
 
 @dataclass(frozen=True)
 class ScheduleRun:
-    """One run of an evaluation: a schedule, or another controller, under a seed, in its directory."""
+    """One run of an evaluation: a schedule, or another controller, under a seed, in its directory.
+
+    J and the full criterion are taken at the price `gamma`.
+    """
 
     experiment: Experiment
     settings: EvaluateSettings
@@ -69,6 +73,7 @@ class ScheduleRun:
     seed: int
     directory: Path
     candidates: Candidates
+    gamma: float
 
     @property
     def taken(self) -> Schedule:
@@ -85,8 +90,7 @@ class ScheduleRun:
 
     def score_epoch(self, driver: Driver, spec: RunSpec, epoch: int) -> dict[str, Any]:
         """Score the candidates of G at the start of an epoch: a line of criterion.jsonl."""
-        began, s, now = time.perf_counter(), self.settings, spec.moment(epoch * spec.batches_per_epoch)
-        u = ahead(spec.controller, now, driver)
+        began, s, u = time.perf_counter(), self.settings, spec.control_at(epoch, 0, driver)
         total = 1 + (len(self.candidates.around(driver.method, u)) if s.maximiser == "sweep" else s.trials)
         bar = progress_bar(total, " candidates", s.progress, f"C, epoch {epoch}")
         with driver.full_precision(), bar:
@@ -99,7 +103,7 @@ class ScheduleRun:
                 scale=epoch_scale(driver, spec, epoch),
                 rate=spec.mean_rate(epoch),
                 maximiser=s.maximiser,
-                gamma=number(s.gamma, "gamma"),
+                gamma=s.greedy_gamma,
                 trials=s.trials,
                 progress=bar.update,
             )
@@ -135,6 +139,7 @@ class ScheduleRun:
             self.taken,
             self.seed,
             self.candidates,
+            self.gamma,
             trained,
             lambda what, total: progress_bar(total, " steps", s.progress, what),
         )
@@ -158,8 +163,7 @@ class ScheduleRun:
             "training": rollout_cost(spec, self.method) + spec.decision_cost,
             "validation": validation_cost(len(self.experiment.validation)) * spec.epochs,
             "Phi": phi.value,
-            # Each decision of a closed loop is asked for once more, ahead of its epoch.
-            "criterion": sum(self.score_epoch_cost(u, phi) for u in first) + spec.decision_cost,
+            "criterion": sum(self.score_epoch_cost(u, phi) for u in first),
             "full criterion": full,
         }
 
@@ -177,7 +181,7 @@ class ScheduleRun:
             self._score_again(lost, tally.epoch, driver.model)
         objective, file, full = (self.directory / f"{n}.json" for n in ("objective", "evaluation", "full"))
         if not objective.exists():
-            write_json(objective, self.objective(driver, tally).to_json(spec.price(number(s.gamma, "gamma"))))
+            write_json(objective, self.objective(driver, tally).to_json(spec.price(self.gamma)))
         if not file.exists():
             measured = experiment.evaluate(driver.model, s, self.seed)
             write_json(file, measured.to_json())
@@ -250,7 +254,7 @@ class ScheduleRun:
 
     def criterion(self, epochs: int) -> list[dict[str, Any]]:
         """The gaps of so many epochs in both forms, from the stored surfaces."""
-        gamma, gaps = number(self.settings.gamma, "gamma"), []
+        gamma, gaps = self.settings.greedy_gamma, []
         for line in self._surfaces(epochs):
             try:
                 gaps.append(gaps_of(line, gamma))
@@ -265,6 +269,7 @@ def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path)
     eps, steps = settings.ball.eps, settings.max_steps or _most_steps(settings)
     space = build(settings.method, settings.method_options).controls
     candidates = Candidates.read(settings.knobs, space, eps=eps, max_steps=steps, alphas=settings.alphas)
+    gamma, _ = priced(experiment, settings)
     for number_, text in enumerate(settings.schedules, start=1):
         for seed in settings.seeds:
             yield ScheduleRun(
@@ -275,7 +280,29 @@ def schedule_runs(experiment: Experiment, settings: EvaluateSettings, out: Path)
                 seed=seed,
                 directory=out / "runs" / f"{number_:02d}-{slug(text)}-seed{seed}",
                 candidates=candidates,
+                gamma=gamma,
             )
+
+
+def priced(experiment: Experiment, settings: EvaluateSettings) -> tuple[float, str]:
+    """gamma of J: as it is given, or by the weight of the most expensive schedule; the text of that one.
+
+    Raises:
+        ValueError: what no schedule costs is known before the run.
+    """
+    if settings.gamma is not None:
+        return number(settings.gamma, "gamma"), ""
+    method = build(settings.method, settings.method_options)
+    specs = {text: experiment.spec(settings.controller_of(text), 0) for text in settings.schedules}
+    known = {
+        text: planned_evaluations(spec, method)
+        for text, spec in specs.items()
+        if spec.open_loop or hasattr(spec.controller, "most_expensive")
+    }
+    if not known:
+        raise ValueError("gamma is missing: what a closed loop costs is not known before the run")
+    text = max(known, key=known.__getitem__)
+    return weighed(settings.weight, known[text]) / specs[text].mean_rate(), text
 
 
 def _most_steps(settings: EvaluateSettings) -> int:

@@ -6,7 +6,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
 from controlat._util.ray_pool import RayPool
 from controlat._util.sending import Common
+from controlat.app.apart import check_apart
 from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import PER_CARD, only_here, workers
@@ -28,9 +29,12 @@ from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
 from controlat.app.search_result import trials_of
 from controlat.app.session import session
-from controlat.app.settings import Problem, settings_from
+from controlat.app.settings import settings_from
+from controlat.app.settings.schedules import names_controller
 from controlat.app.settings.search import SearchSettings, kept_settings
-from controlat.pmp.objective import objective
+from controlat.control.controller import as_schedule
+from controlat.control.schedules import Schedule
+from controlat.pmp.objective import objective, weighed
 from controlat.pmp.run_surface import examined
 from controlat.robust_accuracy.robust import run_attacks
 from controlat.schedule_search import proposers
@@ -69,21 +73,24 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
     chosen = settings_from(SearchSettings, settings, "search")
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
+        check_apart(experiment)
         with _workers(chosen) as pool:
             judge = judge_in(pool, chosen, out / _STATES)
-            result, found = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
-        chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
+            result, schedule = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
+        schedule.save(out / "schedule.json", overwrite=True)
         if chosen.certificate or (out / CERTIFICATE).exists():
             there = out / CERTIFICATE
-            result["certificate"] = certificate(experiment, chosen, found, result["price"], there)
+            result["certificate"] = certificate(experiment, chosen, result["found"], result["price"], there)
         write_json(out / "result.json", result)
         report.write_search(result, out)
         shutil.rmtree(out / _STATES, ignore_errors=True)
     return result
 
 
-def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> tuple[dict[str, Any], str]:
-    """The content of result.json, and the text of the schedule that was found."""
+def searched(
+    experiment: Experiment, chosen: SearchSettings, ledger: Ledger
+) -> tuple[dict[str, Any], Schedule]:
+    """The content of result.json, and the schedule that was found."""
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
     rest = len(spaces) - 1
@@ -105,6 +112,7 @@ def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> 
         key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
     }
     rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
+    schedule = _schedule(chosen, ledger, winner.text)
     result = {
         "format": "controlat search",
         "version": 1,
@@ -115,9 +123,25 @@ def searched(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> 
         "found": winner.text,
         "spent": spent,
         "rows": rows,
-        **trials_of(chosen, work, chosen.schedule_of(winner.text)),
+        **trials_of(chosen, work, schedule),
     }
-    return result, winner.text
+    return result, schedule
+
+
+def _schedule(chosen: SearchSettings, ledger: Ledger, text: str) -> Schedule:
+    """The schedule of a text; of a closed loop, that which it took under the first judging seed."""
+    if not names_controller(text):
+        return chosen.schedule_of(text)
+    answers = [ledger.answers[q] for q in _judging(chosen, text)]
+    taken = [a.taken for a in answers if a.taken is not None]
+    if not taken:
+        raise ValueError(f"{text} was found, but failed under every judging seed: {answers[0].error}")
+    return Schedule.from_json(taken[0])
+
+
+def _judging(chosen: SearchSettings, text: str, method: str = "") -> list[Question]:
+    """The trainings of a contender under the judging seeds."""
+    return [Question(text, seed, chosen.epochs, attacked=True, method=method) for seed in chosen.judge_seeds]
 
 
 def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Plan:
@@ -126,7 +150,7 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
     (most,) = ledger.ask([Question(chosen.most, seeds[0], chosen.epochs)])
     if most.phi is None:
         raise ValueError(f"PGD-K_max, {chosen.most}, cannot be trained: {most.error}")
-    price = chosen.weight / most.mean_cost
+    price = weighed(chosen.weight, most.mean_cost)
     if chosen.gamma is not None:
         spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
@@ -153,33 +177,31 @@ def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
     return explore, *(rung._replace(keep=keep) for rung, keep in zip(above, kept, strict=True))
 
 
-def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, str]:
-    """Schedules of the judgement by name: what was found, the best of every other space, plain ones."""
+def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, tuple[str, str]]:
+    """Method and schedule of the judgement by name: what was found, the best of every other space, others."""
     best = {
-        f"best {name}": next(t.text for t in work.promoted if t.space is branch.space)
+        f"best {name}": ("", next(t.text for t in work.promoted if t.space is branch.space))
         for name, branch in zip(chosen.spaces, work.branches, strict=True)
         if branch.space is not winner.space
     }
-    return {"found": winner.text, **best, **{text: text for text in chosen.against}}
+    against = {given: chosen.contender(given) for given in chosen.against}
+    return {"found": ("", winner.text), **best, **against}
 
 
 def _judged(
-    chosen: SearchSettings, ledger: Ledger, plan: Plan, contenders: dict[str, str]
+    chosen: SearchSettings, ledger: Ledger, plan: Plan, contenders: dict[str, tuple[str, str]]
 ) -> list[dict[str, Any]]:
     """A row for every contender under the judging seeds, with its paired differences to what was found."""
-    questions = [
-        Question(text, seed, chosen.epochs, attacked=True)
-        for text in contenders.values()
-        for seed in chosen.judge_seeds
-    ]
+    questions = [q for method, text in contenders.values() for q in _judging(chosen, text, method)]
     with progress_bar(len(questions), " trainings", chosen.progress, "judgement") as bar:
         ledger.ask(questions, bar.update)
     known, rows = ledger.answers, list[dict[str, Any]]()
-    for name, text in contenders.items():
-        answers = [known[Question(text, s, chosen.epochs, attacked=True)] for s in chosen.judge_seeds]
+    for name, (method, text) in contenders.items():
+        answers = [known[q] for q in _judging(chosen, text, method)]
         row: dict[str, Any] = {
             "name": name,
             "schedule": text,
+            **({"method": method} if method else {}),
             "errors": [a.error for a in answers if a.error],
         }
         if not row["errors"]:
@@ -228,16 +250,16 @@ def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: P
 def trained(settings: Common, question: Question, states: Path | None = None) -> Answer:
     """Train under the schedule of a question, and take what it asks for, in a worker."""
     chosen: SearchSettings = settings.value
-    experiment = _experiment(settings, question.epochs, question.points)
-    schedule = chosen.schedule_of(question.text).stretched(question.epochs)
-    spec = experiment.spec(schedule, question.seed)
+    experiment = _experiment(settings, question.epochs, question.points, question.method)
+    controller = chosen.controller(question.text, question.epochs, question.method)
+    spec = experiment.spec(controller, question.seed)
     with experiment.running(_ONE):
         driver, began, surface = experiment.driver(question.seed), time.perf_counter(), None
         terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
             if question.surface:
                 outcome, surface = examined(driver, spec, terminal, chosen.max_steps, question.until)
-            elif states is None:
+            elif states is None or not spec.open_loop:
                 outcome = objective(driver, spec, terminal, until=question.until)
             else:
                 outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
@@ -256,15 +278,17 @@ def trained(settings: Common, question: Question, states: Path | None = None) ->
             seed=question.seed,
             channels_last=chosen.channels_last,
         )
-    return answer._replace(clean=robust.clean.value, robust=robust.robust.value)
+    taken = None
+    if not spec.open_loop:
+        taken = as_schedule(outcome.controls, spec.batches_per_epoch, spec.epochs, question.text).to_json()
+    return answer._replace(clean=robust.clean.value, robust=robust.robust.value, taken=taken)
 
 
 @functools.lru_cache(maxsize=4)
-def _experiment(settings: Common, epochs: int, points: int | None) -> Experiment:
-    """The problem at one fidelity; its data are loaded once."""
+def _experiment(settings: Common, epochs: int, points: int | None, method: str) -> Experiment:
+    """The problem at one fidelity, with one method; its data are loaded once."""
     chosen: SearchSettings = settings.value
-    problem = Problem(**{f.name: getattr(chosen, f.name) for f in fields(Problem)} | {"epochs": epochs})
-    experiment = Experiment.of(problem)
+    experiment = Experiment.of(chosen.problem(epochs, method))
     if points is None:
         return experiment
     fewer = replace(experiment.data, train=experiment.training).limited(points, None).train

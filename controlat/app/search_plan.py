@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from controlat.app.estimate import seconds_per_evaluation
 from controlat.app.experiment import Experiment
 from controlat.app.placement import Threads
 from controlat.app.search import searched
-from controlat.app.settings import Problem, settings_from
+from controlat.app.settings import settings_from
 from controlat.app.settings.search import SearchSettings
+from controlat.control.controller import as_schedule
 from controlat.pmp import rollout_cost, terminal_evaluations
 from controlat.robust_accuracy.protocol import Extras
 from controlat.schedule_search.trials import Answer, Judge, Ledger, Question
@@ -63,26 +64,20 @@ def _planned(experiment: Experiment, chosen: SearchSettings, each: float) -> Jud
     phi = terminal_evaluations(experiment.terminal(seed, chosen.terminal), experiment.driver(seed)).value
 
     def answer(q: Question) -> Answer:
-        problem = _problem(chosen, q.method)
-        there = replace(experiment, problem=problem)
-        spec = there.spec(problem.controller_of(q.text), q.seed)
+        there = replace(experiment, problem=chosen.problem(chosen.epochs, q.method))
+        spec = there.spec(chosen.controller(q.text, chosen.epochs, q.method), q.seed)
         whole = rollout_cost(spec, there.driver(q.seed).method) + spec.decision_cost
         part = (q.until or q.epochs) / spec.epochs * (q.points or len(spec.data)) / len(spec.data)
         n = whole / (len(spec.data) * spec.epochs) * (q.until or q.epochs) / q.epochs
         gradients = whole * part + phi
         noise = float(np.random.default_rng([q.seed, *q.text.encode()]).standard_normal())
-        return Answer(noise, n, gradients, gradients * each, clean=0.0, robust=0.0)
+        taken = None
+        if not spec.open_loop:  # its most expensive control throughout
+            taken = as_schedule(spec.plan(), spec.batches_per_epoch, spec.epochs, q.text).to_json()
+        return Answer(noise, n, gradients, gradients * each, clean=0.0, robust=0.0, taken=taken)
 
     def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
         for i, question in enumerate(questions):
             done(i, answer(question))
 
     return judge
-
-
-def _problem(chosen: SearchSettings, method: str) -> Problem:
-    """The problem of a training, which may be by another method."""
-    if not method:
-        return chosen
-    plain = {f.name: getattr(chosen, f.name) for f in fields(Problem)}
-    return Problem(**plain | {"method": method, "method_options": {}})

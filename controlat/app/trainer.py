@@ -21,6 +21,7 @@ from controlat.control.controller import as_schedule, is_open, nominal, unrolled
 from controlat.control.schedules import Schedule
 from controlat.data import Samples
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.feedback import forget_epoch
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.robust_accuracy import parse_attack
@@ -96,7 +97,8 @@ def fit(
         directory: the run directory.
         held_out: samples for validation, never trained on; Phi has others.
         settings: plain data to store in checkpoints.
-        at_epoch: called with each epoch's number before its first step, in the first process.
+        at_epoch: called with each epoch's number before its first step, whose control has been decided, in
+            the first process.
         checkpoint_minutes: longest time between checkpoints within an epoch.
         tensorboard: write event files too.
         progress: show a progress bar (on a terminal).
@@ -121,8 +123,11 @@ def fit(
     scalars = _scalars(directory if tensorboard and world.first else None)
     with scalars as write_scalars, _bar(spec, driver, tally, label, progress and world.first) as bar:
         while tally.epoch < spec.epochs and not (driver.stopped and tally.batch == 0):
-            if tally.batch == 0 and at_epoch is not None and world.first:
-                at_epoch(tally.epoch)
+            if tally.batch == 0:
+                with _with_cure(directory / LAST):
+                    _decide(driver, spec, tally)
+                if at_epoch is not None and world.first:
+                    at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
             with _with_cure(directory / LAST):
                 _epoch(driver, spec, tally, save, checkpoint_minutes, bar)
@@ -183,13 +188,26 @@ def _state(driver: Driver, spec: RunSpec, tally: Tally, settings: Mapping[str, A
     }
 
 
+def _decide(driver: Driver, spec: RunSpec, tally: Tally) -> None:
+    """The control of an epoch's first step, which a closed loop decides by the state before the epoch."""
+    if spec.open_loop:
+        return
+    began, before = time.perf_counter(), driver.meter.copy()
+    driver.watch.look()
+    forget_epoch(driver)
+    spec.control_at(tally.epoch, 0, driver)
+    tally.spend(driver.meter.since(before), time.perf_counter() - began)
+
+
 def _epoch(
     driver: Driver, spec: RunSpec, tally: Tally, save: Callable[[str], None], minutes: float, bar: Any
 ) -> None:
     """Train to the end of an epoch; after it, all processes hold the same bits."""
     began = saved = time.perf_counter()
     before = driver.meter.copy()
-    for step in rollout(driver, spec, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1):
+    for step in rollout(
+        driver, spec, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1, decided=True
+    ):
         now = time.perf_counter()
         tally.add(step)
         tally.spend(driver.meter.since(before), now - began)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -10,10 +9,9 @@ from controlat._util import rng
 from controlat._util.checks import brief
 from controlat._util.parallel import World
 from controlat.control.controller import Controller, Moment, is_open
-from controlat.control.cost import Meter
 from controlat.control.space import Control
 
-__all__ = ["ahead", "decide", "forget_epoch", "observe"]
+__all__ = ["decide", "forget_epoch", "observe"]
 
 _EPOCH = "_epoch"  # key in the controller's memory for the epoch and the control of its first step
 
@@ -72,18 +70,6 @@ def observe(controller: Controller, step: Any, z: Any, world: World) -> None:
 
     opening = z.controller_memory[_EPOCH]
     z.controller_memory = world.once(updated_memory) | {_EPOCH: opening}
-
-
-def ahead(controller: Controller, now: Moment, z: Any) -> Control:
-    """u_t as `decide` would compute it in this process; memory and meter are left unchanged."""
-    if is_open(controller):
-        return controller.control(now)
-    memory, meter = copy.deepcopy(z.controller_memory), z.meter
-    z.meter = Meter()
-    try:
-        return _closed_loop_control(controller, now, z)
-    finally:
-        z.controller_memory, z.meter = memory, meter
 
 
 def forget_epoch(z: Any) -> None:

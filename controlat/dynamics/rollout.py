@@ -30,6 +30,7 @@ def rollout(
     record: Callable[[int, State], None] | None = None,
     stride: int = 1,
     begun: bool = False,
+    decided: bool = False,
 ) -> Iterator[Step]:
     """Run the system under the controller of `spec`, and yield the record of each step.
 
@@ -43,10 +44,11 @@ def rollout(
             starting with the first; a snapshot has the rows that the steps up to the next snapshot use.
         stride: see `record`.
         begun: the `start_epoch` hook of the first epoch has been called already, as at a recorded state.
+        decided: the control of the first step, which begins its epoch, has been asked for already.
     """
     first = epoch * spec.batches_per_epoch + batch
     driver.model.train()  # recorded states have the parameters of training mode
-    for number, b in arrivals(driver, spec, epoch, batch, until=until, begun=begun):
+    for number, b in arrivals(driver, spec, epoch, batch, until=until, begun=begun, decided=decided):
         if record is not None and (number - first) % stride == 0:
             touched = spec.indices(number, number + stride) if driver.rows else None
             record(number, driver.snapshot(touched))
@@ -102,7 +104,14 @@ def _check_smallest(driver: Driver, spec: RunSpec) -> None:
 
 
 def arrivals(
-    driver: Driver, spec: RunSpec, epoch: int, batch: int, *, until: int | None = None, begun: bool = False
+    driver: Driver,
+    spec: RunSpec,
+    epoch: int,
+    batch: int,
+    *,
+    until: int | None = None,
+    begun: bool = False,
+    decided: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (number, batch) of each step, with the driver at the state before it.
 
@@ -116,6 +125,7 @@ def arrivals(
             `end_epoch` hook of that epoch is left to call.
         until: epoch before which to end; by default the end of the run.
         begun: the `start_epoch` hook of the first epoch has been called already.
+        decided: the control of the first step, which begins its epoch, has been asked for already.
     """
     _check_smallest(driver, spec)
     for e in range(epoch, spec.epochs if until is None else until):
@@ -123,7 +133,8 @@ def arrivals(
         if start == 0 and not (begun and e == epoch):
             if driver.stopped:
                 return
-            forget_epoch(driver)
+            if not (decided and e == epoch):
+                forget_epoch(driver)
             driver.start_epoch(spec, e)
         for b in spec.batches(e, start):
             yield e * spec.batches_per_epoch + b.number, b

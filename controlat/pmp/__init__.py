@@ -7,7 +7,15 @@ from controlat.pmp.full_criterion import Criterion
 from controlat.pmp.greedy import epoch_scale, probe_batches, score, training_probe
 from controlat.pmp.greedy_criterion import criterion
 from controlat.pmp.maximise import MAXIMISERS
-from controlat.pmp.objective import Outcome, objective, outcome_at, rollout_cost
+from controlat.pmp.objective import (
+    WEIGHT,
+    Outcome,
+    objective,
+    outcome_at,
+    planned_evaluations,
+    rollout_cost,
+    weighed,
+)
 from controlat.pmp.relaxed import relaxed
 from controlat.pmp.surface import FORMS, Gap, Surface, interval
 from controlat.pmp.terminal import (
@@ -29,6 +37,7 @@ __all__ = [
     "HALVINGS",
     "LAMBDAS",
     "MAXIMISERS",
+    "WEIGHT",
     "AdversarialLoss",
     "Candidates",
     "Criterion",
@@ -51,6 +60,7 @@ __all__ = [
     "objective",
     "outcome_at",
     "parse_terminal",
+    "planned_evaluations",
     "probe_batches",
     "relaxed",
     "rollout_cost",
@@ -59,4 +69,5 @@ __all__ = [
     "training_probe",
     "trust",
     "try_terminal",
+    "weighed",
 ]

@@ -41,8 +41,9 @@ from controlat.pmp.maximise import MAXIMISERS, Scored, score_one, score_sweep, t
 from controlat.pmp.surface import Array, Surface
 from controlat.pmp.terminal import Terminal
 
-__all__ = ["epoch_scale", "probe_batches", "probe_positions", "score", "training_probe"]
+__all__ = ["GAMMA", "epoch_scale", "probe_batches", "probe_positions", "score", "training_probe"]
 
+GAMMA = 0.04  # price of one gradient evaluation per sample, in Amata's experiments
 _PROBE_BATCHES = 4, 16  # at least and at most, of a probe of training samples
 
 

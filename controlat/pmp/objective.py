@@ -1,6 +1,7 @@
 """The objective of training, J = Phi(theta_T) + gamma eta sum_t n(u_t), and what it costs to know it.
 
-gamma eta is the price of one gradient evaluation per sample in units of J, eta the mean learning rate.
+gamma eta is the price of one gradient evaluation per sample in units of J, eta the mean learning rate. It can
+be stated by what the whole cost of the most expensive run weighs in J (`weighed`).
 """
 
 from __future__ import annotations
@@ -8,19 +9,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from controlat._util.checks import instance
 from controlat._util.errors import NonFiniteError
 from controlat.control.cost import Meter
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Method
 from controlat.pmp.terminal import Terminal, check_terminal
 
-__all__ = ["Outcome", "evaluations", "objective", "outcome_at", "rollout_cost"]
+__all__ = [
+    "WEIGHT",
+    "Outcome",
+    "evaluations",
+    "objective",
+    "outcome_at",
+    "planned_evaluations",
+    "rollout_cost",
+    "weighed",
+]
+
+WEIGHT = 0.2  # nats: what the whole cost of the most expensive run weighs in J, unless it is said
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Outcome:
             included.
         terminal_gradients: gradient evaluations that Phi took, in samples.
         seconds: wall time of both.
+        controls: of the steps that `objective` has trained.
 
     >>> Outcome(phi=0.5, evaluations=12.0).objective(0.01)
     0.62
@@ -45,6 +59,7 @@ class Outcome:
     training_gradients: int = 0
     terminal_gradients: int = 0
     seconds: float = 0.0
+    controls: tuple[Control, ...] = ()
 
     def objective(self, price: float) -> float:
         """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation (`RunSpec.price`)."""
@@ -126,19 +141,46 @@ def objective(
     instance(spec, RunSpec, "spec")
     check_terminal(terminal, "terminal")
     began, meter, total, step = time.perf_counter(), driver.meter.copy(), before, None
+    controls: list[Control] = []
     for step in rollout(driver, spec, epoch=epoch, until=until):
         total += step.evaluations
+        controls.append(step.control)
         if progress is not None:
             progress()
     if step is not None:  # the method may have stopped before
         check_parameters(driver, step)
     training, seconds = driver.meter.since(meter).gradients, time.perf_counter() - began
-    return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
+    outcome = outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
+    return replace(outcome, controls=tuple(controls))
+
+
+def weighed(weight: float, evaluations: float) -> float:
+    """gamma eta at which a cost weighs so much in J: gamma eta sum n = weight.
+
+    Args:
+        weight: in units of J, such as nats.
+        evaluations: sum n of the run that it is the cost of, gradient evaluations per sample.
+
+    Raises:
+        ValueError: the run takes no gradient evaluations.
+
+    >>> price = weighed(0.2, 1000.0)
+    >>> Outcome(phi=0.5, evaluations=500.0).objective(price)  # half the cost weighs half as much
+    0.6
+    """
+    if not evaluations > 0:
+        raise ValueError(f"a run of {evaluations:g} gradient evaluations decides no price: give gamma")
+    return weight / evaluations
+
+
+def planned_evaluations(spec: RunSpec, method: Method) -> float:
+    """sum over steps of n, at most: by the controls that are planned and the declared cost of the method."""
+    return sum(map(method.controls.cost, spec.plan()))
 
 
 def rollout_cost(spec: RunSpec, method: Method) -> float:
     """Gradient evaluations of a roll-out, in samples, at most, by the cost that its method declares."""
-    return sum(map(method.controls.cost, spec.plan())) * len(spec.data) / spec.batches_per_epoch
+    return planned_evaluations(spec, method) * len(spec.data) / spec.batches_per_epoch
 
 
 def outcome_at(

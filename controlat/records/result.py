@@ -204,7 +204,7 @@ class _Settings(TypedDict):
     eps: str | Number
     epochs: Count
     seeds: Annotated[list[int], Field(min_length=1)]
-    gamma: str | Number
+    gamma: str | Number | None
     momentum: Annotated[float, Field(ge=0, lt=1)]
     maximiser: str
     trials: Count
@@ -233,6 +233,13 @@ class _AdmissibleSet(TypedDict):
     more: NotRequired[dict[str, Annotated[list[Number], Field(min_length=1)]]]
 
 
+class _PriceByWeight(TypedDict):
+    gamma: Number
+    weight: Number
+    schedule: str
+    greedy: Number
+
+
 class Result(TypedDict):
     """The result file of an evaluation."""
 
@@ -244,4 +251,5 @@ class Result(TypedDict):
     grid: _AdmissibleSet
     terminal: NotRequired[str]
     reproduced: NotRequired[bool | None]
+    price: NotRequired[_PriceByWeight]
     schedules: Annotated[list[_Schedule], Field(min_length=1)]

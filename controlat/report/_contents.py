@@ -10,6 +10,7 @@ from controlat.report.sections import Result
 __all__ = [
     "examined",
     "first_seed",
+    "greedy_gamma",
     "has_examined",
     "has_full",
     "has_objective",
@@ -65,7 +66,18 @@ def terminal(result: Result) -> str:
 
 def meaning_of_j(result: Result) -> str:
     """What J is, in a sentence."""
-    return f"J = Phi + gamma eta sum n, with Phi {terminal(result)} and eta the mean learning rate."
+    told = f"J = Phi + gamma eta sum n, with Phi {terminal(result)} and eta the mean learning rate."
+    if price := result.get("price"):
+        told += (
+            f" gamma = {price['gamma']:.4g}: the whole cost of {price['schedule']}, the most expensive one, "
+            f"weighs {price['weight']:g} in J."
+        )
+    return told
+
+
+def greedy_gamma(result: Result) -> Any:
+    """gamma of the greedy forms."""
+    return result["price"]["greedy"] if "price" in result else result["settings"]["gamma"]
 
 
 def searched_knobs(result: Result) -> list[str]:

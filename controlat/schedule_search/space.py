@@ -1,4 +1,4 @@
-"""Search spaces: the text of a schedule in which some numbers are ranges."""
+"""Search spaces: the text of a schedule or closed loop in which some numbers are ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from controlat.control.schedule_text import parse_schedule
 from controlat.control.schedules import Schedule
 from controlat.control.space import Knob
 
-__all__ = ["SCALES", "SPACES", "Parameter", "Point", "Space", "named_space"]
+__all__ = ["CLOSED_LOOPS", "SCALES", "SPACES", "Parameter", "Point", "Space", "named_space"]
 
 Point = Mapping[str, float]
 SCALES = ("linear", "log", "root", "whole")
@@ -85,7 +85,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """A set of schedules: the text of one, with ranges ``low~high`` in the place of some numbers.
+    """A set of schedules or closed loops: the text of one, with ranges ``low~high`` in place of some numbers.
 
     ``low~high~log`` is searched on a logarithmic scale, ``low~high~root`` on that of square roots,
     ``low~high~whole`` over whole numbers. A point of the space is {name of a parameter: value}; in the unit
@@ -118,8 +118,14 @@ class Space:
             raise ValueError(
                 f"a search space needs a range, such as 0~8 or 0.01~0.3~log, got {short(self.text)!r}"
             )
-        for share in (0.0, 1.0):
-            self.schedule(self.point([share] * len(self.parameters)))
+        if self.open_loop:
+            for share in (0.0, 1.0):
+                self.schedule(self.point([share] * len(self.parameters)))
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether it consists of schedules; closed loops are for who knows method and eps to check."""
+        return self.text.partition(":")[0].strip() not in CLOSED_LOOPS
 
     @cached_property
     def _pieces(self) -> list[str]:
@@ -193,6 +199,14 @@ SPACES: Mapping[str, str] = MappingProxyType(
         "at={changes},rounding=dither",
     }
 )
+# One for every closed loop of controlat/pmp/controllers.
+CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
+    {
+        "ratio": "ratio:threshold=1.01~2~log,most={most},tau={eps:.4g}~{tau:.4g}~log",
+        "greedy": "greedy:gamma=0.0003~3~log,steps=0..{most}",
+        "horizon": "horizon:gamma=0.00003~0.03~log,steps=0..{most}",
+    }
+)
 
 
 def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]]:
@@ -204,13 +218,15 @@ def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]
         "constant": [[most / 5, alpha]],
         "amata": [[1, most, 2 * eps]],
         "delayed": [[most, 2.5 * eps / most, 0.4 * epochs]],
+        "ratio": [[1.1, 2 * eps]],
+        "greedy": [[0.04]],
     }.get(name, [])
 
 
 def named_space(
     name: str, *, eps: float, max_steps: int, epochs: int, knobs: Mapping[str, Knob] | None = None
 ) -> Space:
-    """A space of `SPACES` by its name, or of its own text if that has ranges.
+    """A space of `SPACES` or `CLOSED_LOOPS` by its name, or of its own text if that has ranges.
 
     Args:
         name: a name, or a text as `Space` takes it.
@@ -227,12 +243,13 @@ def named_space(
     """
     if "~" in name:
         return Space(name, epochs, knobs)
-    if name not in SPACES:
+    named = {**SPACES, **CLOSED_LOOPS}
+    if name not in named:
         raise ValueError(
-            f"unknown space {short(name)!r}; {meant(name, SPACES)}it is one of {', '.join(SPACES)}, or the "
-            "text of a schedule with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
+            f"unknown space {short(name)!r}; {meant(name, named)}it is one of {', '.join(named)}, or the "
+            "text of a schedule or closed loop with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
         )
-    text = SPACES[name].format(
+    text = named[name].format(
         eps=eps,
         fine=eps / 10,
         coarse=2 * eps,

@@ -20,9 +20,10 @@ class Question(NamedTuple):
     """One training that is to be judged.
 
     Args:
-        text: of the schedule, for a run of full length.
+        text: of the schedule, for a run of full length, or of the closed loop.
         seed: of initial weights, order of samples and random starts.
-        epochs: length of the run; the schedule is compressed to it.
+        epochs: length of the run; the schedule is compressed to it, a closed loop decides as in any run of
+            that length.
         points: training samples; None for all.
         attacked: whether accuracies on test samples are wanted too.
         until: epochs that are trained of those, Phi being taken then; None for all. J is that of the state
@@ -48,13 +49,14 @@ class Answer(NamedTuple):
         phi: the terminal cost Phi(theta_T); None if the training failed.
         mean_cost: n, gradient evaluations per sample and step: the sum over the steps that were trained,
             divided by the number of steps of the whole run.
-        gradients: gradient evaluations that it took to train and to take Phi, in samples; without those of a
-            beginning that an earlier training has left.
+        gradients: gradient evaluations that it took to train, the decisions of a closed loop among them, and
+            to take Phi, in samples; without those of a beginning that an earlier training has left.
         seconds: wall time of both.
         error: why it failed; empty if it did not.
         clean: accuracy on test samples, where it was asked for.
         robust: the share of them that survive every attack.
         surface: gains of candidates over the run's own controls, where they were asked for, as plain data.
+        taken: the schedule that a closed loop took, as plain data, where accuracies were asked for.
     """
 
     phi: float | None
@@ -65,6 +67,7 @@ class Answer(NamedTuple):
     clean: float | None = None
     robust: float | None = None
     surface: dict[str, Any] | None = None
+    taken: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,34 @@ def test_c_for_another_gamma_needs_no_other_run(out: Path, result: dict[str, Any
     assert next(costly) > next(costly), "a price of evaluations tells against three steps"
 
 
+def test_the_whole_cost_of_the_most_expensive_schedule_weighs_what_is_said(
+    out: Path, result: dict[str, Any]
+) -> None:
+    price, (none, pgd) = result["price"], result["schedules"]
+    for run in (r["objective"] for entry in (none, pgd) for r in entry["runs"]):
+        assert run["J"] == run["phi"] + run["price"] * run["evaluations"]
+    assert pgd["runs"][0]["objective"]["price"] * pgd["runs"][0]["objective"]["evaluations"] == (
+        pytest.approx(0.2, rel=1e-12)
+    )
+    assert none["runs"][0]["objective"]["price"] * none["runs"][0]["objective"]["evaluations"] == (
+        pytest.approx(0.2 / 4, rel=1e-12)  # n = 1 beside 4
+    )
+    told = f"gamma = {price['gamma']:.4g}: the whole cost of pgd:steps=3,alpha=0.06, the most expensive one"
+    assert told in (out / "summary.md").read_text()
+    same = {k: v for k, v in SMALL.items() if k not in ("schedules", "seeds", "attacks", "checks")}
+    alone = controlat.objective(pgd["text"], seed=1, gamma=price["gamma"], **same)
+    assert alone["J"] == pgd["runs"][1]["objective"]["J"]
+
+
+def test_a_gamma_that_is_given_holds_in_every_form_and_settings_of_before_are_the_same() -> None:
+    chosen = EvaluateSettings(**SMALL, gamma="1/25")
+    assert chosen.greedy_gamma == 0.04
+    assert "weight" not in chosen.to_json()
+    assert EvaluateSettings(**SMALL).to_json()["weight"] == 0.2
+    with pytest.raises(ValueError, match="weight must be"):
+        EvaluateSettings(**SMALL, weight=0)
+
+
 # -------------------------------------------------------------------------------------- texts and figures
 
 

@@ -15,9 +15,11 @@ from controlat.app import cli
 from controlat.app.estimate import estimate
 from controlat.app.settings import EvaluateSettings, TrainSettings, names_controller
 from controlat.app.trainer import load_checkpoint
-from controlat.control.controller import unrolled
+from controlat.control.controller import Moment, unrolled
 from controlat.control.schedules import load_schedule
+from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.pmp.controllers.ratio import Ratio
 
 TEXTS = {
     "greedy": "greedy:gamma=0.001,probe=64,steps=0..3",
@@ -137,7 +139,23 @@ def test_an_estimate_is_at_least_what_training_takes(runs: Path, name: str) -> N
     plain = estimate(schedules=["pgd:steps=3,alpha=0.1"], full=False, **FEW)["gradients"]
     decided = planned["training"] - plain["training"]
     assert decided > 0, "the most expensive control has three steps"
-    assert planned["criterion"] - plain["criterion"] == decided, "each decision is asked for once more"
+    assert planned["criterion"] == plain["criterion"], "no decision is asked for twice"
+
+
+def test_an_evaluation_decides_once_in_every_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    decided, decide = [], Ratio.decide
+
+    def counted(self: Ratio, now: Moment, z: Driver, u: Control) -> Control:
+        decided.append(now.epoch)
+        return decide(self, now, z, u)
+
+    monkeypatch.setattr(Ratio, "decide", counted)
+    result = controlat.evaluate(tmp_path / "out", schedules=[TEXTS["ratio"]], full=False, **FEW)
+    assert decided == [0, 1, 2]
+    scored = result["schedules"][0]["runs"][0]
+    assert [line["norm"]["control"] for line in scored["criterion"]] == (
+        [line["control"] for line in scored["epochs"]]
+    )
 
 
 def test_the_objective_takes_a_closed_loop_by_name() -> None:

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import controlat
+from controlat._util.files import read_json_lines
 from controlat.app.search import _rungs
 from controlat.app.settings import SearchSettings
 from controlat.schedule_search.loop import Rung
@@ -58,6 +60,72 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
 
 
+OWN_DATA = """
+from dataclasses import replace
+from controlat.data import Split, load
+
+def relabelled():
+    data = load("digits")
+    return replace(data, test=replace(data.test, y=9 - data.test.y))
+
+def tested_on_training():
+    data = load("digits")
+    return replace(data, test=data.train)
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings for a data set of the module own_digits."""
+    (tmp_path / "own_digits.py").write_text(OWN_DATA)
+    monkeypatch.chdir(tmp_path)
+    return {"eps": "0.15", "lr": "onecycle:lr=0.2"}
+
+
+@pytest.mark.slow
+def test_what_is_found_does_not_depend_on_test_samples(tmp_path: Path, own_data: dict[str, Any]) -> None:
+    few = SMALL | own_data | {"budget": "1trainings", "against": ["none"]}
+    first = controlat.search(tmp_path / "first", **few)
+    other = controlat.search(tmp_path / "other", **few | {"data": "own_digits:relabelled"})
+    assert other["found"] == first["found"]
+    assert [row["J"] for row in other["rows"]] == [row["J"] for row in first["rows"]]
+    assert other["rows"][0]["clean"] != first["rows"][0]["clean"]
+
+
+def test_data_that_are_tested_on_what_is_trained_on_are_refused(
+    tmp_path: Path, own_data: dict[str, Any]
+) -> None:
+    given = SMALL | own_data | {"data": "own_digits:tested_on_training", "test_points": 40}
+    with pytest.raises(ValueError, match=r"of 40 test samples are trained on too.* mend the data set"):
+        controlat.search(tmp_path / "out", **given)
+
+
+@pytest.mark.slow
+def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
+    loops = {"spaces": ["ratio:threshold=1.01~1.2,most=2,tau=0.2"], "budget": "2trainings"}
+    result = controlat.search(tmp_path / "out", **SMALL | loops | {"against": ["nfgsm", "trades@none"]})
+    _, nfgsm, trades = result["rows"]
+    assert (nfgsm["method"], nfgsm["schedule"], nfgsm["mean_cost"]) == ("nfgsm", "fgsm:alpha=0.15", [2, 2])
+    assert (trades["method"], trades["mean_cost"]) == ("trades", [1, 1])
+
+    taken = tmp_path / "out" / "schedule.json"
+    names = ("epochs", "train_points", "progress")
+    trained = {name: SMALL[name] for name in names} | {"seed": 0, "threads": 1}
+    controlat.train(tmp_path / "run", controller=result["found"], **trained)
+    assert taken.read_text() == (tmp_path / "run" / "schedule.json").read_text()
+
+    steps = [int(controlat.load_schedule(taken)(epoch)["steps"]) for epoch in range(3)]
+    deciding = sum(k + 2 for k in [0, *steps[:-1]] if k < 2)  # attacks of K and of 2 steps, K = 0 before all
+    (answer,) = (
+        line["answer"]
+        for line in read_json_lines(tmp_path / "out" / "trainings.jsonl")
+        if line["question"].get("attacked") and line["question"]["text"] == result["found"]
+        if line["question"]["seed"] == 0
+    )
+    assert answer["mean_cost"] == pytest.approx(np.mean([k + 1 for k in steps]))
+    assert answer["gradients"] == 180 * sum(k + 1 for k in steps) + 180 * deciding + 20 * 10  # and Phi
+
+
 def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
     chosen = SearchSettings(
         **SMALL | {"epochs": 8, "spaces": ["constant"], "fidelity": ["epochs=1/4,points=1/2", "epochs=1/2"]}
@@ -75,6 +143,8 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),
+        ({"against": ["nfgsm@pgd:steps=3,alpha=0.1"]}, r"steps must be in \[1, 1\], got 3"),
+        ({"spaces": ["ratio:threshold=0.5~2,tau=0.3"]}, "threshold must be > 1"),
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),

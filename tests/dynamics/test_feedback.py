@@ -17,7 +17,7 @@ from controlat.control.controller import Moment, Recorded, as_schedule
 from controlat.control.cost import Meter
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
-from controlat.dynamics.feedback import ahead, decide
+from controlat.dynamics.feedback import decide
 from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
@@ -79,6 +79,18 @@ def test_a_recorded_closed_loop_is_visited_without_asking_it_again(case: Case) -
     assert same(list(rec.again(third)), steps)
     assert rec.spec.blocks(0, len(steps)) == spec.blocks(0, len(steps)) or "alpha" not in steps[0].control
     assert again.controller.asked == asked  # type: ignore[attr-defined]
+
+
+@several
+def test_a_control_that_was_asked_for_before_its_epoch_is_not_decided_again(case: Case) -> None:
+    d, spec = looped(case)
+    steps = list(rollout(d, spec))
+    other, again = looped(case)
+    first = again.control_at(0, 0, other)
+    assert same(list(rollout(other, again, decided=True)), steps)
+    assert first == steps[0].control
+    assert again.controller.asked == spec.controller.asked  # type: ignore[attr-defined]
+    assert same(other.snapshot(), d.snapshot())
 
 
 @several
@@ -206,15 +218,6 @@ def test_a_control_is_completed_by_the_methods_defaults_and_draws_by_its_moment(
     decide(Fixed(U), Moment(0, 1, 4), z, World())
     assert z.controller_memory["drawn"] == first
     assert torch.equal(torch.random.get_rng_state(), global_state)
-
-
-def test_looking_ahead_leaves_no_trace() -> None:
-    z = promised(held=[1, 2])
-    meter = z.meter
-    assert ahead(Fixed(U), Moment(0, 1, 4), z) == SPACE.check(U)
-    assert z.meter is meter
-    assert meter.gradients == 0
-    assert z.controller_memory == {"held": [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from controlat.dynamics.state import State
 from controlat.methods import Epoch
 from controlat.methods import build as method_of
 from controlat.methods.pgd_at import PgdAT
-from controlat.pmp import Candidates, controllers, epoch_scale, examine, score, training_probe
+from controlat.pmp import WEIGHT, Candidates, controllers, epoch_scale, examine, score, training_probe
 from controlat.pmp.controllers.greedy import Greedy
-from controlat.pmp.controllers.horizon import WEIGHT, Horizon
+from controlat.pmp.controllers.horizon import Horizon
 from controlat.pmp.controllers.ratio import Ratio
 from controlat.pmp.terminal import AdversarialLoss, build_terminal
 

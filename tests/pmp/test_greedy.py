@@ -533,6 +533,7 @@ def test_the_default_probe_has_two_batches_in_each_half_whatever_the_batch_size(
         seed=0,
         directory=unused,
         candidates=unused,
+        gamma=unused,
     )
     found = run.probe(3)
     assert [len(b.x) for b in found] == [probe // count] * count

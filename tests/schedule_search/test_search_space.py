@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlat.attacks.balls import Ball
 from controlat.methods import build
-from controlat.schedule_search.space import SPACES, Parameter, Space, named_space
+from controlat.pmp import controllers
+from controlat.schedule_search.space import CLOSED_LOOPS, SPACES, Parameter, Space, named_space
 
 
 def space(name: str) -> Space:
@@ -58,6 +60,15 @@ def test_every_point_is_a_schedule_and_has_coordinates(name: str, data: st.DataO
 def test_any_knob_of_any_method() -> None:
     s = Space("set:alpha=0.1~0.3~log,noise=0~3", 4, build("nfgsm").controls)
     assert s.schedule(s.point([0, 1]))(0)["noise"] == 3
+
+
+def test_every_closed_loop_has_a_space_whose_points_it_takes() -> None:
+    assert set(CLOSED_LOOPS) == set(controllers.names())
+    for name in CLOSED_LOOPS:
+        s = space(name)
+        assert not s.open_loop
+        for point in itertools.islice(s.design(0), 3):
+            controllers.build(s.text_of(point), method=build("pgd_at"), ball=Ball(0.15))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from controlat.app.settings.schedules import default_schedules, names_controller
 from controlat.app.settings.train import finished_run
 from controlat.methods import build
 from controlat.pmp.candidates import Candidates
+from controlat.pmp.greedy import GAMMA
 from controlat.pmp.maximise import MAXIMISERS
+from controlat.pmp.objective import WEIGHT
 from controlat.pmp.terminal import parse_terminal
 from controlat.robust_accuracy.masking import CHECKS
 
@@ -34,7 +36,10 @@ class EvaluateSettings(Problem):
         schedules: Short texts, JSON files, or closed loops as the controller of train; six of the demo,
             scaled to eps, for digits if left out.
         seeds: One run of every schedule for each; 0 if left out (0 1 2 for digits).
-        gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm.
+        weight: What the whole cost of the most expensive schedule weighs in J, in units of the loss (nats):
+            it decides gamma in J and in the full criterion. The greedy forms keep Amata's gamma = 0.04.
+        gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm, in J and
+            all forms of the criterion, in the place of weight.
         maximiser: sweep (exact in K for each step size) or tpe (hyperopt over the same, as in the paper).
         trials: Evaluations of tpe at each instant.
         probe: Training samples that the criterion is computed on.
@@ -63,7 +68,8 @@ class EvaluateSettings(Problem):
 
     schedules: Sequence[str] = ()
     seeds: Sequence[int] = ()
-    gamma: str | float = "0.04"
+    weight: float = WEIGHT
+    gamma: str | float | None = None
     maximiser: str = "sweep"
     trials: int = 100
     probe: int = 512
@@ -109,7 +115,8 @@ class EvaluateSettings(Problem):
         check_attacks(self.attacks, self.autoattack)
         if self.surrogate is not None:
             self.surrogate = str(checkpoint_of(self.surrogate))
-        self.gamma = tidy(self.gamma)
+        if self.gamma is not None:
+            self.gamma = tidy(self.gamma)
         if self.maximiser not in MAXIMISERS:
             raise ValueError(f"maximiser must be one of {', '.join(MAXIMISERS)}, got {self.maximiser!r}")
         parse_terminal(self.terminal)
@@ -149,9 +156,17 @@ class EvaluateSettings(Problem):
                 )
             setattr(self, f.name, mine if isinstance(mine, Named) else theirs[f.name])
 
+    @property
+    def greedy_gamma(self) -> float:
+        """The price in the greedy forms."""
+        return GAMMA if self.gamma is None else number(self.gamma, "gamma")
+
     def to_json(self) -> dict[str, Any]:
         """What decides the results; schedules in full."""
-        return super().to_json() | {
+        plain = super().to_json()
+        if self.gamma is not None:  # the weight decides nothing then, and runs of before have no such line
+            del plain["weight"]
+        return plain | {
             "schedules": [
                 {"text": text, "controller": True}
                 if names_controller(text)

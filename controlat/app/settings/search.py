@@ -9,11 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from controlat import methods
 from controlat._util.checks import choice, number, whole
 from controlat._util.texts import only, split
 from controlat.app.settings.attack import check_attacks
 from controlat.app.settings.problem import Problem, tidy
+from controlat.app.settings.schedules import names_controller, names_factory
+from controlat.control.controller import Controller
 from controlat.methods import build
+from controlat.pmp.objective import WEIGHT
 from controlat.pmp.terminal import parse_terminal
 from controlat.records import Settings, checked, read_record, settings_of
 from controlat.schedule_search import proposers
@@ -31,8 +35,9 @@ class SearchSettings(Problem):
     """Search for a schedule, and judge it against plain ones under seeds that the search has not seen.
 
     Args:
-        spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, or your own: the text
-            of a schedule with ranges, such as pgd:steps=1~9~whole,alpha=0.01~0.1~log. The first gets half of
+        spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, the closed loops
+            ratio, greedy and horizon, or your own: the text of a schedule or closed loop with ranges, such as
+            pgd:steps=1~9~whole,alpha=0.01~0.1~log or ratio:threshold=1.05~2,tau=0.3. The first gets half of
             the budget, the others share the rest.
         proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
             own package.module:Class.
@@ -48,8 +53,10 @@ class SearchSettings(Problem):
         terminal: Terminal cost Phi on held-out samples, as in evaluate.
         attacks: Evaluation attacks of the judgement, on test samples.
         judge_seeds: Seeds of the judgement; 0 to 7 for digits, 0 to 4 for other data if left out.
-        against: Schedules that the one that is found is judged against, beside the best of every space; plain
-            ones if left out.
+        against: What the one that is found is judged against, beside the best of every space: schedules,
+            closed loops such as greedy, or other methods: trades (under PGD-K_max, or a single step of eps)
+            or METHOD@SCHEDULE, such as trades@pgd:steps=5,alpha=0.04. Plain schedules if left out, and nfgsm
+            where the method is pgd_at.
         certificate: Compute the full criterion C and the reachable decrease D of what was found too, under up
             to three of the judging seeds; about ten trainings each. A finished search may be asked for it.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
@@ -62,7 +69,7 @@ class SearchSettings(Problem):
     budget: str = "3trainings"
     fidelity: Sequence[str] = ()
     max_steps: int = 10
-    weight: float = 0.2
+    weight: float = WEIGHT
     gamma: str | float | None = None
     terminal: str = "adversarial"
     attacks: Sequence[str] = ("pgd-50-10",)
@@ -99,8 +106,9 @@ class SearchSettings(Problem):
                 f"got {self.judge_seeds}"
             )
         self.against = list(self.against) or self._plain()
-        for text in self.against:
-            self.schedule_of(text)
+        for given in self.against:
+            method, text = self.contender(given)
+            self.problem(self.epochs, method).controller_of(text)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; not whether they get a certificate, which may be asked for later."""
@@ -135,15 +143,47 @@ class SearchSettings(Problem):
             f"amata:min=1,max={most},tau={2 * eps:.4g}",
             f"delayed:steps={most},alpha={self._alpha(most)},since={max(1, round(0.4 * self.epochs))}",
             f"anneal:steps=0:{most},alpha={eps / 1.5:.4g}",
+            *(["nfgsm"] if self.method == "pgd_at" else []),
         ]
+
+    def contender(self, given: str) -> tuple[str, str]:
+        """Method, empty for that of the search, and schedule or closed loop of a text of `against`.
+
+        >>> SearchSettings().contender("nfgsm"), SearchSettings().contender("trades@none")
+        (('nfgsm', 'fgsm:alpha=0.15'), ('trades', 'none'))
+        """
+        method, at, text = given.partition("@")  # which schedules use too: fosc=0.5..0@40
+        if at and (method in methods.names() or names_factory(method)):
+            return method, text
+        if given not in methods.names():
+            return "", given
+        steps = build(given).controls.get("steps")
+        return given, f"fgsm:alpha={self.ball.eps:.4g}" if steps and steps.high == 1 else self.most
+
+    def problem(self, epochs: int, method: str = "") -> Problem:
+        """What is trained on what: over so many epochs, by another method if one is named."""
+        given = {f.name: getattr(self, f.name) for f in fields(Problem)} | {"epochs": epochs}
+        problem = Problem(**given | ({"method": method, "method_options": {}} if method else {}))
+        problem.__dict__["_schedules"] = self.__dict__.setdefault("_schedules", {})  # files are read once
+        return problem
+
+    def controller(self, text: str, epochs: int, method: str = "") -> Controller:
+        """A schedule, stretched to a run of so many epochs, or a closed loop in such a run."""
+        if names_controller(text):
+            return self.problem(epochs, method).controller_of(text)
+        return self.problem(self.epochs, method).schedule_of(text).stretched(epochs)
 
     def space_list(self) -> list[Space]:
         """The spaces."""
         knobs = build(self.method, self.method_options).controls
-        return [
+        spaces = [
             named_space(s, eps=self.ball.eps, max_steps=self.max_steps, epochs=self.epochs, knobs=knobs)
             for s in self.spaces
         ]
+        for space in spaces:
+            for share in () if space.open_loop else (0.0, 1.0):
+                self.controller_of(space.text_of(space.point([share] * len(space.parameters))))
+        return spaces
 
     def allowance(self, training: float) -> tuple[float, str]:
         """The budget, and its unit: ``gradients``, evaluations in samples, or ``seconds``.

@@ -14,7 +14,7 @@ from controlat.dynamics.run_spec import RunSpec
 from controlat.methods import Method
 from controlat.pmp.candidates import Candidates
 from controlat.pmp.controllers._held import Held, at_least, cheapest, most_expensive, searched
-from controlat.pmp.greedy import epoch_scale, score, training_probe
+from controlat.pmp.greedy import GAMMA, epoch_scale, score, training_probe
 
 __all__ = ["Greedy", "build"]
 
@@ -39,7 +39,7 @@ class Greedy(Held):
     """
 
     candidates: Candidates
-    gamma: float = 0.04
+    gamma: float = GAMMA
     probe: int = 512
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ def build(
     method: Method,
     ball: Ball,
     *,
-    gamma: str = "0.04",
+    gamma: str = f"{GAMMA}",
     every: str = "1",
     probe: str = "512",
     knobs: Mapping[str, str],

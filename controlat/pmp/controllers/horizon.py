@@ -25,12 +25,12 @@ from controlat.pmp.controllers._held import Held, at_least, cheapest, most_expen
 from controlat.pmp.costate import backward
 from controlat.pmp.examination import looked_at
 from controlat.pmp.hamiltonian import gains
+from controlat.pmp.objective import WEIGHT, weighed
 from controlat.pmp.surface import Array
 from controlat.pmp.terminal import Terminal, build_terminal, parse_terminal
 
-__all__ = ["WEIGHT", "Horizon", "build"]
+__all__ = ["Horizon", "build"]
 
-WEIGHT = 0.2  # nats: what the whole run would cost under the most expensive candidate, without gamma
 _PULLED = 6.0  # gradient evaluations per sample of taking a costate back through a step, at most
 
 
@@ -96,7 +96,7 @@ class Horizon(Held):
         if self.gamma is not None:
             return run.price(self.gamma)
         steps = run.epochs * run.batches_per_epoch
-        return WEIGHT / (steps * self.method.controls.cost(self.most_expensive))
+        return weighed(WEIGHT, steps * self.method.controls.cost(self.most_expensive))
 
     def decision_evaluations(self, run: RunSpec) -> float:
         """The steps ahead, taken twice and pulled back through; Phi; the candidates where they are scored.

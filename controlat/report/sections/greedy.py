@@ -7,7 +7,7 @@ from pathlib import Path
 from controlat._util.drawing import panels, save
 from controlat._util.texts import table
 from controlat.pmp import FORMS
-from controlat.report._contents import has_objective, over_seeds, summaries, terminal
+from controlat.report._contents import greedy_gamma, has_objective, over_seeds, summaries, terminal
 from controlat.report._curves import finished, legend, over_time, seeds
 from controlat.report._formats import estimate
 from controlat.report.sections import Figure, Result, Section
@@ -28,8 +28,8 @@ def notes(result: Result) -> list[str]:
     return [
         "C norm, C costate: mean over epochs (at the start of each) of max over the candidates of "
         "[s q - gamma n] minus its value at the schedule's own control; 0 is a schedule that the greedy "
-        f"maximum principle cannot improve. gamma {s['gamma']}, n = gradient evaluations per sample, "
-        f"s = {scale} times the epoch's learning rate over the mean one.",
+        f"maximum principle cannot improve. gamma {greedy_gamma(result)}, n = gradient evaluations per "
+        f"sample, s = {scale} times the epoch's learning rate over the mean one.",
         f"norm: q = |grad l(A)|^2 (Amata, eq. 14); costate: q = <grad Phi, grad l(A)>, Phi {phi} "
         "(eval mode; the greedy forms hold BatchNorm's running statistics fixed). "
         f"Searched: {_searched(result)}. Intervals: 95 % over probe batches{over_seeds(result)}",
@@ -70,8 +70,7 @@ def text(result: Result) -> str:
             "noise of the batch mean; cross-fitted: control chosen on one half of the probe, scored on the "
             "other.",
             table(heads, estimates),
-            "## C at other prices\n\n"
-            f"From the same surfaces; gamma = {result['settings']['gamma']} is above.",
+            f"## C at other prices\n\nFrom the same surfaces; gamma = {greedy_gamma(result)} is above.",
             table(dear_heads, dear),
         ]
     )
