@@ -70,7 +70,7 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         with _workers(chosen) as pool:
-            judge = judge_in(pool, chosen, out / _STATES)
+            judge = judge_in(pool, chosen, (out / _STATES).absolute())
             result, found = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         chosen.schedule_of(found).save(out / "schedule.json", overwrite=True)
         if chosen.certificate or (out / CERTIFICATE).exists():
@@ -214,7 +214,8 @@ def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: P
     Args:
         pool: the workers.
         chosen: the settings of the search.
-        states: folder in which trainings that end early leave their states, for others to go on from.
+        states: folder in which trainings that end early leave their states, for others to go on from; where
+            workers do not share it, those are trained whole.
     """
     settings = Common(chosen)
 
