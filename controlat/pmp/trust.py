@@ -32,8 +32,8 @@ RELIABLE = 0.25
 class Trust:
     """The decrease of J that G predicts against what relaxed roll-outs towards its maximisers reached.
 
-    The roll-outs go a part lambda of the way. While one reaches less than a quarter of what G promises for it,
-    lambda is halved (Armijo's rule).
+    The roll-outs go a part lambda of the way. While one reaches less than a quarter of what G promises for
+    it, lambda is halved (Armijo's rule).
 
     Args:
         gain: G.
