@@ -352,7 +352,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
     wanted = controlat.evaluate("undisturbed", **settings)
     moments = [
         (20, 0, 0),  # in the criterion of epoch 0
-        (70, 1, 0),  # in the training of epoch 0
+        (72, 1, 0),  # in the training of epoch 0
         (10, 1, 1),  # in the criterion of epoch 1
         (124, 2, 1),  # in the full criterion of the first run
         (174, 3, 2),  # in the second run
