@@ -144,7 +144,7 @@ def roll_out(experiment: Experiment, text: str, seed: int, part: Mapping[str, An
     found = examine(
         recording, terminal, grid, gamma=part["gamma"], horizons=part["horizons"], looks=part["looks"]
     )
-    calibration = trust(recording, found, terminal, lambdas=LAMBDAS)
+    calibration = trust(recording, found, terminal, lambdas=LAMBDAS, halvings=1)
     chosen = torch.randperm(len(experiment.training), generator=rng.generator(0, "probe"))[:256]
     probe = probe_batches(*experiment.training.take(chosen), 4, 0, chosen, problem.augmentation)
     surfaces = []

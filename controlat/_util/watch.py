@@ -83,7 +83,8 @@ class Watch:
         noted, self._noted = self._noted, []
         if not noted:
             return
-        values: list[float] = torch.cat([n.numbers for n in noted]).tolist()
+        together = torch.cat([n.numbers for n in noted]) if len(noted) > 1 else noted[0].numbers
+        values: list[float] = together.tolist()
         for numbers, message, place in noted:
             own, values = values[: len(numbers)], values[len(numbers) :]
             if not all(map(math.isfinite, own)):

@@ -1,4 +1,4 @@
-"""The full criterion of a finished run: rolled out again, recorded, with costates from its end backward."""
+"""The full criterion of a finished run: recorded or rolled out again, with costates from its end backward."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def full_criterion(
     candidates: Candidates,
     gamma: float,
     trained: nn.Module | None = None,
+    recording: Recording | None = None,
     bar: Callable[[str, int], AbstractContextManager[Any]] = lambda what, total: nullcontext(),
 ) -> dict[str, Any]:
     """The criterion over all horizons, and what its size means, for one controller under one seed.
@@ -60,6 +61,7 @@ def full_criterion(
         candidates: what is searched.
         gamma: price of one gradient evaluation per sample.
         trained: the network at the end of the run, to see whether the recorded roll-out ends there.
+        recording: of the training itself; without it the run is rolled out again.
         bar: makes a progress bar (tqdm's) of what is done and the number of its steps; none by default.
 
     Returns:
@@ -68,10 +70,10 @@ def full_criterion(
         ``seconds``. Where a costate is not finite, ``failed`` alone, which says at which step.
     """
     began, terminal = time.perf_counter(), experiment.terminal(seed, settings.terminal)
-    driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
-    with bar("roll-out", spec.epochs * spec.batches_per_epoch) as b:
-        recording = Recording.of(driver, spec, limit=settings.memory * GIBI, progress=_told(b))
-    same = None if trained is None else same_bits(driver.model.state_dict(), trained.state_dict())
+    if recording is None:
+        recording = _rolled_out(experiment, settings, controller, seed, bar)
+    spec, ours = recording.spec, recording.driver.model.state_dict()
+    same = None if trained is None else same_bits(ours, trained.state_dict())
     steps = recording.last - recording.first
     try:
         with bar("costates", steps) as b:
@@ -99,8 +101,21 @@ def full_criterion(
     }
 
 
+def _rolled_out(
+    experiment: Experiment,
+    settings: EvaluateSettings,
+    controller: Controller,
+    seed: int,
+    bar: Callable[[str, int], AbstractContextManager[Any]],
+) -> Recording:
+    """The run once more, recorded."""
+    driver, spec = experiment.driver(seed), replace(experiment.spec(controller, seed), world=World())
+    with bar("roll-out", spec.epochs * spec.batches_per_epoch) as b:
+        return Recording.of(driver, spec, limit=settings.memory * GIBI, progress=_told(b))
+
+
 def _gradients(recording: Recording, criterion: Criterion, trusted: Trust) -> dict[str, int]:
-    """Gradient evaluations by part, in samples."""
+    """Gradient evaluations by part, in samples; of the roll-out also where it was the training itself."""
     return {
         "roll-out": sum(step.spent.gradients for step in recording.steps),
         "steps again": criterion.replayed,

@@ -20,6 +20,7 @@ from controlat._util.progress import progress_bar
 from controlat.app.criterion_lines import gaps_of
 from controlat.app.experiment import Experiment
 from controlat.app.full_criterion import full_criterion, full_criterion_cost, report_payload
+from controlat.app.resume import LAST
 from controlat.app.runs import slug
 from controlat.app.settings import EvaluateSettings
 from controlat.app.trainer import SCHEDULE, Tally, fit, read_log, validation_cost
@@ -27,6 +28,7 @@ from controlat.control.controller import Controller
 from controlat.control.schedules import Schedule, load_schedule
 from controlat.control.space import Control
 from controlat.dynamics.driver import Driver
+from controlat.dynamics.recording import GIBI, Recorder, Recording
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.dynamics.state import same_bits
@@ -130,8 +132,8 @@ class ScheduleRun:
         total, training, seconds = tally.evaluations, tally.gradients, tally.seconds
         return outcome_at(driver, terminal, total, training_gradients=training, seconds=seconds)
 
-    def full_criterion(self, trained: nn.Module) -> dict[str, Any]:
-        """The full criterion of the run, with progress bars."""
+    def full_criterion(self, trained: nn.Module, recording: Recording | None = None) -> dict[str, Any]:
+        """The full criterion of the run, with progress bars; rolled out again where it was not recorded."""
         s = self.settings
         return full_criterion(
             self.experiment,
@@ -141,6 +143,7 @@ class ScheduleRun:
             self.candidates,
             self.gamma,
             trained,
+            recording,
             lambda what, total: progress_bar(total, " steps", s.progress, what),
         )
 
@@ -174,9 +177,11 @@ class ScheduleRun:
         """
         s, experiment = self.settings, self.experiment
         driver, spec = experiment.driver(self.seed), experiment.spec(self.controller, self.seed)
-        tally = self._train(driver, spec, label)
+        recorder = self._recorder(driver, spec)
+        tally = self._train(driver, spec, label, recorder)
         if not spec.world.first:
             return {}
+        recording = None if recorder is None else recorder.recording()
         if lost := missing(self._surfaces(tally.epoch), tally.epoch):
             self._score_again(lost, tally.epoch, driver.model)
         objective, file, full = (self.directory / f"{n}.json" for n in ("objective", "evaluation", "full"))
@@ -186,7 +191,7 @@ class ScheduleRun:
             measured = experiment.evaluate(driver.model, s, self.seed)
             write_json(file, measured.to_json())
         if s.full and not full.exists():
-            write_json(full, self.full_criterion(driver.model))
+            write_json(full, self.full_criterion(driver.model, recording))
         payload = {}
         if s.full:
             payload["full"] = report_payload(read_record(full, Full), self.taken, self.seed == s.seeds[0])
@@ -201,7 +206,18 @@ class ScheduleRun:
             **{name: getattr(tally, name) for name in ("gradients", "forwards", "seconds")},
         }
 
-    def _train(self, driver: Driver, spec: RunSpec, label: str) -> Tally:
+    def _recorder(self, driver: Driver, spec: RunSpec) -> Recorder | None:
+        """What records the training for the full criterion.
+
+        None where the run is rolled out again for it, if at all: one that goes on from a checkpoint, that of
+        several processes, and a closed loop, whose schedule is known after training.
+        """
+        begun = (self.directory / LAST).exists()
+        if begun or not self.settings.full or spec.world.size > 1 or not spec.open_loop:
+            return None
+        return Recorder.of(driver, spec, limit=self.settings.memory * GIBI)
+
+    def _train(self, driver: Driver, spec: RunSpec, label: str, recorder: Recorder | None) -> Tally:
         """Train, and score the candidates at the start of every epoch whose line is not there yet."""
         s, path = self.settings, self.directory / CRITERION
         scored = {line["epoch"] for line in self._surfaces(spec.epochs)} if spec.world.first else set()
@@ -220,6 +236,7 @@ class ScheduleRun:
             progress=s.progress,
             label=label,
             name=self.text,
+            recorder=recorder,
         )
 
     def _surfaces(self, epochs: int) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from controlat.control.schedules import Schedule
 from controlat.data import Samples
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.feedback import forget_epoch
+from controlat.dynamics.recording import Recorder
 from controlat.dynamics.rollout import check_parameters, rollout
 from controlat.dynamics.run_spec import RunSpec
 from controlat.robust_accuracy import parse_attack
@@ -83,6 +84,7 @@ def fit(
     progress: bool = True,
     label: str = "train",
     name: str = "",
+    recorder: Recorder | None = None,
 ) -> Tally:
     """Train under the plan's controller, going on from the directory's last checkpoint if there is one.
 
@@ -104,6 +106,7 @@ def fit(
         progress: show a progress bar (on a terminal).
         label: its description.
         name: the controller's, for the schedule that was taken.
+        recorder: records the training, which is begun here. The time that it takes is not training's.
 
     Returns:
         The final `Tally`.
@@ -121,7 +124,9 @@ def fit(
         checkpoints.save(directory / file, state)
 
     scalars = _scalars(directory if tensorboard and world.first else None)
-    with scalars as write_scalars, _bar(spec, driver, tally, label, progress and world.first) as bar:
+    shown = _bar(spec, driver, tally, label, progress and world.first)
+    listening = contextlib.nullcontext() if recorder is None else recorder.listening()
+    with scalars as write_scalars, shown as bar, listening:
         while tally.epoch < spec.epochs and not (driver.stopped and tally.batch == 0):
             if tally.batch == 0:
                 with _with_cure(directory / LAST):
@@ -130,7 +135,7 @@ def fit(
                     at_epoch(tally.epoch)
             bar.unpause()  # time spent on validation and scoring is not training speed
             with _with_cure(directory / LAST):
-                _epoch(driver, spec, tally, save, checkpoint_minutes, bar)
+                _epoch(driver, spec, tally, save, checkpoint_minutes, bar, recorder)
                 record = plain(_record(driver, spec, tally, held_out)) if world.first else {}
             better = tally.next_epoch(record.get("robust"))
             if world.first:
@@ -200,16 +205,40 @@ def _decide(driver: Driver, spec: RunSpec, tally: Tally) -> None:
 
 
 def _epoch(
-    driver: Driver, spec: RunSpec, tally: Tally, save: Callable[[str], None], minutes: float, bar: Any
+    driver: Driver,
+    spec: RunSpec,
+    tally: Tally,
+    save: Callable[[str], None],
+    minutes: float,
+    bar: Any,
+    recorder: Recorder | None,
 ) -> None:
     """Train to the end of an epoch; after it, all processes hold the same bits."""
     began = saved = time.perf_counter()
     before = driver.meter.copy()
+
+    def record(number: int) -> None:
+        nonlocal began
+        if recorder is not None:
+            driver.watch.look()  # what a GPU still has to do of the last step is training
+            paused = time.perf_counter()
+            recorder.before(number)
+            began += time.perf_counter() - paused
+
+    keep = None if recorder is None else record
     for step in rollout(
-        driver, spec, epoch=tally.epoch, batch=tally.batch, until=tally.epoch + 1, decided=True
+        driver,
+        spec,
+        epoch=tally.epoch,
+        batch=tally.batch,
+        until=tally.epoch + 1,
+        before=keep,
+        decided=True,
     ):
         now = time.perf_counter()
         tally.add(step)
+        if recorder is not None:
+            recorder.add(step)
         tally.spend(driver.meter.since(before), now - began)
         before = driver.meter.copy()
         bar.update(step.spent.gradients)

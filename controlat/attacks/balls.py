@@ -62,7 +62,7 @@ class Norm:
     Args:
         draw: (like, eps, generator) -> a random perturbation of norm at most eps.
         direction: gradient -> the unit step of steepest ascent, a new tensor.
-        shrink: (perturbation, eps) -> its projection on the ball, a new tensor.
+        shrink: (perturbation, eps) -> its projection on the ball; it may overwrite the perturbation.
         size: perturbation -> its norm, per sample, shape (N,).
         dual: gradient -> its dual norm, per sample, shape (N,).
     """
@@ -90,7 +90,7 @@ def _draw_l2(like: Tensor, eps: float, generator: torch.Generator | None) -> Ten
 
 
 def _shrink_linf(delta: Tensor, eps: float | Tensor) -> Tensor:
-    return torch.clamp(delta, -eps, eps)  # type: ignore[arg-type]  # two numbers or two tensors
+    return delta.clamp_(-eps, eps)  # type: ignore[arg-type]  # two numbers or two tensors
 
 
 def _shrink_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Ball:
         The numbers are drawn in one call of the shape of x0, as torchattacks draws them.
         """
         self.check(x0.shape[1:])
-        return (x0 + self._norm.draw(x0, self.eps, generator)).clamp_(0, 1)
+        return self._norm.draw(x0, self.eps, generator).add_(x0).clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step of steepest ascent: sign(g) for l_inf, g over its length for l_2."""
@@ -190,7 +190,7 @@ class Ball:
 
     def shrink(self, delta: Tensor, radius: float = 1.0) -> Tensor:
         """The nearest perturbation with ||delta|| <= radius * eps, regardless of the pixel box."""
-        return self._norm.shrink(delta, radius * self.eps)
+        return self._norm.shrink(delta.clone(), radius * self.eps)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None, radius: float = 1.0) -> Tensor:
         """A random perturbation of norm at most radius * eps, regardless of the pixel box."""
@@ -208,7 +208,9 @@ class Ball:
 
         alpha and `eps` (see `project`) may be 0-d tensors, as in CUDA graphs.
         """
-        return self.project(x + self.direction(gradient).mul_(alpha), x0, eps)
+        move = self.direction(gradient).mul_(alpha)
+        # In place where that keeps the layout of x: less memory to pass through for small networks.
+        return self.project(move.add_(x) if move.stride() == x.stride() else x + move, x0, eps)
 
     def project(self, x: Tensor, x0: Tensor, eps: float | Tensor | None = None) -> Tensor:
         """The point of the set for x: shrunk to the ball, then clamped to [0, 1]; `eps`: another radius."""

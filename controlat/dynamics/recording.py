@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from controlat.dynamics.strides import GIBI
 from controlat.dynamics.window import check_window, unobserved, window_steps
 from controlat.methods import Batch
 
-__all__ = ["GIBI", "Recording", "Visit"]
+__all__ = ["GIBI", "Recorder", "Recording", "Visit"]
 
 
 class Visit(NamedTuple):
@@ -103,33 +103,14 @@ class Recording:
             ValueError: no such steps in the run, or states that do not fit within `limit`.
             NonFiniteError: training diverged.
         """
-        strides = check_window(driver, spec, first=first, last=last, stride=stride, limit=limit)
+        recorder = Recorder.of(driver, spec, first=first, last=last, stride=stride, limit=limit)
         last = spec.epochs * spec.batches_per_epoch if last is None else last
-        stored: dict[int, State] = {}
-        steps: list[Step] = []
-        events: list[tuple[int, str, str]] = []
-        opening: Control | None = None
-        with _noticed(driver, lambda what, name: events.append((first + len(steps), what, name))):
-            for step in window_steps(driver, spec, first, last, stored, stride=strides[0]):
-                opening = opening or spec.control_at(step.epoch, 0, driver)
-                steps.append(step)
+        with recorder.listening():
+            for step in window_steps(driver, spec, first, last, recorder.before):
+                recorder.add(step)
                 if progress is not None:
                     progress(step)
-        if not spec.open_loop:
-            controls = Recorded([step.control for step in steps], first, opening)
-            spec = replace(spec, controller=controls)
-        return cls(
-            driver=driver,
-            spec=spec,
-            first=first,
-            last=first + len(steps),  # less than `last` where the method ended training
-            stride=strides[0],
-            stored=stored,
-            end=driver.snapshot(),
-            steps=steps,
-            events=events,
-            finer=strides[1:],
-        )
+        return recorder.recording()
 
     check = staticmethod(check_window)
 
@@ -208,6 +189,80 @@ class Recording:
         batch = next(self.spec.batches(epoch, i, i + 1))
         rate = self.spec.learning_rate(batch.epoch, batch.number)
         return Visit(number, batch, self.spec.control(batch), rate)
+
+
+@dataclass
+class Recorder:
+    """Records a roll-out while it is under way, whoever takes its steps: `Recording.of`, or the trainer.
+
+    Args:
+        driver: runs the system.
+        spec: data, controller, rates.
+        first: number of the first step.
+        strides: steps from one stored state to the next, and the finer strides.
+    """
+
+    driver: Driver
+    spec: RunSpec
+    first: int
+    strides: tuple[int, ...]
+    _stored: dict[int, State] = field(default_factory=dict, init=False)
+    _steps: list[Step] = field(default_factory=list, init=False)
+    _events: list[tuple[int, str, str]] = field(default_factory=list, init=False)
+    _opening: Control | None = field(default=None, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        driver: Driver,
+        spec: RunSpec,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        stride: int | None = None,
+        limit: float = 2 * GIBI,
+    ) -> Recorder:
+        """A recorder of the steps first, ..., last - 1: arguments and errors are those of `Recording.of`."""
+        strides = check_window(driver, spec, first=first, last=last, stride=stride, limit=limit)
+        return cls(driver, spec, first, strides)
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Inside the block, in which the steps are taken, the actions of hooks are recorded, too."""
+        return _noticed(self.driver, self._notice)
+
+    def _notice(self, what: str, name: str) -> None:
+        self._events.append((self.first + len(self._steps), what, name))
+
+    def before(self, number: int) -> None:
+        """Store the state before a step, if it is one of every `stride`-th: call it before each."""
+        stride = self.strides[0]
+        if (number - self.first) % stride == 0:
+            touched = self.spec.indices(number, number + stride) if self.driver.rows else None
+            self._stored[number] = self.driver.snapshot(touched)
+
+    def add(self, step: Step) -> None:
+        """Record a step: call it after each."""
+        self._opening = self._opening or self.spec.control_at(step.epoch, 0, self.driver)
+        self._steps.append(step)
+
+    def recording(self) -> Recording:
+        """The roll-out up to the driver's present state."""
+        spec = self.spec
+        if not spec.open_loop:
+            controls = Recorded([step.control for step in self._steps], self.first, self._opening)
+            spec = replace(spec, controller=controls)
+        return Recording(
+            driver=self.driver,
+            spec=spec,
+            first=self.first,
+            last=self.first + len(self._steps),  # before the last of the plan where the method ended training
+            stride=self.strides[0],
+            stored=self._stored,
+            end=self.driver.snapshot(),
+            steps=self._steps,
+            events=self._events,
+            finer=self.strides[1:],
+        )
 
 
 @contextmanager

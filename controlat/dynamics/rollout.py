@@ -12,7 +12,6 @@ from controlat._util.watch import Watch
 from controlat.dynamics.driver import Driver, Step
 from controlat.dynamics.feedback import forget_epoch
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import State
 from controlat.dynamics.step import When
 from controlat.methods import Batch
 from controlat.models.frozen.view import FrozenModel
@@ -27,8 +26,7 @@ def rollout(
     epoch: int = 0,
     batch: int = 0,
     until: int | None = None,
-    record: Callable[[int, State], None] | None = None,
-    stride: int = 1,
+    before: Callable[[int], object] | None = None,
     begun: bool = False,
     decided: bool = False,
 ) -> Iterator[Step]:
@@ -40,18 +38,14 @@ def rollout(
         epoch: epoch of the first step.
         batch: position of the first step in its epoch.
         until: epoch before which to end; by default the end of the run.
-        record: called with (step number, snapshot of the state BEFORE that step) at every `stride`-th step,
-            starting with the first; a snapshot has the rows that the steps up to the next snapshot use.
-        stride: see `record`.
+        before: called with the number of every step, with the driver at the state before it.
         begun: the `start_epoch` hook of the first epoch has been called already, as at a recorded state.
         decided: the control of the first step, which begins its epoch, has been asked for already.
     """
-    first = epoch * spec.batches_per_epoch + batch
     driver.model.train()  # recorded states have the parameters of training mode
     for number, b in arrivals(driver, spec, epoch, batch, until=until, begun=begun, decided=decided):
-        if record is not None and (number - first) % stride == 0:
-            touched = spec.indices(number, number + stride) if driver.rows else None
-            record(number, driver.snapshot(touched))
+        if before is not None:
+            before(number)
         if not spec.open_loop:  # the controller reads the state
             driver.watch.look()
         step = driver.step(b, spec.control(b, driver), spec.learning_rate(b.epoch, b.number))

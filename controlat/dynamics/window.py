@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
@@ -15,7 +15,6 @@ from controlat.control.cost import Meter
 from controlat.dynamics.driver import Driver
 from controlat.dynamics.rollout import rollout
 from controlat.dynamics.run_spec import RunSpec
-from controlat.dynamics.state import State
 from controlat.dynamics.step import Step
 from controlat.dynamics.strides import GIBI, fitting
 
@@ -75,9 +74,8 @@ def window_steps(
     spec: RunSpec,
     first: int,
     last: int,
-    states: dict[int, State] | None = None,
+    before: Callable[[int], object] | None = None,
     *,
-    stride: int = 1,
     begun: bool = False,
     ended: bool = False,
 ) -> Iterator[Step]:
@@ -88,18 +86,14 @@ def window_steps(
         spec: data, controller, rates.
         first: number of the first step.
         last: number of the step before which to end.
-        states: filled with the state before every `stride`-th step, by the number of the step.
-        stride: steps between stored states.
+        before: called with the number of every step, with the driver at the state before it.
         begun: the hook at the beginning of the first epoch has been called already.
         ended: the method ended training after the last step.
     """
     epoch, batch = divmod(first, spec.batches_per_epoch)
-    record = None if states is None else states.__setitem__
     ended = ended or last == spec.epochs * spec.batches_per_epoch
     until = last // spec.batches_per_epoch if ended else None
-    steps = rollout(
-        driver, spec, epoch=epoch, batch=batch, until=until, record=record, stride=stride, begun=begun
-    )
+    steps = rollout(driver, spec, epoch=epoch, batch=batch, until=until, before=before, begun=begun)
     yield from steps if ended else islice(steps, last - first)
     driver.watch.look()
 

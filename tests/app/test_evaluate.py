@@ -321,6 +321,20 @@ def test_one_schedule_whose_costates_are_not_finite_does_not_stop_the_others(
         assert (tmp_path / "out" / name).exists()
 
 
+def test_the_training_itself_is_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is trained already is rolled out again, with the same result to the bit."""
+    plain, again = full_criterion._rolled_out, []
+    monkeypatch.setattr(full_criterion, "_rolled_out", lambda *a: again.append(a) or plain(*a))
+    settings = TINY | {"batch_size": 20, "memory": 6e-4}
+    found = controlat.evaluate(tmp_path, **settings)
+    assert not again
+    assert {run["full"]["stride"] for _, run in _runs(found)} == {2}, "of 5 steps per epoch"
+    for file in (*tmp_path.glob("runs/*/full.json"), tmp_path / "result.json"):
+        file.unlink()
+    assert _timeless(controlat.evaluate(tmp_path, **settings)) == _timeless(found)
+    assert len(again) == 2
+
+
 def test_states_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"full criterion: .*--full false"):
         controlat.evaluate(tmp_path / "out", memory=1e-6, **TINY)
@@ -366,7 +380,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
     wanted = controlat.evaluate("undisturbed", **settings)
     moments = [
         (20, 0, 0),  # in the criterion of epoch 0
-        (70, 1, 0),  # in the training of epoch 0
+        (72, 1, 0),  # in the training of epoch 0
         (10, 1, 1),  # in the criterion of epoch 1
         (124, 2, 1),  # in the full criterion of the first run
         (174, 3, 2),  # in the second run

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from forks import Ended, talking
+from helpers import same, split
+from systems import CASES, constant, driver
 from torch import nn
 
 import controlat
@@ -20,6 +22,7 @@ from controlat.app.experiment import Experiment
 from controlat.app.placement import place
 from controlat.app.settings import TrainSettings
 from controlat.app.trainer import fit, load_checkpoint
+from controlat.dynamics.recording import Recorder, Recording
 
 # 120 training samples in 4 batches of 32, 32, 32, 24; of 40 held out, 20 are validated on; K = 0, 1, 2.
 SMALL: dict[str, Any] = {
@@ -467,3 +470,16 @@ def test_fit_without_held_out_data_logs_no_accuracy_and_keeps_no_best(tmp_path: 
     assert (line["clean"], line["robust"], line["validation_gradients"]) == (None, None, 0)
     assert (tally.best, tally.best_epoch) == (-1.0, -1)
     assert not (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["atta", "free", "cat curriculum"])
+def test_what_is_recorded_in_training_is_the_recording_of_a_roll_out(name: str, tmp_path: Path) -> None:
+    """Also with rows of samples, networks that are put back, and a stride that no epoch is a multiple of."""
+    spec = constant(CASES[name].control(), held_out=split(8, (1, 4, 4), seed=5))
+    ours, theirs = (driver(CASES[name]) for _ in range(2))
+    recorder = Recorder.of(ours, spec, stride=2)
+    tally = fit(ours, spec, tmp_path, progress=False, recorder=recorder)
+    found, wanted = recorder.recording(), Recording.of(theirs, spec, stride=2)
+    assert tally.epoch == 3
+    for part in ("first", "last", "stride", "finer", "stored", "steps", "events", "end"):
+        assert same(getattr(found, part), getattr(wanted, part)), part

@@ -299,7 +299,9 @@ def noisy() -> tuple[Driver, RunSpec]:
 def test_a_rollout_replays_bit_for_bit_from_every_recorded_state() -> None:
     driver, p = noisy()
     store: dict[int, State] = {}
-    steps: list[Step] = list(rollout(driver, p, until=2, record=store.__setitem__))
+    steps: list[Step] = list(
+        rollout(driver, p, until=2, before=lambda n: store.update({n: driver.snapshot()}))
+    )
     end = driver.snapshot()
     assert sorted(store) == list(range(6))
     for number, snapshot in store.items():

@@ -118,9 +118,8 @@ def test_a_snapshot_does_not_follow_the_driver() -> None:
 
 
 def recorded(driver: Driver, p: RunSpec, stride: int) -> tuple[dict[int, State], list[Step]]:
-    store: dict[int, State] = {}
-    steps = list(rollout(driver, p, record=store.__setitem__, stride=stride))
-    return store, steps
+    rec = Recording.of(driver, p, stride=stride)
+    return rec.stored, rec.steps
 
 
 def test_a_rollout_from_any_recorded_state_repeats_the_undisturbed_one_bit_for_bit() -> None:

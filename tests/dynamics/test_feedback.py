@@ -64,7 +64,7 @@ def test_rollout_recording_and_schedule_of_the_controls_are_one_run(case: Case) 
 def test_a_recorded_closed_loop_is_visited_without_asking_it_again(case: Case) -> None:
     d, spec = looped(case)
     before = []
-    steps = list(rollout(d, spec, record=lambda *_: before.append(state(d))))
+    steps = list(rollout(d, spec, before=lambda _: before.append(state(d))))
 
     other, again = looped(case)
     rec = Recording.of(other, again, stride=4)

@@ -94,7 +94,7 @@ def advance(d: Driver, spec: RunSpec, number: int) -> None:
 def reference(d: Driver, spec: RunSpec) -> tuple[list[State], State, list[Step], list[Batch]]:
     """The whole state before every step, and the end; batches as they come."""
     states: list[State] = []
-    steps = list(rollout(d, spec, record=lambda number, _: states.append(d.snapshot())))
+    steps = list(rollout(d, spec, before=lambda _: states.append(d.snapshot())))
     batches = [b for e in range(spec.epochs) for b in spec.batches(e)]
     return states, d.snapshot(), steps, batches
 

@@ -20,6 +20,7 @@ from controlat.control.schedules import Schedule
 from controlat.control.space import Control
 from controlat.data import Split
 from controlat.dynamics.driver import Driver, SGDSettings, Step
+from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.methods import names
 
@@ -238,9 +239,9 @@ def test_fast_starts_at_one_constant_at_first_and_at_random_later(tmp_path: Path
 
 
 def test_atta_forgets_every_second_epoch_at_first_and_every_tenth_later(tmp_path: Path) -> None:
-    schedule, found = problem("atta", 32).schedule_of(ATTA), {}
+    schedule = problem("atta", 32).schedule_of(ATTA)
     spec = replace(constant(schedule(0), 4, batch_size=2, epochs=32), controller=schedule)
-    list(rollout(driver(PLAIN["atta"]), spec, record=found.__setitem__, stride=2))
+    found = Recording.of(driver(PLAIN["atta"]), spec, stride=2).stored
     assert len(found) == 32
     empty = [step // 2 + 1 for step, state in found.items() if not state.rows]
     assert empty == [1, 2, 4, 10, 20, 30]  # in the first epoch there is nothing yet

@@ -12,6 +12,7 @@ from torch import nn
 from controlat.attacks.balls import Ball
 from controlat.control.space import Control
 from controlat.dynamics.driver import SGDSettings
+from controlat.dynamics.recording import Recording
 from controlat.dynamics.rollout import rollout
 from controlat.methods import Context, Prefixes, names
 
@@ -273,9 +274,10 @@ def test_a_snapshot_between_two_epochs_is_continued_bit_for_bit(case: Case) -> N
 @every
 @pytest.mark.parametrize("stride", [slow(1), 2])
 def test_from_every_recorded_state_the_steps_up_to_the_next_can_be_repeated(case: Case, stride: int) -> None:
-    p, store = constant(case.control(), held_out=split(8, (1, 4, 4), seed=5)), {}
+    p = constant(case.control(), held_out=split(8, (1, 4, 4), seed=5))
     d = driver(case)
-    steps = list(rollout(d, p, record=store.__setitem__, stride=stride))
+    rec = Recording.of(d, p, stride=stride)
+    steps, store = rec.steps, rec.stored
     assert sorted(store) == list(range(0, 9, stride))
     for number in sorted(store, reverse=True):
         d.restore(store[number])
@@ -288,7 +290,7 @@ def test_from_every_recorded_state_the_steps_up_to_the_next_can_be_repeated(case
 def test_every_recorded_step_leads_to_the_next_recorded_state(case: Case) -> None:
     p, store = constant(case.control()), {}
     d = driver(case)
-    steps = list(rollout(d, p, record=store.__setitem__))
+    steps = list(rollout(d, p, before=lambda n: store.update({n: d.snapshot()})))
     after = {**store, len(steps): d.snapshot()}
     for number in reversed(range(len(steps))):
         d.restore(store[number])

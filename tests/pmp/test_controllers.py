@@ -256,7 +256,7 @@ def test_rollout_recording_schedule_and_resumed_rollout_are_one_run(name: str, t
     d, spec = looped(case, text)
     kept, before = {}, []
     steps = []
-    for n, step in enumerate(rollout(d, spec, record=lambda *_: before.append(state(d)))):
+    for n, step in enumerate(rollout(d, spec, before=lambda _: before.append(state(d)))):
         steps.append(step)
         kept[n + 1] = d.snapshot()
     assert all(a.control == b.control for a, b in pairwise(steps) if a.epoch == b.epoch)

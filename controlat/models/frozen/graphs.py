@@ -243,9 +243,11 @@ def iterate(
             return
         full = None
     for _ in range(count):
-        advance = functools.partial(step, x, *inputs, *numbers)
-        x = advance() if store is None or full is None else store.observed(parts, full, advance)
-        full = None  # the first pass tells
+        if store is None or full is None:
+            x = step(x, *inputs, *numbers)
+        else:
+            x = store.observed(parts, full, functools.partial(step, x, *inputs, *numbers))
+            full = None  # the first pass tells
         yield x
 
 

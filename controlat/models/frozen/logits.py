@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from controlat.models.frozen.parts import Parts
 
-__all__ = ["check_logits", "check_model", "checked_logits"]
+__all__ = ["check_kind", "check_logits", "check_model", "check_weights", "checked_logits"]
 
 # Texts of torch's errors for inputs that do not fit the weights. Every other error passes through unchanged.
 _DEVICE = re.compile("same device|Input type")
@@ -58,19 +58,29 @@ def check_model(model: object) -> Parts:
         TypeError: it is not an nn.Module, or it is a DistributedDataParallel.
         ValueError: its weights are lazy, or on the device meta.
     """
+    parts = Parts.of(check_kind(model))
+    check_weights(parts)
+    return parts
+
+
+def check_kind(model: object) -> nn.Module:
+    """Return a model if it is an nn.Module, not wrapped in DistributedDataParallel; otherwise TypeError."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError(
             "model is wrapped in DistributedDataParallel, which attacks must go around: give .module"
         )
-    parts = Parts.of(model)
+    return model
+
+
+def check_weights(parts: Parts) -> None:
+    """Raise ValueError if weights of a network are lazy, or on the device meta."""
     for p in (*parts.parameters, *parts.buffers):
         if is_lazy(p):
             raise ValueError("the model has lazy layers, which have no shape yet: call it on one batch first")
         if p.is_meta:
             raise ValueError("the model has weights on the device meta: load them first")
-    return parts
 
 
 def _misfit(model: nn.Module, x: Tensor, error: str) -> str:

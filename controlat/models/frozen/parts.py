@@ -34,30 +34,22 @@ class Parts(NamedTuple):
         modules: dict[int, nn.Module] = {}
         parameters: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
-        _walk(model, modules, parameters, buffers)
+        ahead = [model]
+        while ahead:
+            module = ahead.pop()
+            if id(module) in modules:
+                continue
+            modules[id(module)] = module
+            # The values are copied, as another thread, whose view is open, may change them meanwhile.
+            for own, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
+                for t in [*tensors.values()] if tensors else ():
+                    if t is not None:
+                        own[id(t)] = t
+            if module._modules:
+                ahead += [m for m in reversed([*module._modules.values()]) if m is not None]
         return cls([*modules.values()], [*parameters.values()], [*buffers.values()])
 
     @property
     def model(self) -> nn.Module:
         """The network itself."""
         return self.modules[0]
-
-
-def _walk(
-    module: nn.Module,
-    modules: dict[int, nn.Module],
-    parameters: dict[int, Tensor],
-    buffers: dict[int, Tensor],
-) -> None:
-    """Add a module and those below it, unless they are there. (A function within `of` would refer to itself,
-    and keep the network until the garbage collector comes.)
-    """
-    if id(module) in modules:
-        return
-    modules[id(module)] = module
-    for own, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
-        # The values are copied, as another thread, whose view is open, may change them meanwhile.
-        own.update((id(t), t) for t in [*tensors.values()] if t is not None)
-    for child in module._modules.values():
-        if child is not None:
-            _walk(child, modules, parameters, buffers)

@@ -24,7 +24,7 @@ from controlat.models.frozen.layout import (
     run_in_layout,
     runs_nchw_only,
 )
-from controlat.models.frozen.logits import check_model, checked_logits
+from controlat.models.frozen.logits import check_kind, check_model, check_weights, checked_logits
 
 __all__ = ["CHUNK", "FrozenModel", "check_model", "runs_channels_last"]
 
@@ -71,7 +71,7 @@ class FrozenModel:
 
     Raises:
         TypeError: the model is not an nn.Module, or wrapped in DistributedDataParallel.
-        ValueError: unknown mode, or lazy layers that have not run yet.
+        ValueError: unknown mode; when entered: lazy layers that have not run yet, weights on the device meta.
         RuntimeError: entered inside ``torch.inference_mode()``.
 
     >>> import torch
@@ -94,12 +94,11 @@ class FrozenModel:
         autocast: torch.dtype | None = None,
         watch: Watch | None = None,
     ) -> None:
-        parts = check_model(model)
+        self.model = check_kind(model)
         choice(mode, "mode", MODES)
         flag(channels_last, "channels_last")
         instance(autocast, (torch.dtype, type(None)), "autocast", "such as torch.bfloat16")
-        self.model, self.mode = model, mode
-        self.channels_last = channels_last and is_convolutional(parts)
+        self.mode, self.channels_last = mode, channels_last
         self.meter = Meter() if meter is None else meter
         self.autocast = autocast
         self.watch = Watch() if watch is None else watch
@@ -109,13 +108,15 @@ class FrozenModel:
             raise RuntimeError("torch.inference_mode() rules out gradients; use torch.no_grad(), or neither")
         with contextlib.ExitStack() as stack:
             parts = stack.enter_context(exclusive(self.model))
+            check_weights(parts)
             self._parts = stack.enter_context(in_mode(parts, self.mode == "train"))
+            self._lays_out = self.channels_last and is_convolutional(self._parts)
             self._graphs = graphs.graphs_of(self._parts)
             if self._graphs is not None:  # a view within a view has tensors of its own, and no graphs
                 device = (*self._parts.parameters, *self._parts.buffers)[0].device
                 self._graphs = stack.enter_context(self._graphs.taken_by_one(device))
             self._weights = stack.enter_context(contextlib.ExitStack())
-            self._freeze(self.channels_last and not runs_nchw_only(self.model))
+            self._freeze(self._lays_out and not runs_nchw_only(self.model))
             self._stack = stack.pop_all()
         return self
 
@@ -128,34 +129,34 @@ class FrozenModel:
         """Put detached weights and copies of buffers in place, in one layout."""
         self._weights.close()
         self._nhwc = nhwc
-        layout = (channels_last if nhwc else channels_first) if self.channels_last else (lambda t: t)
+        layout = (channels_last if nhwc else channels_first) if self._lays_out else (lambda t: t)
 
         def freeze() -> dict[int, Tensor]:
             frozen: dict[int, Tensor] = {
                 id(p): nn.Parameter(layout(normal_tensor(p.detach())), requires_grad=False)
                 for p in self._parts.parameters
             }
-            if self.channels_last:
+            if self._lays_out:
                 for i in kernels.one_channel_weights(self._parts.modules) & frozen.keys():
                     frozen[i] = frozen[i].as_subclass(kernels.OneChannelWeight)
             return frozen | {id(b): b.detach().clone() for b in self._parts.buffers}
 
         self._store = None
         if self._graphs is not None:
-            self._store = self._graphs.store(self.mode, self.channels_last, nhwc)
+            self._store = self._graphs.store(self.mode, self._lays_out, nhwc)
         frozen = freeze() if self._store is None else self._store.frozen(self._parts, freeze)
         self._weights.enter_context(swapped(self._parts, frozen))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Parts of a batch to be evaluated one after the other: faster on CPU, if samples do not interact."""
-        whole = self.mode == "train" or not self.channels_last or x.device.type != "cpu"
+        whole = self.mode == "train" or not self._lays_out or x.device.type != "cpu"
         size = len(x) if whole or any(map(_couples_samples, self._parts.modules)) else CHUNK
         for i in range(0, len(x), max(size, 1)):
             yield slice(i, i + size)
 
     def prepare(self, x: Tensor) -> Tensor:
         """x in the memory layout that this view runs in."""
-        return channels_last(x) if self.channels_last and self._nhwc else x
+        return channels_last(x) if self._lays_out and self._nhwc else x
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.autocast is None:
@@ -164,7 +165,7 @@ class FrozenModel:
             return self._run(x).float()
 
     def _run(self, x: Tensor) -> Tensor:
-        if self.channels_last:
+        if self._lays_out:
             logits = run_in_layout(self.model, x, self._run_in)
         else:
             logits = checked_logits(self.model, x)
@@ -229,7 +230,9 @@ class FrozenModel:
     def uncounted_gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """`gradient` for a step of `iterate`, which counts for it."""
         x = normal_tensor(x.detach()).requires_grad_()
-        with torch.enable_grad():
+        with (
+            contextlib.nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
+        ):  # it costs 1 % of a step
             losses = objective(self._forward(x))
         (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
         return gradient
