@@ -142,7 +142,9 @@ class RayPool:
         self._cancel(late)
         for task in late:
             del numbers[task]
-        while self.workers is None or len(numbers) < self.workers:
+        # No more than there are cores: what waits in Ray holds its data there.
+        cores = self._ray.cluster_resources().get("CPU", 1)
+        while len(numbers) < (self.workers or cores):
             if (number := work.next()) is None:
                 break
             numbers[self._begin.remote(pickled(work.tasks[number]))] = number

@@ -27,12 +27,12 @@ class Prefix:
     """The beginning of a run: its states may have been kept by another run that begins in the same way.
 
     The state at the beginning of epoch e depends on the controls of the steps before, on the seed, and on the
-    problem: the name of its file is their digest.
+    problem: the name of its file is their digest. A closed loop is trained whole.
 
     Args:
         folder: of the files.
         driver: the system, at its initial state.
-        spec: the run; its controller is an open loop.
+        spec: the run.
         problem: what is trained on what, and how.
     """
 
@@ -54,6 +54,8 @@ class Prefix:
         Raises:
             NonFiniteError: training diverged, or Phi is not finite.
         """
+        if not self.spec.open_loop:  # its controls, which name the files, are not known before the run
+            return objective(self.driver, self.spec, terminal, until=until)
         epoch, before = self._restored(until or self.spec.epochs)
         outcome = objective(self.driver, self.spec, terminal, epoch=epoch, before=before, until=until)
         if until is not None:

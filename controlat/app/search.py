@@ -75,7 +75,7 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
         experiment = Experiment.of(chosen)
         check_apart(experiment)
         with _workers(chosen) as pool:
-            judge = judge_in(pool, chosen, out / _STATES)
+            judge = judge_in(pool, chosen, (out / _STATES).absolute())
             result, schedule = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         schedule.save(out / "schedule.json", overwrite=True)
         if chosen.certificate or (out / CERTIFICATE).exists():
@@ -236,7 +236,8 @@ def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: P
     Args:
         pool: the workers.
         chosen: the settings of the search.
-        states: folder in which trainings that end early leave their states, for others to go on from.
+        states: folder in which trainings that end early leave their states, for others to go on from; where
+            workers do not share it, those are trained whole.
     """
     settings = Common(chosen)
 
@@ -258,7 +259,7 @@ def trained(settings: Common, question: Question, states: Path | None = None) ->
         terminal = experiment.terminal(question.seed, chosen.terminal)
         try:
             if question.surface:
-                outcome, surface = examined(driver, spec, terminal, chosen.max_steps)
+                outcome, surface = examined(driver, spec, terminal, chosen.max_steps, question.until)
             elif states is None or not spec.open_loop:
                 outcome = objective(driver, spec, terminal, until=question.until)
             else:

@@ -36,7 +36,7 @@ LOOKS = 2  # steps of each epoch at which the candidates are scored: more seeds 
 
 
 def examined(
-    driver: Driver, spec: RunSpec, terminal: Terminal, max_steps: int, last: int | None = None
+    driver: Driver, spec: RunSpec, terminal: Terminal, max_steps: int, until: int | None = None
 ) -> tuple[Outcome, dict[str, Any]]:
     """Train, with J as `controlat.pmp.objective.objective` gives it, and look back along the trajectory.
 
@@ -45,7 +45,7 @@ def examined(
         spec: data, controller, learning rate, seed.
         terminal: Phi.
         max_steps: largest K of the candidates.
-        last: number of the step before which training ends; all of it by default.
+        until: epochs that are trained, Phi being taken then; all by default.
 
     Returns:
         Phi, sum n and what all of it took, as ``training_gradients``; and the surface of `surface_of`, which
@@ -59,6 +59,7 @@ def examined(
         raise ValueError(f"a surface is over alpha and steps, but the method has no {', '.join(missing)}")
     candidates = Candidates.default(driver.ball.eps, max_steps, STEP_SIZES)
     began, before, meter = time.perf_counter(), driver.meter.copy(), Meter()
+    last = None if until is None else until * spec.batches_per_epoch
     recording = Recording.of(driver, spec, last=last)
     training = driver.meter.since(before).gradients
     try:

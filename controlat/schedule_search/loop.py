@@ -2,11 +2,11 @@
 
 1. **Explore.** Every space has a proposer. In turn each asks for a few points, which are trained under one
    seed, possibly shorter and on fewer samples, until the space's share of the budget is spent.
-2. **Promote.** The best of each space are trained at full length under more seeds, in one or more rungs
-   (successive halving: Jamieson and Talwalkar, 2016).
-3. **Race.** The best of these get further seeds, one by one, all under the same ones. One that is worse than
-   the leader by a paired difference whose interval excludes 0 drops out (Maron and Moore, 1994: Hoeffding
-   races; here with Student's interval).
+2. **Promote.** The best are trained at full length, in one or more rungs, under seeds of their own: what is
+   best of many under one seed owes much to luck there.
+3. **Race.** Those get further seeds, all the same ones. After each round the worse half drops out (sequential
+   halving: Karnin et al., 2013), and so does what is worse than the leader by a paired difference whose
+   interval excludes 0 (Maron and Moore, 1994: Hoeffding races; here with Student's interval).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Rung(NamedTuple):
         epochs: length of a run.
         points: training samples; None for all.
         seeds: number of seeds.
-        keep: how many trials of each space are judged at it; all that are asked for where it is the first.
+        first: the place of the first of them among those of the plan.
+        keep: how many trials are judged at it at most; all that are asked for where it is exploring.
         until: epochs that are trained of a run; None for all.
         surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
     """
@@ -41,6 +42,7 @@ class Rung(NamedTuple):
     epochs: int
     points: int | None = None
     seeds: int = 1
+    first: int = 0
     keep: int = 0
     until: int | None = None
     surface: bool = False
@@ -51,14 +53,16 @@ class Plan:
     """How a search spends its budget.
 
     Args:
-        budget: what is spent on exploring, in the unit below.
+        budget: what the search may spend, in the unit below. It goes on until the budget is spent, and may
+            overdraw it by what is asked for at a time.
         price: of the mean cost n of a step, in units of J: gamma eta T.
         rungs: the first is that of exploring; the last is at full length.
         batch: points that a proposer is asked for at a time; it decides which trials are made, the number of
             processes does not.
         seeds: search seeds, in the order in which they are used.
-        race: how many trials take part in the race.
-        race_seeds: seeds at most of each of them.
+        samples: of the whole training set.
+        exploring: the share of the budget for exploring.
+        race_seeds: seeds at most of what takes part in the race.
         unit: of the budget, a field of `Answer`: ``gradients`` (evaluations, in samples) or ``seconds`` (of
             trainings, summed).
     """
@@ -67,15 +71,20 @@ class Plan:
     price: float
     rungs: tuple[Rung, ...]
     seeds: tuple[int, ...]
+    samples: int = 1
     batch: int = 8
-    race: int = 3
+    exploring: float = 0.5
     race_seeds: int = 8
     unit: str = "gradients"
 
     def __post_init__(self) -> None:
-        needed = max(self.race_seeds, *(rung.seeds for rung in self.rungs))
+        needed = max(rung.first + max(rung.seeds, self.race_seeds) for rung in self.rungs)
         if len(self.seeds) < needed:
             raise ValueError(f"seeds must be at least {needed} for this plan, got {len(self.seeds)}")
+
+    def size(self, points: int | None) -> int:
+        """The number of training samples that a rung's `points` stands for."""
+        return points or self.samples
 
 
 @dataclass
@@ -147,8 +156,14 @@ class Search:
         """
         self.explore()
         self.promoted = self._promote()
-        self.raced = self._race([t for t in self.promoted if not t.failed][: self.plan.race])
+        self.raced = self._race([t for t in self.promoted if not t.failed])
         return self.raced[0]
+
+    @property
+    def spent(self) -> float:
+        """What all trainings took, in the plan's unit."""
+        asked = {q: a for trial in self.made for q, a in zip(trial.questions, trial.answers, strict=True)}
+        return float(sum(getattr(a, self.plan.unit) for a in asked.values()))
 
     @property
     def best(self) -> Trial | None:
@@ -180,44 +195,53 @@ class Search:
                 ]
                 branch.proposer.tell(told)
                 branch.trials += trials
-                if not points or branch.spent(self.plan.unit) >= branch.share * self.plan.budget:
+                share = branch.share * (self.plan.exploring if len(self.plan.rungs) > 1 else 1.0)
+                if not points or branch.spent(self.plan.unit) >= share * self.plan.budget:
                     open_.remove(branch)
 
     def _promote(self) -> list[Trial]:
-        """The best of every space at the last rung, best first."""
-        ranked = [sorted(branch.trials, key=self._rank) for branch in self.branches]
-        for rung in self.plan.rungs[1:]:
-            kept = [t for trials in ranked for t in _distinct(trials)[: rung.keep]]
+        """The best at the last rung, best first: at every rung as many as its share of the budget allows."""
+        above = self.plan.rungs[1:]
+        ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self._rank))
+        for i, rung in enumerate(above):
+            left = (self.plan.budget - self.spent) / (len(above) - i + 1)  # as much for the race as for a rung
+            count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
+            kept = [t for t in ranked if not t.failed][: min(max(count, 2), rung.keep)]
             judged = self._judged([(t.space, t.point) for t in kept], rung)
-            spaces = [branch.space for branch in self.branches]
-            ranked = [sorted((t for t in judged if t.space is s), key=self._j) for s in spaces]
-        every = sorted((t for trials in ranked for t in trials), key=self._j)
-        if all(t.failed for t in every):
-            reason = next((a.error for t in every for a in t.answers if a.error), "no trial was made")
+            ranked = sorted(judged, key=self._j)
+        if all(t.failed for t in ranked):
+            reason = next((a.error for t in self.made for a in t.answers if a.error), "no trial was made")
             raise ValueError(f"every training of the search failed; the first one: {reason}")
-        return every
+        return ranked
+
+    def _cost(self, trial: Trial, rung: Rung) -> float:
+        """What a trial will take at a rung, by what it took."""
+        plan, q = self.plan, trial.questions[0]
+        took = float(np.mean([getattr(a, plan.unit) for a in trial.answers])) / trial.reach
+        return took * rung.seeds * rung.epochs * plan.size(rung.points) / (q.epochs * plan.size(q.points))
 
     def _race(self, contenders: list[Trial]) -> list[Trial]:
         """The contenders on more seeds, the winner first, those that dropped out last."""
-        out: list[Trial] = []
-        last = self.plan.rungs[-1]
-        for count in range(last.seeds + 1, self.plan.race_seeds + 1):
-            if len(contenders) < 2:
+        out, last, count = list[Trial](), self.plan.rungs[-1], self.plan.rungs[-1].seeds
+        while len(contenders) > 1 and count < self.plan.race_seeds:
+            halved = contenders[: -(-len(contenders) // 2)] if len(contenders) > 2 else contenders
+            more = min(2 * count, self.plan.race_seeds)
+            added = last._replace(seeds=more - count)
+            if self.spent + sum(self._cost(t, added) for t in halved) > self.plan.budget:
                 break
-            pairs = [(t.space, t.point) for t in contenders]
-            contenders = sorted(self._judged(pairs, last._replace(seeds=count)), key=self._j)
-            lead = contenders[0].values(self.plan.price)
-            behind = [
-                t for t in contenders[1:] if t.failed or paired(t.values(self.plan.price), lead).low > 0
-            ]
-            out = behind + out
-            contenders = [t for t in contenders if t not in behind]
+            count = more
+            judged = self._judged([(t.space, t.point) for t in halved], last._replace(seeds=count))
+            judged = sorted(judged, key=self._j)
+            lead = judged[0].values(self.plan.price)
+            behind = [t for t in judged[1:] if t.failed or paired(t.values(self.plan.price), lead).low > 0]
+            out = behind + contenders[len(halved) :] + out
+            contenders = [t for t in judged if t not in behind]
         return contenders + out
 
     def _judged(self, pairs: Iterable[tuple[Space, Point]], rung: Rung) -> list[Trial]:
         """Trials of points at a rung: all their trainings together."""
         pairs = list(pairs)
-        seeds = self.plan.seeds[: rung.seeds]
+        seeds = self.plan.seeds[rung.first :][: rung.seeds]
         questions = [
             [
                 Question(

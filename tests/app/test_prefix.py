@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 from forks import forked
+from rules import Rising
 
 import controlat
 from controlat._util.files import read_json_lines
-from controlat.app.search import trained
+from controlat._util.sending import Common
+from controlat.app.experiment import Experiment
+from controlat.app.prefix import Prefix
+from controlat.app.search import _experiment, trained
 from controlat.app.settings import SearchSettings
+from controlat.control.cost import Meter
 from controlat.schedule_search.trials import Answer, Question
 
 SMALL: dict[str, Any] = {
@@ -28,8 +33,8 @@ SMALL: dict[str, Any] = {
 TEXT = "step:steps=1.4:2.3:1,at=1:3,alpha=0.05,rounding=dither"
 
 
-def sent(**changes: Any) -> bytes:
-    return pickle.dumps(SearchSettings(**SMALL | changes))
+def sent(**changes: Any) -> Common:
+    return Common(SearchSettings(**SMALL | changes))
 
 
 def asked(text: str = TEXT, until: int | None = None, seed: int = 7) -> Question:
@@ -67,14 +72,9 @@ def test_a_run_that_goes_on_has_the_bits_of_a_whole_one(
         assert parts[i].gradients == alone[i].gradients - (alone[i - 1].gradients - phi)
 
 
-def _cost_of_phi(problem: bytes) -> float:
-    """By the difference between one and two evaluations of Phi after the same training."""
-    settings: SearchSettings = pickle.loads(problem)
-    from controlat.app.experiment import Experiment
-    from controlat.control.cost import Meter
-
-    experiment, meter = Experiment.of(settings), Meter()
-    experiment.terminal(7, settings.terminal).value(experiment.driver(7), meter)
+def _cost_of_phi(problem: Common) -> float:
+    experiment, meter = Experiment.of(problem.value), Meter()
+    experiment.terminal(7).value(experiment.driver(7), meter)
     return meter.gradients
 
 
@@ -105,6 +105,18 @@ def test_a_damaged_state_is_trained_again(tmp_path: Path, damage: str) -> None:
     assert timeless(trained(sent(), asked(), tmp_path)) == timeless(trained(sent(), asked()))
 
 
+def test_a_closed_loop_is_trained_whole(tmp_path: Path) -> None:
+    experiment = Experiment.of(sent().value)
+    spent = [
+        Prefix(tmp_path, driver, experiment.spec(Rising(), 7), experiment.problem)
+        .objective(experiment.terminal(7), until)
+        .training_gradients
+        for until, driver in ((1, experiment.driver(7)), (None, experiment.driver(7)))
+    ]
+    assert 0 < 3 * spent[0] < spent[1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_diverges_has_a_cost() -> None:
     answer = trained(sent(lr=1e6, weight_decay=1.0), asked())
     assert answer.phi is None
@@ -112,8 +124,6 @@ def test_a_run_that_diverges_has_a_cost() -> None:
 
 
 def test_fewer_samples_leave_phi_on_the_same_ones() -> None:
-    from controlat.app.search import _experiment
-
     few, all_ = (_experiment(sent(), 2, points) for points in (30, None))
     assert (len(few.training), len(all_.training)) == (30, 80)
     assert few.phi.fingerprint() == all_.phi.fingerprint()

@@ -1,13 +1,13 @@
 """Surfaces in a search: a training that is looked back upon, and a whole search that goes by them."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import controlat
+from controlat._util.sending import Common
 from controlat.app.search import trained
 from controlat.app.settings import SearchSettings
 from controlat.schedule_search.gain_model import GainModel
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_a_training_with_its_surface_is_the_same_training_and_costs_more() -> None:
-    sent = pickle.dumps(SearchSettings(**SMALL))
+    sent = Common(SearchSettings(**SMALL))
     question = Question("anneal:steps=0:1.5,alpha=0.1", 0, 2)
     plain, looked = trained(sent, question), trained(sent, question._replace(surface=True))
     assert (looked.phi, looked.mean_cost) == (plain.phi, plain.mean_cost)

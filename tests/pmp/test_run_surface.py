@@ -59,6 +59,14 @@ def test_they_are_the_gains_of_the_full_criterion_and_training_is_the_same(text:
         assert np.array(block["own"]) == pytest.approx(np.array(own), rel=1e-5)
 
 
+def test_a_part_of_the_epochs_is_looked_back_upon_from_its_end() -> None:
+    driver, spec, terminal = problem("pgd:steps=2,alpha=0.05")
+    outcome, surface = run_surface.examined(driver, spec, terminal, max_steps=3, until=2)
+    plain = objective(*problem("pgd:steps=2,alpha=0.05"), until=2)
+    assert (outcome.phi, outcome.evaluations) == (plain.phi, plain.evaluations)
+    assert [b["t"] for b in surface["blocks"]] == [0.125, 0.375]
+
+
 def test_a_costate_that_is_not_finite_leaves_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: Any, **__: Any) -> None:
         raise NonFiniteError("the costate after step 3 is not finite")

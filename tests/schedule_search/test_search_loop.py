@@ -41,7 +41,7 @@ class Exact:
 
 
 def plan(**changes: object) -> Plan:
-    settings = {"budget": 8000.0, "price": 0.01, "rungs": (Rung(12), Rung(12, seeds=3, keep=6))}
+    settings = {"budget": 16000.0, "price": 0.01, "rungs": (Rung(12), Rung(12, seeds=2, first=1, keep=8))}
     return Plan(**{**settings, "seeds": tuple(range(100, 116)), **changes})  # type: ignore[arg-type]
 
 

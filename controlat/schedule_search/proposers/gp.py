@@ -20,7 +20,7 @@ from controlat.schedule_search.space import Space
 __all__ = ["GP", "PROPOSER"]
 
 _POOL = 10  # 2^10 points of the cube on which the acquisition is compared, and as many near the best
-_SMALL_POOL = 8  # the same with costates: each of these points takes half a millisecond
+_SMALL_POOL = 8  # the same under a trend, which takes half a millisecond at a point
 _DOUBT = 5.0  # beta counts as if so many more trials had shown no relation
 _SPREAD = 0.1  # standard deviation of those, in units of the cube
 _UNKNOWN = 1e-3  # smallest variance of the noise, J being scaled to variance 1
@@ -72,7 +72,6 @@ class GP:
         self._wanted = whole(costates, "costates", 0)
         if self._wanted:
             check_knobs(space, "gp with costates")
-        self._pool_size = 2 ** (_SMALL_POOL if costates else _POOL)
         self._gains: GainModel | None = None
         self._price = self._beta = 0.0
         self._rng = np.random.default_rng(seed)
@@ -169,7 +168,7 @@ class GP:
 
     def _pool(self, best: Array) -> Array:
         """Where the acquisition is compared: everywhere, and near the best."""
-        far = np.asarray(self._sobol.random(self._pool_size))
+        far = np.asarray(self._sobol.random(2 ** (_SMALL_POOL if self._beta else _POOL)))
         near = best + _SPREAD * self._rng.standard_normal(far.shape)
         return np.asarray(np.clip(np.concatenate([far, near]), 0, 1))
 
