@@ -57,12 +57,12 @@ def test_the_users_model_and_tensors_are_searched_for_and_trained_as_the_readme_
     block, _ = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("controlat.app.search.workers", lambda *_: InProcess())
-    x, y = load("digits").train.take(torch.arange(100))
+    x, y = load("digits").train.take(torch.arange(120))
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     few: dict[str, Any] = {"epochs": 2, "progress": False}
     less = {"spaces": ["constant"], "budget": "1trainings", "max_steps": 1, "judge_seeds": [0]}
     less |= {"against": ["none"], "attacks": ["fgsm"], "jobs": 1}
-    names: dict[str, Any] = {"model": model, "x": x, "y": y, "x_test": x[:20], "y_test": y[:20]}
+    names: dict[str, Any] = {"model": model, "x": x[20:], "y": y[20:], "x_test": x[:20], "y_test": y[:20]}
     names["less"] = iter([few | less, few])  # of the search, of the training
     exec(block.replace("eps=8 / 255", "eps=8 / 255, **next(less)"), names)
     assert controlat.load_schedule("found/schedule.json").text == names["found"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from controlat._util.checks import instance
@@ -59,7 +59,7 @@ class Outcome:
     training_gradients: int = 0
     terminal_gradients: int = 0
     seconds: float = 0.0
-    controls: tuple[Control, ...] = ()
+    controls: tuple[Control, ...] = field(default=(), repr=False, compare=False)
 
     def objective(self, price: float) -> float:
         """J = Phi + gamma eta sum n, at a price of gamma eta per evaluation (`RunSpec.price`)."""
