@@ -31,7 +31,7 @@ from controlat._util.files import write, write_json, write_text
 from controlat._util.pool import Pool
 from controlat.app.experiment import Experiment
 from controlat.app.runs import environment
-from controlat.app.search import judge_in
+from controlat.app.search_judge import judge_in
 from controlat.app.settings import SearchSettings
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
@@ -46,7 +46,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "grid": ("grid", {}, "anneal"),
     "tpe": ("tpe", {}, "anneal"),
     "gp": ("gp", {}, "anneal"),
-    "gp, costates": ("gp", {"costates": True}, "anneal"),
+    "gp, costates": ("gp", {"costates": 3}, "anneal"),
     "msa": ("msa", {}, "anneal"),
     "pbt": ("pbt", {}, "stages"),
 }

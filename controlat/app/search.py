@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from controlat import report
-from controlat._util.cores import available_cores
-from controlat._util.errors import NonFiniteError
 from controlat._util.files import expanded, write_json
-from controlat._util.pool import InProcess, Pool, Task
 from controlat._util.progress import progress_bar
-from controlat._util.ray_pool import RayPool
-from controlat._util.sending import Common
 from controlat.app.apart import check_apart
 from controlat.app.certificate import CERTIFICATE, certificate
 from controlat.app.experiment import Experiment
-from controlat.app.jobs import PER_CARD, only_here, workers
-from controlat.app.placement import Threads
-from controlat.app.prefix import Prefix
 from controlat.app.runs import environment
+from controlat.app.search_judge import judge_in, workers_of
 from controlat.app.search_result import trials_of
 from controlat.app.session import session
 from controlat.app.settings import settings_from
 from controlat.app.settings.schedules import names_controller
-from controlat.app.settings.search import SearchSettings, kept_settings
-from controlat.control.controller import as_schedule
+from controlat.app.settings.search import RAMP, SearchSettings, kept_settings
 from controlat.control.schedules import Schedule
-from controlat.pmp.objective import objective, weighed
-from controlat.pmp.run_surface import examined
-from controlat.robust_accuracy.robust import run_attacks
+from controlat.methods import build
+from controlat.pmp.objective import planned_evaluations, weighed
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
-from controlat.schedule_search.trials import Answer, Judge, Ledger, Question, Trial
+from controlat.schedule_search.trials import Ledger, Question, Trial
 
 __all__ = ["search", "searched"]
 
-_ONE = Threads(1, "one for each of the trainings at a time")
 _RACE_SEEDS = 8
-_PROMOTED = 4  # of each space, judged at full length under more seeds
+_PROMOTED = 8  # trials at most that are judged at full length under more seeds
 _STATES = "states"
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
@@ -74,7 +60,7 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
     with session(out, {"command": "search"} | chosen.to_json(), chosen):
         experiment = Experiment.of(chosen)
         check_apart(experiment)
-        with _workers(chosen) as pool:
+        with workers_of(chosen) as pool:
             judge = judge_in(pool, chosen, (out / _STATES).absolute())
             result, schedule = searched(experiment, chosen, Ledger(out / "trainings.jsonl", judge))
         schedule.save(out / "schedule.json", overwrite=True)
@@ -96,8 +82,8 @@ def searched(
     rest = len(spaces) - 1
     shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / rest] * rest] if rest else [1.0]
     branches = [
-        Branch(space, proposers.build(chosen.proposer, space, seed), share)
-        for seed, (space, share) in enumerate(zip(spaces, shares, strict=True))
+        Branch(space, proposers.build(chosen.proposer, space, plan.seeds[0] + i), share)
+        for i, (space, share) in enumerate(zip(spaces, shares, strict=True))
     ]
     with progress_bar(None, " trainings", chosen.progress, "search") as bar:
 
@@ -111,7 +97,7 @@ def searched(
     spent = {"trainings": len(searched)} | {
         key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
     }
-    rows = _judged(chosen, ledger, plan, _contenders(chosen, work, winner))
+    rows = _judged(chosen, ledger, plan, _contenders(experiment, chosen, work, winner))
     schedule = _schedule(chosen, ledger, winner.text)
     result = {
         "format": "controlat search",
@@ -146,7 +132,7 @@ def _judging(chosen: SearchSettings, text: str, method: str = "") -> list[Questi
 
 def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Plan:
     """How the budget is spent; a training of PGD-K_max, which tells its unit, is the first of all."""
-    seeds = chosen.search_seeds(_RACE_SEEDS)
+    seeds = chosen.search_seeds(1 + _RACE_SEEDS)
     (most,) = ledger.ask([Question(chosen.most, seeds[0], chosen.epochs)])
     if most.phi is None:
         raise ValueError(f"PGD-K_max, {chosen.most}, cannot be trained: {most.error}")
@@ -160,6 +146,7 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
         unit=unit,
         price=price,
         rungs=_rungs(chosen, len(experiment.training)),
+        samples=len(experiment.training),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
@@ -172,20 +159,33 @@ def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
         Rung(round(epochs * chosen.epochs), None if points == 1 else max(1, round(points * samples)))
         for epochs, points in chosen.shares()
     ]
-    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=3)]
+    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=2)]
     kept = [_PROMOTED * 3**i for i in reversed(range(len(above)))]
-    return explore, *(rung._replace(keep=keep) for rung, keep in zip(above, kept, strict=True))
+    return explore, *(rung._replace(first=1, keep=keep) for rung, keep in zip(above, kept, strict=True))
 
 
-def _contenders(chosen: SearchSettings, work: Search, winner: Trial) -> dict[str, tuple[str, str]]:
+def _contenders(
+    experiment: Experiment, chosen: SearchSettings, work: Search, winner: Trial
+) -> dict[str, tuple[str, str]]:
     """Method and schedule of the judgement by name: what was found, the best of every other space, others."""
-    best = {
-        f"best {name}": ("", next(t.text for t in work.promoted if t.space is branch.space))
-        for name, branch in zip(chosen.spaces, work.branches, strict=True)
-        if branch.space is not winner.space
-    }
+    best = {}
+    for name, branch in zip(chosen.spaces, work.branches, strict=True):
+        promoted = [t for t in work.promoted if t.space is branch.space]
+        trials = [t for t in promoted or branch.trials if not t.failed]
+        if branch.space is not winner.space and trials:
+            best[f"best {name}"] = "", min(trials, key=lambda t: t.mean(work.plan.price)).text
     against = {given: chosen.contender(given) for given in chosen.against}
+    if RAMP in chosen.against:
+        against[RAMP] = "", _ramp(experiment, chosen, np.mean([a.mean_cost for a in winner.answers]))
     return {"found": ("", winner.text), **best, **against}
+
+
+def _ramp(experiment: Experiment, chosen: SearchSettings, n: Any) -> str:
+    """The plain ramp K = 0..b whose trainings cost n gradient evaluations per sample and step."""
+    method, ends = build(chosen.method, chosen.method_options), (0, chosen.max_steps)
+    specs = [experiment.spec(chosen.schedule_of(chosen.ramp(end)), 0) for end in ends]
+    costs = [planned_evaluations(spec, method) / (spec.epochs * spec.batches_per_epoch) for spec in specs]
+    return chosen.ramp(float(np.interp(n, costs, ends)))  # the cost of a step is linear in K
 
 
 def _judged(
@@ -217,80 +217,3 @@ def _judged(
         if not row["errors"] and not rows[0]["errors"]:
             row["difference"] = {key: paired(rows[0][key], row[key])._asdict() for key in ("J", "robust")}
     return rows
-
-
-# ------------------------------------------------------------------------------------------------- a training
-
-
-def _workers(chosen: SearchSettings) -> Pool | InProcess | RayPool:
-    """Where trainings run."""
-    if chosen.engine == "ray" and not only_here(chosen, "trainings are done"):
-        share = 0.0 if chosen.device == "cpu" else 1 / PER_CARD
-        return RayPool(chosen.jobs, address=chosen.address, gpu_share=share)
-    return workers(chosen, chosen.jobs or available_cores(), "trainings")
-
-
-def judge_in(pool: Pool | InProcess | RayPool, chosen: SearchSettings, states: Path) -> Judge:
-    """A judge of questions that trains in the workers of a pool.
-
-    Args:
-        pool: the workers.
-        chosen: the settings of the search.
-        states: folder in which trainings that end early leave their states, for others to go on from; where
-            workers do not share it, those are trained whole.
-    """
-    settings = Common(chosen)
-
-    def judge(questions: Sequence[Question], done: Callable[[int, Answer], None]) -> None:
-        tasks = [Task(f"{q.text}, seed {q.seed}", trained, (settings, q, states)) for q in questions]
-        pool.map(tasks, done)
-
-    return judge
-
-
-def trained(settings: Common, question: Question, states: Path | None = None) -> Answer:
-    """Train under the schedule of a question, and take what it asks for, in a worker."""
-    chosen: SearchSettings = settings.value
-    experiment = _experiment(settings, question.epochs, question.points, question.method)
-    controller = chosen.controller(question.text, question.epochs, question.method)
-    spec = experiment.spec(controller, question.seed)
-    with experiment.running(_ONE):
-        driver, began, surface = experiment.driver(question.seed), time.perf_counter(), None
-        terminal = experiment.terminal(question.seed, chosen.terminal)
-        try:
-            if question.surface:
-                outcome, surface = examined(driver, spec, terminal, chosen.max_steps, question.until)
-            elif states is None or not spec.open_loop:
-                outcome = objective(driver, spec, terminal, until=question.until)
-            else:
-                outcome = Prefix(states, driver, spec, experiment.problem).objective(terminal, question.until)
-        except NonFiniteError as error:
-            spent, seconds = float(driver.meter.gradients), time.perf_counter() - began
-            return Answer(None, 0.0, spent, seconds, str(error))
-        mean = outcome.evaluations / (spec.epochs * spec.batches_per_epoch)
-        answer = Answer(outcome.phi, mean, float(outcome.spent), outcome.seconds, surface=surface)
-        if not question.attacked:
-            return answer
-        robust = run_attacks(
-            driver.model,
-            experiment.test,
-            chosen.ball,
-            attacks=chosen.attacks,
-            seed=question.seed,
-            channels_last=chosen.channels_last,
-        )
-    taken = None
-    if not spec.open_loop:
-        taken = as_schedule(outcome.controls, spec.batches_per_epoch, spec.epochs, question.text).to_json()
-    return answer._replace(clean=robust.clean.value, robust=robust.robust.value, taken=taken)
-
-
-@functools.lru_cache(maxsize=4)
-def _experiment(settings: Common, epochs: int, points: int | None, method: str) -> Experiment:
-    """The problem at one fidelity, with one method; its data are loaded once."""
-    chosen: SearchSettings = settings.value
-    experiment = Experiment.of(chosen.problem(epochs, method))
-    if points is None:
-        return experiment
-    fewer = replace(experiment.data, train=experiment.training).limited(points, None).train
-    return replace(experiment, training=fewer)

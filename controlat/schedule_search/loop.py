@@ -204,9 +204,7 @@ class Search:
         above = self.plan.rungs[1:]
         ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self._rank))
         for i, rung in enumerate(above):
-            left = (self.plan.budget - self.spent) / (
-                len(above) - i + 1
-            )
+            left = (self.plan.budget - self.spent) / (len(above) - i + 1)
             count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
             kept = [t for t in ranked if not t.failed][: min(max(count, 2), rung.keep)]
             judged = self._judged([(t.space, t.point) for t in kept], rung)

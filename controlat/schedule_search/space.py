@@ -185,14 +185,14 @@ def _parameter(name: str, text: str) -> Parameter:
 
 # Named spaces, of eps, the largest K and the length T of a run; alpha from a tenth of eps to 2 eps.
 _ALPHA = "{fine:.4g}~{coarse:.4g}~log"
-_STEPS = "0~{most}~root"
+_STEPS = "{least}~{most}~root"
 SPACES: Mapping[str, str] = MappingProxyType(
     {
         "anneal": f"anneal:steps={':'.join([_STEPS] * 3)},alpha={_ALPHA}:{_ALPHA}",
         "ramp": f"anneal:steps={_STEPS}:{_STEPS},alpha={_ALPHA}",
         "constant": f"anneal:steps={_STEPS},alpha={_ALPHA}",
         "amata": f"amata:start={_STEPS},end={_STEPS},tau={{eps:.4g}}~{{tau:.4g}}~log,rounding=dither",
-        "exponential": "exponential:start=0.1~{most}~log,end=0.1~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
+        "exponential": "exponential:start={little}~{most}~log,end={little}~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
         "rounding=dither",
         "delayed": f"delayed:steps=1~{{most}}~whole,alpha={_ALPHA},since=0.01~{{late:.4g}}",
         "stages": f"step:steps={':'.join([_STEPS] * 4)},alpha={':'.join([_ALPHA] * 4)},"
@@ -231,7 +231,7 @@ def named_space(
     Args:
         name: a name, or a text as `Space` takes it.
         eps: radius, in pixel units.
-        max_steps: largest K.
+        max_steps: largest K; that of the method where it takes fewer.
         epochs: length of a run.
         knobs: the method's controls.
 
@@ -249,13 +249,17 @@ def named_space(
             f"unknown space {short(name)!r}; {meant(name, named)}it is one of {', '.join(named)}, or the "
             "text of a schedule or closed loop with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
         )
+    steps = (knobs or {}).get("steps")
+    least, most = (0, max_steps) if steps is None else (steps.low, min(max_steps, steps.high))
     text = named[name].format(
         eps=eps,
+        least=f"{least:g}",
+        little=f"{max(least, 0.1):g}",
         fine=eps / 10,
         coarse=2 * eps,
-        tau=2 * max_steps * eps,
-        most=max_steps,
+        tau=2 * most * eps,
+        most=f"{most:g}",
         late=max(min(0.9 * epochs, epochs - 1), 0.02),  # a change in the last epoch would come too late
         changes=":".join(f"{i * epochs / 4:g}" for i in (1, 2, 3)),
     )
-    return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, max_steps, epochs))))
+    return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, most, epochs))))

@@ -22,7 +22,7 @@ from controlat.app.checkpoints import load_checkpoint
 from controlat.app.cli import main
 from controlat.app.experiment import Experiment
 from controlat.app.jobs import workers
-from controlat.app.search import trained
+from controlat.app.search_judge import trained
 from controlat.app.settings import Problem, SearchSettings, TrainSettings
 from controlat.data import digits
 from controlat.methods import build

@@ -15,7 +15,7 @@ from controlat._util.files import read_json_lines
 from controlat._util.sending import Common
 from controlat.app.experiment import Experiment
 from controlat.app.prefix import Prefix
-from controlat.app.search import _experiment, trained
+from controlat.app.search_judge import _experiment, trained
 from controlat.app.settings import SearchSettings
 from controlat.control.cost import Meter
 from controlat.schedule_search.trials import Answer, Question
@@ -124,7 +124,7 @@ def test_a_run_that_diverges_has_a_cost() -> None:
 
 
 def test_fewer_samples_leave_phi_on_the_same_ones() -> None:
-    few, all_ = (_experiment(sent(), 2, points) for points in (30, None))
+    few, all_ = (_experiment(sent(), 2, points, "") for points in (30, None))
     assert (len(few.training), len(all_.training)) == (30, 80)
     assert few.phi.fingerprint() == all_.phi.fingerprint()
     assert few.problem.epochs == 2

@@ -46,7 +46,7 @@ def test_the_result_has_every_trial(done: Path) -> None:
     found = [t for t in trials if t["schedule"] == result["found"]]
     assert {"explore", "promote"} <= {t["stage"] for t in found}
     assert text in result["schedules"]
-    assert [run["seed"] for run in runs] == list(range(10_000, 10_000 + len(runs)))
+    assert [run["seed"] for run in runs] == list(range(10_001, 10_001 + len(runs)))  # not that of exploring
     lines = (done / "trainings.jsonl").read_text().splitlines()
     distinct = {(t["schedule"], run["seed"]) for t in trials for run in t["runs"]}
     assert len(lines) == 1 + len(distinct) + len(result["rows"]) * 2

@@ -8,7 +8,7 @@ import pytest
 
 import controlat
 from controlat._util.sending import Common
-from controlat.app.search import trained
+from controlat.app.search_judge import trained
 from controlat.app.settings import SearchSettings
 from controlat.schedule_search.gain_model import GainModel
 from controlat.schedule_search.trials import Question

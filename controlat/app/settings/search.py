@@ -23,11 +23,13 @@ from controlat.records import Settings, checked, read_record, settings_of
 from controlat.schedule_search import proposers
 from controlat.schedule_search.space import Space, named_space
 
-__all__ = ["SearchSettings", "kept_settings"]
+__all__ = ["RAMP", "SearchSettings", "kept_settings"]
 
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?) *(trainings|gradients|seconds)")
 _ENGINES = ("processes", "ray")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
+_BETWEEN = 100  # from the seeds of a search to those of the next
+RAMP = "ramp"  # of `against`
 
 
 @dataclass
@@ -41,8 +43,9 @@ class SearchSettings(Problem):
             the budget, the others share the rest.
         proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
             own package.module:Class.
-        budget: What the search may spend: so many trainings of PGD-K_max, such as 3trainings, gradient
-            evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed over its trainings.
+        budget: What the search may spend, without the judgement: so many trainings of PGD-K_max, such as
+            3trainings, gradient evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed
+            over its trainings. 16trainings for digits, 3trainings for other data if left out.
         fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
             epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
             kind before. All trainings are full ones if left out.
@@ -52,11 +55,13 @@ class SearchSettings(Problem):
             place of weight.
         terminal: Terminal cost Phi on held-out samples, as in evaluate.
         attacks: Evaluation attacks of the judgement, on test samples.
+        search_seed: Another one repeats the search with other trainings and other proposals.
         judge_seeds: Seeds of the judgement; 0 to 7 for digits, 0 to 4 for other data if left out.
         against: What the one that is found is judged against, beside the best of every space: schedules,
             closed loops such as greedy, or other methods: trades (under PGD-K_max, or a single step of eps)
-            or METHOD@SCHEDULE, such as trades@pgd:steps=5,alpha=0.04. Plain schedules if left out, and nfgsm
-            where the method is pgd_at.
+            or METHOD@SCHEDULE, such as trades@pgd:steps=5,alpha=0.04; ramp is the plain ramp of K up from 0
+            that costs as much as what was found. Plain schedules if left out, and nfgsm where the method is
+            pgd_at.
         certificate: Compute the full criterion C and the reachable decrease D of what was found too, under up
             to three of the judging seeds; about ten trainings each. A finished search may be asked for it.
         jobs: Trainings at a time, each in a process of its own; as many as there are cores if left out.
@@ -66,13 +71,14 @@ class SearchSettings(Problem):
 
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
     proposer: str = "tpe"
-    budget: str = "3trainings"
+    budget: str | None = None
     fidelity: Sequence[str] = ()
     max_steps: int = 10
     weight: float = WEIGHT
     gamma: str | float | None = None
     terminal: str = "adversarial"
     attacks: Sequence[str] = ("pgd-50-10",)
+    search_seed: int = 0
     judge_seeds: Sequence[int] = ()
     against: Sequence[str] = ()
     certificate: bool = False
@@ -89,6 +95,8 @@ class SearchSettings(Problem):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
         for space in self.space_list():
             proposers.build(self.proposer, space, 0)
+        if self.budget is None:
+            self.budget = "16trainings" if self.data == "digits" else "3trainings"
         if not _BUDGET.fullmatch(self.budget):
             raise ValueError(f"budget must read 3trainings, 2e8gradients or 600seconds, got {self.budget!r}")
         self.fidelity = list(self.fidelity)
@@ -98,6 +106,7 @@ class SearchSettings(Problem):
         parse_terminal(self.terminal)
         self.attacks = list(self.attacks)
         check_attacks(self.attacks, 0)
+        self.search_seed = whole(self.search_seed, "search_seed", 0)
         count = 8 if self.data == "digits" else 5
         self.judge_seeds = [whole(s, "a judging seed", 0) for s in self.judge_seeds or range(count)]
         if len(set(self.judge_seeds)) < len(self.judge_seeds) or max(self.judge_seeds) >= _FIRST:
@@ -105,10 +114,9 @@ class SearchSettings(Problem):
                 f"judge_seeds must be different ones below {_FIRST}, where the search's own begin, "
                 f"got {self.judge_seeds}"
             )
-        self.against = list(self.against) or self._plain()
+        self.against = list(self.against) or [g for g in self._plain() if self._taken(g)]
         for given in self.against:
-            method, text = self.contender(given)
-            self.problem(self.epochs, method).controller_of(text)
+            self._check_contender(given)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the results; not whether they get a certificate, which may be asked for later."""
@@ -133,18 +141,34 @@ class SearchSettings(Problem):
         """2.5 eps/K, which reaches every point of the ball (Madry et al., 2018), but at most 2 eps."""
         return f"{min(2.5 / steps, 2) * self.ball.eps:.4g}"
 
+    def ramp(self, end: float) -> str:
+        """K in a line from 0 up to a number of steps, which are long enough to cross the ball in three."""
+        return f"anneal:steps=0:{end:.3g},alpha={self.ball.eps / 1.5:.4g}"
+
     def _plain(self) -> list[str]:
-        """No attack, PGD at several K, Amata, delayed, and plain ramps up from 0."""
+        """No attack, PGD at several K, Amata, delayed, a plain ramp, and N-FGSM."""
         most, eps = self.max_steps, self.ball.eps
-        ks = sorted({1, max(2, round(most / 5)), max(2, round(most / 2.5)), most})
         return [
             "none",
-            *(f"pgd:steps={k},alpha={self._alpha(k)}" for k in ks),
+            *(f"pgd:steps={k},alpha={self._alpha(k)}" for k in sorted({max(1, round(most / 5)), most})),
             f"amata:min=1,max={most},tau={2 * eps:.4g}",
             f"delayed:steps={most},alpha={self._alpha(most)},since={max(1, round(0.4 * self.epochs))}",
-            f"anneal:steps=0:{most},alpha={eps / 1.5:.4g}",
+            RAMP,
             *(["nfgsm"] if self.method == "pgd_at" else []),
         ]
+
+    def _check_contender(self, given: str) -> None:
+        method, text = self.contender(given)
+        text = self.ramp(self.max_steps) if given == RAMP else text
+        self.problem(self.epochs, method).controller_of(text)
+
+    def _taken(self, given: str) -> bool:
+        """Whether the method takes one of the plain schedules: Free, say, knows no training without attack."""
+        try:
+            self._check_contender(given)
+        except ValueError:
+            return False
+        return True
 
     def contender(self, given: str) -> tuple[str, str]:
         """Method, empty for that of the search, and schedule or closed loop of a text of `against`.
@@ -191,7 +215,7 @@ class SearchSettings(Problem):
         Args:
             training: gradient evaluations that a training of `most` takes.
         """
-        value, unit = _BUDGET.fullmatch(self.budget).groups()  # type: ignore[union-attr]
+        value, unit = _BUDGET.fullmatch(str(self.budget)).groups()  # type: ignore[union-attr]
         amount = number(value, "budget")
         return (amount * training, "gradients") if unit == "trainings" else (amount, unit)
 
@@ -214,7 +238,8 @@ class SearchSettings(Problem):
 
     def search_seeds(self, count: int) -> tuple[int, ...]:
         """Seeds of the search, none of which the judgement uses."""
-        return tuple(range(_FIRST, _FIRST + count))
+        first = _FIRST + _BETWEEN * self.search_seed
+        return tuple(range(first, first + count))
 
 
 def kept_settings(directory: Path) -> dict[str, Any]:
