@@ -45,7 +45,7 @@ class SearchSettings(Problem):
             own package.module:Class.
         budget: What the search may spend, without the judgement: so many trainings of PGD-K_max, such as
             3trainings, gradient evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed
-            over its trainings. 16trainings for digits, 3trainings for other data if left out.
+            over its trainings. 40trainings for digits, 3trainings for other data if left out.
         fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
             epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
             kind before. All trainings are full ones if left out.
@@ -96,7 +96,7 @@ class SearchSettings(Problem):
         for space in self.space_list():
             proposers.build(self.proposer, space, 0)
         if self.budget is None:
-            self.budget = "16trainings" if self.data == "digits" else "3trainings"
+            self.budget = "40trainings" if self.data == "digits" else "3trainings"
         if not _BUDGET.fullmatch(self.budget):
             raise ValueError(f"budget must read 3trainings, 2e8gradients or 600seconds, got {self.budget!r}")
         self.fidelity = list(self.fidelity)
