@@ -56,7 +56,7 @@ def test_the_users_model_and_tensors_are_searched_for_and_trained_as_the_readme_
     section = README.partition("## Your own model and loop")[2].partition("\n## ")[0]
     block, _ = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("controlat.app.search.workers", lambda *_: InProcess())
+    monkeypatch.setattr("controlat.app.search.workers_of", lambda _: InProcess())
     x, y = load("digits").train.take(torch.arange(120))
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     few: dict[str, Any] = {"epochs": 2, "progress": False}
