@@ -151,6 +151,7 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
         ({"spaces": ["ratio:threshold=0.5~2,tau=0.3"]}, "threshold must be > 1"),
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
+        ({"proposer": "tpe", "proposer_options": {"warmup": 3}}, "its options: startup"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),
         ({"proposer": "pbt", "spaces": ["delayed"]}, "takes a space of stages, as --spaces stages"),
         ({"fidelity": ["0.5"]}, "expected name=value, got '0.5'"),

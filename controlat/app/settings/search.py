@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class SearchSettings(Problem):
             the budget, the others share the rest.
         proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
             own package.module:Class.
+        proposer_options: Options of the proposer, such as {costates: 2} for gp; an unknown one is refused
+            with those that there are.
         budget: What the search may spend, without the judgement: so many trainings of PGD-K_max, such as
             3trainings, gradient evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed
             over its trainings. 40trainings for digits, 3trainings for other data if left out.
@@ -71,6 +73,7 @@ class SearchSettings(Problem):
 
     spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
     proposer: str = "tpe"
+    proposer_options: dict[str, Any] = field(default_factory=dict)
     budget: str | None = None
     fidelity: Sequence[str] = ()
     max_steps: int = 10
@@ -94,7 +97,7 @@ class SearchSettings(Problem):
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
         for space in self.space_list():
-            proposers.build(self.proposer, space, 0)
+            proposers.build(self.proposer, space, 0, self.proposer_options)
         if self.budget is None:
             self.budget = "40trainings" if self.data == "digits" else "3trainings"
         if not _BUDGET.fullmatch(self.budget):
@@ -163,7 +166,7 @@ class SearchSettings(Problem):
         self.problem(self.epochs, method).controller_of(text)
 
     def _taken(self, given: str) -> bool:
-        """Whether the method takes one of the plain schedules: Free, say, knows no training without attack."""
+        """Whether the method takes a plain schedule: Free, say, knows no training without attack."""
         try:
             self._check_contender(given)
         except ValueError:
