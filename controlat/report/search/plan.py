@@ -25,8 +25,8 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
             f"- {unit['schedule']}, the unit: {count(unit['gradients'])} gradient evaluations with Phi, n "
             f"{unit['mean_cost']:.3g}.",
             f"- J = Phi + {plan['price']:.4g} n: all the cost of the unit weighs {weight:.3g}.",
-            f"- proposer {s['proposer']}; budget {s['budget']}, half of it for exploring; counted with trials "
-            "spread evenly and an undecided race.",
+            f"- proposer {s['proposer']}; budget {s['budget']}, half of it for exploring; counted with "
+            "trials spread evenly and an undecided race.",
             f"- judged under seeds {', '.join(map(str, seeds))}: {names}.",
             f"about {duration(plan['expected_seconds'])} on this machine; nothing was written",
         ]
