@@ -53,6 +53,7 @@ LISTS: dict[str, Any] = {
     "knobs": str,
     "horizons": _whole,
     "spaces": str,
+    "fidelity": str,
     "judge_seeds": _whole,
     "against": str,
     "x_range": str | float,

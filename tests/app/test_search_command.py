@@ -114,3 +114,13 @@ def test_a_finished_search_gets_a_certificate(done: Path) -> None:
     again = controlat.search(done, resume=True, jobs=1, progress=False)
     assert again["certificate"] == result["certificate"]
     assert "C full" in (done / "summary.md").read_text()
+
+
+def test_cheaper_trainings_are_given_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--epochs", "8", "--fidelity", "epochs=1/4,points=1/2", "epochs=1/2", "--print_config"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["search", "--out", str(tmp_path / "out"), *words])
+    assert stopped.value.code == 0
+    assert "fidelity:\n- epochs=1/4,points=1/2\n- epochs=1/2\n" in capsys.readouterr().out
