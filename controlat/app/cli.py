@@ -74,7 +74,7 @@ def _search(parsed: Namespace) -> None:
         print(
             f"\nIn {out}: summary.md, schedule.json, result.json, {', '.join(report.search_figures(result))}."
         )
-        print(f"Train under it: controlat train --out RUN --schedule {Path(out) / 'schedule.json'} ...")
+        print(report.search_use(result, Path(out) / "schedule.json"))
 
 
 def _report(parsed: Namespace) -> None:

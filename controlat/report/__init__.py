@@ -12,6 +12,7 @@ from controlat.report.search import (
     search_summary,
     search_table,
     search_text,
+    search_use,
     write_search,
 )
 from controlat.report.summary import figures, notes, read, rows, summary, write
@@ -34,6 +35,7 @@ __all__ = [
     "search_summary",
     "search_table",
     "search_text",
+    "search_use",
     "summary",
     "table",
     "terminals_table",

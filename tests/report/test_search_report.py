@@ -13,7 +13,7 @@ from PIL import Image
 
 from controlat import parse_schedule, report
 from controlat._util.files import write_json
-from controlat.report.search import verdict
+from controlat.report.search import search_use, verdict
 from controlat.report.search.trials import at_prices, explained, front, full_length, spent_after
 from controlat.schedule_search.space import Space
 
@@ -206,3 +206,16 @@ def test_another_result_is_refused(
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=told):
         report.redraw(tmp_path)
+
+
+def test_the_command_to_train_by_is_that_of_what_is_recommended() -> None:
+    kept = Path("out/schedule.json")
+    ours = judged(("found", [1.0, 1.1]), ("a", [1.5, 1.6]))
+    assert (
+        search_use(ours, kept) == "Train under it: controlat train --out RUN --schedule out/schedule.json ..."
+    )
+    other = judged(("found", [1.5, 1.6]), ("a", [1.0, 1.1]))
+    other["rows"][1]["method"] = "nfgsm"
+    told = search_use(other, kept)
+    assert "controlat train --out RUN --method nfgsm --schedule a:at=1 ..." in told
+    assert told.endswith("out/schedule.json is what was found.")

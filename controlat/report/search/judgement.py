@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from controlat._util.texts import count, short, table
 from controlat.schedule_search.loop import Difference, paired
 
-__all__ = ["against", "finished", "label", "search_table", "verdict"]
+__all__ = ["against", "finished", "label", "recommended", "search_table", "search_use", "verdict"]
 
 Row = Mapping[str, Any]
 _NAME = 30  # letters of a name in the table, which then has at most 110 columns
@@ -73,10 +75,33 @@ def verdict(result: Mapping[str, Any]) -> str:
     rows = finished(result)
     if not rows:
         return "No schedule can be recommended: trainings of all of them failed under the judging seeds."
-    best = min(rows, key=lambda row: float(np.mean(row["J"])))
+    best = _lowest(rows)
     others = [row for row in rows if row is not best]
     sentences = [_choice(result["rows"][0], best), *_decided(best, others), *_gain(result, best)]
     return " ".join(sentences)
+
+
+def recommended(result: Mapping[str, Any]) -> Row | None:
+    """The row of the schedule that `verdict` recommends, None where all failed."""
+    rows = finished(result)
+    return _lowest(rows) if rows else None
+
+
+def search_use(result: Mapping[str, Any], schedule: Path) -> str:
+    """How to train under what is recommended, a line for the terminal; `schedule` holds what was found."""
+    best = recommended(result)
+    if best is None or best is result["rows"][0]:
+        return f"Train under it: controlat train --out RUN --schedule {schedule} ..."
+    method = f" --method {best['method']}" if best.get("method") else ""
+    text = shlex.quote(best["schedule"])
+    return (
+        f"Train under what is recommended: controlat train --out RUN{method} --schedule {text} ...\n"
+        f"{schedule} is what was found."
+    )
+
+
+def _lowest(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: float(np.mean(row["J"])))
 
 
 def _choice(first: Row, best: Row) -> str:

@@ -10,7 +10,7 @@ from controlat._util import registry
 from controlat._util.files import write_text
 from controlat._util.texts import count, duration, table
 from controlat.records import SearchResult, read_record
-from controlat.report.search.judgement import label, search_table, verdict
+from controlat.report.search.judgement import label, recommended, search_table, verdict
 from controlat.report.search.trials import at_prices, explained, failed, means
 from controlat.report.sections import Figure
 
@@ -69,7 +69,7 @@ def search_summary(result: Result) -> str:
         "several seeds.",
         *_certificate(result),
         "## How to use it",
-        _USE,
+        _use(result),
         "## How it was searched",
         _how(result),
         images["progress.png"],
@@ -104,6 +104,17 @@ control = schedule.at(epoch=0, batch=0, batches=100)  # alpha and steps of one b
 ```
 
 DIR is the directory of this file."""
+
+
+def _use(result: Result) -> str:
+    """How to train under what was found, which is not always what is recommended."""
+    best = recommended(result)
+    if best is None or best is result["rows"][0]:
+        return _USE
+    method = f" with the method {best['method']}" if best.get("method") else ""
+    return (
+        f"schedule.json holds what was found. What is recommended is `{best['schedule']}`{method}.\n\n{_USE}"
+    )
 
 
 def _how(result: Result) -> str:
