@@ -262,4 +262,10 @@ def named_space(
         late=max(min(0.9 * epochs, epochs - 1), 0.02),  # a change in the last epoch would come too late
         changes=":".join(f"{i * epochs / 4:g}" for i in (1, 2, 3)),
     )
-    return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, most, epochs))))
+    try:
+        return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, most, epochs))))
+    except ValueError as error:
+        raise ValueError(
+            f"the method cannot be searched on {name} ({error}); leave it out of spaces, or give the text of "
+            "a schedule with ranges, such as pgd:steps=1,alpha=0.01~0.3~log"
+        ) from None

@@ -157,6 +157,11 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
         ({"fidelity": ["0.5"]}, "expected name=value, got '0.5'"),
         ({"fidelity": ["epoch=1/2"]}, "did you mean 'epochs'"),
         ({"fidelity": ["epochs=2"]}, "above 0 and at most 1, got 'epochs=2'"),
+        (
+            {"method": "free", "max_steps": 2, "spaces": ["delayed"]},
+            "free cannot be searched on delayed: .*>= 1",
+        ),
+        ({"method": "fast", "max_steps": 10}, "max_steps must be at most 1, the largest K of fast, got 10"),
         ({"fidelity": ["epochs=1/9"]}, "'epochs=1/9' is less than one of the 3 epochs"),
         ({"fidelity": ["epochs=2/3", "epochs=1/3"]}, "the cheapest first, got epochs=2/3 epochs=1/3"),
     ],

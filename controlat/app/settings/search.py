@@ -93,6 +93,12 @@ class SearchSettings(Problem):
         super().__post_init__()
         self._check_engine()
         self.max_steps = whole(self.max_steps, "max_steps", 1)
+        steps = build(self.method, self.method_options).controls.get("steps")
+        if steps is not None and self.max_steps > steps.high:
+            raise ValueError(
+                f"max_steps must be at most {steps.high:g}, the largest K of {self.method}, "
+                f"got {self.max_steps}"
+            )
         self.spaces = list(self.spaces)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
@@ -207,7 +213,15 @@ class SearchSettings(Problem):
             named_space(s, eps=self.ball.eps, max_steps=self.max_steps, epochs=self.epochs, knobs=knobs)
             for s in self.spaces
         ]
-        for space in spaces:
+        for name, space in zip(self.spaces, spaces, strict=True):
+            for start in space.starts if space.open_loop else ():
+                values = dict(zip((p.name for p in space.parameters), start, strict=True))
+                try:
+                    self.controller_of(space.text_of(values))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.method} cannot be searched on {name}: {error}; leave it out of spaces"
+                    ) from None
             for share in () if space.open_loop else (0.0, 1.0):
                 self.controller_of(space.text_of(space.point([share] * len(space.parameters))))
         return spaces
