@@ -21,11 +21,12 @@ eps, epochs = 0.15, 6
 schedule = controlat.parse_schedule("amata:min=1,max=8,tau=0.3", epochs)  # or controlat.load_schedule(path)
 
 for epoch in range(epochs):
-    u = schedule(epoch)  # {'alpha': ..., 'steps': ...}
+    batches = torch.randperm(len(x)).split(64)
+    u = schedule.at(epoch, 0, len(batches))  # {'alpha': ..., 'steps': ...}
     gap = controlat.criterion(model, x[:512], y[:512], u, eps=eps, gamma=0.04, optimizer=optimizer)
     print(f"epoch {epoch}: {gap}")
-    for i in torch.randperm(len(x)).split(64):
-        x_adv = controlat.pgd(model, x[i], y[i], eps=eps, **u)
+    for batch, i in enumerate(batches):
+        x_adv = controlat.pgd(model, x[i], y[i], eps=eps, **schedule.at(epoch, batch, len(batches)))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x_adv), y[i]).backward()
         optimizer.step()
