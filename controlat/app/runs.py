@@ -159,7 +159,7 @@ def _claim(stack: contextlib.ExitStack, directory: Path, settings: Mapping[str, 
     different = _differences(read_record(directory / SETTINGS, Settings), settings)
     if different:
         listed = "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
-        cure = "give another directory"
+        cure = "give those, or another directory"
         if NAMED in listed:
             program = f"what begins with {NAMED} was given as an object by a Python program"
             cure = f"{program}: give the same from there, or another directory"
