@@ -26,6 +26,9 @@ from controlat.schedule_search.trials import Ledger, Question, Trial
 __all__ = ["Branch", "Difference", "Plan", "Rung", "Search", "paired"]
 
 
+_RACE = 1.5  # what a race costs that halves its field and doubles its seeds three times, in promotions
+
+
 class Rung(NamedTuple):
     """A fidelity of trials.
 
@@ -208,7 +211,7 @@ class Search:
         above = self.plan.rungs[1:]
         ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self._rank))
         for i, rung in enumerate(above):
-            left = (self.plan.budget - self.spent) / (len(above) - i + 1)
+            left = (self.plan.budget - self.spent) / (len(above) - i + _RACE)
             count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
             kept = [t for t in ranked if not t.failed][: max(1, count)]
             if len(kept) == 1 and kept[0].whole(rung.epochs, rung.points):  # nothing to compare it with
@@ -230,10 +233,11 @@ class Search:
         """The contenders on more seeds, the winner first, those that dropped out last."""
         out, last, count = list[Trial](), self.plan.rungs[-1], self.plan.rungs[-1].seeds
         while len(contenders) > 1 and count < self.plan.race_seeds:
-            halved = contenders[: -(-len(contenders) // 2)] if len(contenders) > 2 else contenders
+            halved = contenders[: max(2, -(-len(contenders) // 2))]
             more = min(2 * count, self.plan.race_seeds)
-            added = last._replace(seeds=more - count)
-            if self.spent + sum(self._cost(t, added) for t in halved) > self.plan.budget:
+            costs = np.cumsum([self._cost(t, last._replace(seeds=more - count)) for t in halved])
+            halved = halved[: int(np.searchsorted(costs, self.plan.budget - self.spent, side="right"))]
+            if len(halved) < 2:
                 break
             count = more
             judged = self._judged([(t.space, t.point) for t in halved], last._replace(seeds=count))

@@ -188,8 +188,8 @@ _ALPHA = "{fine:.4g}~{coarse:.4g}~log"
 _STEPS = "{least}~{most}~root"
 SPACES: Mapping[str, str] = MappingProxyType(
     {
-        "anneal": f"anneal:steps={':'.join([_STEPS] * 3)},alpha={_ALPHA}:{_ALPHA}",
-        "ramp": f"anneal:steps={_STEPS}:{_STEPS},alpha={_ALPHA}",
+        "anneal": f"anneal:steps={_STEPS}:{_STEPS},alpha={_ALPHA}:{_ALPHA}",
+        "knots": f"anneal:steps={':'.join([_STEPS] * 4)},alpha={_ALPHA}:{_ALPHA}",
         "constant": f"anneal:steps={_STEPS},alpha={_ALPHA}",
         "amata": f"amata:start={_STEPS},end={_STEPS},tau={{eps:.4g}}~{{tau:.4g}}~log,rounding=dither",
         "exponential": "exponential:start={little}~{most}~log,end={little}~{most}~log,"
@@ -211,10 +211,10 @@ CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
 
 def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]]:
     """What is tried first in a named space: what the literature trains with, and plain ramps up from 0."""
-    alpha, ends = eps / 1.5, (most / 2, most)
+    alpha, ends = eps / 1.5, (0.3 * most, 0.5 * most, most)
     return {
-        "anneal": [[0, end / 2, end, alpha, alpha] for end in ends],
-        "ramp": [[0, end, alpha] for end in ends],
+        "anneal": [[0, end, alpha, alpha] for end in ends],
+        "knots": [[0, end / 3, 2 * end / 3, end, alpha, alpha] for end in ends],
         "constant": [[most / 5, alpha]],
         "amata": [[1, most, 2 * eps]],
         "delayed": [[most, 2.5 * eps / most, 0.4 * epochs]],
