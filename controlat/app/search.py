@@ -173,7 +173,7 @@ def _contenders(
         promoted = [t for t in work.promoted if t.space is branch.space]
         trials = [t for t in promoted or branch.trials if not t.failed]
         if branch.space is not winner.space and trials:
-            best[f"best {name}"] = "", min(trials, key=lambda t: t.mean(work.plan.price)).text
+            best[f"best {name}"] = "", min(trials, key=work.rank).text
     against = {given: chosen.contender(given) for given in chosen.against}
     if RAMP in chosen.against:
         against[RAMP] = "", _ramp(experiment, chosen, np.mean([a.mean_cost for a in winner.answers]))

@@ -171,13 +171,13 @@ class Search:
         for trials in (self.raced, self.promoted, [t for b in self.branches for t in b.trials]):
             good = [t for t in trials if not t.failed]
             if good:
-                return min(good, key=self._rank)
+                return min(good, key=self.rank)
         return None
 
     def _j(self, trial: Trial) -> float:
         return trial.mean(self.plan.price)
 
-    def _rank(self, trial: Trial) -> tuple[float, float]:
+    def rank(self, trial: Trial) -> tuple[float, float]:
         """Its place: those that were trained the furthest first, by their J."""
         return (math.inf if trial.failed else -trial.reach, self._j(trial))
 
@@ -202,7 +202,7 @@ class Search:
     def _promote(self) -> list[Trial]:
         """The best at the last rung, best first: at every rung as many as its share of the budget allows."""
         above = self.plan.rungs[1:]
-        ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self._rank))
+        ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self.rank))
         for i, rung in enumerate(above):
             left = (self.plan.budget - self.spent) / (len(above) - i + 1)
             count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
@@ -242,6 +242,8 @@ class Search:
         """Trials of points at a rung: all their trainings together."""
         pairs = list(pairs)
         seeds = self.plan.seeds[rung.first :][: rung.seeds]
+        if len(seeds) < rung.seeds:
+            raise ValueError(f"{rung.seeds} seeds are asked for at a time; the search has {len(seeds)}")
         questions = [
             [
                 Question(
@@ -258,9 +260,10 @@ class Search:
         ]
         self.ledger.ask([q for each in questions for q in each], lambda: self.each(self.best))
         answers = self.ledger.answers
+        asked = [tuple(map(self.ledger.answered, each)) for each in questions]
         trials = [
-            Trial(space, point, tuple(asked), tuple(answers[q] for q in asked))
-            for (space, point), asked in zip(pairs, questions, strict=True)
+            Trial(space, point, each, tuple(answers[q] for q in each))
+            for (space, point), each in zip(pairs, asked, strict=True)
         ]
         self.made += trials
         return trials

@@ -55,9 +55,11 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         assert again["spent"][key] == first["spent"][key]  # those of the judgement are not counted
     assert again["found"] == first["found"]
     assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
-    judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]
-    assert {seed for line in judged for seed in (0, 1) if f'"seed": {seed},' in line} == {0, 1}
-    assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
+    seeds: dict[bool, set[int]] = {True: set(), False: set()}
+    for question in asked:
+        seeds[question.get("attacked", False)].add(question["seed"])
+    assert seeds[True] == {0, 1}
+    assert min(seeds[False]) == 10_000
 
 
 OWN_DATA = """
@@ -141,9 +143,35 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "spaces", "most"),
+    [
+        ({"max_steps": 1}, ["anneal", "amata", "delayed", "constant"], "pgd:steps=1,alpha=0.3"),
+        ({"epochs": 1}, ["anneal", "amata", "constant"], "pgd:steps=10,alpha=0.0375"),
+        ({"method": "free"}, ["anneal", "amata", "constant"], "pgd:steps=10,alpha=0.0375"),
+        ({"method": "fast"}, ["anneal", "amata", "constant"], "pgd:steps=1,alpha=0.3"),
+    ],
+)
+def test_what_is_left_out_is_as_far_as_the_method_and_the_length_of_a_run_allow(
+    given: dict[str, Any], spaces: list[str], most: str
+) -> None:
+    chosen = SearchSettings(**given)
+    assert (chosen.spaces, chosen.most) == (spaces, most)
+    assert any(text.startswith("delayed") for text in chosen.against) == ("delayed" in spaces)
+    for text in filter(lambda given: given != "ramp", chosen.against):
+        method, schedule = chosen.contender(text)
+        chosen.controller(schedule, chosen.epochs, method)
+
+
+@pytest.mark.parametrize(
     ("given", "told"),
     [
         ({"budget": "much"}, "budget must read 3trainings, 2e8gradients or 600seconds, got 'much'"),
+        ({"budget": "0seconds"}, "budget must read .* got '0seconds'"),
+        ({"budget": "..seconds"}, "budget must be a .*number"),
+        ({"gamma": 0}, "gamma must be > 0, got 0"),
+        ({"gamma": "dear"}, "gamma must be a .*number"),
+        ({"spaces": ["stages"]}, "stages needs runs of at least 4 epochs, got 3"),
+        ({"method": "free", "spaces": ["delayed"]}, "steps must be >= 1, got 0"),
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),

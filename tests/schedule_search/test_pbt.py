@@ -157,7 +157,7 @@ def test_what_was_trained_in_part_is_promoted_only_where_there_is_nothing_else(t
     s = search(tmp_path / "long.jsonl", Staged(), budget=9.0)
     s.run()
     full = sorted((t for t in s.branches[0].trials if t.reach == 1), key=lambda t: t.mean(0.0))
-    assert {t.text for t in s.promoted} == {t.text for t in full[:4]}
+    assert {t.text for t in s.promoted} == {t.text for t in full[:2]}  # the budget is spent: two at least
 
 
 def test_a_budget_in_seconds_is_that_of_the_answers(tmp_path: Path) -> None:

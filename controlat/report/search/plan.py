@@ -15,8 +15,7 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
     s, unit, seeds = plan["settings"], plan["unit"], plan["settings"]["judge_seeds"]
     spaces = [[e["name"], str(len(e["parameters"])), e["text"]] for e in plan["spaces"]]
     weight = plan["price"] * unit["mean_cost"]
-    again = [row["schedule"] for row in plan["rows"] if row["name"] == row["schedule"]]
-    best = len(plan["rows"]) - len(again)
+    best = len(plan["rows"]) - len(s["against"])
     return "\n".join(
         [
             table(["space", "parameters", "schedules"], spaces, words=(0, 2)),
@@ -26,10 +25,10 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
             f"- {unit['schedule']}, the unit: {count(unit['gradients'])} gradient evaluations with Phi, n "
             f"{unit['mean_cost']:.3g}.",
             f"- J = Phi + {plan['price']:.4g} n: all the cost of the unit weighs {weight:.3g}.",
-            f"- proposer {s['proposer']}; budget of exploring {s['budget']}; counted with trials spread "
-            "evenly and an undecided race.",
+            f"- proposer {s['proposer']}; budget {s['budget']}; counted with trials spread evenly and an "
+            "undecided race.",
             f"- judged under seeds {', '.join(map(str, seeds))}: the best of {best} spaces, "
-            f"{', '.join(again)}.",
+            f"{', '.join(s['against'])}.",
             f"about {duration(plan['expected_seconds'])} on this machine; nothing was written",
         ]
     )
