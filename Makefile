@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := demo-results
+SEARCH := demo-search
 # Tests run in this many processes, one thread each.
 JOBS ?= 2
 
 .PHONY: demo test test-all lint pytest bench clean help
 help:
-	@echo "make demo      install, then compare six schedules on the bundled digits (a minute and a half)"
+	@echo "make demo      install, compare six schedules on the bundled digits, search for a better one (under 3 minutes)"
 	@echo "make test      install with the test extra, then run ruff, mypy, doctests and tests (about 5 minutes)"
 	@echo "make test-all  the same with the tests that take long or repeat what another shows"
 	@echo "make bench     the benchmarks (an idle machine, about 10 minutes)"
@@ -35,6 +36,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/controlat evaluate --out $(DEMO)
+	$(BIN)/controlat search --out $(SEARCH)
 	@echo "(the command is $(BIN)/controlat; 'source $(BIN)/activate' puts it on your path)"
 
 lint: $(VENV)/.installed-test

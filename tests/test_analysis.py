@@ -81,6 +81,22 @@ def test_the_worth_of_c_is_shown_as_it_was_found(folder: Path) -> None:
     assert WORTH["sizes"](found) in shown
 
 
+SEARCHED: dict[str, Any] = runpy.run_path(str(HERE / "search_worth.py"))
+SEARCHES = sorted(path.parent for path in (HERE / "search_worth").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("folder", SEARCHES, ids=lambda path: path.name)
+def test_the_worth_of_searching_is_shown_as_it_was_found(folder: Path) -> None:
+    found = read_json(folder / "result.json")
+    assert SEARCHED["table"](found) == (folder / "table.md").read_text()
+    for row in found["rows"]:
+        assert {q for at in row["levels"] for q in (len(at["J"]),)} == {
+            SEARCHED["PARTS"][folder.name]["judges"]
+        }
+    if folder.name == "digits":
+        assert SEARCHED["budgets"](found) in (HERE.parent / "README.md").read_text()
+
+
 def test_rank_correlations_by_hand() -> None:
     runs = [[{"J": j, "good": 2 * j, "bad": -j} for j in (1.0, 2.0, 4.0, 3.0)] for _ in range(2)]
     found = WORTH["correlations"](runs)

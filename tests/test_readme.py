@@ -83,6 +83,11 @@ def test_the_table_of_the_readme_is_that_of_the_result_file() -> None:
     assert shown == report.table(*report.rows(result))
 
 
+def test_the_table_of_the_search_is_that_of_its_result_file() -> None:
+    shown = README.partition("<!-- search table -->\n")[2].partition("\n<!-- end of search table -->")[0]
+    assert shown == report.search_table(read_json(ROOT / "analysis" / "search_digits" / "result.json"))
+
+
 def test_the_mathematics_of_the_readme_is_what_derive_prints() -> None:
     shown = README.partition("<!-- derived -->\n```\n")[2].partition("\n```\n<!-- end of derived -->")[0]
     assert len(shown.splitlines()) > 10

@@ -82,7 +82,9 @@ def searched(
     rest = len(spaces) - 1
     shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / rest] * rest] if rest else [1.0]
     branches = [
-        Branch(space, proposers.build(chosen.proposer, space, plan.seeds[0] + i), share)
+        Branch(
+            space, proposers.build(chosen.proposer, space, plan.seeds[0] + i, chosen.proposer_options), share
+        )
         for i, (space, share) in enumerate(zip(spaces, shares, strict=True))
     ]
     with progress_bar(None, " trainings", chosen.progress, "search") as bar:

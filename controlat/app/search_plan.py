@@ -40,7 +40,7 @@ def search_plan(**settings: Any) -> dict[str, Any]:
         ValueError: bad settings.
     """
     asked = settings_from(SearchSettings, settings, "search")
-    chosen = replace(asked, proposer="random", progress=False)
+    chosen = replace(asked, proposer="random", proposer_options={}, progress=False)
     experiment = Experiment.of(chosen)
     with experiment.running(Threads(1, "one for each of the trainings at a time")):
         each = seconds_per_evaluation(experiment, chosen.schedule_of(chosen.most))

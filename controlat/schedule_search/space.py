@@ -193,8 +193,8 @@ SPACES: Mapping[str, str] = MappingProxyType(
         "ramp": f"anneal:steps={_STEPS}:{_STEPS},alpha={_ALPHA}",
         "constant": f"anneal:steps={_STEPS},alpha={_ALPHA}",
         "amata": f"amata:start={_STEPS},end={_STEPS},tau={{eps:.4g}}~{{tau:.4g}}~log,rounding=dither",
-        "exponential": "exponential:start={little}~{most}~log,end={little}~{most}~log,tau={eps:.4g}~{tau:.4g}~log,"
-        "rounding=dither",
+        "exponential": "exponential:start={little}~{most}~log,end={little}~{most}~log,"
+        "tau={eps:.4g}~{tau:.4g}~log,rounding=dither",
         "delayed": f"delayed:steps=1~{{most}}~whole,alpha={_ALPHA},since=0.01~{{late:.4g}}",
         "stages": f"step:steps={':'.join([_STEPS] * 4)},alpha={':'.join([_ALPHA] * 4)},"
         "at={changes},rounding=dither",

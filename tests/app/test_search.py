@@ -179,6 +179,7 @@ def test_what_is_left_out_is_as_far_as_the_method_and_the_length_of_a_run_allow(
         ({"spaces": ["ratio:threshold=0.5~2,tau=0.3"]}, "threshold must be > 1"),
         ({"attacks": ["pdg-2"]}, "unknown attack"),
         ({"weight": 0}, "weight must be"),
+        ({"proposer": "tpe", "proposer_options": {"warmup": 3}}, "its options: startup"),
         ({"proposer": "tpee"}, "did you mean 'tpe'"),
         ({"proposer": "pbt", "spaces": ["delayed"]}, "takes a space of stages, as --spaces stages"),
         ({"fidelity": ["0.5"]}, "expected name=value, got '0.5'"),

@@ -83,7 +83,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["search", "--out", str(tmp_path / "out"), *WORDS, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "nothing was written" in told
-    assert "the best of 1 spaces, none, pgd:steps=1,alpha=0.3." in told
     assert f"| judgement | {3 * 2:>9} |" in told
     assert not (tmp_path / "out").exists()
 

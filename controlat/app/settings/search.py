@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class SearchSettings(Problem):
             the method takes them.
         proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
             own package.module:Class.
+        proposer_options: Options of the proposer, such as {costates: 2} for gp; an unknown one is refused
+            with those that there are.
         budget: What the search may spend, without the judgement: so many trainings of PGD-K_max, such as
             3trainings, gradient evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed
             over its trainings. 40trainings for digits, 3trainings for other data if left out.
@@ -74,6 +76,7 @@ class SearchSettings(Problem):
 
     spaces: Sequence[str] = ()
     proposer: str = "tpe"
+    proposer_options: dict[str, Any] = field(default_factory=dict)
     budget: str | None = None
     fidelity: Sequence[str] = ()
     max_steps: int = 10
@@ -99,7 +102,7 @@ class SearchSettings(Problem):
             none = f"; give some: {self.method} takes none of {', '.join(_SPACES)}" * (not self.spaces)
             raise ValueError(f"spaces must be one or more different ones, got {self.spaces}{none}")
         for space in self.space_list():
-            proposers.build(self.proposer, space, 0)
+            proposers.build(self.proposer, space, 0, self.proposer_options)
         if self.budget is None:
             self.budget = "40trainings" if self.data == "digits" else "3trainings"
         if not _BUDGET.fullmatch(self.budget) or not self.allowance(1.0)[0] > 0:

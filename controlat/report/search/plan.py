@@ -15,7 +15,7 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
     s, unit, seeds = plan["settings"], plan["unit"], plan["settings"]["judge_seeds"]
     spaces = [[e["name"], str(len(e["parameters"])), e["text"]] for e in plan["spaces"]]
     weight = plan["price"] * unit["mean_cost"]
-    best = len(plan["rows"]) - len(s["against"])
+    names = ", ".join(row["name"] for row in plan["rows"])
     return "\n".join(
         [
             table(["space", "parameters", "schedules"], spaces, words=(0, 2)),
@@ -25,10 +25,9 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
             f"- {unit['schedule']}, the unit: {count(unit['gradients'])} gradient evaluations with Phi, n "
             f"{unit['mean_cost']:.3g}.",
             f"- J = Phi + {plan['price']:.4g} n: all the cost of the unit weighs {weight:.3g}.",
-            f"- proposer {s['proposer']}; budget {s['budget']}; counted with trials spread evenly and an "
-            "undecided race.",
-            f"- judged under seeds {', '.join(map(str, seeds))}: the best of {best} spaces, "
-            f"{', '.join(s['against'])}.",
+            f"- proposer {s['proposer']}; budget {s['budget']}, half of it for exploring; counted with "
+            "trials spread evenly and an undecided race.",
+            f"- judged under seeds {', '.join(map(str, seeds))}: {names}.",
             f"about {duration(plan['expected_seconds'])} on this machine; nothing was written",
         ]
     )

@@ -115,8 +115,8 @@ def _how(result: Result) -> str:
     lines = [
         f"Data {s['data']}, network {s['model']}, method {s['method']}, {s['norm']} eps {s['eps']}, "
         f"{s['epochs']} epochs. Spaces: {spaces}; proposer {s['proposer']}, budget {s['budget']}.",
-        f"Trials by stage: {each}; {lost or 'none'} of them failed. The best of each space were trained "
-        "again under more seeds, the best of these once more until the paired difference was decided.",
+        f"Trials by stage: {each}; {lost or 'none'} of them failed. The best were trained again under fresh "
+        "seeds; after every round of the race the worse half dropped out, and what was decidedly behind.",
         "What was found is the best of many under a few seeds; only the judging seeds say what it is worth. "
         "They differ from those of the search, the test samples do not differ from seed to seed, so that "
         "intervals over seeds leave out the choice of test samples.",
