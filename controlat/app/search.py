@@ -76,7 +76,16 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
 def searched(
     experiment: Experiment, chosen: SearchSettings, ledger: Ledger
 ) -> tuple[dict[str, Any], Schedule]:
-    """The content of result.json, and the schedule that was found."""
+    """The content of result.json, and the schedule that was found.
+
+    Args:
+        experiment: the problem.
+        chosen: settings.
+        ledger: what is known of trainings, and who judges others.
+
+    Raises:
+        ValueError: PGD-K_max cannot be trained, or every training failed.
+    """
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
     rest = len(spaces) - 1
@@ -95,10 +104,9 @@ def searched(
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    searched = [a for q, a in ledger.answers.items() if not q.attacked]
-    spent = {"trainings": len(searched)} | {
-        key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
-    }
+    answers = [a for q, a in ledger.answers.items() if not q.attacked]
+    spent = {key: sum(getattr(a, key) for a in answers) for key in ("gradients", "seconds")}
+    spent["trainings"] = len(answers)
     rows = _judged(chosen, ledger, plan, _contenders(experiment, chosen, work, winner))
     schedule = _schedule(chosen, ledger, winner.text)
     result = {

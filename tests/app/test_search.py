@@ -9,9 +9,11 @@ import pytest
 
 import controlat
 from controlat._util.files import read_json_lines
-from controlat.app.search import _rungs
+from controlat.app.search import _contenders, _rungs
 from controlat.app.settings import SearchSettings
-from controlat.schedule_search.loop import Rung
+from controlat.schedule_search.loop import Branch, Plan, Rung, Search
+from controlat.schedule_search.space import Space
+from controlat.schedule_search.trials import Answer, Ledger, Question, Trial
 
 SMALL: dict[str, Any] = {
     "spaces": ["pgd:steps=1~3~whole,alpha=0.05~0.2~log", "delayed"],
@@ -29,6 +31,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     settings = SMALL | {"budget": "2trainings", "fidelity": ["epochs=2/3,points=1/2"]}
     first = controlat.search(tmp_path / "out", **settings)
@@ -126,6 +129,24 @@ def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
     )
     assert answer["mean_cost"] == pytest.approx(np.mean([k + 1 for k in steps]))
     assert answer["gradients"] == 180 * sum(k + 1 for k in steps) + 180 * deciding + 20 * 10  # and Phi
+
+
+def test_the_best_of_a_space_is_among_what_was_trained_the_furthest() -> None:
+    chosen = SearchSettings(**SMALL)
+    ledger, seeds = Ledger(None, lambda *_: None), chosen.search_seeds(9)
+    plan = Plan(100.0, 0.1, (Rung(3), Rung(3, seeds=2, first=1)), seeds)
+
+    def made(space: Space, share: float, phi: float, until: int | None = None) -> Trial:
+        point = space.point([share] * len(space.parameters))
+        question = Question(space.text_of(point), seeds[0], 3, until=until)
+        return Trial(space, point, (question,), (Answer(phi, 1.0, 10.0, 1.0),))
+
+    own, delayed = chosen.space_list()
+    winner, whole = made(own, 0.5, 0.1), made(delayed, 0.4, 0.9)
+    short = made(delayed, 0.6, 0.2, until=1)
+    branches = [Branch(own, None, 0.5, [winner]), Branch(delayed, None, 0.5, [short, whole])]  # type: ignore[arg-type]
+    found = _contenders(None, chosen, Search(branches, ledger, plan), winner)  # type: ignore[arg-type]
+    assert found["best delayed"] == ("", whole.text)
 
 
 def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:

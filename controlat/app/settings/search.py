@@ -124,9 +124,8 @@ class SearchSettings(Problem):
                 f"judge_seeds must be different ones below {_FIRST}, where the search's own begin, "
                 f"got {self.judge_seeds}"
             )
-        self.against = list(self.against) or [
-            g for g in self._plain() if self._accepts(self._check_contender, g)
-        ]
+        plain = [given for given in self._plain() if self._accepts(self._check_contender, given)]
+        self.against = list(self.against) or plain
         for given in self.against:
             self._check_contender(given)
 
@@ -160,15 +159,12 @@ class SearchSettings(Problem):
     def _plain(self) -> list[str]:
         """No attack, PGD at several K, Amata, delayed, a plain ramp, and N-FGSM."""
         most, eps, since = self.max_steps, self.ball.eps, max(1, round(0.4 * self.epochs))
+        delayed = f"delayed:steps={most},alpha={self._alpha(most)},since={since}"
         return [
             "none",
             *(f"pgd:steps={k},alpha={self._alpha(k)}" for k in sorted({max(1, round(most / 5)), most})),
             f"amata:min=1,max={most},tau={2 * eps:.4g}",
-            *(
-                [f"delayed:steps={most},alpha={self._alpha(most)},since={since}"]
-                if since < self.epochs
-                else []
-            ),
+            *([delayed] if since < self.epochs else []),
             RAMP,
             *(["nfgsm"] if self.method == "pgd_at" else []),
         ]
