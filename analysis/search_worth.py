@@ -186,7 +186,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         except OutOfTime:
             print("out of time; the same command goes on", file=sys.stderr)
     settings = chosen.to_json()
-    settings.pop("data_dir")
+    settings.pop("data_dir", None)
     return {
         "part": args.part,
         "settings": settings,

@@ -31,7 +31,6 @@ from controlat.schedule_search.trials import Ledger, Question, Trial
 __all__ = ["search", "searched"]
 
 _RACE_SEEDS = 8
-_PROMOTED = 8  # trials at most that are judged at full length under more seeds
 _STATES = "states"
 _FIRST_SHARE = 0.5  # of the budget, for the first of several spaces
 
@@ -164,14 +163,13 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
 
 
 def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:
-    """Exploring, and the rungs above it; each keeps a third of what the one before keeps."""
+    """Exploring, and the rungs above it, which have fresh seeds."""
     cheap = [
         Rung(round(epochs * chosen.epochs), None if points == 1 else max(1, round(points * samples)))
         for epochs, points in chosen.shares()
     ]
-    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs, seeds=2)]
-    kept = [_PROMOTED * 3**i for i in reversed(range(len(above)))]
-    return explore, *(rung._replace(first=1, keep=keep) for rung, keep in zip(above, kept, strict=True))
+    explore, *above = [*(cheap or [Rung(chosen.epochs)]), Rung(chosen.epochs)]
+    return explore, *(rung._replace(first=1) for rung in above)
 
 
 def _contenders(

@@ -34,7 +34,6 @@ class Rung(NamedTuple):
         points: training samples; None for all.
         seeds: number of seeds.
         first: the place of the first of them among those of the plan.
-        keep: how many trials are judged at it at most; all that are asked for where it is exploring.
         until: epochs that are trained of a run; None for all.
         surface: whether the Hamiltonian of every candidate in every epoch is wanted too.
     """
@@ -43,7 +42,6 @@ class Rung(NamedTuple):
     points: int | None = None
     seeds: int = 1
     first: int = 0
-    keep: int = 0
     until: int | None = None
     surface: bool = False
 
@@ -186,7 +184,9 @@ class Search:
         open_ = list(self.branches)
         while open_:
             for branch in list(open_):
-                points = branch.proposer.ask(self.plan.batch)
+                share = branch.share * (self.plan.exploring if len(self.plan.rungs) > 1 else 1.0)
+                left = share * self.plan.budget - branch.spent(self.plan.unit)
+                points = branch.proposer.ask(self._affordable(left, branch.trials or self.made))
                 rung = self.plan.rungs[0]._replace(**getattr(branch.proposer, "fidelity", {}))
                 trials = self._judged([(branch.space, p) for p in points], rung)
                 told = [
@@ -195,9 +195,13 @@ class Search:
                 ]
                 branch.proposer.tell(told)
                 branch.trials += trials
-                share = branch.share * (self.plan.exploring if len(self.plan.rungs) > 1 else 1.0)
                 if not points or branch.spent(self.plan.unit) >= share * self.plan.budget:
                     open_.remove(branch)
+
+    def _affordable(self, left: float, like: Sequence[Trial]) -> int:
+        """How many trials to ask for at a time: no more than what is left pays for, by what others took."""
+        each = np.mean([getattr(a, self.plan.unit) for t in like for a in t.answers]) if like else left
+        return int(np.clip(left // max(float(each), 1e-9), 1, self.plan.batch))
 
     def _promote(self) -> list[Trial]:
         """The best at the last rung, best first: at every rung as many as its share of the budget allows."""
@@ -206,7 +210,9 @@ class Search:
         for i, rung in enumerate(above):
             left = (self.plan.budget - self.spent) / (len(above) - i + 1)
             count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
-            kept = [t for t in ranked if not t.failed][: min(max(count, 2), rung.keep)]
+            kept = [t for t in ranked if not t.failed][: max(1, count)]
+            if len(kept) == 1 and kept[0].whole(rung.epochs, rung.points):  # nothing to compare it with
+                return kept
             judged = self._judged([(t.space, t.point) for t in kept], rung)
             ranked = sorted(judged, key=self._j)
         if all(t.failed for t in ranked):

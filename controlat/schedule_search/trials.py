@@ -94,6 +94,10 @@ class Trial:
         """The share of the run that was trained."""
         return min((q.until or q.epochs) / q.epochs for q in self.questions)
 
+    def whole(self, epochs: int, points: int | None) -> bool:
+        """Whether its runs are of so many epochs on so many samples, and were trained to the end."""
+        return self.reach == 1 and {(q.epochs, q.points) for q in self.questions} == {(epochs, points)}
+
     def values(self, price: float) -> list[float]:
         """J of every seed, at a price of the mean cost n of a step; infinite where training failed."""
         return [math.inf if a.phi is None else a.phi + price * a.mean_cost for a in self.answers]

@@ -155,10 +155,10 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
     )
     assert _rungs(chosen, 180) == (
         Rung(2, 90),
-        Rung(4, first=1, keep=24),
-        Rung(8, seeds=2, first=1, keep=8),
+        Rung(4, first=1),
+        Rung(8, first=1),
     )
-    assert _rungs(SearchSettings(**SMALL), 180) == (Rung(3), Rung(3, seeds=2, first=1, keep=8))
+    assert _rungs(SearchSettings(**SMALL), 180) == (Rung(3), Rung(3, first=1))
     assert SearchSettings(budget="2trainings").allowance(50.0) == (100.0, "gradients")
     assert SearchSettings(budget="600 seconds").allowance(50.0) == (600.0, "seconds")
 

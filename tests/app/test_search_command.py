@@ -10,7 +10,7 @@ from controlat.app.cli import main
 from controlat.app.search_plan import search_plan
 
 WORDS = [
-    *("--spaces", "constant", "--proposer", "random", "--budget", "2trainings", "--max_steps", "1"),
+    *("--spaces", "constant", "--proposer", "random", "--budget", "10trainings", "--max_steps", "1"),
     *("--epochs", "1", "--train_points", "100", "--test_points", "20", "--judge_seeds", "0", "1"),
     *("--against", "none", "pgd:steps=1,alpha=0.3", "--attacks", "pgd-2"),
 ]
@@ -66,7 +66,7 @@ def test_report_makes_summary_and_figures_again(done: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--resume", "DONE", "--budget", "3trainings"], "budget: '2trainings' there, '3trainings' here"),
+        (["--resume", "DONE", "--budget", "3trainings"], "budget: '10trainings' there, '3trainings' here"),
         (["--resume", "DONE/.."], "is not the directory of a controlat search: it has no settings.json"),
         ([], "give --out DIR for a new search, or --resume DIR for one that was begun"),
     ],

@@ -41,7 +41,7 @@ class Exact:
 
 
 def plan(**changes: object) -> Plan:
-    settings = {"budget": 16000.0, "price": 0.01, "rungs": (Rung(12), Rung(12, seeds=2, first=1, keep=8))}
+    settings = {"budget": 16000.0, "price": 0.01, "rungs": (Rung(12), Rung(12, first=1))}
     return Plan(**{**settings, "seeds": tuple(range(100, 116)), **changes})  # type: ignore[arg-type]
 
 
@@ -63,10 +63,10 @@ def test_a_budget_is_that_of_the_whole_search_and_shared(tmp_path: Path, budget:
     s = search(tmp_path / "trials.jsonl", Exact(0.05), budget=budget)
     winner = s.run()
     for branch, share in zip(s.branches, (0.4, 0.1), strict=True):
-        assert share * budget <= branch.spent() < share * budget + 8 * 100  # one ask more at most
+        assert share * budget <= branch.spent() <= share * budget + 100  # a trial more at most
     assert s.spent == sum(a.gradients for a in s.ledger.answers.values())
-    assert s.spent <= max(budget, sum(b.spent() for b in s.branches) + 2 * 2 * 100)
-    assert len(winner.answers) >= 2, "whatever is left, two are compared"
+    assert 0.75 * budget < s.spent <= budget
+    assert winner is s.raced[0]
 
 
 def test_a_search_that_goes_on_asks_nothing_twice_and_ends_the_same(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_failed_trainings_are_recorded_and_never_best(tmp_path: Path) -> None:
 def test_the_race_drops_what_is_decided_and_uses_the_same_seeds(tmp_path: Path) -> None:
     s = search(tmp_path / "trials.jsonl", Exact(0.001))
     winner = s.run()
-    assert len({tuple(q.seed for q in t.questions)[:2] for t in s.raced}) == 1
+    assert len({t.questions[0].seed for t in s.raced}) == 1
     assert all(q.seed != 100 for t in s.raced for q in t.questions), "fresh seeds"
     lengths = [len(t.answers) for t in s.raced]
     assert lengths == sorted(lengths, reverse=True)
-    assert set(lengths) <= {2, 4, 8}
+    assert set(lengths) <= {1, 2, 4, 8}
     for loser in s.raced[1:]:
         n = min(len(loser.answers), len(winner.answers))
         assert np.mean(loser.values(0.01)[:n]) >= np.mean(winner.values(0.01)[:n])
@@ -158,10 +158,11 @@ class Looking:
 
 def test_what_a_proposer_has_had_judged_is_not_trained_again(tmp_path: Path) -> None:
     judge = Exact()
-    s = Search([Branch(BOWL, Looking(3), 1.0)], Ledger(tmp_path / "trials.jsonl", judge), plan(budget=900.0))
+    s = Search([Branch(BOWL, Looking(3), 1.0)], Ledger(tmp_path / "trials.jsonl", judge), plan(budget=1200.0))
     assert s.run().text == "anneal:steps=6,alpha=0.03"
     assert s.spent == 100.0 * len(judge.asked)
-    assert all(q.surface for q in judge.asked), "seeds of the promotion are among those of exploring"
+    assert [len(t.answers) for t in s.raced] == [2, 2]
+    assert all(q.surface for q in judge.asked), "seeds of the race are among those of exploring"
 
 
 def test_more_seeds_than_a_search_has_are_refused(tmp_path: Path) -> None:
