@@ -75,7 +75,16 @@ def search(out: str | Path, *, resume: bool = False, **settings: Any) -> dict[st
 def searched(
     experiment: Experiment, chosen: SearchSettings, ledger: Ledger
 ) -> tuple[dict[str, Any], Schedule]:
-    """The content of result.json, and the schedule that was found."""
+    """The content of result.json, and the schedule that was found.
+
+    Args:
+        experiment: the problem.
+        chosen: settings.
+        ledger: what is known of trainings, and who judges others.
+
+    Raises:
+        ValueError: PGD-K_max cannot be trained, or every training failed.
+    """
     plan = _plan(experiment, chosen, ledger)
     spaces = chosen.space_list()
     rest = len(spaces) - 1
@@ -94,10 +103,9 @@ def searched(
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    searched = [a for q, a in ledger.answers.items() if not q.attacked]
-    spent = {"trainings": len(searched)} | {
-        key: sum(getattr(a, key) for a in searched) for key in ("gradients", "seconds")
-    }
+    answers = [a for q, a in ledger.answers.items() if not q.attacked]
+    spent = {key: sum(getattr(a, key) for a in answers) for key in ("gradients", "seconds")}
+    spent["trainings"] = len(answers)
     rows = _judged(chosen, ledger, plan, _contenders(experiment, chosen, work, winner))
     schedule = _schedule(chosen, ledger, winner.text)
     result = {
@@ -143,11 +151,12 @@ def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Pla
         price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
     budget, unit = chosen.allowance(most.gradients)
     return Plan(
-        budget=budget,
+        budget=max(0.0, budget - getattr(most, unit)),
         unit=unit,
         price=price,
         rungs=_rungs(chosen, len(experiment.training)),
         samples=len(experiment.training),
+        rate=getattr(most, unit) / (most.mean_cost * chosen.epochs * len(experiment.training)),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
@@ -173,7 +182,7 @@ def _contenders(
         promoted = [t for t in work.promoted if t.space is branch.space]
         trials = [t for t in promoted or branch.trials if not t.failed]
         if branch.space is not winner.space and trials:
-            best[f"best {name}"] = "", min(trials, key=lambda t: t.mean(work.plan.price)).text
+            best[f"best {name}"] = "", min(trials, key=work.rank).text
     against = {given: chosen.contender(given) for given in chosen.against}
     if RAMP in chosen.against:
         against[RAMP] = "", _ramp(experiment, chosen, np.mean([a.mean_cost for a in winner.answers]))

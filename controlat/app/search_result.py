@@ -61,5 +61,6 @@ def _plain(trial: Trial, stage: str, space: str) -> dict[str, Any]:
 
 def _run(question: Question, answer: Answer) -> dict[str, Any]:
     keys: Sequence[str] = ("phi", "mean_cost", "gradients", "seconds")
-    failed = {"error": answer.error} if answer.error else {}
-    return {"seed": question.seed, **{key: getattr(answer, key) for key in keys}, **failed}
+    more: dict[str, Any] = {"surface": True} if question.surface else {}
+    more |= {"error": answer.error} if answer.error else {}
+    return {"seed": question.seed, **{key: getattr(answer, key) for key in keys}, **more}

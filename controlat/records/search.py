@@ -33,6 +33,7 @@ class _TrialRun(TypedDict):
     mean_cost: Number
     gradients: Number
     seconds: Number
+    surface: NotRequired[bool]
     error: NotRequired[str]
 
 

@@ -62,6 +62,7 @@ class Plan:
             processes does not.
         seeds: search seeds, in the order in which they are used.
         samples: of the whole training set.
+        rate: what a gradient evaluation of a sample takes of the budget: 1, or seconds.
         exploring: the share of the budget for exploring.
         race_seeds: seeds at most of what takes part in the race.
         unit: of the budget, a field of `Answer`: ``gradients`` (evaluations, in samples) or ``seconds`` (of
@@ -73,6 +74,7 @@ class Plan:
     rungs: tuple[Rung, ...]
     seeds: tuple[int, ...]
     samples: int = 1
+    rate: float = 1.0
     batch: int = 8
     exploring: float = 0.5
     race_seeds: int = 8
@@ -172,13 +174,13 @@ class Search:
         for trials in (self.raced, self.promoted, [t for b in self.branches for t in b.trials]):
             good = [t for t in trials if not t.failed]
             if good:
-                return min(good, key=self._rank)
+                return min(good, key=self.rank)
         return None
 
     def _j(self, trial: Trial) -> float:
         return trial.mean(self.plan.price)
 
-    def _rank(self, trial: Trial) -> tuple[float, float]:
+    def rank(self, trial: Trial) -> tuple[float, float]:
         """Its place: those that were trained the furthest first, by their J."""
         return (math.inf if trial.failed else -trial.reach, self._j(trial))
 
@@ -209,7 +211,7 @@ class Search:
     def _promote(self) -> list[Trial]:
         """The best at the last rung, best first: at every rung as many as its share of the budget allows."""
         above = self.plan.rungs[1:]
-        ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self._rank))
+        ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self.rank))
         for i, rung in enumerate(above):
             left = (self.plan.budget - self.spent) / (len(above) - i + _RACE)
             count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
@@ -224,10 +226,9 @@ class Search:
         return ranked
 
     def _cost(self, trial: Trial, rung: Rung) -> float:
-        """What a trial will take at a rung, by what it took."""
-        plan, q = self.plan, trial.questions[0]
-        took = float(np.mean([getattr(a, plan.unit) for a in trial.answers])) / trial.reach
-        return took * rung.seeds * rung.epochs * plan.size(rung.points) / (q.epochs * plan.size(q.points))
+        """What a trial will take at a rung, in the plan's unit, by its mean cost n."""
+        n = float(np.mean([a.mean_cost for a in trial.answers])) / trial.reach
+        return self.plan.rate * n * self.plan.size(rung.points) * rung.epochs * rung.seeds
 
     def _race(self, contenders: list[Trial]) -> list[Trial]:
         """The contenders on more seeds, the winner first, those that dropped out last."""
@@ -252,6 +253,8 @@ class Search:
         """Trials of points at a rung: all their trainings together."""
         pairs = list(pairs)
         seeds = self.plan.seeds[rung.first :][: rung.seeds]
+        if len(seeds) < rung.seeds:
+            raise ValueError(f"{rung.seeds} seeds are asked for at a time; the search has {len(seeds)}")
         questions = [
             [
                 Question(
@@ -268,9 +271,10 @@ class Search:
         ]
         self.ledger.ask([q for each in questions for q in each], lambda: self.each(self.best))
         answers = self.ledger.answers
+        asked = [tuple(map(self.ledger.answered, each)) for each in questions]
         trials = [
-            Trial(space, point, tuple(asked), tuple(answers[q] for q in asked))
-            for (space, point), asked in zip(pairs, questions, strict=True)
+            Trial(space, point, each, tuple(answers[q] for q in each))
+            for (space, point), each in zip(pairs, asked, strict=True)
         ]
         self.made += trials
         return trials

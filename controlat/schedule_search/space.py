@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from types import MappingProxyType
 
 import numpy as np
@@ -203,10 +204,12 @@ SPACES: Mapping[str, str] = MappingProxyType(
 CLOSED_LOOPS: Mapping[str, str] = MappingProxyType(
     {
         "ratio": "ratio:threshold=1.01~2~log,most={most},tau={eps:.4g}~{tau:.4g}~log",
-        "greedy": "greedy:gamma=0.0003~3~log,steps=0..{most}",
-        "horizon": "horizon:gamma=0.00003~0.03~log,steps=0..{most}",
+        "greedy": "greedy:gamma=0.0003~3~log,steps={least}..{most}",
+        "horizon": "horizon:gamma=0.00003~0.03~log,steps={least}..{most}",
     }
 )
+
+_LEAST_EPOCHS = {"delayed": 2, "stages": 4}  # in which all changes of the controls take place
 
 
 def _starts(name: str, eps: float, most: float, epochs: int) -> list[list[float]]:
@@ -228,6 +231,9 @@ def named_space(
 ) -> Space:
     """A space of `SPACES` or `CLOSED_LOOPS` by its name, or of its own text if that has ranges.
 
+    A range of a named space that holds one number, such as that of K where a method takes one step, is that
+    number.
+
     Args:
         name: a name, or a text as `Space` takes it.
         eps: radius, in pixel units.
@@ -236,7 +242,8 @@ def named_space(
         knobs: the method's controls.
 
     Raises:
-        ValueError: there is no such space, or the method does not take its schedules.
+        ValueError: there is no such space, the method does not take its schedules, or a run is too short for
+            them.
 
     >>> named_space("amata", eps=0.1, max_steps=10, epochs=12).parameters[2]
     Parameter(name='tau', low=0.1, high=2.0, scale='log')
@@ -249,6 +256,8 @@ def named_space(
             f"unknown space {short(name)!r}; {meant(name, named)}it is one of {', '.join(named)}, or the "
             "text of a schedule or closed loop with ranges, such as pgd:steps=1~10~whole,alpha=0.01~0.3~log"
         )
+    if epochs < (needed := _LEAST_EPOCHS.get(name, 1)):
+        raise ValueError(f"{name} needs runs of at least {needed} epochs, got {epochs}; take another space")
     steps = (knobs or {}).get("steps")
     least, most = (0, max_steps) if steps is None else (steps.low, min(max_steps, steps.high))
     text = named[name].format(
@@ -259,13 +268,11 @@ def named_space(
         coarse=2 * eps,
         tau=2 * most * eps,
         most=f"{most:g}",
-        late=max(min(0.9 * epochs, epochs - 1), 0.02),  # a change in the last epoch would come too late
+        late=min(0.9 * epochs, epochs - 1),  # a change in the last epoch would come too late
         changes=":".join(f"{i * epochs / 4:g}" for i in (1, 2, 3)),
     )
-    try:
-        return Space(text, epochs, knobs, tuple(map(tuple, _starts(name, eps, most, epochs))))
-    except ValueError as error:
-        raise ValueError(
-            f"the method cannot be searched on {name} ({error}); leave it out of spaces, or give the text of "
-            "a schedule with ranges, such as pgd:steps=1,alpha=0.01~0.3~log"
-        ) from None
+    pieces = _RANGE.split(text)
+    free = [len(set(written.split("~")[:2])) > 1 for written in pieces[1::2]]
+    pieces[1::2] = [w if f else w.partition("~")[0] for w, f in zip(pieces[1::2], free, strict=True)]
+    starts = dict.fromkeys(tuple(compress(values, free)) for values in _starts(name, eps, most, epochs))
+    return Space("".join(pieces), epochs, knobs, tuple(starts))

@@ -126,6 +126,7 @@ Judge = Callable[[Sequence[Question], Callable[[int, Answer], None]], None]
 class Ledger:
     """All answers so far, by their questions, in a file with a line for each.
 
+    A training with its surface answers the question for the same one without, too: the bits are the same.
     A search asks the same questions again when it goes on after an interruption; those that the file answers
     take no time, so that it comes to where it was and goes on with the same trials.
 
@@ -163,7 +164,7 @@ class Ledger:
             each: called as each of them is answered.
         """
         questions = list(questions)
-        new = [q for q in dict.fromkeys(questions) if q not in self._known]
+        new = [q for q in dict.fromkeys(questions) if self.answered(q) not in self._known]
 
         def done(i: int, answer: Answer) -> None:
             if self.path is not None:
@@ -175,4 +176,9 @@ class Ledger:
             each()
         if new:
             self._judge(new, done)
-        return [self._known[q] for q in questions]
+        return [self._known[self.answered(q)] for q in questions]
+
+    def answered(self, question: Question) -> Question:
+        """The question whose answer is that of another one: itself, or the same one with its surface."""
+        looked = question._replace(surface=True)
+        return looked if question not in self._known and looked in self._known else question

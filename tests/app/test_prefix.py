@@ -58,7 +58,8 @@ def timeless(answer: Answer) -> Answer:
 def test_a_run_that_goes_on_has_the_bits_of_a_whole_one(
     tmp_path: Path, method: str, model: str, text: str
 ) -> None:
-    problem = sent(method=method, model=model, spaces=["set:steps=1~3~whole"], against=[text])
+    space = "set:steps=1~3~whole" if method == "cat" else "constant"
+    problem = sent(method=method, model=model, spaces=[space], against=[text])
     whole = trained(problem, asked(text))
     ends = (1, 3, None)
     alone = [trained(problem, asked(text, until)) for until in ends]

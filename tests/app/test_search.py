@@ -9,9 +9,11 @@ import pytest
 
 import controlat
 from controlat._util.files import read_json_lines
-from controlat.app.search import _rungs
+from controlat.app.search import _contenders, _rungs
 from controlat.app.settings import SearchSettings
-from controlat.schedule_search.loop import Rung
+from controlat.schedule_search.loop import Branch, Plan, Rung, Search
+from controlat.schedule_search.space import Space
+from controlat.schedule_search.trials import Answer, Ledger, Question, Trial
 
 SMALL: dict[str, Any] = {
     "spaces": ["pgd:steps=1~3~whole,alpha=0.05~0.2~log", "delayed"],
@@ -29,6 +31,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
     settings = SMALL | {"budget": "2trainings", "fidelity": ["epochs=2/3,points=1/2"]}
     first = controlat.search(tmp_path / "out", **settings)
@@ -55,9 +58,11 @@ def test_it_leaves_a_schedule_and_goes_on_where_it_was(tmp_path: Path) -> None:
         assert again["spent"][key] == first["spent"][key]  # those of the judgement are not counted
     assert again["found"] == first["found"]
     assert [row["J"] for row in again["rows"]] == [row["J"] for row in first["rows"]]
-    judged = [line for line in file.read_text().splitlines() if '"attacked": true' in line]
-    assert {seed for line in judged for seed in (0, 1) if f'"seed": {seed},' in line} == {0, 1}
-    assert all('"seed": 10' in line for line in lines if '"attacked": false' in line)
+    seeds: dict[bool, set[int]] = {True: set(), False: set()}
+    for question in asked:
+        seeds[question.get("attacked", False)].add(question["seed"])
+    assert seeds[True] == {0, 1}
+    assert min(seeds[False]) == 10_000
 
 
 OWN_DATA = """
@@ -126,6 +131,24 @@ def test_closed_loops_and_other_methods_take_part(tmp_path: Path) -> None:
     assert answer["gradients"] == 180 * sum(k + 1 for k in steps) + 180 * deciding + 20 * 10  # and Phi
 
 
+def test_the_best_of_a_space_is_among_what_was_trained_the_furthest() -> None:
+    chosen = SearchSettings(**SMALL)
+    ledger, seeds = Ledger(None, lambda *_: None), chosen.search_seeds(9)
+    plan = Plan(100.0, 0.1, (Rung(3), Rung(3, seeds=2, first=1)), seeds)
+
+    def made(space: Space, share: float, phi: float, until: int | None = None) -> Trial:
+        point = space.point([share] * len(space.parameters))
+        question = Question(space.text_of(point), seeds[0], 3, until=until)
+        return Trial(space, point, (question,), (Answer(phi, 1.0, 10.0, 1.0),))
+
+    own, delayed = chosen.space_list()
+    winner, whole = made(own, 0.5, 0.1), made(delayed, 0.4, 0.9)
+    short = made(delayed, 0.6, 0.2, until=1)
+    branches = [Branch(own, None, 0.5, [winner]), Branch(delayed, None, 0.5, [short, whole])]  # type: ignore[arg-type]
+    found = _contenders(None, chosen, Search(branches, ledger, plan), winner)  # type: ignore[arg-type]
+    assert found["best delayed"] == ("", whole.text)
+
+
 def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
     chosen = SearchSettings(
         **SMALL | {"epochs": 8, "spaces": ["constant"], "fidelity": ["epochs=1/4,points=1/2", "epochs=1/2"]}
@@ -141,9 +164,35 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "spaces", "most"),
+    [
+        ({"max_steps": 1}, ["anneal", "amata", "delayed", "constant"], "pgd:steps=1,alpha=0.3"),
+        ({"epochs": 1}, ["anneal", "amata", "constant"], "pgd:steps=10,alpha=0.0375"),
+        ({"method": "free"}, ["anneal", "amata", "constant"], "pgd:steps=10,alpha=0.0375"),
+        ({"method": "fast"}, ["anneal", "amata", "constant"], "pgd:steps=1,alpha=0.3"),
+    ],
+)
+def test_what_is_left_out_is_as_far_as_the_method_and_the_length_of_a_run_allow(
+    given: dict[str, Any], spaces: list[str], most: str
+) -> None:
+    chosen = SearchSettings(**given)
+    assert (chosen.spaces, chosen.most) == (spaces, most)
+    assert any(text.startswith("delayed") for text in chosen.against) == ("delayed" in spaces)
+    for text in filter(lambda given: given != "ramp", chosen.against):
+        method, schedule = chosen.contender(text)
+        chosen.controller(schedule, chosen.epochs, method)
+
+
+@pytest.mark.parametrize(
     ("given", "told"),
     [
         ({"budget": "much"}, "budget must read 3trainings, 2e8gradients or 600seconds, got 'much'"),
+        ({"budget": "0seconds"}, "budget must read .* got '0seconds'"),
+        ({"budget": "..seconds"}, "budget must be a .*number"),
+        ({"gamma": 0}, "gamma must be > 0, got 0"),
+        ({"gamma": "dear"}, "gamma must be a .*number"),
+        ({"spaces": ["stages"]}, "stages needs runs of at least 4 epochs, got 3"),
+        ({"method": "free", "spaces": ["delayed"]}, "steps must be >= 1, got 0"),
         ({"spaces": ["amatta"]}, "did you mean 'amata'"),
         ({"judge_seeds": [3, 10_001]}, "below 10000, where the search's own begin"),
         ({"against": ["pgd:steps=2"]}, "alpha"),
@@ -161,7 +210,6 @@ def test_cheaper_trainings_come_first_and_keep_thrice_as_many() -> None:
             {"method": "free", "max_steps": 2, "spaces": ["delayed"]},
             "free cannot be searched on delayed: .*>= 1",
         ),
-        ({"method": "fast", "max_steps": 10}, "max_steps must be at most 1, the largest K of fast, got 10"),
         ({"fidelity": ["epochs=1/9"]}, "'epochs=1/9' is less than one of the 3 epochs"),
         ({"fidelity": ["epochs=2/3", "epochs=1/3"]}, "the cheapest first, got epochs=2/3 epochs=1/3"),
     ],

@@ -158,6 +158,13 @@ def test_each_training_is_counted_once(result: dict[str, Any]) -> None:
     assert spent[-1] - spent[-2] == pytest.approx(200)
 
 
+def test_a_training_with_its_surface_is_another_one(result: dict[str, Any]) -> None:
+    (first, *_), looked = result["trials"], json.loads(json.dumps(result["trials"][0]))
+    looked["runs"][0] |= {"surface": True, "gradients": 900.0}
+    spent = spent_after(result | {"trials": [first, looked, looked]})
+    assert np.diff(spent) == pytest.approx([900.0, 0.0])
+
+
 def test_what_matters_is_told_where_trials_are_enough(result: dict[str, Any]) -> None:
     ours, late = explained(result)
     assert ours.trials == 30

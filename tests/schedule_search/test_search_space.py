@@ -93,8 +93,3 @@ def test_what_is_wrong_is_said(text: str, told: str) -> None:
 def test_an_unknown_space_is_refused_with_its_likely_name() -> None:
     with pytest.raises(ValueError, match="did you mean 'amata'"):
         space("amatta")
-
-
-def test_a_space_that_the_method_cannot_take_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"the method cannot be searched on anneal .*leave it out of spaces"):
-        named_space("anneal", eps=0.1, max_steps=10, epochs=4, knobs=build("fast").controls)

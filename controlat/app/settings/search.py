@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ _ENGINES = ("processes", "ray")
 _FIRST = 10_000  # the first of the search's seeds; those of the judgement stay below
 _BETWEEN = 100  # from the seeds of a search to those of the next
 RAMP = "ramp"  # of `against`
+_SPACES = ("anneal", "amata", "delayed", "constant")  # unless others are asked for
 
 
 @dataclass
@@ -40,18 +42,19 @@ class SearchSettings(Problem):
         spaces: What is searched: anneal, constant, amata, exponential, delayed, stages, the closed loops
             ratio, greedy and horizon, or your own: the text of a schedule or closed loop with ranges, such as
             pgd:steps=1~9~whole,alpha=0.01~0.1~log or ratio:threshold=1.05~2,tau=0.3. The first gets half of
-            the budget, the others share the rest.
+            the budget, the others share the rest. anneal, amata, delayed and constant if left out, as far as
+            the method takes them.
         proposer: Who proposes schedules: tpe, gp, msa, pbt (on --spaces stages), random, grid, or your
             own package.module:Class.
         proposer_options: Options of the proposer, such as {costates: 2} for gp; an unknown one is refused
             with those that there are.
         budget: What the search may spend, without the judgement: so many trainings of PGD-K_max, such as
             3trainings, gradient evaluations, such as 2e8gradients, or seconds, such as 600seconds, summed
-            over its trainings. 40trainings for digits, 3trainings for other data if left out.
+            over its trainings. 60trainings for digits, 3trainings for other data if left out.
         fidelity: Cheaper trainings before the full ones, by their shares of epochs and of samples, such as
             epochs=1/4,points=1/2 epochs=1/2: the first kind explores, every other one is for the best of the
             kind before. All trainings are full ones if left out.
-        max_steps: K_max, the largest K.
+        max_steps: K_max, the largest K; that of the method where it takes fewer.
         weight: What the whole cost of PGD-K_max weighs in J, in units of the loss (nats): it decides gamma.
         gamma: Price of one gradient evaluation per sample, in units of the squared gradient norm, in the
             place of weight.
@@ -71,7 +74,7 @@ class SearchSettings(Problem):
         address: host:port of a Ray cluster, or auto for that of this machine; a Ray of its own if left out.
     """
 
-    spaces: Sequence[str] = ("anneal", "amata", "delayed", "constant")
+    spaces: Sequence[str] = ()
     proposer: str = "tpe"
     proposer_options: dict[str, Any] = field(default_factory=dict)
     budget: str | None = None
@@ -92,26 +95,24 @@ class SearchSettings(Problem):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_engine()
-        self.max_steps = whole(self.max_steps, "max_steps", 1)
-        steps = build(self.method, self.method_options).controls.get("steps")
-        if steps is not None and self.max_steps > steps.high:
-            raise ValueError(
-                f"max_steps must be at most {steps.high:g}, the largest K of {self.method}, "
-                f"got {self.max_steps}"
-            )
-        self.spaces = list(self.spaces)
+        knob = build(self.method, self.method_options).controls.get("steps")
+        self.max_steps = int(min(whole(self.max_steps, "max_steps", 1), knob.high if knob else math.inf))
+        self.spaces = list(self.spaces) or [s for s in _SPACES if self._accepts(self._space, s)]
         if not self.spaces or len(set(self.spaces)) < len(self.spaces):
-            raise ValueError(f"spaces must be one or more different ones, got {self.spaces}")
+            none = f"; give some: {self.method} takes none of {', '.join(_SPACES)}" * (not self.spaces)
+            raise ValueError(f"spaces must be one or more different ones, got {self.spaces}{none}")
         for space in self.space_list():
             proposers.build(self.proposer, space, 0, self.proposer_options)
         if self.budget is None:
-            self.budget = "40trainings" if self.data == "digits" else "3trainings"
-        if not _BUDGET.fullmatch(self.budget):
+            self.budget = "60trainings" if self.data == "digits" else "3trainings"
+        if not _BUDGET.fullmatch(self.budget) or not self.allowance(1.0)[0] > 0:
             raise ValueError(f"budget must read 3trainings, 2e8gradients or 600seconds, got {self.budget!r}")
         self.fidelity = list(self.fidelity)
         self.shares()
         if self.gamma is not None:
             self.gamma = tidy(self.gamma)
+            if not number(self.gamma, "gamma") > 0:
+                raise ValueError(f"gamma must be > 0, got {self.gamma}: without a price K_max is best")
         parse_terminal(self.terminal)
         self.attacks = list(self.attacks)
         check_attacks(self.attacks, 0)
@@ -123,7 +124,8 @@ class SearchSettings(Problem):
                 f"judge_seeds must be different ones below {_FIRST}, where the search's own begin, "
                 f"got {self.judge_seeds}"
             )
-        self.against = list(self.against) or [g for g in self._plain() if self._taken(g)]
+        plain = [given for given in self._plain() if self._accepts(self._check_contender, given)]
+        self.against = list(self.against) or plain
         for given in self.against:
             self._check_contender(given)
 
@@ -156,12 +158,13 @@ class SearchSettings(Problem):
 
     def _plain(self) -> list[str]:
         """No attack, PGD at several K, Amata, delayed, a plain ramp, and N-FGSM."""
-        most, eps = self.max_steps, self.ball.eps
+        most, eps, since = self.max_steps, self.ball.eps, max(1, round(0.4 * self.epochs))
+        delayed = f"delayed:steps={most},alpha={self._alpha(most)},since={since}"
         return [
             "none",
             *(f"pgd:steps={k},alpha={self._alpha(k)}" for k in sorted({max(1, round(most / 5)), most})),
             f"amata:min=1,max={most},tau={2 * eps:.4g}",
-            f"delayed:steps={most},alpha={self._alpha(most)},since={max(1, round(0.4 * self.epochs))}",
+            *([delayed] if since < self.epochs else []),
             RAMP,
             *(["nfgsm"] if self.method == "pgd_at" else []),
         ]
@@ -171,10 +174,11 @@ class SearchSettings(Problem):
         text = self.ramp(self.max_steps) if given == RAMP else text
         self.problem(self.epochs, method).controller_of(text)
 
-    def _taken(self, given: str) -> bool:
-        """Whether the method takes a plain schedule: Free, say, knows no training without attack."""
+    @staticmethod
+    def _accepts(check: Callable[[str], object], given: str) -> bool:
+        """Whether a check lets a default pass: Free, say, knows no training without attack."""
         try:
-            self._check_contender(given)
+            check(given)
         except ValueError:
             return False
         return True
@@ -208,23 +212,19 @@ class SearchSettings(Problem):
 
     def space_list(self) -> list[Space]:
         """The spaces."""
-        knobs = build(self.method, self.method_options).controls
-        spaces = [
-            named_space(s, eps=self.ball.eps, max_steps=self.max_steps, epochs=self.epochs, knobs=knobs)
-            for s in self.spaces
-        ]
-        for name, space in zip(self.spaces, spaces, strict=True):
-            for start in space.starts if space.open_loop else ():
-                values = dict(zip((p.name for p in space.parameters), start, strict=True))
-                try:
-                    self.controller_of(space.text_of(values))
-                except ValueError as error:
-                    raise ValueError(
-                        f"{self.method} cannot be searched on {name}: {error}; leave it out of spaces"
-                    ) from None
-            for share in () if space.open_loop else (0.0, 1.0):
+        return list(map(self._space, self.spaces))
+
+    def _space(self, given: str) -> Space:
+        """A space by its name or text, whose schedules or closed loops the method takes."""
+        knobs, eps = build(self.method, self.method_options).controls, self.ball.eps
+        space = named_space(given, eps=eps, max_steps=self.max_steps, epochs=self.epochs, knobs=knobs)
+        try:
+            for share in (0.0, 1.0):
                 self.controller_of(space.text_of(space.point([share] * len(space.parameters))))
-        return spaces
+        except ValueError as error:
+            told = f"{self.method} cannot be searched on {given}: {error}; leave it out of spaces"
+            raise ValueError(told) from None
+        return space
 
     def allowance(self, training: float) -> tuple[float, str]:
         """The budget, and its unit: ``gradients``, evaluations in samples, or ``seconds``.

@@ -52,11 +52,12 @@ def objective(trial: Trial, price: float) -> float:
 def spent_after(result: Result) -> list[float]:
     """Gradient evaluations that were spent once each trial had ended, each training counted once."""
     unit, known, out = result["unit"], set[tuple[Any, ...]](), list[float]()
-    known.add((unit["schedule"], unit["seed"], result["settings"]["epochs"], None, None))
+    known.add((unit["schedule"], unit["seed"], None, result["settings"]["epochs"], None, None))
     total = float(unit["gradients"])
     for trial in result["trials"]:
         for run in trial["runs"]:
-            key = (trial["schedule"], run["seed"], trial["epochs"], trial["points"], trial["until"])
+            fidelity = (run.get("surface"), trial["epochs"], trial["points"], trial["until"])
+            key = (trial["schedule"], run["seed"], *fidelity)
             total += 0.0 if key in known else run["gradients"]
             known.add(key)
         out.append(total)

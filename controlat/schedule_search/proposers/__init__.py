@@ -43,7 +43,7 @@ class Proposer(Protocol):
     stopped goes on by telling a new one all that happened, so that a proposer needs no files of its own.
 
     It may have an attribute `fidelity`, {field of `controlat.schedule_search.loop.Rung`: value}: how the
-    points of its next `ask` are judged where that differs from the plan, such as under several seeds.
+    points of the last `ask` are judged where that differs from the plan, such as under several seeds.
     """
 
     def ask(self, count: int) -> list[dict[str, float]]:

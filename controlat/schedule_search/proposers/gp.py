@@ -86,7 +86,7 @@ class GP:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """How the points of the next `ask` are judged."""
+        """How the points of the last `ask` are judged."""
         return {"surface": True} if self._looks_back else {}
 
     def ask(self, count: int) -> list[dict[str, float]]:

@@ -94,7 +94,7 @@ class MSA:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """How the points of the next `ask` are judged."""
+        """How the points of the last `ask` are judged."""
         several = {"seeds": self._seeds}
         return {"startup": {}, "incumbent": several | {"surface": True}, "step": several}[self._stage]
 
