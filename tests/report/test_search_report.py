@@ -103,7 +103,7 @@ def judged(*contenders: tuple[str, list[float]]) -> dict[str, Any]:
         ),
         (
             [("found", [1.0, 1.1, 1.2]), ("a", [0.9, 1.1, 1.2]), ("b", [1.0, 1.3, 1.2])],
-            "Use a:at=1, not what was found: its J is 1.067, that of what was found 1.100. What was found "
+            "Use a:at=1, or what was found: its J is 1.067, that of what was found 1.100. What was found "
             "and b cannot be told apart from it by J.",
         ),
         ([("found", [1.0]), ("a", [2.0])], "is the lowest. One judging seed decides nothing."),

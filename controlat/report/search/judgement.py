@@ -112,9 +112,10 @@ def _choice(first: Row, best: Row) -> str:
     name = best["schedule"] if best["name"] in best["schedule"] else f"{best['name']}, {best['schedule']}"
     if first["errors"]:
         return f"Use {name} (J {mean}): what was found failed under a judging seed."
-    return (
-        f"Use {name}, not what was found: its J is {mean}, that of what was found {np.mean(first['J']):.3f}."
-    )
+    told = f"its J is {mean}, that of what was found {np.mean(first['J']):.3f}."
+    if len(best["J"]) > 1 and not against(first, best, "J").decided:
+        return f"Use {name}, or what was found: {told}"
+    return f"Use {name}, not what was found: {told}"
 
 
 def _decided(best: Row, others: Sequence[Row]) -> list[str]:

@@ -49,6 +49,9 @@ def _notes(result: Result) -> list[str]:
         f"{spent['gradients'] / unit['gradients']:.1f} times a training of {unit['schedule']}, and "
         f"{duration(spent['seconds'])} of training, all processes together.",
     ]
+    if "C" in (c := result.get("certificate", {})):
+        trusted = "" if c["trusted"] else ", not trusted"
+        lines.append(f"C of what was found: {c['C']:.3g}{trusted}; D: {c['D']:.3g} (certificate/summary.md).")
     broken = [f"{label(row)}: {row['errors'][0]}" for row in result["rows"] if row["errors"]]
     return lines + [f"WARNING: training failed under {text}." for text in broken]
 
