@@ -1,7 +1,7 @@
 """Which proposer finds the better schedule for the same budget, and do costates help?
 
-    python analysis/search_worth.py                                      # digits: half an hour on two cores
-    python analysis/search_worth.py --part mnist --data-dir FOLDER       # LeNet: two hours on two cores
+    python analysis/search_worth.py                                      # digits: a quarter of an hour on two cores
+    python analysis/search_worth.py --part mnist --data-dir FOLDER       # LeNet: half an hour on two cores
 
 Every proposer searches the same space (pbt: one of stages) with the same budget in gradient evaluations, in
 several repetitions with seeds of their own. At some points of the budget, what has the lowest J so far is
@@ -61,11 +61,11 @@ PARTS: dict[str, dict[str, Any]] = {
         "settings": {
             "data": "mnist",
             "model": "lenet",
-            "eps": 0.3,
+            "eps": 0.2,
             "epochs": 6,
-            "lr": 0.05,
-            "train_points": 3000,
-            "held_out": 400,
+            "lr": "onecycle:lr=0.1",
+            "train_points": 2000,
+            "held_out": 250,
             "test_points": 500,
         },
         "levels": [1, 2, 3],
