@@ -127,8 +127,8 @@ def test_phi_does_not_see_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_evaluate_the_full_criterion_and_objective_report_one_j(tmp_path: Path) -> None:
     """To the last bit; steps of 120 samples in batches of 50, so that n of the last batch counts in full."""
-    full = controlat.evaluate(tmp_path / "full", **EVALUATED)
-    without = controlat.evaluate(tmp_path / "without", full=False, **EVALUATED)
+    full = controlat.evaluate(tmp_path / "full", gamma=0.04, **EVALUATED)
+    without = controlat.evaluate(tmp_path / "without", gamma=0.04, full=False, **EVALUATED)
     alone = controlat.objective("pgd:steps=2,alpha=0.1", **FEW)
     (run,), (other,) = (r["schedules"][0]["runs"] for r in (full, without))
     for found in (run["objective"], other["objective"]):

@@ -233,7 +233,7 @@ def test_a_number_that_is_none_is_refused(value: Any) -> None:
 
 
 def test_the_estimated_time_is_shared_by_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimation, "_seconds_per_evaluation", lambda *_: 1e-3)
+    monkeypatch.setattr(estimation, "seconds_per_evaluation", lambda *_: 1e-3)
     costs = {n: estimation.estimate(jobs=n, **SMALL) for n in (1, 2, 3, 4)}
     assert len({str(cost["gradients"]) for cost in costs.values()}) == 1
     seconds = {n: cost["seconds"] for n, cost in costs.items()}
