@@ -176,6 +176,7 @@ def test_bad_input_ends_in_one_line(
     assert not list(tmp_path.glob("out/*.json"))  # other settings may be tried in the same directory
 
 
+@pytest.mark.slow
 def test_calibration_fits_the_run_and_repeats_without_measuring_again(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = controlat.derive(out=out, calibrate=str(run), checks=False, progress=False)

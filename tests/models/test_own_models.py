@@ -58,6 +58,7 @@ def test_a_network_that_needs_nchw_is_trained_with_either_setting(tmp_path: Path
     assert same(found[True], found[False])
 
 
+@pytest.mark.slow
 def test_the_layout_is_that_of_the_settings_in_everything_that_a_run_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

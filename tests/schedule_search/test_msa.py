@@ -123,6 +123,7 @@ def test_a_failure_or_a_missing_surface_leads_to_the_next_start() -> None:
     assert proposer.fidelity == {}
 
 
+@pytest.mark.slow
 def test_gp_with_costates_looks_back_on_the_best_and_starts_from_what_they_say() -> None:
     helped = played(build("gp", SPACE, 0, {"startup": 4, "costates": 2}), 4)
     looked = [t.point for w, t in helped if w]

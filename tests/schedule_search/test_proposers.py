@@ -45,6 +45,7 @@ def test_points_are_in_the_space_and_follow_from_seed_and_history(name: str) -> 
         assert SPACE.point(SPACE.shares(p)) == pytest.approx(p, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [p for p in NAMES if p.values[0] in ("tpe", "gp")])
 def test_those_that_learn_come_closer_than_random_points(name: str) -> None:
     def mean(points: Sequence[Any]) -> float:
