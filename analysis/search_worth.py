@@ -1,7 +1,7 @@
 """Which proposer finds the better schedule for the same budget, and do costates help?
 
-    python analysis/search_worth.py                                  # digits: a quarter of an hour on two cores
-    python analysis/search_worth.py --part mnist --data-dir FOLDER   # LeNet: half an hour on two cores
+    python analysis/search_worth.py                             # digits: 15 minutes on two cores
+    python analysis/search_worth.py --part mnist --data-dir FOLDER  # LeNet: 30 minutes on two cores
 
 Every proposer searches the same space (pbt: one of stages) with the same budget in gradient evaluations, in
 several repetitions with seeds of their own. At some points of the budget, what has the lowest J so far is
