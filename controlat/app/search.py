@@ -23,7 +23,8 @@ from controlat.app.settings.schedules import names_controller
 from controlat.app.settings.search import RAMP, SearchSettings, kept_settings
 from controlat.control.schedules import Schedule
 from controlat.methods import build
-from controlat.pmp.objective import planned_evaluations, weighed
+from controlat.pmp.objective import planned_evaluations, rollout_cost, weighed
+from controlat.pmp.terminal import terminal_evaluations
 from controlat.schedule_search import proposers
 from controlat.schedule_search.loop import Branch, Plan, Rung, Search, paired
 from controlat.schedule_search.trials import Ledger, Question, Trial
@@ -83,9 +84,9 @@ def searched(
         ledger: what is known of trainings, and who judges others.
 
     Raises:
-        ValueError: PGD-K_max cannot be trained, or every training failed.
+        ValueError: every training failed.
     """
-    plan = _plan(experiment, chosen, ledger)
+    plan, unit = _plan(experiment, chosen)
     spaces = chosen.space_list()
     rest = len(spaces) - 1
     shares = [_FIRST_SHARE, *[(1 - _FIRST_SHARE) / rest] * rest] if rest else [1.0]
@@ -115,6 +116,7 @@ def searched(
         "environment": environment(experiment.device),
         "sizes": experiment.sizes,
         "price": plan.price,
+        "unit": unit,
         "found": winner.text,
         "spent": spent,
         "rows": rows,
@@ -139,28 +141,27 @@ def _judging(chosen: SearchSettings, text: str, method: str = "") -> list[Questi
     return [Question(text, seed, chosen.epochs, attacked=True, method=method) for seed in chosen.judge_seeds]
 
 
-def _plan(experiment: Experiment, chosen: SearchSettings, ledger: Ledger) -> Plan:
-    """How the budget is spent; a training of PGD-K_max, which tells its unit, is the first of all."""
+def _plan(experiment: Experiment, chosen: SearchSettings) -> tuple[Plan, dict[str, Any]]:
+    """How the budget is spent, and a training of PGD-K_max, its unit: by the cost that is declared."""
     seeds = chosen.search_seeds(1 + _RACE_SEEDS)
-    (most,) = ledger.ask([Question(chosen.most, seeds[0], chosen.epochs)])
-    if most.phi is None:
-        raise ValueError(f"PGD-K_max, {chosen.most}, cannot be trained: {most.error}")
-    price = weighed(chosen.weight, most.mean_cost)
-    if chosen.gamma is not None:
-        spec = experiment.spec(chosen.schedule_of(chosen.most), seeds[0])
-        price = spec.price(float(chosen.gamma)) * spec.epochs * spec.batches_per_epoch
-    budget, unit = chosen.allowance(most.gradients)
-    return Plan(
-        budget=max(0.0, budget - getattr(most, unit)),
+    spec, driver = experiment.spec(chosen.schedule_of(chosen.most), seeds[0]), experiment.driver(seeds[0])
+    phi = terminal_evaluations(experiment.terminal(seeds[0], chosen.terminal), driver).value
+    steps = spec.epochs * spec.batches_per_epoch
+    n, training = planned_evaluations(spec, driver.method) / steps, rollout_cost(spec, driver.method) + phi
+    price = weighed(chosen.weight, n) if chosen.gamma is None else spec.price(float(chosen.gamma)) * steps
+    budget, unit = chosen.allowance(training)
+    plan = Plan(
+        budget=budget,
         unit=unit,
         price=price,
         rungs=_rungs(chosen, len(experiment.training)),
         samples=len(experiment.training),
-        rate=getattr(most, unit) / (most.mean_cost * chosen.epochs * len(experiment.training)),
+        rate=training / (n * spec.epochs * len(experiment.training)),
         seeds=seeds,
         batch=4,
         race_seeds=_RACE_SEEDS,
     )
+    return plan, {"schedule": chosen.most, "mean_cost": n, "gradients": training}
 
 
 def _rungs(chosen: SearchSettings, samples: int) -> tuple[Rung, ...]:

@@ -16,19 +16,17 @@ __all__ = ["trials_of"]
 
 
 def trials_of(chosen: SearchSettings, work: Search, schedule: Schedule) -> dict[str, Any]:
-    """Parts of result.json: the unit of budgets, the spaces, all trials in the order made, schedules in full.
+    """Parts of result.json: the spaces, all trials in the order made, schedules in full.
 
     Args:
         chosen: settings.
         work: a search that has ended.
         schedule: of its winner.
     """
-    unit = Question(chosen.most, work.plan.seeds[0], chosen.epochs)
     names = {id(b.space): name for name, b in zip(chosen.spaces, work.branches, strict=True)}
     others = (t.text for t in (*work.raced[1:], *work.promoted) if not t.failed)
     schedules = {t: chosen.schedule_of(t) for t in others if not names_controller(t)}
     return {
-        "unit": {"schedule": unit.text, **_run(unit, work.ledger.answers[unit])},
         "spaces": [
             {"name": name, "text": b.space.text, "parameters": [asdict(p) for p in b.space.parameters]}
             for name, b in zip(chosen.spaces, work.branches, strict=True)

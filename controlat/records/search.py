@@ -37,8 +37,10 @@ class _TrialRun(TypedDict):
     error: NotRequired[str]
 
 
-class _Unit(_TrialRun):
+class _Unit(TypedDict):
     schedule: str
+    mean_cost: _Positive
+    gradients: _Positive
 
 
 class _Parameter(TypedDict):

@@ -62,7 +62,7 @@ class Plan:
             processes does not.
         seeds: search seeds, in the order in which they are used.
         samples: of the whole training set.
-        rate: what a gradient evaluation of a sample takes of the budget: 1, or seconds.
+        rate: gradient evaluations of a training, with Phi, over those of its steps alone.
         exploring: the share of the budget for exploring.
         race_seeds: seeds at most of what takes part in the race.
         unit: of the budget, a field of `Answer`: ``gradients`` (evaluations, in samples) or ``seconds`` (of
@@ -228,7 +228,10 @@ class Search:
     def _cost(self, trial: Trial, rung: Rung) -> float:
         """What a trial will take at a rung, in the plan's unit, by its mean cost n."""
         n = float(np.mean([a.mean_cost for a in trial.answers])) / trial.reach
-        return self.plan.rate * n * self.plan.size(rung.points) * rung.epochs * rung.seeds
+        gradients = self.plan.rate * n * self.plan.size(rung.points) * rung.epochs * rung.seeds
+        answers = [a for t in self.made for a in t.answers]
+        took, of = (sum(getattr(a, key) for a in answers) for key in (self.plan.unit, "gradients"))
+        return float(gradients * took / of) if of else 0.0
 
     def _race(self, contenders: list[Trial]) -> list[Trial]:
         """The contenders on more seeds, the winner first, those that dropped out last."""

@@ -36,7 +36,7 @@ def search_plan_text(plan: Mapping[str, Any]) -> str:
 def _stages(plan: Mapping[str, Any]) -> list[list[str]]:
     """Trainings and gradient evaluations of every stage, each training counted where it comes first."""
     known: set[tuple[Any, ...]] = set()
-    spent: dict[str, list[float]] = {"unit": [plan["unit"]["gradients"]]}
+    spent: dict[str, list[float]] = {}
     for trial in plan["trials"]:
         fidelity = (trial["epochs"], trial["points"], trial["until"])
         new = [r for r in trial["runs"] if (trial["schedule"], r["seed"], fidelity) not in known]

@@ -51,9 +51,7 @@ def objective(trial: Trial, price: float) -> float:
 
 def spent_after(result: Result) -> list[float]:
     """Gradient evaluations that were spent once each trial had ended, each training counted once."""
-    unit, known, out = result["unit"], set[tuple[Any, ...]](), list[float]()
-    known.add((unit["schedule"], unit["seed"], None, result["settings"]["epochs"], None, None))
-    total = float(unit["gradients"])
+    known, out, total = set[tuple[Any, ...]](), list[float](), 0.0
     for trial in result["trials"]:
         for run in trial["runs"]:
             fidelity = (run.get("surface"), trial["epochs"], trial["points"], trial["until"])
