@@ -213,9 +213,11 @@ class Search:
         above = self.plan.rungs[1:]
         ranked = _distinct(sorted((t for branch in self.branches for t in branch.trials), key=self.rank))
         for i, rung in enumerate(above):
-            left = (self.plan.budget - self.spent) / (len(above) - i + _RACE)
-            count = int(np.searchsorted(np.cumsum([self._cost(t, rung) for t in ranked]), left, side="right"))
-            kept = [t for t in ranked if not t.failed][: max(1, count)]
+            left = self.plan.budget - self.spent
+            costs = np.cumsum([self._cost(t, rung) for t in ranked])
+            share = left / (len(above) - i + _RACE)
+            count = max(np.searchsorted(costs, share, "right"), min(2, np.searchsorted(costs, left, "right")))
+            kept = [t for t in ranked if not t.failed][: max(1, int(count))]
             if len(kept) == 1 and kept[0].whole(rung.epochs, rung.points):  # nothing to compare it with
                 return kept
             judged = self._judged([(t.space, t.point) for t in kept], rung)
