@@ -216,8 +216,8 @@ class Search:
             left = self.plan.budget - self.spent
             costs = np.cumsum([self._cost(t, rung) for t in ranked])
             share = left / (len(above) - i + _RACE)
-            count = max(np.searchsorted(costs, share, "right"), min(2, np.searchsorted(costs, left, "right")))
-            kept = [t for t in ranked if not t.failed][: max(1, int(count))]
+            paid, at_most = (int(np.searchsorted(costs, money, "right")) for money in (share, left))
+            kept = [t for t in ranked if not t.failed][: max(1, paid, min(2, at_most))]
             if len(kept) == 1 and kept[0].whole(rung.epochs, rung.points):  # nothing to compare it with
                 return kept
             judged = self._judged([(t.space, t.point) for t in kept], rung)
