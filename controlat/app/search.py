@@ -104,7 +104,7 @@ def searched(
 
         work = Search(branches, ledger, plan, each)
         winner = work.run()
-    answers = [a for q, a in ledger.answers.items() if not q.attacked]
+    answers = list(work.answers.values())
     spent = {key: sum(getattr(a, key) for a in answers) for key in ("gradients", "seconds")}
     spent["trainings"] = len(answers)
     rows = _judged(chosen, ledger, plan, _contenders(experiment, chosen, work, winner))

@@ -21,7 +21,7 @@ from scipy import stats
 
 from controlat.schedule_search.proposers import Proposer, Told
 from controlat.schedule_search.space import Point, Space
-from controlat.schedule_search.trials import Ledger, Question, Trial
+from controlat.schedule_search.trials import Answer, Ledger, Question, Trial
 
 __all__ = ["Branch", "Difference", "Plan", "Rung", "Search", "paired"]
 
@@ -163,10 +163,14 @@ class Search:
         return self.raced[0]
 
     @property
+    def answers(self) -> dict[Question, Answer]:
+        """What came of every training of the search."""
+        return {q: a for trial in self.made for q, a in zip(trial.questions, trial.answers, strict=True)}
+
+    @property
     def spent(self) -> float:
         """What all trainings took, in the plan's unit."""
-        asked = {q: a for trial in self.made for q, a in zip(trial.questions, trial.answers, strict=True)}
-        return float(sum(getattr(a, self.plan.unit) for a in asked.values()))
+        return float(sum(getattr(a, self.plan.unit) for a in self.answers.values()))
 
     @property
     def best(self) -> Trial | None:

@@ -136,7 +136,7 @@ def test_fewer_samples_leave_phi_on_the_same_ones() -> None:
 STAGED: dict[str, Any] = {
     "spaces": ["stages"],
     "proposer": "pbt",
-    "budget": "9trainings",
+    "budget": "18trainings",
     "max_steps": 2,
     "judge_seeds": [0],
     "against": ["none"],
