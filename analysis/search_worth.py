@@ -288,17 +288,7 @@ def figure(result: Mapping[str, Any]) -> bytes:
             np.array(list(points)) * shift, means, errors, label=name, marker="osD^v<>"[i], capsize=2, lw=1.2
         )
     lowest = min(result["plain"], key=lambda text: float(np.mean(result["plain"][text])))
-    axes.axhline(float(np.mean(result["plain"][lowest])), color="0.6", ls="--", lw=1)
-    axes.text(
-        0.99,
-        float(np.mean(result["plain"][lowest])),
-        f"{lowest} ",
-        color="0.4",
-        fontsize=7,
-        va="bottom",
-        ha="right",
-        transform=axes.get_yaxis_transform(),
-    )
+    axes.axhline(float(np.mean(result["plain"][lowest])), color="0.6", ls="--", lw=1, label=lowest)
     axes.set_xscale("log", base=2)
     axes.set_xticks(result["levels"], [f"{level:g}" for level in result["levels"]])
     axes.set_xlabel("budget, in trainings of PGD-K_max")
